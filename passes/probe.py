@@ -1,0 +1,113 @@
+"""The probe: the vector through which a compiled backward pass hands out a weight's curvature.
+
+Every smoothed weight has a probe, a float32 vector of zeros that enters the graph as one more input. The gradient
+that reaches it *is* the curvature, so autograd itself accumulates it over uses, micro-batches and recomputation.
+
+    factored   [ rows G*R | cols G*C | norm G | calls | code | terms ]
+    full       [ h  numel(weight)             | calls | code | terms ]
+    none       [                                calls | code | terms ]
+
+The weight, reshaped row-major to [G, R, C], has curvature ``h[g, r, c] = T * rows[g, r] * cols[g, c] / norm[g]``.
+``calls`` counts emissions, ``code`` adds one `Code` per emission and ``terms`` the loss terms T that the graph saw, so
+`code / calls` and `terms / calls` survive accumulation and a warm compile cache, where no pass runs again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+HEADER = 3  # calls, code, terms
+
+
+class Code(IntEnum):
+    """How one emission of a curvature was made; `analytic` is the only one that carries a payload."""
+
+    UNRESOLVED = 0  # the op ran as itself: no joint graph (inner="eager")
+    ANALYTIC = 1  # the contraction of squares
+    NONLINEAR = 2  # the weight's gradient contains the weight: not linear in it
+    NOT_A_CONTRACTION = 3  # the gradient comes out of an op with no contraction rule
+    BY_CHOICE = 4  # curvature="fisher": nothing asked of the graph
+
+    @property
+    def reason(self) -> str:
+        """Why a weight with this code takes the Fisher form; empty for `ANALYTIC`."""
+        return _REASONS[self]
+
+
+_REASONS = {
+    Code.UNRESOLVED: "no joint graph was compiled (inner='eager')",
+    Code.ANALYTIC: "",
+    Code.NONLINEAR: "the weight enters nonlinearly: its own gradient depends on it",
+    Code.NOT_A_CONTRACTION: "its gradient comes from an op that is no contraction",
+    Code.BY_CHOICE: "curvature='fisher' was asked for",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a probe lie.
+
+    Args:
+        kind: ``"factored"``, ``"full"`` or ``"none"``.
+        shape: the weight's shape.
+        groups: G, the leading groups with a factorization of their own (a grouped convolution's groups, experts).
+        rows: R, rows per group; the columns are what is left. A linear weight [O, I] has (G, R, C) = (1, O, I), a
+            convolution's [O, I/g, k...] (g, O/g, I/g*k), a stack of experts [E, R, C] (E, R, C).
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    groups: int
+    rows: int
+
+    @property
+    def factors(self) -> tuple[int, int, int]:
+        """(G, R, C), the shape whose rows and columns are factored."""
+        return self.groups, self.rows, math.prod(self.shape) // (self.groups * self.rows)
+
+    @property
+    def payload(self) -> int:
+        """Number of values before the header."""
+        if self.kind == "none":
+            return 0
+        groups, rows, cols = self.factors
+        return groups * rows * cols if self.kind == "full" else groups * (rows + cols + 1)
+
+    @property
+    def size(self) -> int:
+        return self.payload + HEADER
+
+    def split(self, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views (rows [G, R], cols [G, C], norm [G]) of a factored probe vector."""
+        groups, rows, cols = self.factors
+        a, b, n = vector[: self.payload].split((groups * rows, groups * cols, groups))
+        return a.view(groups, rows), b.view(groups, cols), n
+
+
+@torch.library.custom_op("lotion_fx::curvature", mutates_args=())
+def curvature(grad: Tensor, kind: str, groups: int, rows: int) -> Tensor:
+    """The probe's gradient, given the weight's: header only, until `passes.curvature` resolves it.
+
+    Run as itself it says ``UNRESOLVED``; the runtime then takes the Fisher form from the weight's ``.grad`` at the
+    step, which unlike a square taken here is exact under accumulation.
+
+    Args:
+        grad: gradient of the loss with respect to the weight, any shape and floating dtype.
+        kind, groups, rows: the probe's `Layout`, whose shape is that of ``grad``.
+
+    Returns:
+        float32 vector of `Layout.size` zeros with ``calls = 1``.
+    """
+    vector = grad.new_zeros(Layout(kind, tuple(grad.shape), groups, rows).size, dtype=torch.float32)
+    vector[-HEADER] = 1
+    return vector
+
+
+@curvature.register_fake
+def _(grad: Tensor, kind: str, groups: int, rows: int) -> Tensor:
+    return grad.new_empty(Layout(kind, tuple(grad.shape), groups, rows).size, dtype=torch.float32)
