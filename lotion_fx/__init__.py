@@ -1,0 +1,34 @@
+"""lotion_fx: quantization-aware training by smoothing the quantized loss, in the compiler.
+
+    model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
+"""
+
+from lotion_fx.formats import Format, codebook, formats, register_format, resolve
+from lotion_fx.objective import penalty
+from lotion_fx.report import CoverageReport, report
+from lotion_fx.transform import (
+    finish,
+    full_precision,
+    load_state_dict,
+    randomized,
+    state_dict,
+    transform,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "CoverageReport",
+    "Format",
+    "codebook",
+    "finish",
+    "formats",
+    "full_precision",
+    "load_state_dict",
+    "penalty",
+    "randomized",
+    "register_format",
+    "report",
+    "resolve",
+    "state_dict",
+    "transform",
+]

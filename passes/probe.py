@@ -32,6 +32,8 @@ class Code(IntEnum):
     NONLINEAR = 2  # the weight's gradient contains the weight: not linear in it
     NOT_A_CONTRACTION = 3  # the gradient comes out of an op with no contraction rule
     BY_CHOICE = 4  # curvature="fisher": nothing asked of the graph
+    UNREACHED = 5  # no compiled graph saw the weight; never emitted
+    MIXED = 6  # several graphs use the weight and do not agree; never emitted
 
     @property
     def reason(self) -> str:
@@ -45,6 +47,8 @@ _REASONS = {
     Code.NONLINEAR: "the weight enters nonlinearly: its own gradient depends on it",
     Code.NOT_A_CONTRACTION: "its gradient comes from an op that is no contraction",
     Code.BY_CHOICE: "curvature='fisher' was asked for",
+    Code.UNREACHED: "reached by no compiled graph",
+    Code.MIXED: "several graphs use it, not all linearly",
 }
 
 

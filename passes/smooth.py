@@ -1,24 +1,127 @@
-"""The quantize-and-smooth node (being written)."""
+"""Attach: one quantize-and-smooth node after each selected weight of a forward graph, and every use redirected.
+
+The node is attached at the weight's placeholder, the source, so no use can be missed whatever the op, and a
+checkpointed subgraph needs no visit: the weight enters it as an argument.
+
+    forward    latent: w     ste, ste_scale: Q(w)     rr: a sample of RR(w)
+    backward   the gradient passes to w (ste_scale adds the block scale's part), and the probe, where there is one,
+               receives `lotion_fx::curvature(grad)`, which `passes.curvature` resolves in the joint graph
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import Tensor, fx
+
+from lotion_fx import rounding
+from lotion_fx.formats import resolve
 from lotion_fx.passes.probe import Layout
+
+LATENT, STE, STE_SCALE, RR = "latent", "ste", "ste_scale", "rr"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one weight's node does in one graph.
+
+    Args:
+        mode: the forward, ``"latent"``, ``"ste"``, ``"ste_scale"`` or ``"rr"``.
+        fmt: name of the weight's format.
+        axis: the dimension that its blocks run along.
+        layout: its probe's layout; None where no curvature is asked for.
+    """
+
+    mode: str
+    fmt: str
+    axis: int
+    layout: Layout | None
+
+    @property
+    def is_identity(self) -> bool:
+        return self.mode == LATENT and self.layout is None
+
+
+def attach(gm: fx.GraphModule, plans: Mapping[int, Plan]) -> tuple[fx.GraphModule, list[int]]:
+    """Copies a forward graph and puts a `smooth` node after each planned weight.
+
+    Args:
+        gm: Dynamo's graph, left as it is (Dynamo reads it again afterwards).
+        plans: for each placeholder index that is a weight, what to do there.
+
+    Returns:
+        The new module, and the weights' indices in the order in which their probes follow the graph's own inputs.
+    """
+    graph = _copy(gm)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    last, probes = placeholders[-1], []
+    nodes: list[tuple[fx.Node, fx.Node | None, Plan]] = []
+    for index, plan in plans.items():
+        if plan.is_identity:
+            continue
+        probe = None
+        if plan.layout is not None:
+            with graph.inserting_after(last):
+                probe = last = graph.placeholder(f"lotion_probe_{index}")
+            probes.append(index)
+        nodes.append((placeholders[index], probe, plan))
+    for weight, probe, plan in reversed(nodes):
+        with graph.inserting_after(last):
+            node = graph.call_function(smooth, (weight, probe, *_constants(plan)))
+        if "example_value" in weight.meta:
+            node.meta["example_value"] = weight.meta["example_value"]
+        weight.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user is not node)
+    graph.lint()
+    return fx.GraphModule(gm, graph), probes
+
+
+def _copy(gm: fx.GraphModule) -> fx.Graph:
+    graph, copied = fx.Graph(), {}
+    graph.output(graph.graph_copy(gm.graph, copied))
+    for old, new in copied.items():
+        new.meta = dict(old.meta)
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return graph
+
+
+def _constants(plan: Plan) -> tuple[str, str, int, str, int, int]:
+    """The plan as plain values, which graphs and compile caches can hold."""
+    layout = plan.layout or Layout("none", (1,), 1, 1)
+    return plan.mode, plan.fmt, plan.axis, layout.kind, layout.groups, layout.rows
+
+
+def smooth(
+    weight: Tensor, probe: Tensor | None, mode: str, fmt: str, axis: int, kind: str, groups: int, rows: int
+) -> Tensor:
+    """The quantize-and-smooth node: see the module's docstring, `Plan` and `Layout` for the arguments."""
+    return _Smooth.apply(weight, probe, mode, fmt, axis, kind, groups, rows)
 
 
 class _Smooth(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, probe, layout):
-        ctx.layout = layout
-        return weight.view_as(weight)
+    def forward(
+        ctx: Any, weight: Tensor, probe: Tensor | None, mode: str, fmt: str, axis: int, kind: str, groups: int, rows: int
+    ) -> Tensor:
+        ctx.probe = (kind, groups, rows) if probe is not None else None
+        ctx.scale = (fmt, axis) if mode == STE_SCALE else None
+        if ctx.scale:
+            ctx.save_for_backward(weight)
+        if mode == LATENT:
+            return weight.view_as(weight)
+        rounding_of = rounding.rr if mode == RR else rounding.rtn
+        return rounding_of(weight, resolve(fmt), axis)
 
     @staticmethod
-    def backward(ctx, grad):
-        layout = ctx.layout
-        return grad, torch.ops.lotion_fx.curvature(grad, layout.kind, layout.groups, layout.rows), None
-
-
-def smooth(weight: Tensor, probe: Tensor, layout: Layout) -> Tensor:
-    return _Smooth.apply(weight, probe, layout)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        to_weight, curvature = grad, None
+        if ctx.needs_input_grad[1] and ctx.probe:
+            curvature = torch.ops.lotion_fx.curvature(grad, *ctx.probe)
+        if ctx.scale:
+            (weight,) = ctx.saved_tensors
+            fmt, axis = ctx.scale
+            to_weight = rounding.rtn_vjp(weight, grad, resolve(fmt), axis).to(grad.dtype)
+        return to_weight, curvature, None, None, None, None, None, None

@@ -1,0 +1,1 @@
+"""Runnable examples; they ship with the package as `lotion_fx.examples`."""

@@ -1,0 +1,303 @@
+"""Train a byte-level GPT with 4-bit weights, by every method, on the Python source already on this machine.
+
+Each method trains the same model from the same seed on the same batches; one call, `lotion_fx.transform`, is all that
+differs. What counts is the validation loss at round-to-nearest (RTN) weights, those one would deploy.
+
+    python examples/quickstart.py                # all methods at NVFP4
+    python examples/quickstart.py --quick        # a smoke run, too short to rank the methods
+    python examples/quickstart.py --fmt int4/tensor --seeds 3 --json rows.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+import sysconfig
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import lotion_fx
+
+# The arguments of `lotion_fx.transform`, and what the table calls the method. "ptq" trains the latent weights as they
+# are, so that its run is the full-precision run as well.
+METHODS: dict[str, dict[str, Any]] = {
+    "ptq": {"method": "ptq"},
+    "ste": {"method": "ste"},
+    "ste_scale": {"method": "ste_scale"},
+    "lotion": {"method": "lotion"},
+    "lotion_finish": {"method": "lotion", "finish": 0.4},
+}
+LABELS = {
+    "full_precision": "full precision",
+    "ptq": "PTQ",
+    "ste": "STE",
+    "ste_scale": "STE, scale differentiated",
+    "lotion": "LOTION",
+    "lotion_finish": "LOTION with finish",
+}
+QUICK_METHODS = "ptq,ste_scale,lotion_finish"
+
+VOCAB = 96  # printable ASCII and newline
+CONTEXT, BATCH = 64, 32
+EVALS = 12  # points on a validation curve
+PLOT = Path("quickstart.png")
+
+# ------------------------------------------------------------------ data
+SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+PRINTABLE = bytes(range(32, 127)) + b"\n"
+TO_TOKEN = bytes(PRINTABLE.find(byte) % 256 for byte in range(256))
+UNPRINTABLE = bytes(set(range(256)) - set(PRINTABLE))
+
+
+def source_files(root: Path) -> list[Path]:
+    """The library's own modules, sorted; not its tests, its tables or what others installed under it."""
+    files = [path for path in root.rglob("*.py") if not SKIPPED & set(path.relative_to(root).parts)]
+    if len(files) < 20:
+        raise FileNotFoundError(f"{root} holds {len(files)} Python source files, too few to train on")
+    return sorted(files)
+
+
+def split_files(files: list[Path], share: float = 0.05) -> tuple[list[Path], list[Path]]:
+    """Train and validation files. By file, so that no validation window continues a training one."""
+    shuffled = random.Random(0).sample(files, len(files))
+    held_out = max(1, round(share * len(files)))
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def tokens(files: list[Path]) -> Tensor:
+    """One int64 vector of token numbers below `VOCAB`; other bytes are dropped."""
+    text = b"\n".join(path.read_bytes() for path in files)
+    return torch.frombuffer(bytearray(text.translate(TO_TOKEN, UNPRINTABLE)), dtype=torch.uint8).long()
+
+
+def windows(text: Tensor, starts: Tensor) -> Tensor:
+    """[n, CONTEXT + 1] tokens: the inputs and, one further, the targets."""
+    return text[starts[:, None] + torch.arange(CONTEXT + 1)]
+
+
+# ------------------------------------------------------------------ model
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(F.relu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, width: int = 64, depth: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        self.token = nn.Embedding(VOCAB, width)
+        self.position = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCAB, bias=False)
+        nn.init.normal_(self.token.weight, std=0.3)
+        nn.init.normal_(self.position.weight, std=0.1)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                residual = name.endswith((".out", ".down"))
+                nn.init.normal_(module.weight, std=0.5 / math.sqrt(width * (2 * depth if residual else 1)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token(ids) + self.position.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+# ------------------------------------------------------------------ training and evaluation
+@dataclass
+class Row:
+    """One run: validation losses in nats per byte at RTN, randomly rounded (RR) and latent (fp) weights."""
+
+    method: str
+    fmt: str
+    seed: int
+    rtn: float | None
+    rr: float | None
+    fp: float
+    seconds: float
+
+
+Curve = list[tuple[int, float]]  # (step, validation loss at RTN weights)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, held_out: Tensor) -> float:
+    """Mean loss; in batches of the training shape, so that no graph is compiled for another."""
+    model.eval()  # the forward is now at RTN weights, unless a context below says otherwise
+    loss = statistics.fmean(next_token_loss(model, batch).item() for batch in held_out.split(BATCH))
+    model.train()
+    return loss
+
+
+def train(method: str, fmt: str, seed: int, steps: int, text: Tensor, held_out: Tensor) -> tuple[Row, Curve]:
+    """One run, with its validation curve. The seconds are those of training, compilation included."""
+    torch.manual_seed(seed)
+    settings = METHODS[method]
+    model = lotion_fx.transform(GPT(), fmt=fmt, **settings, steps=steps if "finish" in settings else None)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1.2e-2, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # 5 % warm-up, then a cosine down to 2 %
+        optimizer, lambda step: min(1.0, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+    )
+    order = torch.Generator().manual_seed(1000 + seed)  # of its own: every method sees the same batches
+    curve: Curve = []
+    seconds = 0.0
+    progress = tqdm(range(1, steps + 1), desc=f"{LABELS[method]}, seed {seed}", leave=False, disable=None)
+    for step in progress:
+        began = time.perf_counter()
+        starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=order)
+        loss = next_token_loss(model, windows(text, starts))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        seconds += time.perf_counter() - began
+        if step % max(1, steps // EVALS) == 0 or step == steps:
+            curve.append((step, evaluate(model, held_out)))
+            progress.set_postfix(loss=f"{curve[-1][1]:.3f}")
+    with lotion_fx.randomized(model):  # every forward draws anew
+        rr = statistics.fmean(evaluate(model, held_out) for _ in range(2))
+    with lotion_fx.full_precision(model):
+        fp = evaluate(model, held_out)
+    return Row(method, fmt, seed, curve[-1][1], rr, fp, round(seconds, 1)), curve
+
+
+# ------------------------------------------------------------------ results
+def gap_recovered(rtn: float, ptq: float, full: float) -> float:
+    """Share of the loss that PTQ adds to full precision which a method does not lose; nan where PTQ adds none."""
+    return (ptq - rtn) / (ptq - full) if ptq > full else math.nan
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and its standard error when there is more than one value."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else mean
+
+
+def table(rows: list[Row]) -> str:
+    """One line a method, over its seeds."""
+
+    def column(method: str, name: str) -> list[float]:
+        return [getattr(row, name) for row in rows if row.method == method and getattr(row, name) is not None]
+
+    lines = []
+    for method in dict.fromkeys(row.method for row in rows):
+        rtn, ptq, seconds = column(method, "rtn"), column("ptq", "rtn"), column(method, "seconds")
+        line = [LABELS[method], spread(rtn), spread(column(method, "rr")), spread(column(method, "fp")), ""]
+        if rtn and ptq:  # a ratio of means: the gap of a single seed can be smaller than its noise
+            share = gap_recovered(*map(statistics.fmean, (rtn, ptq, column("ptq", "fp"))))
+            line[-1] = "" if math.isnan(share) else f"{share:.0%}"
+        lines.append([*line, f"{statistics.fmean(seconds):.0f}"])
+    headers = ["method", "RTN loss", "RR loss", "latent loss", "PTQ gap recovered", "seconds"]
+    return tabulate(lines, headers, disable_numparse=True, colalign=("left", *["right"] * 5))
+
+
+def plot(curves: dict[str, list[Curve]], full_precision: float | None, fmt: str, path: Path) -> None:
+    """Validation loss against step, averaged over the seeds; the second half of training, where the methods part."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method, runs in curves.items():
+        points = [(run[0][0], statistics.fmean(loss for _, loss in run)) for run in zip(*runs, strict=True)]
+        axes.plot(*zip(*points[len(points) // 2 :], strict=True), label=LABELS[method])
+    if full_precision is not None:
+        axes.axhline(full_precision, color="black", linestyle="--", label="full precision, at the end")
+    axes.set(xlabel="step", ylabel=f"validation loss at {fmt} RTN weights, nats per byte")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+# ------------------------------------------------------------------ command line
+def _known_format(fmt: str) -> str:
+    try:
+        lotion_fx.resolve(fmt)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return fmt
+
+
+def _known_methods(names: str | None) -> str | None:
+    for name in names.split(",") if names is not None else []:
+        if name not in METHODS:
+            raise typer.BadParameter(f"unknown method {name!r}; expected some of {','.join(METHODS)}")
+    return names
+
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}")
+    return path
+
+
+def main(
+    fmt: Annotated[str, typer.Option(callback=_known_format, help="Number format of the Linear weights.")] = "nvfp4",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds 0, 1, ...")] = 1,
+    steps: Annotated[int | None, typer.Option(min=10, help="Training steps [default: 600; 100 with --quick].")] = None,
+    methods: Annotated[str | None, typer.Option(callback=_known_methods, help=f"Some of {','.join(METHODS)}.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run: fewer steps and methods, no ranking.")] = False,
+    rows_to: Annotated[Path | None, typer.Option("--json", callback=_in_a_folder, help="Write a row per run.")] = None,
+    plot_to: Annotated[Path, typer.Option("--plot", callback=_in_a_folder, help="Write the curves.")] = PLOT,
+) -> None:
+    """Train a small GPT on the Python library's own source by several quantization methods and compare them."""
+    steps = steps or (100 if quick else 600)
+    names = (methods or (QUICK_METHODS if quick else ",".join(METHODS))).split(",")
+    training, validation = split_files(source_files(Path(sysconfig.get_paths()["stdlib"])))
+    text, unseen = tokens(training), tokens(validation)
+    held_out = windows(unseen, torch.linspace(0, len(unseen) - CONTEXT - 1, 8 * BATCH).long())
+    typer.echo(f"{len(text) / 1e6:.1f} MB to train on, {len(unseen) / 1e6:.1f} MB held out; {fmt}, {steps} steps")
+
+    rows: list[Row] = []
+    curves: dict[str, list[Curve]] = {name: [] for name in names}
+    for seed in range(seeds):
+        for name in names:
+            row, curve = train(name, fmt, seed, steps, text, held_out)
+            if name == "ptq":
+                rows.append(Row("full_precision", "fp32", seed, None, None, row.fp, row.seconds))
+            rows.append(row)
+            curves[name].append(curve)
+            typer.echo(f"{LABELS[name]}, seed {seed}: {row.rtn:.3f} in {row.seconds:.0f} s")
+    typer.echo("\n" + table(rows))
+    if quick:
+        typer.echo("A quick run shows that everything works; it is too short to rank the methods.")
+    full = [row.fp for row in rows if row.method == "full_precision"]
+    plot(curves, statistics.fmean(full) if full else None, fmt, plot_to)
+    typer.echo(f"curves: {plot_to}")
+    if rows_to is not None:
+        rows_to.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+    app.command()(main)
+    app()

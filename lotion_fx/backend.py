@@ -1,0 +1,341 @@
+"""The compiler backend, and the only file that touches torch's private interfaces.
+
+Dynamo calls `Backend` with a forward graph. The graph is compiled once per *plan*, the tuple of what each of its weights
+needs: training or evaluation, finishing, with or without a probe. Which plan holds is decided at every call by looking at
+the weights that come in, since one compiled graph serves many modules, and nothing but the weights tells them apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._functorch.config
+from functorch.compile import nop
+from torch import Tensor, fx
+from torch._dynamo import trace_rules
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.external_utils import wrap_inline
+from torch._dynamo.symbolic_convert import InstructionTranslator, tls
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+
+from lotion_fx.passes.curvature import resolve_curvature
+from lotion_fx.passes.smooth import Plan, attach, smooth
+from lotion_fx.passes.usage import Use, weight_uses
+from lotion_fx.state import Weight, registry
+
+INNERS = ("inductor", "aot_eager", "eager")
+compiles: Counter[str] = Counter()
+"""How many graphs each inner compiler was given, for tests and for the curious."""
+
+_PACKAGE = Path(__file__).parent
+_SOURCES = tuple(
+    sorted(str(path) for path in (*Path(attach.__code__.co_filename).parent.glob("*.py"), *_PACKAGE.glob("[fr]o*.py")))
+)
+
+
+class CurvaturePass(CustomGraphPass):
+    """`passes.curvature` as Inductor runs it. Its configuration is in the graph itself, so the uuid hashes the code."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        resolve_curvature(graph)
+
+    def uuid(self) -> Any:
+        return get_hash_for_files(_SOURCES, extra="lotion_fx.curvature")
+
+
+def _partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The partition function of the `aot_eager` inner compiler, which has no passes of its own."""
+    resolve_curvature(joint.graph)
+    joint.recompile()
+    return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What `torch.compile(backend=...)` is given. Equal backends share compiled code across modules.
+
+    Args:
+        inner: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+        mode, options: torch.compile's own, for Inductor; options as sorted pairs.
+        adopt: called with (name, owner, attribute, parameter) for each parameter that no `transform` registered.
+    """
+
+    inner: str = "inductor"
+    mode: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    adopt: Callable[[str, torch.nn.Module, str, Tensor], None] | None = None
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        return Variants(self, gm, example_inputs)
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Hands a graph of torch functions to the inner compiler."""
+        compiles[self.inner] += 1
+        if self.inner == "eager":
+            return gm.forward
+        if self.inner == "aot_eager":
+            return aot_autograd(fw_compiler=nop, partition_fn=_partition)(gm, inputs)
+        return compile_fx(gm, inputs, config_patches=self._inductor_options())
+
+    def _inductor_options(self) -> dict[str, Any]:
+        options = dict(torch._inductor.list_mode_options(self.mode)) if self.mode else {}
+        options.update(self.options)
+        theirs = options.get("joint_custom_pre_pass") or ()
+        theirs = theirs if isinstance(theirs, (list, tuple)) else (theirs,)
+        options["joint_custom_pre_pass"] = [CurvaturePass(), *theirs] if theirs else CurvaturePass()
+        # Our node is as cacheable as its source: without this AOTAutograd's cache steps aside for the whole graph.
+        options["unsafe_marked_cacheable_functions"] = {
+            **torch._inductor.config.unsafe_marked_cacheable_functions,
+            f"{smooth.__module__}.{smooth.__name__}": get_hash_for_files(_SOURCES, extra="smooth").hex(),
+        }
+        return options
+
+
+def compile_in_place(module: torch.nn.Module, backend: Backend, **options: Any) -> None:
+    """`nn.Module.compile`, also for a bare `nn.Sequential`: that one does nothing for a forward defined in torch itself."""
+    call = module._call_impl
+    if trace_rules.check(module.forward):
+        call = wrap_inline(call)
+    module._compiled_call_impl = torch.compile(call, backend=backend, **options)
+
+
+class Variants:
+    """One Dynamo graph, compiled once for each plan that its weights were seen to need."""
+
+    def __init__(self, backend: Backend, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        self.backend, self.gm = backend, gm
+        self.context = TracingContext.try_get()
+        nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self.inputs = [_fake(x, self.context) for x in example_inputs]  # kept: every variant must reuse their symbols
+        live = [_live(node, x) for node, x in zip(nodes, example_inputs, strict=True)]
+        if backend.adopt:
+            for node, x in zip(nodes, live, strict=True):
+                _adopt(backend.adopt, node, x)
+        self.candidates = [i for i, x in enumerate(live) if registry[x] is not None] if _any_tensor(live) else []
+        self.uses = _uses(gm, example_inputs, self.candidates)
+        for index in self.candidates:
+            self._weight(live[index], index)
+        self.compiled: dict[tuple[Any, ...], tuple[Callable[..., Any], list[int]]] = {}
+        self._variant(self._plans(live))
+
+    def __call__(self, *args: Any) -> Any:
+        run, probed = self._variant(self._plans(args))
+        if not probed:
+            return run(*args)
+        probes = [_probe(self._weight(args[i], i), args[i]) for i in probed]
+        out = run(*args, *probes)
+        if self.backend.inner == "eager":
+            _count_rows(out, probed_by=self._weight(args[probed[0]], probed[0]))
+        return out
+
+    def _weight(self, tensor: Any, index: int) -> Weight:
+        """The weight that this argument is. One that shares another's graph is used as the other is."""
+        weight = registry[tensor]
+        assert weight is not None
+        weight.learn(self.uses[index])
+        return weight
+
+    def _plans(self, args: Sequence[Any]) -> dict[int, Plan]:
+        with_grad, plans = torch.is_grad_enabled(), {}
+        for index in self.candidates:
+            tensor = args[index]
+            if registry[tensor] is not None:
+                plan = self._weight(tensor, index).plan(with_grad, tensor.requires_grad)
+                if plan is not None:
+                    plans[index] = plan
+        return plans
+
+    def _variant(self, plans: Mapping[int, Plan]) -> tuple[Callable[..., Any], list[int]]:
+        key = tuple(plans.items())
+        if key not in self.compiled:
+            with contextlib.nullcontext() if TracingContext.try_get() or not self.context else tracing(self.context):
+                self.compiled[key] = self._compile(plans)
+        return self.compiled[key]
+
+    def _compile(self, plans: Mapping[int, Plan]) -> tuple[Callable[..., Any], list[int]]:
+        gm, probed = attach(self.gm, plans)
+        for node in gm.graph.nodes:
+            if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
+                node._dynamo_source = None
+        inputs = [*self.inputs, *(_fake_probe(self.inputs[i], plans[i]) for i in probed)]
+        return self.backend.compile(gm, inputs), probed
+
+
+def _any_tensor(values: Iterable[Any]) -> bool:
+    return any(isinstance(x, Tensor) for x in values)
+
+
+def _live(node: fx.Node, example: Any) -> Any:
+    """The tensor behind a placeholder. DDP's graph splitter hands over fakes: then Dynamo's source expression tells."""
+    source = getattr(node, "_dynamo_source", None)
+    if not isinstance(example, FakeTensor) or source is None:
+        return example
+    scope = _scope()
+    try:
+        return eval(source.name, {"L": scope[0], "G": scope[1]}) if scope else example
+    except Exception:  # a source that is no plain expression is no parameter's
+        return example
+
+
+def _scope() -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The local and global names of the frame that Dynamo is compiling."""
+    if getattr(tls, "current_tx", None) is None:
+        return None
+    output = InstructionTranslator.current_tx().output
+    return output.local_scope, output.global_scope
+
+
+def _adopt(adopt: Callable[..., None], node: fx.Node, value: Any) -> None:
+    """Registers a parameter that came in through ``torch.compile(model, backend="lotion_fx")``."""
+    source, scope = getattr(node, "_dynamo_source", None), _scope()
+    if not isinstance(value, torch.nn.Parameter) or registry[value] is not None or source is None or scope is None:
+        return
+    owner, _, attribute = source.name.rpartition("._parameters[")
+    if not owner:
+        return
+    path = owner.replace("._modules['", ".").replace("']", "")
+    prefix = path.partition(".")[2]
+    attribute = attribute.strip("'\"]")
+    module = eval(owner, {"L": scope[0], "G": scope[1]})
+    adopt(f"{prefix}.{attribute}" if prefix else attribute, module, attribute, value)
+
+
+def _fake(value: Any, context: TracingContext | None) -> Any:
+    """What AOTAutograd would make of an example input, made beforehand and by the same rule."""
+    mode = context.fake_mode if context else None
+    if context is None or mode is None or not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+        return value
+    symbolic = context.tensor_to_context.get(value)
+    source = symbolic.tensor_source if symbolic else None
+    return mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=symbolic is None)
+
+
+def _uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> dict[int, list[Use]]:
+    """Runs `passes.usage` on sizes as they are: no guard may come from it."""
+    if not weights:
+        return {}
+    with FakeTensorMode() as mode:
+        return weight_uses(gm, [_concrete(x, mode) for x in inputs], weights)
+
+
+def _concrete(value: Any, mode: FakeTensorMode) -> Any:
+    if not isinstance(value, FakeTensor):
+        return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+    sizes = [int(size) if isinstance(size, int) else size.node.hint for size in value.shape]
+    made = torch.empty(sizes, dtype=value.dtype, device=value.device)
+    return torch.nn.Parameter(made) if isinstance(value, torch.nn.Parameter) else made
+
+
+def _probe(weight: Weight, tensor: Tensor) -> Tensor:
+    """The weight's probe for one more forward; what it gathered is dropped where the step it was for never came."""
+    size, master = weight.layout.size, weight.master() if weight.master else None
+    if weight.probe is None or weight.probe.numel() != size or weight.probe.device != tensor.device:
+        weight.probe = torch.zeros(size, device=tensor.device, requires_grad=True)
+        weight.probe.register_post_accumulate_grad_hook(lambda _: _fired(weight))
+    if master is not None and master.grad is None and weight.probe.grad is not None:
+        weight.drop_probe()
+    weight.smoothing.group = _active_data_parallel_group()
+    return weight.probe
+
+
+def _fired(weight: Weight) -> None:
+    """Notes that a weight's curvature arrived. The first one of a step is nearest the loss, and tells T."""
+    weight.fires += 1
+    smoothing = weight.smoothing
+    if not smoothing.in_backward:
+        smoothing.in_backward, smoothing.terms = True, None
+        smoothing.first = smoothing.first or weight
+        _after_backward(smoothing.backward_is_over)
+
+
+def _after_backward(callback: Callable[[], None]) -> None:
+    """Runs a callback when the backward pass under way is over, after DDP's and FSDP's own."""
+    engine = torch.autograd.Variable._execution_engine
+    engine.queue_callback(lambda: engine.queue_callback(callback))
+
+
+def _count_rows(outputs: Any, probed_by: Weight) -> None:
+    """Without a joint graph, T is the number of rows with non-zero gradient in the first output that has rows."""
+    rows = next((x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad and x.dim() > 1), None)
+    if rows is not None:
+        rows.register_hook(probed_by.smoothing.count_rows)
+
+
+def _fake_probe(weight: Any, plan: Plan) -> Tensor:
+    assert plan.layout is not None
+    mode = weight.fake_mode if isinstance(weight, FakeTensor) else None
+    probe = torch.zeros(plan.layout.size, device=weight.device, requires_grad=True)
+    return mode.from_tensor(probe, static_shapes=True) if mode else probe
+
+
+def compile_function(function: Callable[..., Any], args: Sequence[Any], inner: str) -> Callable[..., Any]:
+    """Compiles a function of tensors that updates some of them in place, without guards.
+
+    Args:
+        function: takes ``args`` as they are, tensors in one flat sequence.
+        args: example tensors; shapes, dtypes and devices are fixed by them.
+        inner: ``"inductor"``; anything else runs the function as it is.
+    """
+    if inner != "inductor":
+        return function
+    with torch.no_grad(), FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x, static_shapes=True) for x in args]
+        gm = make_fx(function)(*fakes)
+    compiles["update"] += 1
+    with torch.no_grad():
+        return compile_fx(gm, list(args))
+
+
+def _active_data_parallel_group() -> Any:
+    """The process group of the DistributedDataParallel module whose forward is running, None outside of one."""
+    module = DistributedDataParallel._get_active_ddp_module()
+    return module.process_group if module is not None else None
+
+
+def local_span(parameter: DTensor) -> tuple[int, int]:
+    """[start, stop) of dimension 0 in this rank's shard of a parameter sharded along it."""
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    if tuple(shape[1:]) != tuple(parameter.shape[1:]):
+        raise ValueError(f"parameter of shape {tuple(parameter.shape)}: only sharding along dimension 0 is supported")
+    return offset[0], offset[0] + shape[0]
+
+
+_grad_scales: weakref.WeakKeyDictionary[torch.optim.Optimizer, Tensor] = weakref.WeakKeyDictionary()
+
+
+def take_grad_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """The loss scale that a GradScaler divided out of this optimizer's gradients for the step under way."""
+    return _grad_scales.pop(optimizer, None)
+
+
+def watch_grad_scaler() -> None:
+    """Makes `torch.amp.GradScaler.unscale_` note the scale: nothing public tells it to an optimizer's hook."""
+    original = torch.amp.GradScaler.unscale_
+    if getattr(original, "_lotion_fx", False):
+        return
+
+    def unscale_(self: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        if self.is_enabled() and self._scale is not None:
+            _grad_scales[optimizer] = self._scale.clone()
+        original(self, optimizer)
+
+    unscale_._lotion_fx = True  # type: ignore[attr-defined]
+    torch.amp.GradScaler.unscale_ = unscale_  # type: ignore[method-assign]

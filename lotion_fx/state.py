@@ -1,0 +1,260 @@
+"""What is remembered about each smoothed weight, and how a tensor seen anywhere is recognized as that weight.
+
+A weight is identified by the module and attribute that own it, never by its storage: FSDP2 hands the compiled graph a
+temporary unsharded parameter and the optimizer a sharded one, both of which its module owns at some moment.
+Nothing here is reachable from the model, so `state_dict`, `deepcopy` and pickling see a plain model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lotion_fx.formats import Format
+from lotion_fx.passes.probe import Code, Layout
+from lotion_fx.passes.smooth import LATENT, RR, STE, STE_SCALE, Plan
+from lotion_fx.passes.usage import CONTRACTION, EMBEDDING, Use
+
+METHODS = {"ptq": LATENT, "ste": STE, "ste_scale": STE_SCALE, "rr": RR, "lotion": LATENT}
+CURVATURES = ("factored", "full", "fisher")
+_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.GroupNorm)
+
+
+@dataclass(eq=False)
+class Smoothing:
+    """The settings of one transformed model, and where its training stands."""
+
+    method: str
+    strength: float
+    curvature: str
+    inner: str
+    decay: float = 0.99
+    finish: float | None = None
+    total_steps: int | None = None
+    finish_term: bool = True
+    finishing: bool = False
+    steps: int = 0
+    override: str | None = None  # the forward inside `full_precision` or `randomized`
+    weights: list[Weight] = field(default_factory=list)
+    first: Weight | None = None  # the weight whose curvature came first in this backward: nearest the loss
+    terms: Tensor | None = None  # T of the step under way
+    rows: Tensor | None = None  # T of the step as counted at the outputs, where no joint graph counts it
+    in_backward: bool = False
+    entered: bool = False  # the term came in through `penalty` and its backward ran
+    snapshot: dict[Weight, Tensor] = field(default_factory=dict)  # a few gradients as backward left them
+    group: Any = None  # DistributedDataParallel's process group
+
+    @property
+    def forward_mode(self) -> str:
+        """The training forward: by method, or rounded with the scale differentiated once finishing."""
+        return STE_SCALE if self.finishing else METHODS[self.method]
+
+    @property
+    def has_term(self) -> bool:
+        return self.method == "lotion" and (self.finish_term or not self.finishing)
+
+    def count_rows(self, grad: Tensor) -> None:
+        """Adds the rows with non-zero gradient to T; a hook on an output, the first one of a backward counts."""
+        if not self.in_backward:
+            count = grad.flatten(0, -2).ne(0).any(-1).sum().float()
+            self.rows = count if self.rows is None else self.rows + count
+
+    def backward_is_over(self) -> None:
+        """Samples the gradients that Fisher curvature will read, so that later clipping can be divided out."""
+        self.in_backward = False
+        for weight in self.weights:
+            master = weight.master() if weight.master else None
+            if weight.code is not Code.ANALYTIC and master is not None and master.grad is not None:
+                self.snapshot[weight] = sample(master.grad).clone()
+
+
+@dataclass(eq=False)
+class Weight:
+    """One parameter of a transformed model.
+
+    Args:
+        name: its qualified name.
+        owners: every (module, attribute) that holds it; more than one where it is tied.
+        format: None where it stays in full precision.
+        excluded: why, if that is known beforehand.
+        forced: it was asked for by name, so no use of it can deselect it.
+        uses: what the graphs do with it; None until a graph was seen.
+        ema: float32 ``[payload | mass]``, see `objective`; None before the first step.
+    """
+
+    name: str
+    owners: list[tuple[weakref.ref[nn.Module], str]]
+    smoothing: Smoothing
+    format: Format | None
+    excluded: str = ""
+    forced: bool = False
+    shape: tuple[int, ...] = ()
+    uses: list[Use] | None = None
+    op: str = ""
+    probe: Tensor | None = None
+    ema: Tensor | None = None
+    code: Code | None = None
+    fires: int = 0
+    steps: int = 0
+    strength: float = 1.0
+    master: weakref.ref[Tensor] | None = None  # the parameter that the optimizer steps
+    plans: dict[tuple[str, bool], Plan | None] = field(default_factory=dict)
+
+    def held(self) -> Tensor | None:
+        """The tensor that the owner holds now (sharded or not), None if it is gone."""
+        for ref, attribute in self.owners:
+            module = ref()
+            if module is not None and isinstance(tensor := module._parameters.get(attribute), Tensor):
+                return tensor
+        return None
+
+    @property
+    def training(self) -> bool:
+        return any(module.training for ref, _ in self.owners if (module := ref()) is not None)
+
+    @property
+    def contraction(self) -> Use | None:
+        """The use that fixes blocks and factors: the first contraction whose axis is known, else the first use."""
+        uses = self.uses or []
+        known = [use for use in uses if use.kind == CONTRACTION]
+        return next((use for use in known if use.axis is not None), (known or uses or [None])[0])
+
+    @property
+    def axis(self) -> int:
+        """The dimension that blocks run along; the last one where no graph tells."""
+        use = self.contraction
+        return len(self.shape) - 1 if use is None or use.axis is None else use.axis
+
+    @property
+    def layout(self) -> Layout:
+        use, kind = self.contraction, self.smoothing.curvature
+        groups, rows = (use.groups, use.rows) if use else (1, self.shape[0])
+        return Layout("none" if kind == "fisher" else kind, self.shape, groups, rows)
+
+    @property
+    def why_not(self) -> str:
+        """Why this weight is not quantized; empty if it is."""
+        if self.format is None or self.forced:
+            return "" if self.format else self.excluded
+        if self.uses is None:
+            modules = [ref() for ref, _ in self.owners]
+            return "a lookup table or norm" if any(isinstance(m, _LOOKUPS + _NORMS) for m in modules) else ""
+        kinds = {use.kind for use in self.uses}
+        if EMBEDDING in kinds:
+            return "embedding, tied to a contraction" if CONTRACTION in kinds else "embedding"
+        if CONTRACTION not in kinds:
+            return "reaches no contraction" + (f": used by {self.uses[0].op}" if self.uses else ": unused")
+        return ""
+
+    @property
+    def selected(self) -> bool:
+        return self.format is not None and not self.why_not
+
+    def plan(self, with_grad: bool, requires_grad: bool) -> Plan | None:
+        """What its node does in the next forward; None where it needs no node.
+
+        Args:
+            with_grad: whether autograd records.
+            requires_grad: whether the weight does.
+        """
+        smoothing = self.smoothing
+        mode = smoothing.override or (smoothing.forward_mode if self.training else STE)
+        probing = with_grad and requires_grad and self.training and not smoothing.override and smoothing.has_term
+        if (mode, probing) not in self.plans:
+            name = self.format.name if self.format and self.selected else None
+            layout = self.layout if probing else None
+            self.plans[mode, probing] = Plan(mode, name, self.axis, layout) if name else None
+        plan = self.plans[mode, probing]
+        return None if plan is None or plan.is_identity else plan
+
+    def learn(self, uses: list[Use]) -> None:
+        """Adds the uses that one more graph makes of this weight."""
+        if self.uses is None or any(use not in self.uses for use in uses):
+            self.uses = list(dict.fromkeys([*(self.uses or []), *uses]))
+            self.plans.clear()
+
+    def drop_probe(self) -> None:
+        """Forgets what the probe gathered since the last step."""
+        self.fires = 0
+        if self.probe is not None:
+            self.probe.grad = None
+
+
+def sample(grad: Tensor, count: int = 32) -> Tensor:
+    """A view of up to ``count`` evenly spaced elements of a gradient, of its local shard if it is a DTensor."""
+    flat = local_of(grad).reshape(-1)
+    return flat[:: max(1, flat.numel() // count)][:count]
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """A tensor's values on this rank, detached: the local shard of a DTensor, else the tensor."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+class Registry:
+    """Every weight under smoothing, by owner, with a cache by tensor identity."""
+
+    def __init__(self) -> None:
+        self.owned: weakref.WeakKeyDictionary[nn.Module, dict[str, Weight]] = weakref.WeakKeyDictionary()
+        self._seen: dict[int, tuple[weakref.ref[Tensor], Weight | None]] = {}
+
+    def add(self, weight: Weight) -> None:
+        for ref, attribute in weight.owners:
+            module = ref()
+            assert module is not None
+            self.owned.setdefault(module, {})[attribute] = weight
+        self._seen.clear()
+
+    def discard(self, weight: Weight) -> None:
+        for ref, attribute in weight.owners:
+            if (module := ref()) is not None:
+                self.owned.get(module, {}).pop(attribute, None)
+        self._seen.clear()
+
+    def __getitem__(self, tensor: Any) -> Weight | None:
+        """The weight that this tensor is right now, None if it is none."""
+        hit = self._seen.get(id(tensor))
+        if hit is not None and hit[0]() is tensor:
+            return hit[1]
+        found = next((w for w, held in self._held() if held is tensor), None)
+        self._seen[id(tensor)] = (weakref.ref(tensor), found)
+        return found
+
+    def _held(self) -> Iterator[tuple[Weight, Any]]:
+        for module, attributes in self.owned.items():
+            for attribute, weight in attributes.items():
+                yield weight, module._parameters.get(attribute)
+
+
+registry = Registry()
+
+
+def smoothings_of(model: nn.Module) -> list[Smoothing]:
+    """Every `Smoothing` that some weight of this model is under, in order of first appearance."""
+    found: dict[Smoothing, None] = {}
+    for module in model.modules():
+        for weight in registry.owned.get(module, {}).values():
+            found[weight.smoothing] = None
+    return list(found)
+
+
+def weights_of(model: nn.Module) -> list[Weight]:
+    """Every weight of this model under smoothing, selected or not; raises if there is none."""
+    found: dict[Weight, None] = {}
+    for module in model.modules():
+        found.update(dict.fromkeys(registry.owned.get(module, {}).values()))
+    if not found:
+        raise ValueError(
+            f"model: this {type(model).__name__} is not under lotion_fx; call lotion_fx.transform(model) first, "
+            "or run it once if it was compiled with torch.compile(model, backend='lotion_fx'). A deepcopy is plain."
+        )
+    return list(found)
+
+

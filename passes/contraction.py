@@ -1,0 +1,290 @@
+"""Contraction rules: for each op that makes a weight's gradient, how its contraction of squares is emitted.
+
+A weight gradient is a sum over positions n of two operands, the output's gradient g and the input x,
+
+    grad[e, p, q] = sum_n left[e, n, p] * right[e, n, q]        e: group (batch, expert, convolution group)
+
+and the weight's curvature, up to the factor T, is the same contraction of squares. A rule says it in two ways: in full,
+``h[e, p, q]``, by the op itself on squared operands, and factored, ``h[e, p, q] ~ left[e, p] * right[e, q] / count[e]``,
+by sums alone. To teach the pass an op, add one function decorated with `rule`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+GROUP, LEFT, RIGHT = "group", "left", "right"
+
+
+class Atom(NamedTuple):
+    """Part of one dimension of a gradient: ``size`` steps of ``stride`` along the group, left or right index."""
+
+    axis: str
+    size: int
+    stride: int = 1
+
+
+class Factors(NamedTuple):
+    """``h[e, p, q] ~ left[e, p] * right[e, q] / count[e]``, three float32 nodes [E, P], [E, Q], [E]."""
+
+    left: fx.Node
+    right: fx.Node
+    count: fx.Node
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """What a rule says of one node.
+
+    Args:
+        operands: the two factors of the sum, the output's gradient and the input, in the op's order.
+        full: emits h in the gradient's shape and in any dtype.
+        dims: the gradient's dimensions, each a tuple of atoms; empty where the op has no natural factors.
+        factors: emits the factors.
+    """
+
+    operands: tuple[fx.Node, fx.Node]
+    full: Callable[[], fx.Node]
+    dims: tuple[tuple[Atom, ...], ...] = ()
+    factors: Callable[[], Factors] | None = None
+
+
+Rule = Callable[[fx.Node], Contraction]
+CONTRACTIONS: dict[Any, Rule] = {}
+
+
+def rule(op: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
+    """Registers the rule of one op."""
+
+    def register(function: Rule) -> Rule:
+        CONTRACTIONS[op] = function
+        return function
+
+    return register
+
+
+def contraction_at(node: fx.Node) -> Contraction | None:
+    """The contraction whose result the node is, if it is one."""
+    if node.target is operator.getitem and node.args[1] == 1:
+        made_by = node.all_input_nodes[0]
+        return _convolution(made_by) if made_by.target is aten.convolution_backward.default else None
+    if node.target is aten.mul.Tensor:
+        return _outer(node)
+    return CONTRACTIONS[node.target](node) if node.target in CONTRACTIONS else None
+
+
+def emit(graph: fx.Graph, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node at the graph's insertion point, its fake value computed by the op itself."""
+    node = graph.call_function(op, args, kwargs)
+    values: Any = fx.node.map_arg((args, kwargs), lambda argument: argument.meta["val"])
+    node.meta["val"] = op(*values[0], **values[1])
+    # Without the tag a partitioner could take squares of activations for forward values, and save them beside those.
+    node.meta["partitioner_tag"] = "must_be_in_backward"
+    return node
+
+
+def after(node: fx.Node) -> fx.Node:
+    """Where to insert what is made of a node: before the next one that is no input."""
+    node = node.next
+    while node.op == "placeholder":
+        node = node.next
+    return node
+
+
+def to_float(node: fx.Node) -> fx.Node:
+    """The node in float32."""
+    if node.meta["val"].dtype == torch.float32:
+        return node
+    return emit(node.graph, aten._to_copy.default, node, dtype=torch.float32)
+
+
+def square(node: fx.Node) -> fx.Node:
+    """The node squared in float32, for sums."""
+    node = to_float(node)
+    return emit(node.graph, aten.mul.Tensor, node, node)
+
+
+def square_operand(node: fx.Node) -> fx.Node:
+    """The node squared for a matrix product: float16, which would underflow, in float32, others in their own dtype."""
+    return square(node) if node.meta["val"].dtype == torch.float16 else emit(node.graph, aten.mul.Tensor, node, node)
+
+
+def size(node: fx.Node, dim: int) -> int | fx.Node:
+    """A dimension's length, a node where it is symbolic."""
+    length = node.meta["val"].shape[dim]
+    return length if isinstance(length, int) else emit(node.graph, aten.sym_size.int, node, dim)
+
+
+def constant(like: fx.Node, shape: list[int], *values: Any) -> fx.Node:
+    """Float32 tensor filled with the product of the values, which may be symbolic."""
+    graph, product = like.graph, values[0]
+    for value in values[1:]:
+        both_known = isinstance(product, int) and isinstance(value, int)
+        product = product * value if both_known else emit(graph, operator.mul, product, value)
+    return emit(graph, aten.new_full.default, like, shape, product, dtype=torch.float32)
+
+
+def _shape(node: fx.Node) -> torch.Size:
+    return node.meta["val"].shape
+
+
+@rule(aten.mm.default)
+def _mm(node: fx.Node) -> Contraction:
+    """[P, N] @ [N, Q]: one group."""
+    a, b = node.args
+    graph = node.graph
+
+    def full() -> fx.Node:
+        return emit(graph, aten.mm.default, square_operand(a), square_operand(b))
+
+    def factors() -> Factors:
+        left = emit(graph, aten.sum.dim_IntList, square(a), [1])
+        right = emit(graph, aten.sum.dim_IntList, square(b), [0])
+        unsqueeze = aten.unsqueeze.default
+        return Factors(emit(graph, unsqueeze, left, 0), emit(graph, unsqueeze, right, 0), constant(a, [1], size(a, 1)))
+
+    rows, cols = _shape(node)
+    return Contraction((a, b), full, ((Atom(LEFT, rows),), (Atom(RIGHT, cols),)), factors)
+
+
+@rule(aten.bmm.default)
+def _bmm(node: fx.Node) -> Contraction:
+    """[E, P, N] @ [E, N, Q]: a group for each matrix of the stack."""
+    a, b = node.args
+    graph = node.graph
+    groups, rows, cols = _shape(node)
+
+    def full() -> fx.Node:
+        return emit(graph, aten.bmm.default, square_operand(a), square_operand(b))
+
+    def factors() -> Factors:
+        left = emit(graph, aten.sum.dim_IntList, square(a), [2])
+        right = emit(graph, aten.sum.dim_IntList, square(b), [1])
+        return Factors(left, right, constant(a, [size(a, 0)], size(a, 2)))
+
+    return Contraction((a, b), full, ((Atom(GROUP, groups),), (Atom(LEFT, rows),), (Atom(RIGHT, cols),)), factors)
+
+
+def _outer(node: fx.Node) -> Contraction | None:
+    """[..., P, 1] * [..., 1, Q]: one position, which decompositions write as a product; None for any other product."""
+    graph, pair = node.graph, node.args
+    if not all(isinstance(operand, fx.Node) and len(_shape(operand)) == len(_shape(node)) for operand in pair):
+        return None
+    is_left = [len(_shape(operand)) in (2, 3) and _is_one(_shape(operand)[-1]) for operand in pair]
+    is_right = [len(_shape(operand)) in (2, 3) and _is_one(_shape(operand)[-2]) for operand in pair]
+    if not (is_left[0] and is_right[1]) and not (is_left[1] and is_right[0]):
+        return None
+    a, b = pair if is_left[0] and is_right[1] else reversed(pair)
+
+    def factors() -> Factors:
+        left, right = emit(graph, aten.squeeze.dim, square(a), -1), emit(graph, aten.squeeze.dim, square(b), -2)
+        if len(_shape(node)) == 2:
+            left, right = (emit(graph, aten.unsqueeze.default, vector, 0) for vector in (left, right))
+        return Factors(left, right, constant(a, [size(left, 0)], 1))
+
+    *groups, rows, cols = _shape(node)
+    dims = (*((Atom(GROUP, group),) for group in groups), (Atom(LEFT, rows),), (Atom(RIGHT, cols),))
+    full = lambda: emit(graph, aten.mul.Tensor, square_operand(a), square_operand(b))  # noqa: E731
+    return Contraction((a, b), full, dims, factors)
+
+
+def _is_one(length: Any) -> bool:
+    return isinstance(length, int) and length == 1
+
+
+@rule(aten.mv.default)
+def _mv(node: fx.Node) -> Contraction:
+    """[P, N] @ [N]: the gradient of a weight that is a vector."""
+    a, b = node.args
+    return Contraction((a, b), lambda: emit(node.graph, aten.mv.default, square_operand(a), square_operand(b)))
+
+
+@rule(aten._grouped_mm.default)
+def _grouped_mm(node: fx.Node) -> Contraction:
+    """[P, N] @ [N, Q] with the columns N cut into experts at ``offs``: a group for each expert, its own positions."""
+    a, b, offs = node.args[:3]
+    graph = node.graph
+
+    def full() -> fx.Node:
+        return emit(graph, aten._grouped_mm.default, square_operand(a), square_operand(b), offs)
+
+    def factors() -> Factors:
+        member = _membership(b, offs)
+        weights = to_float(member)
+        # Rows of no expert hold whatever memory held, and 0 * nan is nan: zero them before the sum.
+        known = emit(graph, aten.unsqueeze.default, emit(graph, aten.any.dim, member, 0), 1)
+        zero = constant(a, [], 0)
+        rows = [square(emit(graph, aten.permute.default, a, [1, 0])), square(b)]
+        left, right = (
+            emit(graph, aten.mm.default, weights, emit(graph, aten.where.self, known, r, zero)) for r in rows
+        )
+        return Factors(left, right, emit(graph, aten.sum.dim_IntList, weights, [1]))
+
+    if len(_shape(a)) != 2 or len(_shape(b)) != 2:
+        return Contraction((a, b), full)
+    groups, rows, cols = _shape(node)
+    return Contraction((a, b), full, ((Atom(GROUP, groups),), (Atom(LEFT, rows),), (Atom(RIGHT, cols),)), factors)
+
+
+def _membership(positions: fx.Node, offs: fx.Node) -> fx.Node:
+    """Boolean [E, N]: whether position n lies in expert e, of ends ``offs`` [E]."""
+    graph = positions.graph
+    ones = emit(graph, aten.new_full.default, offs, [size(positions, 0)], 1)
+    index = emit(graph, aten.sub.Tensor, emit(graph, aten.cumsum.default, ones, 0), 1)
+    ends = emit(graph, aten.unsqueeze.default, offs, 1)
+    starts = emit(graph, aten.constant_pad_nd.default, emit(graph, aten.slice.Tensor, ends, 0, 0, -1), [0, 0, 1, 0])
+    above = emit(graph, aten.ge.Tensor, index, starts)
+    return emit(graph, aten.bitwise_and.Tensor, above, emit(graph, aten.lt.Tensor, index, ends))
+
+
+@rule(aten.convolution_backward.default)
+def _convolution(node: fx.Node) -> Contraction:
+    """Output 1 of the op. Rows are the weight's first dimension, [O, I/g, k...] or, transposed, [I, O/g, k...].
+
+    The columns' sum is over the windows that the kernel really saw: the op itself, with ones of one channel a group for
+    the operand that the rows come from.
+    """
+    g, x, weight, _, *geometry, transposed, _, groups, _ = node.args
+    graph = node.graph
+    by_row, by_col = (x, g) if transposed else (g, x)
+    mask = [False, True, False]
+
+    def gradient(g: fx.Node, x: fx.Node, weight: fx.Node) -> fx.Node:
+        args = (
+            g,
+            x,
+            to_float(weight) if g.meta["val"].dtype == torch.float32 else weight,
+            None,
+            *node.args[4:10],
+            mask,
+        )
+        return emit(graph, operator.getitem, emit(graph, aten.convolution_backward.default, *args), 1)
+
+    def full() -> fx.Node:
+        return gradient(square_operand(g), square_operand(x), weight)
+
+    def factors() -> Factors:
+        dims = [0, *range(2, len(_shape(by_row)))]
+        left = emit(graph, aten.sum.dim_IntList, square(by_row), dims)
+        windows = emit(graph, aten.sum.dim_IntList, square(by_col), [0], True)
+        spatial = [size(by_row, dim) for dim in dims[1:]]
+        ones = emit(graph, aten.new_full.default, windows, [1, groups, *spatial], 1.0)
+        one_row = emit(graph, aten.slice.Tensor, weight, 0, 0, groups)
+        right = gradient(*((windows, ones) if transposed else (ones, windows)), one_row)
+        shape = [groups, -1]
+        left, right = (emit(graph, aten.reshape.default, vector, shape) for vector in (left, right))
+        return Factors(left, right, constant(left, [groups], *(size(by_row, dim) for dim in dims)))
+
+    rows, *cols = _shape(weight)
+    inner, right_dims = 1, []
+    for length in reversed(cols):
+        right_dims.insert(0, (Atom(RIGHT, length, inner),))
+        inner *= length
+    return Contraction((g, x), full, ((Atom(GROUP, groups), Atom(LEFT, rows // groups)), *right_dims), factors)

@@ -1,0 +1,142 @@
+"""Resolve: how each weight's gradient is made, read off the joint graph, and its curvature made in the same way.
+
+`smooth` leaves one `lotion_fx::curvature(grad)` a weight. From ``grad`` the pass walks back through whatever is linear
+and free of the weight (views, casts, slices, scatters, sums of uses) down to the contractions of output gradient and
+input, and emits the same path on squares. That the other operand is one the weight met in the forward pass, and no
+function of the weight itself, proves the op linear in the weight. What ends anywhere else takes the Fisher form.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lotion_fx.passes.contraction import after, emit
+from lotion_fx.passes.factors import factored
+from lotion_fx.passes.joint import JointGraph, Uses
+from lotion_fx.passes.path import Path, Stop, find_path, squares
+from lotion_fx.passes.probe import Code, Layout
+from lotion_fx.passes.terms import loss_terms
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What the pass found for one weight.
+
+    Args:
+        code: how the curvature was made.
+        op: the contractions found, joined by ``+``, or the op that stopped the walk.
+        uses: number of contractions found.
+        reason: why it takes the Fisher form; empty where it does not.
+    """
+
+    code: Code
+    op: str
+    uses: int
+    reason: str
+
+
+BY_CHOICE = Resolution(Code.BY_CHOICE, "", 0, Code.BY_CHOICE.reason)
+
+
+def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
+    """Replaces each ``lotion_fx::curvature`` node of a joint graph by its probe vector (see `passes.probe`).
+
+    Args:
+        graph: AOTAutograd's joint graph, functional, with ``meta["val"]`` on every node; rewritten in place.
+
+    Returns:
+        One `Resolution` for each curvature node, in the graph's order.
+    """
+    targets = [node for node in graph.nodes if node.target is torch.ops.lotion_fx.curvature.default]
+    if not targets:
+        return []
+    joint = JointGraph(graph)
+    uses = [joint.uses(_weight(joint, node)) for node in targets]
+    found = [_find(joint, use, node) for node, use in zip(targets, uses, strict=True)]
+    ends = [end for item in found if isinstance(item, Path) for end in item.ends()]
+    terms = loss_terms(joint, uses, ends)
+    resolutions = []
+    for node, item in zip(targets, found, strict=True):
+        # A weight used after the last contraction has its curvature before T is known.
+        late = terms is not None and node < terms
+        with graph.inserting_before(after(terms) if late else node):
+            vector, resolution = _vector(node, item, terms)
+        node.replace_all_uses_with(vector)
+        resolutions.append(resolution)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return resolutions
+
+
+def _find(joint: JointGraph, uses: Uses, node: fx.Node) -> Path | Stop | None:
+    """The path of one weight's gradient, or what stopped it; None where nobody asked."""
+    try:
+        return None if node.args[-3] == "none" else find_path(joint, uses, node.args[0])
+    except Stop as stop:
+        return stop
+
+
+def _vector(node: fx.Node, found: Path | Stop | None, terms: fx.Node | None) -> tuple[fx.Node, Resolution]:
+    """The probe vector that takes the node's place: payload, calls = 1, code, terms."""
+    graph, grad, (kind, groups, rows) = node.graph, node.args[0], node.args[-3:]
+    layout = Layout(kind, tuple(grad.meta["val"].shape), groups, rows)
+    if isinstance(found, Path):
+        payload, resolution = _payload(found, layout), _resolution(found)
+    else:
+        payload = [emit(graph, aten.new_zeros.default, grad, [layout.payload], dtype=torch.float32)]
+        resolution = Resolution(found.code, _name(found.node), 0, found.code.reason) if found else BY_CHOICE
+    header = [
+        emit(graph, aten.new_full.default, grad, [1], value, dtype=torch.float32) for value in (1, resolution.code)
+    ]
+    if terms is None:
+        last = emit(graph, aten.new_zeros.default, grad, [1], dtype=torch.float32)
+    else:
+        last = emit(graph, aten.reshape.default, terms, [1])
+    return emit(graph, aten.cat.default, [*payload, *header, last]), resolution
+
+
+def _payload(path: Path, layout: Layout) -> list[fx.Node]:
+    parts = [squares(path)] if layout.kind == "full" else factored(path, layout)
+    return [emit(path.node.graph, aten.reshape.default, part, [-1]) for part in parts]
+
+
+def _resolution(path: Path) -> Resolution:
+    names = [_name(end.below or end.node) for end in path.ends()]
+    return Resolution(Code.ANALYTIC, "+".join(dict.fromkeys(names)), len(names), "")
+
+
+def _name(node: fx.Node) -> str:
+    if node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return str(node.target).removeprefix("aten.").rsplit(".", 1)[0]
+
+
+def _weight(joint: JointGraph, node: fx.Node) -> fx.Node:
+    """The weight as `smooth` handed it on: the op's second argument, or else the primal whose gradient it is given."""
+    if len(node.args) == 5:
+        return _unviewed(node.args[1])
+    grad = _unviewed(node.args[0])
+    primals = [placeholder for placeholder in joint.placeholders if placeholder.name.startswith("primals_")]
+    (output,) = joint.graph.find_nodes(op="output")
+    for primal, returned in zip(reversed(primals), reversed(pytree.tree_leaves(output.args)), strict=False):
+        if isinstance(returned, fx.Node) and _unviewed(returned) is grad:
+            return primal
+    raise RuntimeError(f"no input of the joint graph has the gradient {grad.name}, of which {node.name} is asked")
+
+
+def _unviewed(node: Any) -> fx.Node:
+    """The node behind views that change nothing, which `smooth` and autograd put between a value and its uses."""
+    while node.target in {aten.alias.default, aten.detach.default, aten.view.default}:
+        behind = node.all_input_nodes[0]
+        if behind.meta["val"].shape != node.meta["val"].shape:
+            break
+        node = behind
+    return node

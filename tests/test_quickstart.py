@@ -1,0 +1,122 @@
+"""The quickstart's own parts: its data, model, arithmetic and table. What it trains is tested elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lotion_fx.cli import build
+from lotion_fx.examples import quickstart
+from lotion_fx.examples.quickstart import Row
+
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+def test_split_is_by_file_and_repeatable():
+    files = quickstart.source_files(STDLIB)
+    training, validation = quickstart.split_files(files)
+    assert not set(training) & set(validation)
+    assert sorted(training + validation) == files
+    assert quickstart.split_files(files) == (training, validation)
+    assert len(validation) == round(0.05 * len(files))
+
+
+def test_no_validation_file_is_a_copy_of_a_training_file():
+    training, validation = quickstart.split_files(quickstart.source_files(STDLIB))
+    seen = {path.read_bytes() for path in training}
+    assert not [path for path in validation if path.stat().st_size and path.read_bytes() in seen]
+
+
+def test_source_files_leaves_out_tests_and_installed_packages(tmp_path):
+    for name in ("test", "site-packages", "kept"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            (tmp_path / name / f"m{i}.py").touch()
+    assert {path.parent.name for path in quickstart.source_files(tmp_path)} == {"kept"}
+
+
+def test_too_few_source_files_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds 0 Python source files"):
+        quickstart.source_files(tmp_path)
+
+
+def test_vocabulary(tmp_path):
+    path = tmp_path / "all.py"
+    path.write_bytes(bytes(range(256)))
+    found = quickstart.tokens([path])
+    assert found.dtype == torch.int64
+    assert sorted(found.tolist()) == list(range(quickstart.VOCAB))
+    path.write_bytes(b"a\n\t\xff~")
+    assert quickstart.tokens([path]).tolist() == [ord("a") - 32, 95, 94]
+
+
+def test_windows_hold_inputs_and_the_next_token():
+    text = torch.arange(200)
+    window = quickstart.windows(text, torch.tensor([0, 100]))
+    assert window.shape == (2, quickstart.CONTEXT + 1)
+    assert torch.equal(window[1], torch.arange(100, 101 + quickstart.CONTEXT))
+
+
+def test_model_shapes_and_initial_loss():
+    torch.manual_seed(0)
+    model = quickstart.GPT()
+    batch = torch.randint(quickstart.VOCAB, (3, quickstart.CONTEXT + 1))
+    assert model(batch[:, :-1]).shape == (3, quickstart.CONTEXT, quickstart.VOCAB)
+    assert quickstart.next_token_loss(model, batch).item() == pytest.approx(math.log(quickstart.VOCAB), abs=0.3)
+
+
+def test_model_is_causal():
+    torch.manual_seed(0)
+    model, ids = quickstart.GPT(), torch.randint(quickstart.VOCAB, (1, quickstart.CONTEXT))
+    changed = ids.clone()
+    changed[:, 40:] = (ids[:, 40:] + 1) % quickstart.VOCAB
+    before, after = model(ids), model(changed)
+    assert torch.allclose(before[:, :40], after[:, :40], atol=1e-6)
+    assert not torch.allclose(before[:, 40:], after[:, 40:], atol=1e-3)
+
+
+def test_gap_recovered():
+    assert quickstart.gap_recovered(rtn=1.7, ptq=1.8, full=1.6) == pytest.approx(0.5)
+    assert quickstart.gap_recovered(rtn=1.8, ptq=1.8, full=1.6) == 0
+    assert quickstart.gap_recovered(rtn=1.9, ptq=1.8, full=1.6) < 0
+    assert math.isnan(quickstart.gap_recovered(rtn=1.7, ptq=1.6, full=1.6))
+
+
+def test_table_gives_mean_standard_error_and_share():
+    rows = []
+    for seed in (0, 1):
+        rows += [
+            Row("full_precision", "fp32", seed, None, None, 1.6, 10.0),
+            Row("ptq", "nvfp4", seed, 1.8 + 0.02 * seed, 1.9, 1.6, 10.0),
+            Row("lotion", "nvfp4", seed, 1.705, 1.71, 1.7, 12.0),
+        ]
+    full, ptq, lotion = quickstart.table(rows).splitlines()[2:]
+    assert full.split() == ["full", "precision", "1.600", "±", "0.000", "10"]
+    assert "1.810 ± 0.010" in ptq
+    assert lotion.split()[1:4] == ["1.705", "±", "0.000"]
+    assert "50%" in lotion
+
+
+def test_plot(tmp_path):
+    curve = [(step, 3.0 - step / 100) for step in range(10, 130, 10)]
+    quickstart.plot({"ptq": [curve], "lotion": [curve, curve]}, 1.5, "nvfp4", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.slow
+def test_quick_run_writes_rows_and_curves(tmp_path):
+    rows, curves = tmp_path / "rows.json", tmp_path / "curves.png"
+    arguments = ["quickstart", "--quick", "--steps", "30", "--json", str(rows), "--plot", str(curves)]
+    result = CliRunner().invoke(build(), arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    written = json.loads(rows.read_text())
+    assert [row["method"] for row in written] == ["full_precision", *quickstart.QUICK_METHODS.split(",")]
+    assert set(written[0]) == {"method", "fmt", "seed", "rtn", "rr", "fp", "seconds"}
+    assert all(math.isfinite(row["rtn"]) and math.isfinite(row["rr"]) for row in written[1:])
+    assert curves.exists()
