@@ -5,14 +5,14 @@ A weight gradient is a sum over positions n of two operands, the output's gradie
     grad[e, p, q] = sum_n left[e, n, p] * right[e, n, q]        e: group (batch, expert, convolution group)
 
 and the weight's curvature, up to the factor T, is the same contraction of squares. A rule says it in two ways: in full,
-``h[e, p, q]``, by the op itself on squared operands, and factored, ``h[e, p, q] ~ left[e, p] * right[e, q] / count[e]``,
+``h[e, p, q]``, by the op itself on squared operands, and factored, ``h[e, p, q] ~ left[e, p] right[e, q] / norm[e]``,
 by sums alone. To teach the pass an op, add one function decorated with `rule`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,11 +32,11 @@ class Atom(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """``h[e, p, q] ~ left[e, p] * right[e, q] / count[e]``, three float32 nodes [E, P], [E, Q], [E]."""
+    """``h[e, p, q] ~ left[e, p] * right[e, q] / norm[e]``, three float32 nodes [E, P], [E, Q], [E]."""
 
     left: fx.Node
     right: fx.Node
-    count: fx.Node
+    norm: fx.Node
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ def contraction_at(node: fx.Node) -> Contraction | None:
     return CONTRACTIONS[node.target](node) if node.target in CONTRACTIONS else None
 
 
+def arguments(node: fx.Node) -> Any:
+    """The node's positional arguments, which the op's schema types and FX does not."""
+    return node.args
+
+
 def emit(graph: fx.Graph, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A new node at the graph's insertion point, its fake value computed by the op itself."""
     node = graph.call_function(op, args, kwargs)
@@ -102,7 +107,14 @@ def to_float(node: fx.Node) -> fx.Node:
     """The node in float32."""
     if node.meta["val"].dtype == torch.float32:
         return node
-    return emit(node.graph, aten._to_copy.default, node, dtype=torch.float32)
+    return emit(node.graph, torch.ops.prims.convert_element_type.default, node, torch.float32)
+
+
+def filled(like: fx.Node, shape: list[Any], value: Any, dtype: torch.dtype | None = torch.float32) -> fx.Node:
+    """A filled tensor on ``like``'s device, of its dtype where ``dtype`` is None. Inductor lowers no ``new_full``."""
+    value_of = like.meta["val"]
+    options = {"dtype": dtype or value_of.dtype, "device": value_of.device, "pin_memory": False}
+    return emit(like.graph, aten.full.default, shape, value, **options)
 
 
 def square(node: fx.Node) -> fx.Node:
@@ -122,13 +134,13 @@ def size(node: fx.Node, dim: int) -> int | fx.Node:
     return length if isinstance(length, int) else emit(node.graph, aten.sym_size.int, node, dim)
 
 
-def constant(like: fx.Node, shape: list[int], *values: Any) -> fx.Node:
+def constant(like: fx.Node, shape: Sequence[int | fx.Node], *values: Any) -> fx.Node:
     """Float32 tensor filled with the product of the values, which may be symbolic."""
     graph, product = like.graph, values[0]
     for value in values[1:]:
         both_known = isinstance(product, int) and isinstance(value, int)
         product = product * value if both_known else emit(graph, operator.mul, product, value)
-    return emit(graph, aten.new_full.default, like, shape, product, dtype=torch.float32)
+    return filled(like, list(shape), product)
 
 
 def _shape(node: fx.Node) -> torch.Size:
@@ -138,7 +150,7 @@ def _shape(node: fx.Node) -> torch.Size:
 @rule(aten.mm.default)
 def _mm(node: fx.Node) -> Contraction:
     """[P, N] @ [N, Q]: one group."""
-    a, b = node.args
+    a, b = arguments(node)
     graph = node.graph
 
     def full() -> fx.Node:
@@ -157,7 +169,7 @@ def _mm(node: fx.Node) -> Contraction:
 @rule(aten.bmm.default)
 def _bmm(node: fx.Node) -> Contraction:
     """[E, P, N] @ [E, N, Q]: a group for each matrix of the stack."""
-    a, b = node.args
+    a, b = arguments(node)
     graph = node.graph
     groups, rows, cols = _shape(node)
 
@@ -174,24 +186,26 @@ def _bmm(node: fx.Node) -> Contraction:
 
 def _outer(node: fx.Node) -> Contraction | None:
     """[..., P, 1] * [..., 1, Q]: one position, which decompositions write as a product; None for any other product."""
-    graph, pair = node.graph, node.args
-    if not all(isinstance(operand, fx.Node) and len(_shape(operand)) == len(_shape(node)) for operand in pair):
+    graph, pair = node.graph, arguments(node)
+    if not all(
+        isinstance(operand, fx.Node) and len(_shape(operand)) == len(_shape(node)) in (2, 3) for operand in pair
+    ):
         return None
-    is_left = [len(_shape(operand)) in (2, 3) and _is_one(_shape(operand)[-1]) for operand in pair]
-    is_right = [len(_shape(operand)) in (2, 3) and _is_one(_shape(operand)[-2]) for operand in pair]
-    if not (is_left[0] and is_right[1]) and not (is_left[1] and is_right[0]):
+    a, b = pair if _is_one(_shape(pair[0])[-1]) else reversed(pair)
+    if not (_is_one(_shape(a)[-1]) and _is_one(_shape(b)[-2])):
         return None
-    a, b = pair if is_left[0] and is_right[1] else reversed(pair)
+
+    def full() -> fx.Node:
+        return emit(graph, aten.mul.Tensor, square_operand(a), square_operand(b))
 
     def factors() -> Factors:
         left, right = emit(graph, aten.squeeze.dim, square(a), -1), emit(graph, aten.squeeze.dim, square(b), -2)
-        if len(_shape(node)) == 2:
+        if rank == 2:
             left, right = (emit(graph, aten.unsqueeze.default, vector, 0) for vector in (left, right))
         return Factors(left, right, constant(a, [size(left, 0)], 1))
 
     *groups, rows, cols = _shape(node)
     dims = (*((Atom(GROUP, group),) for group in groups), (Atom(LEFT, rows),), (Atom(RIGHT, cols),))
-    full = lambda: emit(graph, aten.mul.Tensor, square_operand(a), square_operand(b))  # noqa: E731
     return Contraction((a, b), full, dims, factors)
 
 
@@ -202,14 +216,14 @@ def _is_one(length: Any) -> bool:
 @rule(aten.mv.default)
 def _mv(node: fx.Node) -> Contraction:
     """[P, N] @ [N]: the gradient of a weight that is a vector."""
-    a, b = node.args
+    a, b = arguments(node)
     return Contraction((a, b), lambda: emit(node.graph, aten.mv.default, square_operand(a), square_operand(b)))
 
 
 @rule(aten._grouped_mm.default)
 def _grouped_mm(node: fx.Node) -> Contraction:
     """[P, N] @ [N, Q] with the columns N cut into experts at ``offs``: a group for each expert, its own positions."""
-    a, b, offs = node.args[:3]
+    a, b, offs = arguments(node)[:3]
     graph = node.graph
 
     def full() -> fx.Node:
@@ -236,7 +250,7 @@ def _grouped_mm(node: fx.Node) -> Contraction:
 def _membership(positions: fx.Node, offs: fx.Node) -> fx.Node:
     """Boolean [E, N]: whether position n lies in expert e, of ends ``offs`` [E]."""
     graph = positions.graph
-    ones = emit(graph, aten.new_full.default, offs, [size(positions, 0)], 1)
+    ones = filled(offs, [size(positions, 0)], 1, None)
     index = emit(graph, aten.sub.Tensor, emit(graph, aten.cumsum.default, ones, 0), 1)
     ends = emit(graph, aten.unsqueeze.default, offs, 1)
     starts = emit(graph, aten.constant_pad_nd.default, emit(graph, aten.slice.Tensor, ends, 0, 0, -1), [0, 0, 1, 0])
@@ -251,7 +265,7 @@ def _convolution(node: fx.Node) -> Contraction:
     The columns' sum is over the windows that the kernel really saw: the op itself, with ones of one channel a group for
     the operand that the rows come from.
     """
-    g, x, weight, _, *geometry, transposed, _, groups, _ = node.args
+    g, x, weight, _, *_, transposed, _, groups, _ = arguments(node)
     graph = node.graph
     by_row, by_col = (x, g) if transposed else (g, x)
     mask = [False, True, False]
@@ -275,7 +289,7 @@ def _convolution(node: fx.Node) -> Contraction:
         left = emit(graph, aten.sum.dim_IntList, square(by_row), dims)
         windows = emit(graph, aten.sum.dim_IntList, square(by_col), [0], True)
         spatial = [size(by_row, dim) for dim in dims[1:]]
-        ones = emit(graph, aten.new_full.default, windows, [1, groups, *spatial], 1.0)
+        ones = filled(windows, [1, groups, *spatial], 1.0, None)
         one_row = emit(graph, aten.slice.Tensor, weight, 0, 0, groups)
         right = gradient(*((windows, ones) if transposed else (ones, windows)), one_row)
         shape = [groups, -1]
@@ -283,7 +297,8 @@ def _convolution(node: fx.Node) -> Contraction:
         return Factors(left, right, constant(left, [groups], *(size(by_row, dim) for dim in dims)))
 
     rows, *cols = _shape(weight)
-    inner, right_dims = 1, []
+    inner = 1
+    right_dims: list[tuple[Atom, ...]] = []
     for length in reversed(cols):
         right_dims.insert(0, (Atom(RIGHT, length, inner),))
         inner *= length

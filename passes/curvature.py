@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lotion_fx.passes.contraction import after, emit
+from lotion_fx.passes.contraction import after, arguments, constant, emit, filled
 from lotion_fx.passes.factors import factored
 from lotion_fx.passes.joint import JointGraph, Uses
 from lotion_fx.passes.path import Path, Stop, find_path, squares
@@ -66,8 +66,7 @@ def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
     resolutions = []
     for node, item in zip(targets, found, strict=True):
         # A weight used after the last contraction has its curvature before T is known.
-        late = terms is not None and node < terms
-        with graph.inserting_before(after(terms) if late else node):
+        with graph.inserting_before(after(terms) if terms is not None and node < terms else node):
             vector, resolution = _vector(node, item, terms)
         node.replace_all_uses_with(vector)
         resolutions.append(resolution)
@@ -78,29 +77,25 @@ def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
 
 def _find(joint: JointGraph, uses: Uses, node: fx.Node) -> Path | Stop | None:
     """The path of one weight's gradient, or what stopped it; None where nobody asked."""
+    grad, *_, kind, _, _ = arguments(node)
     try:
-        return None if node.args[-3] == "none" else find_path(joint, uses, node.args[0])
+        return None if kind == "none" else find_path(joint, uses, grad)
     except Stop as stop:
         return stop
 
 
 def _vector(node: fx.Node, found: Path | Stop | None, terms: fx.Node | None) -> tuple[fx.Node, Resolution]:
     """The probe vector that takes the node's place: payload, calls = 1, code, terms."""
-    graph, grad, (kind, groups, rows) = node.graph, node.args[0], node.args[-3:]
+    grad, *_, kind, groups, rows = arguments(node)
     layout = Layout(kind, tuple(grad.meta["val"].shape), groups, rows)
     if isinstance(found, Path):
         payload, resolution = _payload(found, layout), _resolution(found)
     else:
-        payload = [emit(graph, aten.new_zeros.default, grad, [layout.payload], dtype=torch.float32)]
+        payload = [constant(grad, [layout.payload], 0)]
         resolution = Resolution(found.code, _name(found.node), 0, found.code.reason) if found else BY_CHOICE
-    header = [
-        emit(graph, aten.new_full.default, grad, [1], value, dtype=torch.float32) for value in (1, resolution.code)
-    ]
-    if terms is None:
-        last = emit(graph, aten.new_zeros.default, grad, [1], dtype=torch.float32)
-    else:
-        last = emit(graph, aten.reshape.default, terms, [1])
-    return emit(graph, aten.cat.default, [*payload, *header, last]), resolution
+    header = [constant(grad, [1], value) for value in (1, int(resolution.code))]
+    header.append(constant(grad, [1], 0) if terms is None else emit(node.graph, aten.reshape.default, terms, [1]))
+    return emit(node.graph, aten.cat.default, [*payload, *header]), resolution
 
 
 def _payload(path: Path, layout: Layout) -> list[fx.Node]:

@@ -9,13 +9,14 @@ as atoms of the group, left and right index, to see that the weight viewed as [G
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import fx
 
-from lotion_fx.passes.contraction import GROUP, LEFT, RIGHT, Atom, Factors, emit
-from lotion_fx.passes.joint import ALIASES, PERMUTES, RESHAPES
+from lotion_fx.passes.contraction import GROUP, LEFT, RIGHT, Atom, Factors, emit, filled
+from lotion_fx.passes.joint import PERMUTES, RESHAPES
 from lotion_fx.passes.path import SCALES, UNSIGNED, Path, squares
 from lotion_fx.passes.probe import Layout
 
@@ -104,7 +105,7 @@ def _sums(path: Path) -> Factors:
     if node.target in SCATTERS:
         index = emit(graph, aten.reshape.default, _index(node), [-1])
         base = [node.meta["val"].shape[0]]
-        zeros = [emit(graph, aten.new_zeros.default, part, base + list(part.meta["val"].shape[1:])) for part in first]
+        zeros = [filled(part, base + list(part.meta["val"].shape[1:]), 0.0, None) for part in first]
         put = aten.index_put.default
         return Factors(*(emit(graph, put, zero, [index], part, True) for zero, part in zip(zeros, first, strict=True)))
     return first
@@ -182,7 +183,7 @@ def _scatter_groups(dims: Dims, node: fx.Node) -> Dims | None:
     slots = index.meta["val"].dim()
     leading, rest = [atom for dim in dims[:slots] for atom in dim], dims[slots:]
     only_groups = all(atom.axis == GROUP for atom in leading) and all(a.axis != GROUP for dim in rest for a in dim)
-    ordered = all(a.stride > b.stride for a, b in zip(leading, leading[1:], strict=False))
+    ordered = all(a.stride > b.stride for a, b in pairwise(leading))
     return ((Atom(GROUP, node.meta["val"].shape[0]),), *rest) if only_groups and ordered else None
 
 

@@ -25,9 +25,9 @@ RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 RESHAPES |= {aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 PERMUTES = {aten.t.default, aten.transpose.int, aten.permute.default}
 VIEWS = ALIASES | RESHAPES | PERMUTES | {aten.expand.default}
-PARTS = {aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+PARTS: set[Any] = {aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default}
 PARTS |= {aten.flip.default, prims.rev.default, aten.roll.default, aten.neg.default}
-PARTS |= {aten.tril.default, aten.triu.default}
+PARTS |= {aten.unbind.int, aten.tril.default, aten.triu.default}
 PARTS |= {aten.constant_pad_nd.default, aten.repeat.default, operator.getitem}
 PARTS |= {aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default}
 JOINS = {aten.cat.default, aten.stack.default}
@@ -130,9 +130,9 @@ class JointGraph:
         arguments = operands(user)
         others = [other for other in arguments if other is not node]
         uses.partners.update(self.number(other) for other in others)
-        if user.target in SCALES | FORWARD_CONTRACTIONS:
-            if arguments.count(node) > 1 or any(other in uses.shadow for other in others):
-                uses.nonlinear = user
+        meets_itself = arguments.count(node) > 1 or any(other in uses.shadow for other in others)
+        if user.target in SCALES | FORWARD_CONTRACTIONS and meets_itself:
+            uses.nonlinear = user
         if user.target in FORWARD_CONTRACTIONS:
             if user.target in ADDING and user.args[0] is node:
                 uses.copies.add(numel(user))

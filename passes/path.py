@@ -63,7 +63,12 @@ HELD = dict.fromkeys(UNSIGNED, (0,)) | PLACEMENTS | REDUCTIONS | SUMS | SCALES
 ADDS_POSITIONS = {*REDUCTIONS, aten.index_add.default}
 
 ZEROS = {aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default}
-FILLS = {aten.full.default: 1, aten.new_full.default: 2, aten.full_like.default: 1, aten.scalar_tensor.default: 0}
+FILLS: dict[Any, int] = {
+    aten.full.default: 1,
+    aten.new_full.default: 2,
+    aten.full_like.default: 1,
+    aten.scalar_tensor.default: 0,
+}
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,7 @@ def squares(path: Path) -> fx.Node:
         return below[path.children[0].node]
     op = aten.add.Tensor if node.target is aten.sub.Tensor else node.target
     args: Any = fx.node.map_arg(node.args, lambda n: below[n] if n in below else _factor(node, n))
-    kwargs = {name: value for name, value in node.kwargs.items() if name != "dtype"}
+    kwargs: dict[str, Any] = {name: value for name, value in node.kwargs.items() if name != "dtype"}
     if node.target in SCALES:
         args = tuple(a if isinstance(a, fx.Node) else a * a for a in args)
     if "alpha" in kwargs:
