@@ -159,11 +159,14 @@ def evaluate(model: nn.Module, held_out: Tensor) -> float:
     return loss
 
 
-def train(method: str, fmt: str, seed: int, steps: int, text: Tensor, held_out: Tensor) -> tuple[Row, Curve]:
+def train(
+    method: str, fmt: str, seed: int, steps: int, inner: str, text: Tensor, held_out: Tensor
+) -> tuple[Row, Curve]:
     """One run, with its validation curve. The seconds are those of training, compilation included."""
     torch.manual_seed(seed)
     settings = METHODS[method]
-    model = lotion_fx.transform(GPT(), fmt=fmt, **settings, steps=steps if "finish" in settings else None)
+    total = steps if "finish" in settings else None
+    model = lotion_fx.transform(GPT(), fmt=fmt, **settings, steps=total, inner=inner)
     optimizer = torch.optim.Adam(model.parameters(), lr=1.2e-2, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(  # 5 % warm-up, then a cosine down to 2 %
         optimizer, lambda step: min(1.0, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
@@ -263,14 +266,18 @@ def _in_a_folder(path: Path | None) -> Path | None:
 def main(
     fmt: Annotated[str, typer.Option(callback=_known_format, help="Number format of the Linear weights.")] = "nvfp4",
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds 0, 1, ...")] = 1,
-    steps: Annotated[int | None, typer.Option(min=10, help="Training steps [default: 600; 100 with --quick].")] = None,
+    steps: Annotated[int | None, typer.Option(min=10, help="Training steps [default: 600; 200 with --quick].")] = None,
     methods: Annotated[str | None, typer.Option(callback=_known_methods, help=f"Some of {','.join(METHODS)}.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A smoke run: fewer steps and methods, no ranking.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and methods, no C++ compiled.")] = False,
     rows_to: Annotated[Path | None, typer.Option("--json", callback=_in_a_folder, help="Write a row per run.")] = None,
     plot_to: Annotated[Path, typer.Option("--plot", callback=_in_a_folder, help="Write the curves.")] = PLOT,
 ) -> None:
     """Train a small GPT on the Python library's own source by several quantization methods and compare them."""
-    steps = steps or (100 if quick else 600)
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and suffers from them on a busy machine
+    steps = steps or (200 if quick else 600)
+    inner = (
+        "aot_eager" if quick else "inductor"
+    )  # the same graphs: Inductor's code is faster, but takes time to compile
     names = (methods or (QUICK_METHODS if quick else ",".join(METHODS))).split(",")
     training, validation = split_files(source_files(Path(sysconfig.get_paths()["stdlib"])))
     text, unseen = tokens(training), tokens(validation)
@@ -281,7 +288,7 @@ def main(
     curves: dict[str, list[Curve]] = {name: [] for name in names}
     for seed in range(seeds):
         for name in names:
-            row, curve = train(name, fmt, seed, steps, text, held_out)
+            row, curve = train(name, fmt, seed, steps, inner, text, held_out)
             if name == "ptq":
                 rows.append(Row("full_precision", "fp32", seed, None, None, row.fp, row.seconds))
             rows.append(row)

@@ -32,7 +32,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
 from lotion_fx.passes.curvature import resolve_curvature
 from lotion_fx.passes.smooth import Plan, attach, smooth
@@ -107,12 +106,10 @@ class Backend:
         return options
 
 
-def compile_in_place(module: torch.nn.Module, backend: Backend, **options: Any) -> None:
-    """`nn.Module.compile`, also for a bare `nn.Sequential`: that one does nothing for a forward defined in torch itself."""
+def compiled_call(module: torch.nn.Module, backend: Backend, **options: Any) -> Callable[..., Any]:
+    """What `nn.Module.compile` would call, also for a bare `nn.Sequential`: that one skips forwards of torch's own."""
     call = module._call_impl
-    if trace_rules.check(module.forward):
-        call = wrap_inline(call)
-    module._compiled_call_impl = torch.compile(call, backend=backend, **options)
+    return torch.compile(wrap_inline(call) if trace_rules.check(module.forward) else call, backend=backend, **options)
 
 
 class Variants:
@@ -138,11 +135,9 @@ class Variants:
         run, probed = self._variant(self._plans(args))
         if not probed:
             return run(*args)
-        probes = [_probe(self._weight(args[i], i), args[i]) for i in probed]
-        out = run(*args, *probes)
-        if self.backend.inner == "eager":
-            _count_rows(out, probed_by=self._weight(args[probed[0]], probed[0]))
-        return out
+        weights = [self._weight(args[i], i) for i in probed]
+        weights[0].smoothing.told |= self.backend.inner != "eager"
+        return run(*args, *(_probe(weight, args[i]) for weight, i in zip(weights, probed, strict=True)))
 
     def _weight(self, tensor: Any, index: int) -> Weight:
         """The weight that this argument is. One that shares another's graph is used as the other is."""
@@ -230,11 +225,13 @@ def _uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> 
     """Runs `passes.usage` on sizes as they are: no guard may come from it."""
     if not weights:
         return {}
-    with FakeTensorMode() as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         return weight_uses(gm, [_concrete(x, mode) for x in inputs], weights)
 
 
 def _concrete(value: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(value, Tensor) and value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad:
+        return torch.tensor(value.item(), dtype=value.dtype)  # Dynamo's way to pass a float that may change
     if not isinstance(value, FakeTensor):
         return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
     sizes = [int(size) if isinstance(size, int) else size.node.hint for size in value.shape]
@@ -268,13 +265,6 @@ def _after_backward(callback: Callable[[], None]) -> None:
     """Runs a callback when the backward pass under way is over, after DDP's and FSDP's own."""
     engine = torch.autograd.Variable._execution_engine
     engine.queue_callback(lambda: engine.queue_callback(callback))
-
-
-def _count_rows(outputs: Any, probed_by: Weight) -> None:
-    """Without a joint graph, T is the number of rows with non-zero gradient in the first output that has rows."""
-    rows = next((x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad and x.dim() > 1), None)
-    if rows is not None:
-        rows.register_hook(probed_by.smoothing.count_rows)
 
 
 def _fake_probe(weight: Any, plan: Plan) -> Tensor:

@@ -1,57 +1,90 @@
-"""Weights that no graph contains: `nn.RNN`, `nn.LSTM` and `nn.GRU`, which Dynamo skips.
+"""Weights that no graph contains: recurrent modules, which Dynamo skips, and whatever a graph break leaves to Python.
 
-Their expected-loss term takes the Fisher form at the step like any weight without a graph. What is left is that a
-forward outside of training must run at rounded weights as everywhere: two hooks swap the values for that long.
+Their expected-loss term takes the Fisher form at the step. What is left is that a forward outside of training must run
+at rounded weights as everywhere, so their values are swapped for the length of the call; and that T, where no joint
+graph counts it, is counted at the model's output.
 """
 
 from __future__ import annotations
 
-import weakref
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from lotion_fx import rounding
-from lotion_fx.passes.smooth import RR
-from lotion_fx.state import Smoothing, registry
-
-SKIPPED = (nn.RNNBase,)
-_latent: weakref.WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
+from lotion_fx.passes.smooth import LATENT, RR
+from lotion_fx.state import Smoothing, Weight
 
 
-def hook_skipped(model: nn.Module, smoothing: Smoothing) -> None:
-    """Hooks every recurrent module of a model; refuses methods whose training forward would have to be rounded.
+def watch(call: Callable[..., Any], smoothing: Smoothing) -> Callable[..., Any]:
+    """Wraps a transformed model's forward, so that no weight is left out because no graph contains it.
 
-    Raises:
-        ValueError: such a weight is to be quantized by a method other than ``"lotion"`` and ``"ptq"``.
+    The call raises ValueError where such a weight needs a rounded training forward, or is sharded.
     """
-    for module in model.modules():
-        if not isinstance(module, SKIPPED):
-            continue
-        weights = [weight for weight in registry.owned.get(module, {}).values() if weight.format is not None]
-        if weights and smoothing.method not in ("lotion", "ptq"):
-            raise ValueError(
-                f"method={smoothing.method!r} needs a rounded training forward, and {weights[0].name!r} lies in an "
-                f"nn.{type(module).__name__}, which no graph contains; use method='lotion', or leave it out with "
-                f"only={{{weights[0].name.rpartition('.')[0] + '.*'!r}: None}}"
-            )
-        if weights:
-            module.register_forward_pre_hook(_round)
-            module.register_forward_hook(_restore, always_call=True)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        smoothing.told = False
+        first = smoothing.unreached is None
+        with _rounded(_still_unreached(smoothing)):
+            out = call(*args, **kwargs)
+        if first:
+            smoothing.unreached = [w for w in smoothing.weights if w.selected and w.uses is None]
+            if any(_mode(weight) != LATENT for weight in smoothing.unreached):
+                with _rounded(smoothing.unreached):  # which weights it leaves out, only a first forward could tell
+                    out = call(*args, **kwargs)
+        if not smoothing.told and smoothing.has_term and torch.is_grad_enabled():
+            _count_rows(out, smoothing)
+        return out
+
+    return forward
 
 
-def _round(module: nn.Module, args: Any) -> None:
-    for attribute, weight in registry.owned.get(module, {}).items():
-        override = weight.smoothing.override
-        if weight.format is None or override == "latent" or (module.training and override is None):
-            continue
-        parameter = module._parameters[attribute]
-        assert parameter is not None
-        rounded = (rounding.rr if override == RR else rounding.rtn)(parameter.detach(), weight.format, weight.axis)
-        _latent.setdefault(module, []).append((parameter, parameter.data))
-        parameter.data = rounded
+def _still_unreached(smoothing: Smoothing) -> list[Weight]:
+    if smoothing.unreached:
+        smoothing.unreached = [weight for weight in smoothing.unreached if weight.uses is None]
+    return smoothing.unreached or []
 
 
-def _restore(module: nn.Module, args: Any, output: Any) -> None:
-    for parameter, values in _latent.pop(module, []):
-        parameter.data = values
+def _mode(weight: Weight) -> str:
+    """The forward that a weight is to take now."""
+    smoothing = weight.smoothing
+    # Finishing begins in the middle of a training: what no graph contains goes on at its latent values there.
+    training = LATENT if smoothing.finishing else smoothing.forward_mode
+    return smoothing.override or (training if weight.training else "rtn")
+
+
+@contextlib.contextmanager
+def _rounded(weights: list[Weight]) -> Iterator[None]:
+    latent: list[tuple[Tensor, Tensor]] = []
+    try:
+        for weight in weights:
+            mode, parameter = _mode(weight), weight.held()
+            if mode == LATENT or parameter is None or weight.format is None:
+                continue
+            if weight.training and not weight.smoothing.override:
+                raise ValueError(
+                    f"method={weight.smoothing.method!r} needs a rounded training forward, and no compiled graph "
+                    f"contains {weight.name!r}; use method='lotion', or leave it out with only={{{weight.name!r}: None}}"
+                )
+            if isinstance(parameter, DTensor):
+                raise ValueError(f"no compiled graph contains {weight.name!r}, and it is sharded: put it into regions=")
+            rounding_of = rounding.rr if mode == RR else rounding.rtn
+            latent.append((parameter, parameter.data))
+            parameter.data = rounding_of(parameter.detach(), weight.format, weight.axis)
+        yield
+    finally:
+        for parameter, values in latent:
+            parameter.data = values
+
+
+def _count_rows(out: Any, smoothing: Smoothing) -> None:
+    """T is the number of rows with non-zero gradient in the first output that has rows."""
+    for leaf in tree_leaves(out):
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim() > 1:
+            leaf.register_hook(smoothing.count_rows)
+            return

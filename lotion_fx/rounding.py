@@ -58,8 +58,11 @@ def from_blocks(blocks: Tensor, fmt: Format, axis: int, shape: torch.Size | tupl
         return blocks.reshape(shape)
     axis = axis % len(shape)
     w = blocks.movedim((-2, -1), (axis, axis + 1)).flatten(axis, axis + 1)
-    # The copy keeps a compiler from writing the padding out and every caller from carrying it along.
-    return w if w.shape[axis] == shape[axis] else w.narrow(axis, 0, shape[axis]).contiguous()
+    if w.shape[axis] == shape[axis]:
+        return w
+    # as_strided where narrow would do: it makes Inductor write the padded blocks out. Fused across a narrow, its C++
+    # loop over the axis is split by the block and loses the short last one (torch 2.13, CppScheduling.try_loop_split).
+    return w.as_strided(shape, w.stride()).contiguous()
 
 
 class _Blocks(NamedTuple):

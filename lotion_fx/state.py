@@ -45,7 +45,9 @@ class Smoothing:
     weights: list[Weight] = field(default_factory=list)
     first: Weight | None = None  # the weight whose curvature came first in this backward: nearest the loss
     terms: Tensor | None = None  # T of the step under way
-    rows: Tensor | None = None  # T of the step as counted at the outputs, where no joint graph counts it
+    unreached: list[Weight] | None = None  # what no graph contains so far; None before the first forward
+    told: bool = False  # a joint graph of the forward under way counts T
+    rows: Tensor | None = None  # T of the step as counted at the outputs, where none does
     in_backward: bool = False
     entered: bool = False  # the term came in through `penalty` and its backward ran
     snapshot: dict[Weight, Tensor] = field(default_factory=dict)  # a few gradients as backward left them

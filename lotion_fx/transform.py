@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lotion_fx import objective
-from lotion_fx.backend import INNERS, Backend, compile_in_place
+from lotion_fx.backend import INNERS, Backend, compiled_call
 from lotion_fx.formats import Format, register_format, resolve
-from lotion_fx.outside import hook_skipped
+from lotion_fx.outside import watch
 from lotion_fx.passes.probe import Code
 from lotion_fx.passes.smooth import LATENT, RR
 from lotion_fx.passes.usage import Use
@@ -78,16 +78,11 @@ def transform(
     _check_weights(smoothing)
     for weight in smoothing.weights:
         registry.add(weight)
-    try:
-        hook_skipped(model, smoothing)
-    except ValueError:
-        for weight in smoothing.weights:
-            registry.discard(weight)
-        raise
     objective.install()
     backend = Backend(inner, mode, tuple(sorted(options.items())))
     for region in regions:
-        compile_in_place(region, backend, **compile_options)
+        region._compiled_call_impl = compiled_call(region, backend, **compile_options)
+    model._compiled_call_impl = watch(model._compiled_call_impl or model._call_impl, smoothing)
     return model
 
 
@@ -241,6 +236,9 @@ def _check_model(model: Any) -> None:
             f"model: this {type(model).__name__} is already transformed, or holds a part that is; transform a model "
             "once, the outermost module"
         )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(f"model: {name!r} is not initialized yet; run the model once before transform")
     if not any(True for _ in model.parameters()):
         raise ValueError(f"model: this {type(model).__name__} has no parameters; transform it after they are made")
 
@@ -268,7 +266,8 @@ def _add_weights(smoothing: Smoothing, model: nn.Module, fmt: Format, only: Form
     chosen = {glob: _known(value) for glob, value in only.items()}
     for glob in only:
         if not fnmatch.filter(every, glob):
-            raise ValueError(f"only: the glob {glob!r} matches no parameter{_near(glob.strip('*.'), every)}")
+            prefixes = {name.rpartition(".")[0] for name in every}
+            raise ValueError(f"only: the glob {glob!r} matches no parameter{_near(glob.strip('*.'), [*every, *prefixes])}")
     for parameter, held in owners.items():
         glob = next((g for g in reversed(only) for name in names[parameter] if fnmatch.fnmatchcase(name, g)), None)
         forced = glob is not None and glob != "*" and chosen[glob] is not None
@@ -307,8 +306,6 @@ def _check_weights(smoothing: Smoothing) -> None:
         assert parameter is not None
         if weight.format is None:
             continue
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
-            raise ValueError(f"model: {weight.name!r} is not initialized yet; run the model once before transform")
         if not parameter.is_floating_point():
             raise TypeError(
                 f"model: {weight.name!r} is {parameter.dtype}, expected a floating-point weight; it cannot be trained, "

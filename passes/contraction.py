@@ -87,9 +87,13 @@ def arguments(node: fx.Node) -> Any:
 
 def emit(graph: fx.Graph, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A new node at the graph's insertion point, its fake value computed by the op itself."""
+    return _add(graph, op, args, kwargs, op)
+
+
+def _add(graph: fx.Graph, op: Any, args: Any, kwargs: Any, value_of: Callable[..., Any]) -> fx.Node:
     node = graph.call_function(op, args, kwargs)
     values: Any = fx.node.map_arg((args, kwargs), lambda argument: argument.meta["val"])
-    node.meta["val"] = op(*values[0], **values[1])
+    node.meta["val"] = value_of(*values[0], **values[1])
     # Without the tag a partitioner could take squares of activations for forward values, and save them beside those.
     node.meta["partitioner_tag"] = "must_be_in_backward"
     return node
@@ -110,11 +114,14 @@ def to_float(node: fx.Node) -> fx.Node:
     return emit(node.graph, torch.ops.prims.convert_element_type.default, node, torch.float32)
 
 
-def filled(like: fx.Node, shape: list[Any], value: Any, dtype: torch.dtype | None = torch.float32) -> fx.Node:
-    """A filled tensor on ``like``'s device, of its dtype where ``dtype`` is None. Inductor lowers no ``new_full``."""
-    value_of = like.meta["val"]
-    options = {"dtype": dtype or value_of.dtype, "device": value_of.device, "pin_memory": False}
-    return emit(like.graph, aten.full.default, shape, value, **options)
+def filled(like: fx.Node, shape: Sequence[Any], value: Any, dtype: torch.dtype | None = torch.float32) -> fx.Node:
+    """A filled tensor on ``like``'s device, of its dtype where ``dtype`` is None.
+
+    The op is ``full``, as Inductor lowers no ``new_full``; its fake value is the latter's, as no mode may be active.
+    """
+    fake = like.meta["val"]
+    options = {"dtype": dtype or fake.dtype, "device": fake.device, "pin_memory": False}
+    return _add(like.graph, aten.full.default, (list(shape), value), options, fake.new_full)
 
 
 def square(node: fx.Node) -> fx.Node:
@@ -140,7 +147,7 @@ def constant(like: fx.Node, shape: Sequence[int | fx.Node], *values: Any) -> fx.
     for value in values[1:]:
         both_known = isinstance(product, int) and isinstance(value, int)
         product = product * value if both_known else emit(graph, operator.mul, product, value)
-    return filled(like, list(shape), product)
+    return filled(like, shape, product)
 
 
 def _shape(node: fx.Node) -> torch.Size:
@@ -186,22 +193,22 @@ def _bmm(node: fx.Node) -> Contraction:
 
 def _outer(node: fx.Node) -> Contraction | None:
     """[..., P, 1] * [..., 1, Q]: one position, which decompositions write as a product; None for any other product."""
-    graph, pair = node.graph, arguments(node)
-    if not all(
-        isinstance(operand, fx.Node) and len(_shape(operand)) == len(_shape(node)) in (2, 3) for operand in pair
-    ):
+    graph, pair, rank = node.graph, arguments(node), len(_shape(node))
+    if rank not in (2, 3) or not all(isinstance(factor, fx.Node) for factor in pair):
         return None
-    a, b = pair if _is_one(_shape(pair[0])[-1]) else reversed(pair)
-    if not (_is_one(_shape(a)[-1]) and _is_one(_shape(b)[-2])):
+    padded = [(1,) * (rank - len(_shape(factor))) + tuple(_shape(factor)) for factor in pair]
+    places = [place for place in (0, 1) if _is_one(padded[place][-1]) and _is_one(padded[1 - place][-2])]
+    if not places:
         return None
+    a, b = pair[places[0]], pair[1 - places[0]]
 
     def full() -> fx.Node:
         return emit(graph, aten.mul.Tensor, square_operand(a), square_operand(b))
 
     def factors() -> Factors:
-        left, right = emit(graph, aten.squeeze.dim, square(a), -1), emit(graph, aten.squeeze.dim, square(b), -2)
-        if rank == 2:
-            left, right = (emit(graph, aten.unsqueeze.default, vector, 0) for vector in (left, right))
+        left, right = (
+            emit(graph, aten.reshape.default, square(factor), [-1, length]) for factor, length in ((a, rows), (b, cols))
+        )
         return Factors(left, right, constant(a, [size(left, 0)], 1))
 
     *groups, rows, cols = _shape(node)

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lotion_fx.passes.contraction import after, arguments, constant, emit, filled
+from lotion_fx.passes.contraction import after, arguments, constant, emit
 from lotion_fx.passes.factors import factored
 from lotion_fx.passes.joint import JointGraph, Uses
 from lotion_fx.passes.path import Path, Stop, find_path, squares

@@ -37,6 +37,7 @@ SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.where.self}
 SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 SCALES |= {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 ADDING = {aten.addmm.default, aten.baddbmm.default, aten.addmv.default}
+STACK_PRODUCTS = {aten.bmm.default, aten.baddbmm.default, aten.mul.Tensor}
 FORWARD_CONTRACTIONS = {*CONTRACTIONS, *ADDING, aten.convolution.default, aten.dot.default}
 
 
@@ -65,6 +66,7 @@ class Uses:
         shadow: everything that depends on the weight with no contraction or gather between.
         partners: numbers of the operands that meet the chain in an op.
         copies: element counts of the chain and of what elementwise ops make of it.
+        stack: whether the weight is a stack of matrices, of which some may be gathered.
         nonlinear: the op in which the weight meets a function of itself, if one does.
     """
 
@@ -72,6 +74,7 @@ class Uses:
     shadow: set[fx.Node] = field(default_factory=set)
     partners: set[int] = field(default_factory=set)
     copies: set[Any] = field(default_factory=set)
+    stack: bool = False
     nonlinear: fx.Node | None = None
 
 
@@ -102,7 +105,7 @@ class JointGraph:
 
     def uses(self, weight: fx.Node) -> Uses:
         """Follows a weight, the value that `smooth` handed on, to the ops that combine it with data."""
-        uses = Uses(shadow=self._shadow(weight))
+        uses = Uses(shadow=self._shadow(weight), stack=weight.meta["val"].dim() == 3)
         pending = [weight]
         while pending:
             node = pending.pop()
@@ -127,20 +130,30 @@ class JointGraph:
         """Records what the weight meets in ``user``, and says whether ``user`` still holds the weight."""
         if user.target not in VIEWS | PARTS | JOINS | GATHERS | SUMS | SCALES | FORWARD_CONTRACTIONS:
             return False
+        if node not in uses.shadow and not _takes_gathered(node, user, uses.stack):
+            return False
         arguments = operands(user)
         others = [other for other in arguments if other is not node]
-        uses.partners.update(self.number(other) for other in others)
         meets_itself = arguments.count(node) > 1 or any(other in uses.shadow for other in others)
         if user.target in SCALES | FORWARD_CONTRACTIONS and meets_itself:
             uses.nonlinear = user
-        if user.target in FORWARD_CONTRACTIONS:
-            if user.target in ADDING and user.args[0] is node:
-                uses.copies.add(numel(user))
-            return False
+        uses.partners.update(self.number(other) for other in others)
+        if user.target in ADDING and user.args[0] is node:
+            uses.copies.add(numel(user))
         if user.target in SUMS | SCALES:
             uses.copies.add(numel(user))
             return node.meta["val"].dim() == user.meta["val"].dim() and numel(node) == numel(user)
-        return True
+        return user.target not in FORWARD_CONTRACTIONS
+
+
+def _takes_gathered(node: fx.Node, user: fx.Node, stack: bool) -> bool:
+    """Whether an op uses gathered parts of a weight as weights: matrices of a stack, or rows of the second operand.
+
+    Anything else has them as activations, such as an embedding's rows, and their gradient is the output's gradient g.
+    """
+    if user.target in STACK_PRODUCTS:
+        return stack
+    return user.target in VIEWS or (user.target in (aten.mm.default, aten.addmm.default) and user.args[-1] is node)
 
 
 def operands(node: fx.Node) -> list[fx.Node]:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lotion_fx.passes.contraction import Contraction, contraction_at, emit, square, to_float
+from lotion_fx.passes.contraction import Contraction, arguments, contraction_at, emit, square, to_float
 from lotion_fx.passes.joint import ALIASES, PERMUTES, RESHAPES, JointGraph, Uses, numel, operands
 from lotion_fx.passes.probe import Code
 
@@ -38,6 +38,7 @@ PLACEMENTS: dict[Any, tuple[int, ...]] = dict.fromkeys(PERMUTES | RESHAPES, (0,)
     aten.slice_scatter.default: (0, 1),
     aten.select_scatter.default: (0, 1),
     aten.where.self: (1, 2),
+    aten.masked_fill.Scalar: (0,),
     aten.cat.default: (0,),
     aten.stack.default: (0,),
 }
@@ -138,7 +139,9 @@ class _Walk:
 
     def _held(self, node: fx.Node) -> list[fx.Node]:
         """The arguments through which a linear op hands on gradients; none where the op is not known as linear."""
-        if node not in self.joint.backward or (node.target is aten.embedding_dense_backward.default and node.args[4]):
+        by_frequency = node.target is aten.embedding_dense_backward.default and node.args[4]
+        fills = node.target is aten.masked_fill.Scalar and node.args[2] != 0
+        if node not in self.joint.backward or by_frequency or fills:
             return []
         chosen = [node.args[position] for position in HELD.get(node.target, ())]
         held = [leaf for leaf in pytree.tree_leaves(chosen) if isinstance(leaf, fx.Node)]
@@ -159,7 +162,7 @@ class _Walk:
 def is_zero(node: fx.Node) -> bool:
     """Whether the node is a constant zero, the ground that gradients are placed on."""
     position = FILLS.get(node.target)
-    return node.target in ZEROS or (position is not None and node.args[position] == 0)
+    return node.target in ZEROS or (position is not None and arguments(node)[position] == 0)
 
 
 def squares(path: Path) -> fx.Node:

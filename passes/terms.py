@@ -37,11 +37,14 @@ def loss_terms(joint: JointGraph, uses: Sequence[Uses], ends: Sequence[Path]) ->
         if len(gradients) == 1:
             with joint.graph.inserting_before(node):
                 return _count(gradients[0], _features(joint, uses, node, contraction.operands, node in found))
-    copies = [end.node for end in ends]
-    if not copies:
+    if not ends:
         return None
-    with joint.graph.inserting_before(after(copies[0])):
-        return _count(_gradient(joint, copies[0]), [-1])
+    # No contraction at all: the gradient of an embedding's or an elementwise op's output, whose last dimension is
+    # features, unless it only enters broadcast, as the scalar output of a decomposed matrix-vector product does.
+    gradient = _gradient(joint, ends[0].node)
+    is_broadcast = gradient.meta["val"].dim() < ends[0].node.meta["val"].dim()
+    with joint.graph.inserting_before(after(gradient)):
+        return _count(gradient, [] if is_broadcast else [-1])
 
 
 def _count(gradient: fx.Node, features: Sequence[int]) -> fx.Node:

@@ -249,6 +249,16 @@ def test_ties_take_the_even_code():
     assert rtn(w, resolve("fp4")).tolist() == [0, 1, 1, 2, 2, 4, 4, -4, 6]
 
 
+def test_float32_codes_come_from_a_true_division():
+    """Weights beside ties, where ``w * (1 / s)`` gives other codes."""
+    amax = np.random.default_rng(0).uniform(1, 2, (2000, 1)).astype(np.float32)
+    s = amax / np.float32(7)
+    w = np.concatenate([amax, s * (np.arange(-7, 7, dtype=np.float32) + np.float32(0.5))], 1)
+    want = s * np.rint(w / s).clip(-7, 7)
+    assert (want != s * np.rint(w * (1 / s)).clip(-7, 7)).any()
+    np.testing.assert_array_equal(rtn(torch.from_numpy(w), resolve("int4")).numpy(), want)
+
+
 def test_a_block_of_one_is_itself():
     w = draw((5, 7))
     torch.testing.assert_close(rtn(w, resolve("int4/1")), w, rtol=1e-15, atol=0)
@@ -291,6 +301,12 @@ def test_samples_are_reproducible_and_unbiased(fmt):
     assert (error <= 5 * sigma[inside] / 600**0.5 + 1e-5 * w.abs().max()).all()
     # The sample variance of a two-point law with a rare outcome is noisy: compare the sum.
     torch.testing.assert_close(samples.var(0).sum(), (sigma**2).sum(), rtol=0.1, atol=1e-4)
+
+
+def test_the_chance_of_rounding_up_is_exact():
+    w = torch.tensor([0.25, 0.5, 0.875, 1.0, -0.25, 7.0]).expand(8, 6)
+    up = rr(w, resolve("int4"), uniform=(torch.arange(8) / 8)[:, None].expand(8, 6)) > w.floor()
+    assert up.sum(0).tolist() == [2, 4, 7, 0, 6, 0]
 
 
 def test_randomness_is_independent_between_weights():
@@ -371,7 +387,7 @@ weights = hnp.arrays(
     elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False).map(lambda x: 0.0 if abs(x) < 1e-20 else x),
 ).map(torch.from_numpy)
 any_format = st.sampled_from(EVERY)
-relaxed = settings(max_examples=60, deadline=None, derandomize=True)
+relaxed = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 @relaxed
@@ -481,9 +497,11 @@ def test_inductor_gives_the_same_bits(name, dtype):
     w[2, ::2] = -0.0
     w = w.to(dtype)
     torch._dynamo.reset()
-    got, want = torch.compile(lambda x: rtn(x, fmt), fullgraph=True)(w), rtn(w, fmt)
+    # Something elementwise (and exact) follows: a compiler that fuses it must not lose the short last block.
+    got, want = torch.compile(lambda x: -rtn(x, fmt), fullgraph=True)(w), -rtn(w, fmt)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(got.view(bits), want.view(bits))
     assert torch.equal(torch.compile(lambda x: scale(x, fmt), fullgraph=True)(w), scale(w, fmt))
-    vjp = torch.compile(lambda x: variance_vjp(x, x * x, fmt), fullgraph=True)(w)
-    torch.testing.assert_close(vjp, variance_vjp(w, w * w, fmt), rtol=1e-4, atol=1e-5 * float(vjp.abs().max()))
+    h = w.float() ** 2
+    vjp = torch.compile(lambda x: variance_vjp(x, h, fmt), fullgraph=True)(w)
+    torch.testing.assert_close(vjp, variance_vjp(w, h, fmt), rtol=1e-4, atol=1e-5 * float(vjp.abs().max()))
