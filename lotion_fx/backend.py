@@ -98,6 +98,8 @@ class Backend:
         theirs = options.get("joint_custom_pre_pass") or ()
         theirs = theirs if isinstance(theirs, (list, tuple)) else (theirs,)
         options["joint_custom_pre_pass"] = [CurvaturePass(), *theirs] if theirs else CurvaturePass()
+        # A code depends on w / s: Triton's approximate division would make codes that eager does not.
+        options.setdefault("eager_numerics.division_rounding", True)
         # Our node is as cacheable as its source: without this AOTAutograd's cache steps aside for the whole graph.
         options["unsafe_marked_cacheable_functions"] = {
             **torch._inductor.config.unsafe_marked_cacheable_functions,
@@ -289,7 +291,7 @@ def compile_function(function: Callable[..., Any], args: Sequence[Any], inner: s
         gm = make_fx(function)(*fakes)
     compiles["update"] += 1
     with torch.no_grad():
-        return compile_fx(gm, list(args))
+        return compile_fx(gm, list(args), config_patches={"eager_numerics.division_rounding": True})
 
 
 def _active_data_parallel_group() -> Any:

@@ -1,6 +1,6 @@
 """Resolve: how each weight's gradient is made, read off the joint graph, and its curvature made in the same way.
 
-`smooth` leaves one `lotion_fx::curvature(grad)` a weight. From ``grad`` the pass walks back through whatever is linear
+`smooth` leaves one `lotion_fx::curvature(grad, weight)` a weight. From ``grad`` the pass walks back through whatever is linear
 and free of the weight (views, casts, slices, scatters, sums of uses) down to the contractions of output gradient and
 input, and emits the same path on squares. That the other operand is one the weight met in the forward pass, and no
 function of the weight itself, proves the op linear in the weight. What ends anywhere else takes the Fisher form.
@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from lotion_fx.passes.contraction import after, arguments, constant, emit
 from lotion_fx.passes.factors import factored
@@ -59,7 +57,7 @@ def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
     if not targets:
         return []
     joint = JointGraph(graph)
-    uses = [joint.uses(_weight(joint, node)) for node in targets]
+    uses = [joint.uses(_unviewed(arguments(node)[1])) for node in targets]
     found = [_find(joint, use, node) for node, use in zip(targets, uses, strict=True)]
     ends = [end for item in found if isinstance(item, Path) for end in item.ends()]
     terms = loss_terms(joint, uses, ends)
@@ -77,7 +75,7 @@ def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
 
 def _find(joint: JointGraph, uses: Uses, node: fx.Node) -> Path | Stop | None:
     """The path of one weight's gradient, or what stopped it; None where nobody asked."""
-    grad, *_, kind, _, _ = arguments(node)
+    grad, _, kind, *_ = arguments(node)
     try:
         return None if kind == "none" else find_path(joint, uses, grad)
     except Stop as stop:
@@ -86,7 +84,7 @@ def _find(joint: JointGraph, uses: Uses, node: fx.Node) -> Path | Stop | None:
 
 def _vector(node: fx.Node, found: Path | Stop | None, terms: fx.Node | None) -> tuple[fx.Node, Resolution]:
     """The probe vector that takes the node's place: payload, calls = 1, code, terms."""
-    grad, *_, kind, groups, rows = arguments(node)
+    grad, _, kind, groups, rows = arguments(node)
     layout = Layout(kind, tuple(grad.meta["val"].shape), groups, rows)
     if isinstance(found, Path):
         payload, resolution = _payload(found, layout), _resolution(found)
@@ -114,20 +112,7 @@ def _name(node: fx.Node) -> str:
     return str(node.target).removeprefix("aten.").rsplit(".", 1)[0]
 
 
-def _weight(joint: JointGraph, node: fx.Node) -> fx.Node:
-    """The weight as `smooth` handed it on: the op's second argument, or else the primal whose gradient it is given."""
-    if len(node.args) == 5:
-        return _unviewed(node.args[1])
-    grad = _unviewed(node.args[0])
-    primals = [placeholder for placeholder in joint.placeholders if placeholder.name.startswith("primals_")]
-    (output,) = joint.graph.find_nodes(op="output")
-    for primal, returned in zip(reversed(primals), reversed(pytree.tree_leaves(output.args)), strict=False):
-        if isinstance(returned, fx.Node) and _unviewed(returned) is grad:
-            return primal
-    raise RuntimeError(f"no input of the joint graph has the gradient {grad.name}, of which {node.name} is asked")
-
-
-def _unviewed(node: Any) -> fx.Node:
+def _unviewed(node: fx.Node) -> fx.Node:
     """The node behind views that change nothing, which `smooth` and autograd put between a value and its uses."""
     while node.target in {aten.alias.default, aten.detach.default, aten.view.default}:
         behind = node.all_input_nodes[0]

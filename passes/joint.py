@@ -83,7 +83,6 @@ class JointGraph:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self.backward: set[fx.Node] = set()
         self._numbers: dict[fx.Node, int] = {}
         table: dict[Any, int] = {}

@@ -94,7 +94,7 @@ class Layout:
 
 
 @torch.library.custom_op("lotion_fx::curvature", mutates_args=())
-def curvature(grad: Tensor, kind: str, groups: int, rows: int) -> Tensor:
+def curvature(grad: Tensor, weight: Tensor, kind: str, groups: int, rows: int) -> Tensor:
     """The probe's gradient, given the weight's: header only, until `passes.curvature` resolves it.
 
     Run as itself it says ``UNRESOLVED``; the runtime then takes the Fisher form from the weight's ``.grad`` at the
@@ -102,6 +102,7 @@ def curvature(grad: Tensor, kind: str, groups: int, rows: int) -> Tensor:
 
     Args:
         grad: gradient of the loss with respect to the weight, any shape and floating dtype.
+        weight: what `smooth` handed on, so that the joint graph shows its uses; no value of it is read.
         kind, groups, rows: the probe's `Layout`, whose shape is that of ``grad``.
 
     Returns:
@@ -113,5 +114,5 @@ def curvature(grad: Tensor, kind: str, groups: int, rows: int) -> Tensor:
 
 
 @curvature.register_fake
-def _(grad: Tensor, kind: str, groups: int, rows: int) -> Tensor:
+def _(grad: Tensor, weight: Tensor, kind: str, groups: int, rows: int) -> Tensor:
     return grad.new_empty(Layout(kind, tuple(grad.shape), groups, rows).size, dtype=torch.float32)

@@ -108,20 +108,20 @@ class _Smooth(torch.autograd.Function):
     ) -> Tensor:
         ctx.probe = (kind, groups, rows) if probe is not None else None
         ctx.scale = (fmt, axis) if mode == STE_SCALE else None
-        if ctx.scale:
-            ctx.save_for_backward(weight)
         if mode == LATENT:
-            return weight.view_as(weight)
-        rounding_of = rounding.rr if mode == RR else rounding.rtn
-        return rounding_of(weight, resolve(fmt), axis)
+            out = weight.view_as(weight)
+        else:
+            out = (rounding.rr if mode == RR else rounding.rtn)(weight, resolve(fmt), axis)
+        ctx.save_for_backward(weight if ctx.scale else None, out if ctx.probe else None)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        weight, out = ctx.saved_tensors
         to_weight, curvature = grad, None
         if ctx.needs_input_grad[1] and ctx.probe:
-            curvature = torch.ops.lotion_fx.curvature(grad, *ctx.probe)
+            curvature = torch.ops.lotion_fx.curvature(grad, out, *ctx.probe)
         if ctx.scale:
-            (weight,) = ctx.saved_tensors
             fmt, axis = ctx.scale
             to_weight = rounding.rtn_vjp(weight, grad, resolve(fmt), axis).to(grad.dtype)
         return to_weight, curvature, None, None, None, None, None, None

@@ -35,8 +35,8 @@ def latent(weight: Tensor, probe: Tensor, layout: Layout) -> Tensor:
 @dataclass
 class Run:
     loss: Tensor
-    grads: list[Tensor]
-    probes: list[Tensor]
+    grads: list[Any]
+    probes: list[Any]
     resolutions: list[Resolution]
     graph: torch.fx.Graph
 
@@ -44,7 +44,7 @@ class Run:
 def run(
     function: Callable[..., Tensor],
     weights: list[Tensor],
-    layouts: list[Layout],
+    layouts: list[Any],
     data: tuple[Any, ...] = (),
     table: str = "none",
     partition: Callable[..., Any] = min_cut_rematerialization_partition,
@@ -109,8 +109,10 @@ def windows(image: Tensor, out: torch.Size, kernel: tuple[int, ...], stride: int
     """[N, C, *out, *kernel]: the padded image's value at stride * p + dilation * k."""
     result = image.new_zeros(*image.shape[:2], *out, *kernel)
     for offset in itertools.product(*map(range, kernel)):
-        where = tuple(slice(dilation * k, dilation * k + stride * p, stride) for k, p in zip(offset, out, strict=True))
-        result[(..., *offset)] = image[(slice(None), slice(None), *where)]
+        pairs = zip(offset, out, strict=True)
+        where: Any = tuple(slice(dilation * k, dilation * k + stride * p, stride) for k, p in pairs)
+        at: Any = (..., *offset)
+        result[at] = image[(slice(None), slice(None), *where)]
     return result
 
 
@@ -452,8 +454,8 @@ def grouped(case: str, dtype: torch.dtype, tolerance: float) -> None:
     CASES[case] = Case(w, 4, 16, forward, expected, (x, ENDS), "_grouped_mm", tolerance)
 
 
-# bfloat16 has 8 bits: the output gradient, its square and the product's result are each rounded to 2^-9.
-grouped("grouped_mm, bfloat16", torch.bfloat16, 2e-2)
+# bfloat16 has 8 bits: the gradient, the squares and the full product are each rounded, by up to 2^-9.
+grouped("grouped_mm, bfloat16", torch.bfloat16, 1e-2)
 
 CASES["view and permute"] = Case(
     (5, 3, 7),
@@ -490,7 +492,7 @@ CASES["scaled"] = Case(
     1,
     5,
     lambda w, tap, x: tap("y", F.linear(tap("x", x), -w * 0.5)),
-    lambda g, v: (lambda h, f: (h / 4, (f[0] / 4, *f[1:])))(*product(g["y"], v["x"])),
+    lambda g, v: product(g["y"] / 2, v["x"]),
     (randn(13, 7),),
     "mm",
 )
@@ -639,25 +641,44 @@ def oracle(case: Case, weight: Tensor) -> tuple[Tensor, Factors | None]:
     return expected if isinstance(expected, tuple) else (expected, None)
 
 
+@dataclass
+class Both:
+    """One probe for the two kinds, so that one trace serves both."""
+
+    full: Layout
+    factored: Layout
+
+    @property
+    def size(self) -> int:
+        return self.full.size + self.factored.size
+
+    @staticmethod
+    def attach(weight: Tensor, probe: Tensor, both: Any) -> Tensor:
+        first, second = probe[: both.full.size], probe[both.full.size :]
+        return latent(latent(weight, first, both.full), second, both.factored)
+
+
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("kind", ["full", "factored"])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_sum_of_squares_written_out(name: str, kind: str, table: str) -> None:
+def test_equals_the_sum_of_squares_written_out(name: str, table: str) -> None:
     case = CASES[name]
     weight = randn(*case.shape) / 2
-    layout = Layout(kind, case.shape, case.groups, case.rows)
-    made = run(lambda w, *data: loss_of(case.forward(w, lambda _, v: v, *data)), [weight], [layout], case.data, table)
-    (probe,), (resolution,) = made.probes, made.resolutions
+    full, factored = (Layout(kind, case.shape, case.groups, case.rows) for kind in ("full", "factored"))
+
+    def function(w: Tensor, *data: Any) -> Tensor:
+        return loss_of(case.forward(w, lambda _, value: value, *data))
+
+    made = run(function, [weight], [Both(full, factored)], case.data, table, attach=Both.attach)
+    for resolution in made.resolutions:
+        assert resolution.code == Code.ANALYTIC and not resolution.reason, resolution
+        if case.op and table == "none":
+            assert resolution.op == case.op
     h, natural = oracle(case, weight)
-    assert resolution.code == Code.ANALYTIC and not resolution.reason, resolution
-    assert probe[-3:-1].tolist() == [1, Code.ANALYTIC]
-    if case.op and table == "none":
-        assert resolution.op == case.op
-    if kind == "full":
-        close(probe[: layout.payload], h, case.tolerance)
-        return
-    for part, expected in zip(layout.split(probe), natural or marginals(h, layout), strict=True):
+    probes = made.probes[0].split((full.size, factored.size))
+    close(probes[0][: full.payload], h, case.tolerance)
+    for part, expected in zip(factored.split(probes[1]), natural or marginals(h, factored), strict=True):
         close(part, expected, case.tolerance)
+    assert all(probe[-3:-1].tolist() == [1, Code.ANALYTIC] for probe in probes)
 
 
 def test_autocast_is_seen_through() -> None:
@@ -715,10 +736,16 @@ def perturbed(network: Callable[..., Tensor], weights: list[Tensor], x: Tensor) 
     """(g, input) of each layer: the gradients with respect to a perturbation of its output, by `torch.func.vjp`."""
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
-    network(weights, x, lambda n, i, y: (inputs.append(i), outputs.append(y), y)[-1])
+
+    def record(n: int, i: Tensor, y: Tensor) -> Tensor:
+        inputs.append(i)
+        outputs.append(y)
+        return y
+
+    network(weights, x, record)
     zeros = [torch.zeros_like(y) for y in outputs]
-    loss, vjp = torch.func.vjp(lambda steps: network(weights, x, lambda n, i, y: y + steps[n]), zeros)
-    return list(zip(vjp(torch.ones_like(loss))[0], inputs, strict=True))
+    steps = torch.func.vjp(lambda steps: network(weights, x, lambda n, i, y: y + steps[n]), zeros)
+    return list(zip(steps[1](torch.ones_like(steps[0]))[0], inputs, strict=True))
 
 
 def cnn(weights: Any, x: Tensor, layer: Any) -> Tensor:
@@ -741,7 +768,7 @@ def transformer(weights: Any, x: Tensor, layer: Any) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), torch.arange(logits[..., 0].numel()) % logits.shape[-1])
 
 
-NETWORKS = {
+NETWORKS: dict[str, Any] = {
     "cnn": (cnn, [(4, 3, 3, 3), (6, 2, 3, 3), (3, 24)], (5, 3, 8, 8), [1, 2, 1], 5),
     "transformer": (transformer, [(18, 6), (6, 6), (11, 6), (6, 11), (13, 6)], (3, 5, 6), [1] * 5, 15),
 }
@@ -798,6 +825,12 @@ def test_takes_the_fisher_form(name: str, table: str) -> None:
         assert resolution.op == op
     (probe,) = made.probes
     assert not probe[: layout.payload].any() and probe[-3:-1].tolist() == [1, code]
+
+
+def test_weights_that_are_added_share_a_gradient_and_keep_their_own_uses() -> None:
+    layouts = [Layout("full", (5, 7), 1, 5)] * 2
+    made = run(lambda a, b, x: loss_of(F.linear(x, a + b.square())), [randn(5, 7)] * 2, layouts, (randn(13, 7),))
+    assert [item.code for item in made.resolutions] == [Code.ANALYTIC, Code.NONLINEAR]
 
 
 def test_by_choice_has_terms_and_no_payload() -> None:
@@ -998,8 +1031,6 @@ def test_dynamic_batch() -> None:
 
 def test_rounded_forward_is_not_mistaken_for_a_nonlinear_use() -> None:
     """Under the straight-through modes the weight that meets the data is Q(w), a function of w."""
-    if len(torch.ops.lotion_fx.curvature.default._schema.arguments) != 5:
-        pytest.skip("lotion_fx::curvature does not take the smoothed weight")
     layout, x = Layout("full", (5, 7), 1, 5), randn(13, 7)
     for mode in ("ste", "ste_scale", "rr"):
 
