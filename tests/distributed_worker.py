@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import lotion_fx
+from lotion_fx import backend
 from lotion_fx.objective import term_of
 from lotion_fx.state import weights_of
 
@@ -119,16 +120,17 @@ def ddp(
     rank: int, world: int, fmt: str, inner: str, accumulate: int, outside: bool, bucket: float, curvature: str
 ) -> dict[str, Any]:
     model: nn.Module = make()
+    if bucket < 1:
+        dist._DEFAULT_FIRST_BUCKET_BYTES = int(bucket * 2**20)  # DDP's graph splitter wants the first the smallest
     options = {"inner": inner, "curvature": curvature}
     if not outside:
         lotion_fx.transform(model, fmt, **options)
     model = DistributedDataParallel(model, bucket_cap_mb=bucket)
     if outside:
         lotion_fx.transform(model, fmt, **options)
-    torch._dynamo.utils.counters.clear()
-    before = lotion_fx.backend.compiles[inner]
+    before = backend.compiles[inner]
     train(model, rank, world, accumulate)
-    return result(model) | {"graphs": lotion_fx.backend.compiles[inner] - before}
+    return result(model) | {"graphs": backend.compiles[inner] - before}
 
 
 def fsdp(rank: int, world: int, fmt: str, inner: str, accumulate: int, before: bool, curvature: str) -> dict[str, Any]:

@@ -343,8 +343,9 @@ def fresh(make=llama):
 def test_gradient_checkpointing():
     model = fresh()
     plain = copy.deepcopy(model)
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # renamed in 5.x
-    assert model.is_gradient_checkpointing
+    # transformers 5.23 renamed it and warns.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
     run = step(model, text(), plain)
     assert_same_gradients(run)
     assert_covered(run.model)
