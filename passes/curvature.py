@@ -1,8 +1,8 @@
 """Resolve: how each weight's gradient is made, read off the joint graph, and its curvature made in the same way.
 
-`smooth` leaves one `lotion_fx::curvature(grad, weight)` a weight. From ``grad`` the pass walks back through whatever is linear
-and free of the weight (views, casts, slices, scatters, sums of uses) down to the contractions of output gradient and
-input, and emits the same path on squares. That the other operand is one the weight met in the forward pass, and no
+`smooth` leaves one `lotion_fx::curvature(grad, weight)` a weight. From ``grad`` the pass walks back through whatever is
+linear and free of the weight (views, casts, slices, scatters, sums of uses) down to the contractions of output gradient
+and input, and emits the same path on squares. That the other operand is one the weight met in the forward pass, and no
 function of the weight itself, proves the op linear in the weight. What ends anywhere else takes the Fisher form.
 """
 
@@ -41,9 +41,6 @@ class Resolution:
     reason: str
 
 
-BY_CHOICE = Resolution(Code.BY_CHOICE, "", 0, Code.BY_CHOICE.reason)
-
-
 def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
     """Replaces each ``lotion_fx::curvature`` node of a joint graph by its probe vector (see `passes.probe`).
 
@@ -73,24 +70,26 @@ def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
     return resolutions
 
 
-def _find(joint: JointGraph, uses: Uses, node: fx.Node) -> Path | Stop | None:
-    """The path of one weight's gradient, or what stopped it; None where nobody asked."""
-    grad, _, kind, *_ = arguments(node)
+def _find(joint: JointGraph, uses: Uses, node: fx.Node) -> Path | Stop:
+    """The path of one weight's gradient, or what stopped it."""
     try:
-        return None if kind == "none" else find_path(joint, uses, grad)
+        return find_path(joint, uses, arguments(node)[0])
     except Stop as stop:
         return stop
 
 
-def _vector(node: fx.Node, found: Path | Stop | None, terms: fx.Node | None) -> tuple[fx.Node, Resolution]:
+def _vector(node: fx.Node, found: Path | Stop, terms: fx.Node | None) -> tuple[fx.Node, Resolution]:
     """The probe vector that takes the node's place: payload, calls = 1, code, terms."""
     grad, _, kind, groups, rows = arguments(node)
     layout = Layout(kind, tuple(grad.meta["val"].shape), groups, rows)
-    if isinstance(found, Path):
+    payload: list[fx.Node] = []
+    if kind == "none":
+        resolution = Resolution(Code.BY_CHOICE, "", 0, Code.BY_CHOICE.reason)
+    elif isinstance(found, Path):
         payload, resolution = _payload(found, layout), _resolution(found)
     else:
         payload = [constant(grad, [layout.payload], 0)]
-        resolution = Resolution(found.code, _name(found.node), 0, found.code.reason) if found else BY_CHOICE
+        resolution = Resolution(found.code, _name(found.node), 0, found.code.reason)
     header = [constant(grad, [1], value) for value in (1, int(resolution.code))]
     header.append(constant(grad, [1], 0) if terms is None else emit(node.graph, aten.reshape.default, terms, [1]))
     return emit(node.graph, aten.cat.default, [*payload, *header]), resolution

@@ -89,9 +89,6 @@ class JointGraph:
         for node in graph.nodes:
             if node.name.startswith("tangents_") or any(n in self.backward for n in node.all_input_nodes):
                 self.backward.add(node)
-            if node.target in (aten.alias.default, aten.detach.default):
-                self._numbers[node] = self._numbers[node.all_input_nodes[0]]
-                continue
             key: Any = node
             if node.op == "call_function":
                 args = fx.node.map_arg((node.args, node.kwargs), lambda n: ("value", self._numbers[n]))

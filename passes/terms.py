@@ -78,16 +78,16 @@ def _features(
 def _meets_weight(joint: JointGraph, uses: Sequence[Uses], gradient: fx.Node, partner: fx.Node) -> bool:
     """Whether the gradient's partner is the weight of the forward contraction, and not its input.
 
-    A smoothed weight is known. Another one (a frozen or tied head) is, by convention, the second of the two.
+    A smoothed weight is known. Where neither operand is one (a frozen or tied head), the second is the weight, as it
+    is by convention in a matrix product.
     """
-    if any(partner in use.chain for use in uses):
-        return True
     for node in joint.graph.nodes:
         if node in joint.backward or node.target not in PRODUCTS or numel(node) != numel(gradient):
             continue
         first, second = operands(node)[-2:] if node.target in ADDING else operands(node)[:2]
         if joint.number(partner) in (joint.number(first), joint.number(second)):
-            return joint.number(partner) == joint.number(second)
+            weight = first if any(first in use.shadow | use.chain for use in uses) else second
+            return joint.number(partner) == joint.number(weight)
     return True
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lotion_fx
 from lotion_fx import backend
-from lotion_fx.objective import term_of
-from lotion_fx.state import weights_of
+from lotion_fx.objective import dense
+from lotion_fx.passes.probe import Layout
+from lotion_fx.state import Weight, weights_of
 
 VOCAB, WIDTH, STEPS, BATCH, LENGTH = 48, 32, 3, 8, 6
+FIRST_BUCKET = dist._DEFAULT_FIRST_BUCKET_BYTES
 
 
 class Block(nn.Module):
@@ -34,11 +37,38 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
-class LM(nn.Module):
+class OddBlock(nn.Module):
+    """Rows that two ranks cannot share evenly, one row that only the first rank holds."""
+
     def __init__(self) -> None:
         super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 33), nn.Linear(33, WIDTH)
+        self.gate = nn.Linear(WIDTH, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x))) * self.gate(x).sigmoid()
+
+
+class FlippedBlock(nn.Module):
+    """Weights [in, out], whose blocks run along the dimension that is sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(WIDTH, 40) / WIDTH**0.5)
+        self.down = nn.Parameter(torch.randn(40, WIDTH) / 40**0.5)  # 20 rows a rank: no multiple of a block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.gelu(x @ self.up) @ self.down
+
+
+KINDS = {"even": Block, "odd": OddBlock, "flipped": FlippedBlock}
+
+
+class LM(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
         self.token = nn.Embedding(VOCAB, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(KINDS[kind]() for _ in range(2))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -48,10 +78,10 @@ class LM(nn.Module):
         return self.head(self.norm(x))
 
 
-def make() -> LM:
+def make(kind: str = "even") -> LM:
     torch.manual_seed(0)
-    model = LM()
-    with torch.no_grad():  # the largest weight lies in the last rank's rows, so a local absmax would show
+    model = LM(kind)
+    with torch.no_grad():  # the largest weight lies in the last rank's rows, so that a local absmax would show
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter[-1].mul_(5)
@@ -64,7 +94,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, rank: int = 0, world: int = 1, accumulate: int = 1) -> None:
-    """Adam steps on this rank's part of the global batches; the loss is the mean over the global batch."""
+    """Momentum steps on this rank's part of the global batches; the loss is the mean over the global batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     share = BATCH // world // accumulate
     for step in range(STEPS):
@@ -73,14 +103,15 @@ def train(model: nn.Module, rank: int = 0, world: int = 1, accumulate: int = 1) 
         for micro in range(accumulate):
             start = (rank * accumulate + micro) * share
             part, last = slice(start, start + share), micro == accumulate - 1
-            with contextlib.nullcontext() if last or world == 1 else _no_sync(model):
+            with contextlib.nullcontext() if last or world == 1 else no_sync(model):
                 loss = F.cross_entropy(model(ids[part]).flatten(0, 1), labels[part].flatten()) / accumulate
                 loss.backward()
         optimizer.step()
 
 
 @contextlib.contextmanager
-def _no_sync(model: nn.Module) -> Any:
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Gradients stay on their rank until the last micro-batch."""
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
@@ -92,72 +123,91 @@ def _no_sync(model: nn.Module) -> Any:
 
 
 def result(model: nn.Module) -> dict[str, Any]:
-    """Parameters, curvature state and how it was made, with plain names."""
+    """Parameters, curvature and evaluation, with the names of the plain model."""
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    parameters = {name: whole(p) for name, p in inner.named_parameters()}
-    rows = lotion_fx.report(inner).rows
-    return {
-        "parameters": {name.replace("_orig_mod.", ""): value for name, value in parameters.items()},
-        "state": {w.name.removeprefix("module."): w.ema.clone() for w in weights_of(inner) if w.ema is not None},
-        "estimator": {row.name: row.estimator for row in rows if row.format},
-        "term": {row.name: row.term for row in rows if row.term is not None},
+    weights = {weight.name.removeprefix("module."): weight for weight in weights_of(inner)}
+    learned = {name: weight for name, weight in weights.items() if weight.ema is not None}
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    found = {
+        "parameters": {name: whole(p) for name, p in inner.named_parameters()},
+        "state": {name: weight.ema.clone() for name, weight in learned.items()},
+        "estimator": {row.name: row.estimator for row in lotion_fx.report(inner).rows if row.format},
     }
+    if not (sharded and any(weight.smoothing.curvature == "fisher" for weight in learned.values())):
+        whole_rows = {name: (0, weight.shape[0]) for name, weight in learned.items()}
+        found["curvature"] = {n: dense(w.ema, _layout(w), whole_rows[n]).clone() for n, w in learned.items()}
+    model.eval()
+    with torch.no_grad():
+        found["logits"] = model(batch(0)[0]).clone()
+    return found
+
+
+def _layout(weight: Weight) -> Layout:
+    fisher = weight.smoothing.curvature == "fisher"
+    return Layout("full", weight.shape, 1, weight.shape[0]) if fisher else weight.layout
 
 
 def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def single(fmt: str = "nvfp4", accumulate: int = 1, regions: bool = False, **options: Any) -> dict[str, Any]:
-    """One process, the global batch."""
-    model = make()
-    lotion_fx.transform(model, fmt, regions=list(model.blocks) if regions else None, **options)
-    train(model, accumulate=accumulate)
+def regions_of(model: LM, how: str | None) -> list[nn.Module] | None:
+    return {None: None, "blocks": [*model.blocks], "blocks and head": [*model.blocks, model.head]}[how]
+
+
+def single(kind: str = "even", regions: str | None = None, fmt: str = "nvfp4", **options: Any) -> dict[str, Any]:
+    """One process, the global batch at once."""
+    model = make(kind)
+    lotion_fx.transform(model, fmt, regions=regions_of(model, regions), **options)
+    train(model)
     return result(model)
 
 
 def ddp(
-    rank: int, world: int, fmt: str, inner: str, accumulate: int, outside: bool, bucket: float, curvature: str
+    rank: int, world: int, outside: bool, bucket: float, accumulate: int, kind: str, fmt: str, **options: Any
 ) -> dict[str, Any]:
-    model: nn.Module = make()
-    if bucket < 1:
-        dist._DEFAULT_FIRST_BUCKET_BYTES = int(bucket * 2**20)  # DDP's graph splitter wants the first the smallest
-    options = {"inner": inner, "curvature": curvature}
+    """DistributedDataParallel; ``outside`` transforms what it returns, ``bucket`` is its size in MiB."""
+    model: nn.Module = make(kind)
+    # DDP's graph splitter wants the first bucket to be the smallest.
+    dist._DEFAULT_FIRST_BUCKET_BYTES = min(int(bucket * 2**20), FIRST_BUCKET)
     if not outside:
         lotion_fx.transform(model, fmt, **options)
     model = DistributedDataParallel(model, bucket_cap_mb=bucket)
     if outside:
         lotion_fx.transform(model, fmt, **options)
-    before = backend.compiles[inner]
+    before = backend.compiles[options["inner"]]
     train(model, rank, world, accumulate)
-    return result(model) | {"graphs": backend.compiles[inner] - before}
+    return {"graphs": backend.compiles[options["inner"]] - before} | result(model)
 
 
-def fsdp(rank: int, world: int, fmt: str, inner: str, accumulate: int, before: bool, curvature: str) -> dict[str, Any]:
-    model = make()
-
-    def transform() -> None:
-        lotion_fx.transform(model, fmt, inner=inner, curvature=curvature, regions=list(model.blocks))
-
+def fsdp(
+    rank: int, world: int, before: bool, accumulate: int, kind: str, fmt: str, regions: str | None, **options: Any
+) -> dict[str, Any]:
+    """FSDP2, each block and the root sharded; ``before`` transforms the model first."""
+    model = make(kind)
     if before:
-        transform()
+        lotion_fx.transform(model, fmt, regions=regions_of(model, regions), **options)
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
     if not before:
-        transform()
+        lotion_fx.transform(model, fmt, regions=regions_of(model, regions), **options)
     train(model, rank, world, accumulate)
     return result(model)
 
 
 def main() -> None:
+    """``distributed_worker FOLDER RANK WORLD``: runs FOLDER/jobs.pt and leaves FOLDER/NAME.RANK.pt for each job."""
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    for index, (kind, options) in enumerate(torch.load(folder / "jobs.pt")):
+    for name, (wrapper, options) in torch.load(folder / "jobs.pt").items():
         torch._dynamo.reset()
-        found = {"ddp": ddp, "fsdp": fsdp}[kind](rank, world, **copy.deepcopy(options))
-        torch.save(found, folder / f"{index}.{rank}.pt")
+        try:
+            found = {"ddp": ddp, "fsdp": fsdp}[wrapper](rank, world, **options)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        torch.save(found, folder / f"{name}.{rank}.pt")
     dist.destroy_process_group()
 
 

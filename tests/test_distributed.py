@@ -1,0 +1,129 @@
+"""Two processes under gloo make the steps that one process makes on the same global batch."""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import distributed_worker
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 120
+
+
+def job(wrapper, **options):
+    defaults = {"fmt": "nvfp4", "inner": "aot_eager", "curvature": "factored", "kind": "even", "accumulate": 1}
+    wrappers = {"ddp": {"outside": False, "bucket": 25}, "fsdp": {"before": True, "regions": "blocks and head"}}
+    return wrapper, defaults | wrappers[wrapper] | options
+
+
+FAST = {
+    "ddp": job("ddp"),
+    "ddp split": job("ddp", bucket=0.01),
+    "ddp no_sync": job("ddp", accumulate=2),
+    "fsdp": job("fsdp"),
+    "fsdp first": job("fsdp", before=False),
+    "fsdp no_sync": job("fsdp", accumulate=2),
+}
+SLOW = {
+    "ddp first": job("ddp", outside=True),
+    "ddp full": job("ddp", curvature="full"),
+    "ddp fisher": job("ddp", curvature="fisher"),
+    "ddp split no_sync": job("ddp", bucket=0.01, accumulate=4),
+    "fsdp full": job("fsdp", curvature="full"),
+    "fsdp fisher": job("fsdp", curvature="fisher"),
+    "fsdp blocks": job("fsdp", regions="blocks"),
+    "fsdp whole": job("fsdp", regions=None),
+    "fsdp odd": job("fsdp", kind="odd"),
+    "fsdp odd full": job("fsdp", kind="odd", curvature="full", before=False),
+    "fsdp flipped": job("fsdp", kind="flipped"),
+    "fsdp mxfp4": job("fsdp", fmt="mxfp4"),
+    "fsdp int8": job("fsdp", fmt="int8"),
+}
+INDUCTOR = {
+    "ddp inductor": job("ddp", inner="inductor"),
+    "ddp inductor split": job("ddp", inner="inductor", bucket=0.01),
+    "fsdp inductor": job("fsdp", inner="inductor"),
+}
+GROUPS = (FAST, SLOW, INDUCTOR)
+slow = [pytest.param(name, marks=pytest.mark.slow) for name in (*SLOW, *INDUCTOR)]
+
+
+@functools.cache
+def launched(group: int) -> dict[str, list[dict]]:
+    """What each of two ranks found, for all jobs of a group."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(GROUPS[group], Path(folder) / "jobs.pt")
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", "-m", distributed_worker.__name__, folder]
+        ranks = [subprocess.Popen([*command, str(rank), "2"], cwd=ROOT, env=environment) for rank in range(2)]
+        try:
+            for rank in ranks:
+                rank.wait(timeout=TIMEOUT * (1 + len(GROUPS[group]) // 10))
+        except subprocess.TimeoutExpired:
+            pass  # what is missing tells where it hung
+        finally:
+            for rank in ranks:
+                rank.kill()
+        found = {}
+        for name in GROUPS[group]:
+            files = [Path(folder) / f"{name}.{rank}.pt" for rank in range(2)]
+            missing = {"error": f"{name} did not end"}
+            found[name] = [torch.load(file) if file.exists() else missing for file in files]
+        return found
+
+
+@functools.cache
+def single(kind, fmt, inner, curvature, regions):
+    torch._dynamo.reset()
+    return distributed_worker.single(kind, regions, fmt, inner=inner, curvature=curvature)
+
+
+def ranks_and_reference(name):
+    group = next(i for i, jobs in enumerate(GROUPS) if name in jobs)
+    ranks = launched(group)[name]
+    for found in ranks:
+        assert "error" not in found, found["error"]
+    options = GROUPS[group][name][1]
+    chosen = (options[key] for key in ("kind", "fmt", "inner", "curvature"))
+    return *ranks, single(*chosen, options.get("regions"))
+
+
+def assert_close(mine, theirs, tolerance):
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        error = (mine[name] - value).norm() / value.norm()
+        assert error < tolerance, (name, error)
+
+
+@pytest.mark.parametrize("name", [*FAST, *slow])
+def test_two_ranks_make_the_steps_of_one(name):
+    first, second, reference = ranks_and_reference(name)
+    for part in ("parameters", "state") if "fsdp fisher" not in name else ("parameters",):
+        assert first[part].keys() == second[part].keys()
+        for key, value in first[part].items():
+            assert torch.equal(value, second[part][key]), (part, key)
+    assert torch.equal(first["logits"], second["logits"])
+    tolerance = 1e-4 if "inductor" in name else 1e-5
+    assert_close(first["parameters"], reference["parameters"], tolerance)
+    assert first["estimator"] == second["estimator"] == reference["estimator"]
+    if "curvature" in first:
+        assert_close(first["curvature"], reference["curvature"], 10 * tolerance)
+    torch.testing.assert_close(first["logits"], reference["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_small_bucket_splits_the_graph():
+    ranks = launched(0)
+    assert ranks["ddp"][0]["graphs"] == 1 and ranks["ddp split"][0]["graphs"] > 2
+
+
+@pytest.mark.slow
+def test_parameters_outside_of_regions_take_fisher():
+    first, *_ = launched(1)["fsdp blocks"]
+    assert first["estimator"].pop("head.weight") == "fisher"
+    assert set(first["estimator"].values()) == {"analytic"}
