@@ -32,12 +32,12 @@ from lotion_fx.formats import Format
 from lotion_fx.passes.probe import HEADER, Code, Layout
 from lotion_fx.state import Smoothing, Weight, local_of, registry, sample, weights_of
 
-CHUNK = 16  # weights in one compiled update: bounds compile time, and equal chunks share their code
+CHUNK = 16  # weights in one compiled update at most, which bounds the time to compile it
 
 VECTOR, FISHER, MOMENT = "vector", "fisher", "moment"  # where an update takes its curvature from
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spec:
     """All that the code of one weight's update depends on.
 
@@ -57,6 +57,20 @@ class Spec:
     span: tuple[int, int]
     decay: float
     tensors: tuple[Any, ...]
+
+    @staticmethod
+    def of(weight: Weight, source: str, layout: Layout, span: tuple[int, int], args: Sequence[Tensor]) -> Spec:
+        """The one `Spec` of this make: equal ones are the same object, found again without comparing them."""
+        tensors = tuple((t.shape, t.stride(), t.dtype, t.device) for t in args)
+        key = (source, weight.format, weight.axis, layout, span, weight.smoothing.decay, tensors)
+        if weight.spec is None or weight.spec[0] != key:
+            assert weight.format is not None
+            spec = Spec(source, weight.format, weight.axis, layout, span, weight.smoothing.decay, tensors)
+            weight.spec = key, _specs.setdefault(key, spec)
+        return weight.spec[1]
+
+
+_specs: dict[Any, Spec] = {}
 
 
 # ---------------------------------------------------------------------------------------------- curvature from state
@@ -127,15 +141,25 @@ _compiled: dict[tuple[str, tuple[Spec, ...]], Callable[..., Any]] = {}
 
 
 def _update(inner: str, work: Sequence[tuple[Spec, list[Tensor]]]) -> None:
-    """Runs the updates of all weights, compiled together in chunks of equal make."""
-    ordered = sorted(work, key=lambda item: repr(item[0]))
-    for start in range(0, len(ordered), CHUNK):
-        chunk = ordered[start : start + CHUNK]
-        specs = tuple(spec for spec, _ in chunk)
-        flat = [tensor for _, args in chunk for tensor in args]
-        if (inner, specs) not in _compiled:
-            _compiled[inner, specs] = backend.compile_function(_many(specs), flat, inner)
-        _compiled[inner, specs](*flat)
+    """Runs the updates of all weights in as few compiled calls as there are layers.
+
+    Weights of equal make, the same matrix of every layer, are dealt out one to a call, and kinds that occur equally
+    often go together. So each kind is compiled once, however deep the model.
+    """
+    alike: dict[Spec, list[list[Tensor]]] = {}
+    for spec, args in work:
+        alike.setdefault(spec, []).append(args)
+    by_count: dict[int, list[Spec]] = {}
+    for spec, jobs in alike.items():
+        by_count.setdefault(len(jobs), []).append(spec)
+    for count, kinds in by_count.items():
+        for start in range(0, len(kinds), CHUNK):
+            specs = tuple(kinds[start : start + CHUNK])
+            for turn in range(count):
+                flat = [tensor for spec in specs for tensor in alike[spec][turn]]
+                if (inner, specs) not in _compiled:
+                    _compiled[inner, specs] = backend.compile_function(_many(specs), flat, inner)
+                _compiled[inner, specs](*flat)
 
 
 def _many(specs: tuple[Spec, ...]) -> Callable[..., None]:
@@ -333,7 +357,7 @@ class _Step:
             weight.ema = torch.zeros(layout.payload + 1, device=local.device)
         args = [local, grad, weight.ema, *given, *_amax(weight, parameter)]
         args += [self.row_factor, self.grad_factor, gain]
-        return Spec(source, weight.format, weight.axis, layout, span, self.smoothing.decay, _make(args)), args
+        return Spec.of(weight, source, layout, span, args), args
 
     def _moment_job(
         self, weight: Weight, parameter: Tensor, local: Tensor, grad: Tensor, moment: Tensor, layout: Layout, gain: Tensor
@@ -346,7 +370,7 @@ class _Step:
         seen = 1 - decay ** torch.as_tensor(count, dtype=torch.float32, device=local.device)
         factor = torch.where(seen > 0, self.grad_factor / seen, 0.0)
         args = [local, grad, local.new_zeros(0), moment, *_amax(weight, parameter), self.row_factor, factor, gain]
-        return Spec(MOMENT, weight.format, weight.axis, layout, (0, local.shape[0]), 0.0, _make(args)), args
+        return Spec.of(weight, MOMENT, layout, (0, local.shape[0]), args), args
 
 
 def _advance(smoothing: Smoothing, pairs: list[tuple[Weight, Tensor]]) -> None:
@@ -371,10 +395,6 @@ def _read_code(vector: Tensor | None, smoothing: Smoothing) -> Code:
     calls, code, _ = vector[-HEADER:].tolist()
     mean = code / calls if calls else -1.0
     return Code(int(mean)) if mean in set(Code) else Code.MIXED
-
-
-def _make(args: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in args)
 
 
 def _is(reference: Any, value: Any) -> bool:

@@ -78,6 +78,11 @@ class _Blocks(NamedTuple):
         return self.block_scale if self.tensor_scale is None else self.block_scale * self.tensor_scale
 
 
+def written(x: Tensor) -> Tensor:
+    """``x``, which a compiler writes to memory: Inductor otherwise repeats its formula in every use, once an element."""
+    return x.as_strided(x.shape, x.stride())
+
+
 def _blocks(w: Tensor, fmt: Format, axis: int, amax_tensor: Tensor | None) -> _Blocks:
     blocks = to_blocks(w, fmt, axis).to(compute_dtype(w))
     if amax_tensor is not None:
@@ -89,7 +94,7 @@ def _blocks(w: Tensor, fmt: Format, axis: int, amax_tensor: Tensor | None) -> _B
     tensor_scale = None
     if fmt.law.two_level:
         tensor_scale = fmt.law.tensor_scale(amax.amax() if amax_tensor is None else amax_tensor, fmt.grid)
-    return _Blocks(blocks, amax, fmt.law.block_scale(amax, fmt.grid, tensor_scale), tensor_scale)
+    return _Blocks(blocks, amax, written(fmt.law.block_scale(amax, fmt.grid, tensor_scale)), tensor_scale)
 
 
 def scale(w: Tensor, fmt: Format, axis: int = -1, *, amax_tensor: Tensor | None = None) -> Tensor:

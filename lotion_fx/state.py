@@ -73,7 +73,7 @@ class Smoothing:
         self.in_backward = False
         for weight in self.weights:
             master = weight.master() if weight.master else None
-            if weight.code is not Code.ANALYTIC and master is not None and master.grad is not None:
+            if master is not None and master.grad is not None and weight.code is not Code.ANALYTIC and weight.selected:
                 self.snapshot[weight] = sample(master.grad).clone()
 
 
@@ -108,6 +108,7 @@ class Weight:
     strength: float = 1.0
     master: weakref.ref[Tensor] | None = None  # the parameter that the optimizer steps
     plans: dict[tuple[str, bool], Plan | None] = field(default_factory=dict)
+    spec: Any = None  # of its last update, see `objective`
 
     def held(self) -> Tensor | None:
         """The tensor that the owner holds now (sharded or not), None if it is gone."""

@@ -627,6 +627,30 @@ CASES["checkpointed"] = Case(
 )
 
 
+class Recomputing(torch.autograd.Function):
+    """linear(tanh(x), w) that keeps x and computes tanh(x) again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(w, x)
+        return F.linear(x.tanh(), w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        return g.T @ ctx.saved_tensors[1].tanh(), None
+
+
+CASES["recomputed input"] = Case(
+    (5, 7),
+    1,
+    5,
+    lambda w, tap, x: tap("y", Recomputing.apply(w, tap("x", x))),
+    lambda g, v: product(g["y"], v["x"].tanh()),
+    (randn(13, 7),),
+    "mm",
+)
+
+
 def oracle(case: Case, weight: Tensor) -> tuple[Tensor, Factors | None]:
     """The case in float64: gradients of the taps by autograd, then the sum written out."""
     values: dict[str, Tensor] = {}
@@ -948,6 +972,16 @@ def test_terms_with_one_unsmoothed_layer_of_given_input() -> None:
         return loss_of(F.linear(x, head)) + loss_of(x * w)
 
     assert terms_of(token_loss, (7,), randn(3, 7).requires_grad_(), randn(13, 7)) == [13, 13]
+
+
+def test_terms_where_the_input_is_also_the_second_operand() -> None:
+    """Scores of 5 queries against 13 keys; the keys are also the input of another product, of another size."""
+
+    def retrieval(w: Tensor, queries: Tensor, keys: Tensor, head: Tensor) -> Tensor:
+        auxiliary = loss_of(keys @ head)
+        return auxiliary + loss_of((queries @ w).tanh() @ keys.T)
+
+    assert terms_of(retrieval, (7, 7), randn(5, 7), randn(13, 7), randn(7, 3).requires_grad_()) == [5, 5]
 
 
 def test_terms_of_a_mean_pooled_classifier_are_the_samples() -> None:
