@@ -2,10 +2,10 @@
 
     python benchmarks/step.py [--rounds 40] [--width 64] [--depth 2] [--batch 32] [--fmt nvfp4] [--json PATH]
 
-One process, one model a method, all from one seed. Rounds interleave the methods in a new random order each; a row is the
-median over rounds of its step time over the plain step's of the same round, and the middle half of those ratios. 'plain
-again' is a second plain model: its spread is the noise. FLOPs and bytes are Inductor's own counters over the forward,
-backward and update graphs; they do not depend on the machine's load. Bytes per parameter is what stays allocated between
+One process, one model a method, all from one seed. Rounds interleave the methods in a new random order each; a row is
+the median over rounds of its step time over the plain step's of the same round, and the middle half of those ratios.
+'plain again' is a second plain model: its spread is the noise. FLOPs and bytes are Inductor's own counters over the
+forward, backward and update graphs; they do not depend on the machine's load. State is what stays allocated between
 steps beyond the plain model's, over the number of quantized parameters.
 """
 
@@ -127,7 +127,9 @@ def main() -> None:
         table.append([name, f"{row['step_ms']:.1f}", f"{middle:.3f}", spread, *numbers, f"{row['state']:.3f}"])
         table[-1].append(f"{row['compile_ratio']:.2f}")
     headers = ["method", "ms", "step ratio", "middle half", "FLOPs", "bytes moved", "state B/param", "cold compile"]
-    print(f"GPT width {args.width}, depth {args.depth}, batch {args.batch} x {CONTEXT}, {args.fmt}, {args.rounds} rounds")
+    print(
+        f"GPT width {args.width}, depth {args.depth}, batch {args.batch} x {CONTEXT}, {args.fmt}, {args.rounds} rounds"
+    )
     print(tabulate(table, headers, disable_numparse=True, colalign=("left", *["right"] * 7)))
     if args.json:
         with open(args.json, "w") as file:

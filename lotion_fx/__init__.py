@@ -1,6 +1,6 @@
 """lotion_fx: quantization-aware training by smoothing the quantized loss, in the compiler.
 
-    model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
+model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
 """
 
 from lotion_fx.formats import Format, codebook, formats, register_format, resolve

@@ -1,8 +1,8 @@
 """The compiler backend, and the only file that touches torch's private interfaces.
 
-Dynamo calls `Backend` with a forward graph. The graph is compiled once per *plan*, the tuple of what each of its weights
-needs: training or evaluation, finishing, with or without a probe. Which plan holds is decided at every call by looking at
-the weights that come in, since one compiled graph serves many modules, and nothing but the weights tells them apart.
+Dynamo calls `Backend` with a forward graph. The graph is compiled once per *plan*, the tuple of what each of its
+weights needs: training or evaluation, finishing, with or without a probe. Which plan holds is decided at every call by
+looking at the weights that come in: one compiled graph serves many modules, and nothing else tells them apart.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 
@@ -90,7 +90,8 @@ class Backend:
             return gm.forward
         if self.inner == "aot_eager":
             return aot_autograd(fw_compiler=nop, partition_fn=_partition)(gm, inputs)
-        return compile_fx(gm, inputs, config_patches=self._inductor_options())
+        compiled: Any = compile_fx(gm, inputs, config_patches=self._inductor_options())
+        return compiled
 
     def _inductor_options(self) -> dict[str, Any]:
         options = dict(torch._inductor.list_mode_options(self.mode)) if self.mode else {}
@@ -291,7 +292,8 @@ def compile_function(function: Callable[..., Any], args: Sequence[Any], inner: s
         gm = make_fx(function)(*fakes)
     compiles["update"] += 1
     with torch.no_grad():
-        return compile_fx(gm, list(args), config_patches={"eager_numerics.division_rounding": True})
+        compiled: Any = compile_fx(gm, list(args), config_patches={"eager_numerics.division_rounding": True})
+    return compiled
 
 
 def _active_data_parallel_group() -> Any:
@@ -302,9 +304,7 @@ def _active_data_parallel_group() -> Any:
 
 def local_span(parameter: DTensor) -> tuple[int, int]:
     """[start, stop) of dimension 0 in this rank's shard of a parameter sharded along it."""
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     if tuple(shape[1:]) != tuple(parameter.shape[1:]):
         raise ValueError(f"parameter of shape {tuple(parameter.shape)}: only sharding along dimension 0 is supported")
     return offset[0], offset[0] + shape[0]

@@ -69,7 +69,7 @@ def _rounded(weights: list[Weight]) -> Iterator[None]:
             if weight.training and not weight.smoothing.override:
                 raise ValueError(
                     f"method={weight.smoothing.method!r} needs a rounded training forward, and no compiled graph "
-                    f"contains {weight.name!r}; use method='lotion', or leave it out with only={{{weight.name!r}: None}}"
+                    f"contains {weight.name!r}; use method='lotion', or leave it out: only={{{weight.name!r}: None}}"
                 )
             if isinstance(parameter, DTensor):
                 raise ValueError(f"no compiled graph contains {weight.name!r}, and it is sharded: put it into regions=")

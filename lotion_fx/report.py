@@ -11,10 +11,10 @@ from tabulate import tabulate
 from torch import nn
 
 from lotion_fx import rounding
-from lotion_fx.objective import term_of
 from lotion_fx.passes.probe import Code
 from lotion_fx.state import Weight, local_of
 from lotion_fx.transform import names_of
+from lotion_fx.update import term_of
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class _Blocks(NamedTuple):
 
 
 def written(x: Tensor) -> Tensor:
-    """``x``, which a compiler writes to memory: Inductor otherwise repeats its formula in every use, once an element."""
+    """``x``, written to memory when compiled: Inductor otherwise repeats its formula in every use, once an element."""
     return x.as_strided(x.shape, x.stride())
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -127,7 +126,7 @@ class Weight:
         """The use that fixes blocks and factors: the first contraction whose axis is known, else the first use."""
         uses = self.uses or []
         known = [use for use in uses if use.kind == CONTRACTION]
-        return next((use for use in known if use.axis is not None), (known or uses or [None])[0])
+        return next(iter([*(use for use in known if use.axis is not None), *known, *uses]), None)
 
     @property
     def axis(self) -> int:
@@ -259,5 +258,3 @@ def weights_of(model: nn.Module) -> list[Weight]:
             "or run it once if it was compiled with torch.compile(model, backend='lotion_fx'). A deepcopy is plain."
         )
     return list(found)
-
-

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lotion_fx import objective
 from lotion_fx.backend import INNERS, Backend, compiled_call
@@ -237,7 +238,7 @@ def _check_model(model: Any) -> None:
             "once, the outermost module"
         )
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"model: {name!r} is not initialized yet; run the model once before transform")
     if not any(True for _ in model.parameters()):
         raise ValueError(f"model: this {type(model).__name__} has no parameters; transform it after they are made")
@@ -264,12 +265,14 @@ def _add_weights(smoothing: Smoothing, model: nn.Module, fmt: Format, only: Form
                 names.setdefault(parameter, []).append(f"{prefix}.{attribute}".removeprefix("."))
     every = [name for group in names.values() for name in group]
     chosen = {glob: _known(value) for glob, value in only.items()}
-    for glob in only:
-        if not fnmatch.filter(every, glob):
+    for pattern in only:
+        if not fnmatch.filter(every, pattern):
             prefixes = {name.rpartition(".")[0] for name in every}
-            raise ValueError(f"only: the glob {glob!r} matches no parameter{_near(glob.strip('*.'), [*every, *prefixes])}")
+            raise ValueError(
+                f"only: the glob {pattern!r} matches no parameter{_near(pattern.strip('*.'), [*every, *prefixes])}"
+            )
     for parameter, held in owners.items():
-        glob = next((g for g in reversed(only) for name in names[parameter] if fnmatch.fnmatchcase(name, g)), None)
+        glob = _last_match(names[parameter], only)
         forced = glob is not None and glob != "*" and chosen[glob] is not None
         given, excluded = (_known(fmt), "") if glob is None else (chosen[glob], f"excluded by only={{{glob!r}: None}}")
         if parameter.dim() < 2 and not forced:
@@ -285,6 +288,11 @@ def _add_weights(smoothing: Smoothing, model: nn.Module, fmt: Format, only: Form
             master=weakref.ref(parameter),
         )
         smoothing.weights.append(weight)
+
+
+def _last_match(names: list[str], globs: Iterable[str]) -> str | None:
+    matching = [glob for glob in globs if any(fnmatch.fnmatchcase(name, glob) for name in names)]
+    return matching[-1] if matching else None
 
 
 def _known(fmt: str | Format | None) -> Format | None:

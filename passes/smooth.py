@@ -73,13 +73,14 @@ def attach(gm: fx.GraphModule, plans: Mapping[int, Plan]) -> tuple[fx.GraphModul
             node = graph.call_function(smooth, (weight, probe, *_constants(plan)))
         if "example_value" in weight.meta:
             node.meta["example_value"] = weight.meta["example_value"]
-        weight.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user is not node)
+        for user in [user for user in weight.users if user is not node]:
+            user.replace_input_with(weight, node)
     graph.lint()
     return fx.GraphModule(gm, graph), probes
 
 
 def _copy(gm: fx.GraphModule) -> fx.Graph:
-    graph, copied = fx.Graph(), {}
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(gm.graph, copied))
     for old, new in copied.items():
         new.meta = dict(old.meta)
@@ -104,7 +105,15 @@ def smooth(
 class _Smooth(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, probe: Tensor | None, mode: str, fmt: str, axis: int, kind: str, groups: int, rows: int
+        ctx: Any,
+        weight: Tensor,
+        probe: Tensor | None,
+        mode: str,
+        fmt: str,
+        axis: int,
+        kind: str,
+        groups: int,
+        rows: int,
     ) -> Tensor:
         ctx.probe = (kind, groups, rows) if probe is not None else None
         ctx.scale = (fmt, axis) if mode == STE_SCALE else None

@@ -218,8 +218,8 @@ _REARRANGE = {
     aten.expand: _expand,
     **dict.fromkeys((aten.index,), _index),
     **dict.fromkeys(
-        (aten.slice, aten.split, aten.split_with_sizes, aten.index_select, aten.narrow, aten.chunk, aten._to_copy)
-        + (aten.clone, aten.detach, aten.alias, aten.contiguous, aten.neg, aten.view_as, aten.lift_fresh),
+        {aten.slice, aten.split, aten.split_with_sizes, aten.index_select, aten.narrow, aten.chunk, aten._to_copy}
+        | {aten.clone, aten.detach, aten.alias, aten.contiguous, aten.neg, aten.view_as, aten.lift_fresh},
         _same,
     ),
 }  # fmt: skip
@@ -227,7 +227,7 @@ _SCALINGS = {aten.mul, aten.div, aten.add, aten.sub, aten.neg}
 _SHAPE_QUERIES = {aten.sym_size, aten.sym_numel, aten.sym_stride, torch.ops.prim.device}
 # op -> {position of the operand: its contracted dimension}
 _CONTRACTIONS: dict[Any, dict[int, int]] = {
-    **dict.fromkeys((aten.mm, aten.bmm, aten._grouped_mm), {0: -1, 1: -2}),
-    **dict.fromkeys((aten.addmm, aten.baddbmm), {1: -1, 2: -2}),
-    **dict.fromkeys((aten.mv, aten.dot), {0: -1, 1: 0}),
+    **{op: {0: -1, 1: -2} for op in (aten.mm, aten.bmm, aten._grouped_mm)},
+    **{op: {1: -1, 2: -2} for op in (aten.addmm, aten.baddbmm)},
+    **{op: {0: -1, 1: 0} for op in (aten.mv, aten.dot)},
 }

