@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,37 +127,38 @@ class Variants:
         if backend.adopt:
             for node, x in zip(nodes, live, strict=True):
                 _adopt(backend.adopt, node, x)
-        self.candidates = [i for i, x in enumerate(live) if registry[x] is not None] if _any_tensor(live) else []
+        self.candidates = [i for i, x in enumerate(live) if registry[x] is not None]
         self.uses = _uses(gm, example_inputs, self.candidates)
-        for index in self.candidates:
-            self._weight(live[index], index)
+        self.taught: set[Weight] = set()
         self.compiled: dict[tuple[Any, ...], tuple[Callable[..., Any], list[int]]] = {}
-        self._variant(self._plans(live))
+        self._variant(self._plans(live)[0])
 
     def __call__(self, *args: Any) -> Any:
-        run, probed = self._variant(self._plans(args))
+        plans, weights = self._plans(args)
+        run, probed = self._variant(plans)
         if not probed:
             return run(*args)
-        weights = [self._weight(args[i], i) for i in probed]
-        weights[0].smoothing.told |= self.backend.inner != "eager"
-        return run(*args, *(_probe(weight, args[i]) for weight, i in zip(weights, probed, strict=True)))
+        smoothing = weights[probed[0]].smoothing
+        smoothing.told |= self.backend.inner != "eager"
+        smoothing.group = _active_data_parallel_group()
+        return run(*args, *(_probe(weights[i], args[i]) for i in probed))
 
-    def _weight(self, tensor: Any, index: int) -> Weight:
-        """The weight that this argument is. One that shares another's graph is used as the other is."""
-        weight = registry[tensor]
-        assert weight is not None
-        weight.learn(self.uses[index])
-        return weight
-
-    def _plans(self, args: Sequence[Any]) -> dict[int, Plan]:
-        with_grad, plans = torch.is_grad_enabled(), {}
+    def _plans(self, args: Sequence[Any]) -> tuple[dict[int, Plan], dict[int, Weight]]:
+        """What each of this call's weights needs, and which weights they are, by argument."""
+        with_grad = torch.is_grad_enabled()
+        plans: dict[int, Plan] = {}
+        weights: dict[int, Weight] = {}
         for index in self.candidates:
-            tensor = args[index]
-            if registry[tensor] is not None:
-                plan = self._weight(tensor, index).plan(with_grad, tensor.requires_grad)
-                if plan is not None:
-                    plans[index] = plan
-        return plans
+            weight = registry[args[index]]
+            if weight is None:
+                continue
+            if weight not in self.taught:  # one that shares another's graph is used as the other is
+                weight.learn(self.uses[index])
+                self.taught.add(weight)
+            plan = weight.plan(with_grad, args[index].requires_grad)
+            if plan is not None:
+                plans[index], weights[index] = plan, weight
+        return plans, weights
 
     def _variant(self, plans: Mapping[int, Plan]) -> tuple[Callable[..., Any], list[int]]:
         key = tuple(plans.items())
@@ -173,10 +174,6 @@ class Variants:
                 node._dynamo_source = None
         inputs = [*self.inputs, *(_fake_probe(self.inputs[i], plans[i]) for i in probed)]
         return self.backend.compile(gm, inputs), probed
-
-
-def _any_tensor(values: Iterable[Any]) -> bool:
-    return any(isinstance(x, Tensor) for x in values)
 
 
 def _live(node: fx.Node, example: Any) -> Any:
@@ -228,13 +225,18 @@ def _uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> 
     """Runs `passes.usage` on sizes as they are: no guard may come from it."""
     if not weights:
         return {}
+    known = [_known_number(x) for x in inputs]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        return weight_uses(gm, [_concrete(x, mode) for x in inputs], weights)
+        return weight_uses(gm, [_concrete(x, mode) for x in known], weights)
+
+
+def _known_number(value: Any) -> Any:
+    """The number in a 0-d CPU tensor, which is how Dynamo passes a float that may change."""
+    real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+    return value.item() if real and value.dim() == 0 and value.device.type == "cpu" else value
 
 
 def _concrete(value: Any, mode: FakeTensorMode) -> Any:
-    if isinstance(value, Tensor) and value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad:
-        return torch.tensor(value.item(), dtype=value.dtype)  # Dynamo's way to pass a float that may change
     if not isinstance(value, FakeTensor):
         return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
     sizes = [int(size) if isinstance(size, int) else size.node.hint for size in value.shape]
@@ -250,7 +252,6 @@ def _probe(weight: Weight, tensor: Tensor) -> Tensor:
         weight.probe.register_post_accumulate_grad_hook(lambda _: _fired(weight))
     if master is not None and master.grad is None and weight.probe.grad is not None:
         weight.drop_probe()
-    weight.smoothing.group = _active_data_parallel_group()
     return weight.probe
 
 

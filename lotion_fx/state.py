@@ -66,6 +66,7 @@ class Smoothing:
         if not self.in_backward:
             count = grad.flatten(0, -2).ne(0).any(-1).sum().float()
             self.rows = count if self.rows is None else self.rows + count
+            self.terms = None
 
     def backward_is_over(self) -> None:
         """Samples the gradients that Fisher curvature will read, so that later clipping can be divided out."""
@@ -222,6 +223,8 @@ class Registry:
 
     def __getitem__(self, tensor: Any) -> Weight | None:
         """The weight that this tensor is right now, None if it is none."""
+        if not isinstance(tensor, Tensor):
+            return None
         hit = self._seen.get(id(tensor))
         if hit is not None and hit[0]() is tensor:
             return hit[1]

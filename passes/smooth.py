@@ -26,7 +26,7 @@ LATENT, STE, STE_SCALE, RR = "latent", "ste", "ste_scale", "rr"
 
 @dataclass(frozen=True)
 class Plan:
-    """What one weight's node does in one graph.
+    """What one weight's node does in one graph. A weight keeps its plans, so that comparing them is cheap.
 
     Args:
         mode: the forward, ``"latent"``, ``"ste"``, ``"ste_scale"`` or ``"rr"``.

@@ -56,7 +56,7 @@ def weight_uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int
 
     Args:
         gm: Dynamo's forward graph.
-        inputs: one fake tensor or SymInt per placeholder.
+        inputs: one fake tensor or number per placeholder.
         weights: which of the placeholders are weights.
 
     Returns:
@@ -64,8 +64,19 @@ def weight_uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int
     """
     tracker = _Tracker({index: inputs[index] for index in weights}, inputs)
     with torch.no_grad(), tracker:
-        fx.Interpreter(gm).run(*inputs)
+        _Run(gm).run(*inputs)
     return {index: list(dict.fromkeys(tracker.uses[index])) for index in weights}
+
+
+class _Run(fx.Interpreter):
+    """An interpreter in which a number may stand for a 0-d tensor whose value is asked for."""
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return (
+            args[0]
+            if target == "item" and isinstance(args[0], (int, float))
+            else super().call_method(target, args, kwargs)
+        )
 
 
 class _Tracker(TorchDispatchMode):

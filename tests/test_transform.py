@@ -190,12 +190,15 @@ def test_dynamic_shapes_compile_as_often_as_without_us():
 
 def test_a_later_variant_of_a_dynamic_graph():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = lotion_fx.transform(LM(), "int4", inner="aot_eager", dynamic=True)
     for batch in (8, 6):
         lm_loss(model, ids(batch)).backward()
     model.eval()  # nothing in LM guards on it, so the same Dynamo graph needs a second variant
     for batch in (8, 6, 4):
         torch.testing.assert_close(model(ids(batch)), quantized(model, "int4")(ids(batch)))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_the_dynamo_backend_alone():
