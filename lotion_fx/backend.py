@@ -134,6 +134,8 @@ class Variants:
         self._variant(self._plans(live)[0])
 
     def __call__(self, *args: Any) -> Any:
+        if any(isinstance(x, FakeTensor) for x in args):
+            return self._rehearse(args)
         plans, weights = self._plans(args)
         run, probed = self._variant(plans)
         if not probed:
@@ -142,6 +144,11 @@ class Variants:
         smoothing.told |= self.backend.inner != "eager"
         smoothing.group = _active_data_parallel_group()
         return run(*args, *(_probe(weights[i], args[i]) for i in probed))
+
+    def _rehearse(self, args: Sequence[Any]) -> Any:
+        """DDP's graph splitter runs each compiled part once on fakes, which are nobody's weights."""
+        plans, (run, probed) = next(iter(self.compiled.items()))
+        return run(*args, *(_fake_probe(args[i], dict(plans)[i]) for i in probed))
 
     def _plans(self, args: Sequence[Any]) -> tuple[dict[int, Plan], dict[int, Weight]]:
         """What each of this call's weights needs, and which weights they are, by argument."""
@@ -250,7 +257,8 @@ def _probe(weight: Weight, tensor: Tensor) -> Tensor:
     if weight.probe is None or weight.probe.numel() != size or weight.probe.device != tensor.device:
         weight.probe = torch.zeros(size, device=tensor.device, requires_grad=True)
         weight.probe.register_post_accumulate_grad_hook(lambda _: _fired(weight))
-    if master is not None and master.grad is None and weight.probe.grad is not None:
+    # Between micro-batches FSDP2 may hold the gradient at the unsharded parameter.
+    if master is not None and master.grad is None and tensor.grad is None and weight.probe.grad is not None:
         weight.drop_probe()
     return weight.probe
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lotion_fx import backend, rounding
-from lotion_fx.passes.probe import HEADER, Code, Layout
+from lotion_fx.passes.probe import HEADER, Code
 from lotion_fx.state import Smoothing, Weight, local_of, registry, sample, weights_of
 from lotion_fx.update import FISHER, MOMENT, VECTOR, Spec, dense, span_of, stored, update
 
@@ -193,41 +193,37 @@ class _Step:
     ) -> tuple[Spec, list[Tensor]] | None:
         """The update of one weight and its arguments; None for an empty shard."""
         assert weight.format is not None
-        local, grad, span = local_of(parameter), local_of(_grad(parameter)), span_of(parameter)
+        local, grad = local_of(parameter), local_of(_grad(parameter))
+        amax = _amax(weight, parameter)  # by all ranks, also one whose shard is empty
         if not local.numel():
             return None
-        layout, given = weight.layout, [] if vector is None else [vector]
+        (layout, span), given = stored(weight, parameter), [] if vector is None else [vector]
         source = VECTOR if given else FISHER
         if self.smoothing.curvature == "fisher":
-            layout, span = Layout("full", tuple(local.shape), 1, local.shape[0]), (0, local.shape[0])
             moment = self.optimizer.state.get(parameter, {}).get("exp_avg_sq")
             if isinstance(moment, Tensor):
-                return self._moment_job(weight, parameter, local, grad, local_of(moment), layout, gain)
+                return self._moment_job(
+                    weight, parameter, [local, grad, local.new_zeros(0), local_of(moment)], amax, gain
+                )
         if weight.ema is None or weight.ema.numel() != layout.payload + 1:
             weight.ema = torch.zeros(layout.payload + 1, device=local.device)
-        args = [local, grad, weight.ema, *given, *_amax(weight, parameter)]
+        args = [local, grad, weight.ema, *given, *amax]
         args += [self.row_factor, self.grad_factor, gain]
         return Spec.of(weight, source, layout, span, args), args
 
     def _moment_job(
-        self,
-        weight: Weight,
-        parameter: Tensor,
-        local: Tensor,
-        grad: Tensor,
-        moment: Tensor,
-        layout: Layout,
-        gain: Tensor,
+        self, weight: Weight, parameter: Tensor, args: list[Tensor], amax: list[Tensor], gain: Tensor
     ) -> tuple[Spec, list[Tensor]]:
         """The update whose curvature is the optimizer's second moment, bias-corrected, so with no state of our own."""
-        assert weight.format is not None
         group = next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
         count = self.optimizer.state[parameter].get("step", 0)
         decay = group.get("betas", (0.0, 0.999))[1]
+        local = args[0]
         seen = 1 - decay ** torch.as_tensor(count, dtype=torch.float32, device=local.device)
         factor = torch.where(seen > 0, self.grad_factor / seen, 0.0)
-        args = [local, grad, local.new_zeros(0), moment, *_amax(weight, parameter), self.row_factor, factor, gain]
-        return Spec.of(weight, MOMENT, layout, (0, local.shape[0]), args), args
+        args = [*args, *amax, self.row_factor, factor, gain]
+        layout, span = stored(weight, parameter)
+        return Spec.of(weight, MOMENT, layout, span, args), args
 
 
 def _advance(smoothing: Smoothing, pairs: list[tuple[Weight, Tensor]]) -> None:
@@ -273,7 +269,10 @@ def _amax(weight: Weight, parameter: Tensor) -> list[Tensor]:
     """The tensor-wide absmax over all shards, for the formats that need it of a sharded weight."""
     fmt = weight.format
     assert fmt is not None
-    if not isinstance(parameter, DTensor) or not (fmt.block == "tensor" or fmt.law.two_level):
+    if not isinstance(parameter, DTensor):
+        return []
+    _check_blocks(weight, parameter)
+    if not (fmt.block == "tensor" or fmt.law.two_level):
         return []
     if fmt.block == "tensor":
         raise ValueError(
@@ -284,6 +283,19 @@ def _amax(weight: Weight, parameter: Tensor) -> list[Tensor]:
     amax = local.abs().amax().float() if local.numel() else torch.zeros((), device=local.device)
     dist.all_reduce(amax, dist.ReduceOp.MAX, group=_mesh_group(parameter))
     return [amax]
+
+
+def _check_blocks(weight: Weight, parameter: DTensor) -> None:
+    """Refuses shards that cut a block in two."""
+    assert weight.format is not None
+    (start, stop), block, length = span_of(parameter), weight.format.block, parameter.shape[0]
+    if weight.axis != 0 or (start, stop) == (0, length) or block == "tensor":
+        return
+    if block == "channel" or any(at % int(block) and at != length for at in (start, stop)):
+        raise ValueError(
+            f"fmt: {weight.format.name!r} blocks {weight.name!r} along dimension 0, which is cut into shards inside a "
+            f"block, at {start} or {stop}; shard another dimension, or leave it out: only={{{weight.name!r}: None}}"
+        )
 
 
 class _Term(torch.autograd.Function):

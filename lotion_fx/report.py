@@ -102,7 +102,8 @@ def _short(text: str, width: int, *, keep_end: bool = True) -> str:
 def report(model: nn.Module) -> CoverageReport:
     """What happens to every parameter of a transformed model, and why.
 
-    Uses, estimator and block axis are known once the model ran, the term and its shares after the first step.
+    Uses, estimator and block axis are known once the model ran, the term and its shares after the first step. Of a
+    sharded parameter, SQNR and term are those of this rank's shard: nothing is communicated.
 
     Raises:
         ValueError: the model is not under lotion_fx.
@@ -131,6 +132,9 @@ def _estimator(weight: Weight) -> tuple[str | None, str]:
         return None, f"method={smoothing.method!r} has no expected-loss term" if smoothing.method != "lotion" else (
             "finishing without the term"
         )
+    held = weight.held()
+    if held is not None and not held.requires_grad:
+        return None, "frozen: no gradient reaches it"
     if weight.code is None:
         return None, "no step was taken yet" if weight.uses is not None else "not run yet"
     if weight.code is Code.ANALYTIC:

@@ -235,9 +235,6 @@ def test_tied_head_stays_out_unless_named():
     assert row.format == "int4" and row.estimator == "analytic" and set(row.uses) == {"embedding", "mm"}
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor"
-)  # torch's own, of any compiled block after another
 def test_regions_are_compiled_one_by_one():
     torch._dynamo.reset()
     model = nn.Sequential(*(MLP() for _ in range(3)))
