@@ -1,6 +1,6 @@
 """What a training step costs under each method, next to the plain compiled step.
 
-    python benchmarks/step.py [--rounds 40] [--width 64] [--depth 2] [--batch 32] [--fmt nvfp4] [--json PATH]
+    python benchmarks/step.py [--rounds 40] [--threads 1] [--width 64] [--depth 2] [--batch 32] [--fmt nvfp4] [--json PATH]
 
 One process, one model a method, all from one seed. Rounds interleave the methods in a new random order each; a row is
 the median over rounds of its step time over the plain step's of the same round, and the middle half of those ratios.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import statistics
 import time
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import fx, nn
-from torch._inductor import config, metrics
+from torch._inductor import compile_fx, config, metrics
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.fx_utils import count_flops_fx
 
@@ -89,12 +90,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fmt", default="nvfp4")
     parser.add_argument("--cases", default=",".join(CASES), help="comma-separated; 'plain' is always in")
     parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args()
     config.post_grad_custom_post_pass = CountFlops()
     config.force_disable_caches = True  # cold compile times, and counters that count
+    compile_fx.inductor_metrics_log.setLevel(logging.INFO)  # bytes are counted only for its log
+    compile_fx.inductor_metrics_log.propagate = False
+    torch.set_num_threads(args.threads)
     rows: dict[str, dict[str, float]] = {}
     steps: dict[str, Callable[[], None]] = {}
     for name in dict.fromkeys(["plain", *args.cases.split(",")]):

@@ -33,6 +33,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 
+from lotion_fx.formats import registered
 from lotion_fx.passes.curvature import resolve_curvature
 from lotion_fx.passes.smooth import Plan, attach, smooth
 from lotion_fx.passes.usage import Use, weight_uses
@@ -104,7 +105,7 @@ class Backend:
         # Our node is as cacheable as its source: without this AOTAutograd's cache steps aside for the whole graph.
         options["unsafe_marked_cacheable_functions"] = {
             **torch._inductor.config.unsafe_marked_cacheable_functions,
-            f"{smooth.__module__}.{smooth.__name__}": get_hash_for_files(_SOURCES, extra="smooth").hex(),
+            f"{smooth.__module__}.{smooth.__name__}": get_hash_for_files(_SOURCES, extra=repr(registered())).hex(),
         }
         return options
 

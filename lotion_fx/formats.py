@@ -593,7 +593,9 @@ def formats() -> tuple[str, ...]:
 
 
 def register_format(name: str, format: Format) -> Format:
-    """Make ``format`` available as ``name`` wherever a format is named; registering again replaces it.
+    """Make ``format`` available as ``name`` wherever a format is named.
+
+    A name keeps its meaning: compiled graphs and their caches hold formats by name.
 
     Args:
         name: an identifier-like name; not a built-in one.
@@ -603,7 +605,8 @@ def register_format(name: str, format: Format) -> Format:
         The format under its new name.
 
     Raises:
-        ValueError: the name is taken by a built-in format, empty, or holds '/' (which separates options) or spaces.
+        ValueError: the name is taken by a built-in or by another format, empty, or holds '/' (which separates options)
+            or spaces.
         TypeError: ``format`` is not a `Format`.
     """
     if not isinstance(name, str) or not name or "/" in name or name.split() != [name]:
@@ -612,8 +615,15 @@ def register_format(name: str, format: Format) -> Format:
         raise ValueError(f"name={name!r}: a built-in format has this name; choose another")
     if not isinstance(format, Format):
         raise TypeError(f"format={format!r}: expected a Format, such as codebook(levels) returns")
-    _REGISTERED[name] = replace(format, name=name)
-    return _REGISTERED[name]
+    named = replace(format, name=name)
+    if _REGISTERED.setdefault(name, named) != named:
+        raise ValueError(f"name={name!r}: another format was registered under this name; choose another")
+    return named
+
+
+def registered() -> tuple[Format, ...]:
+    """The formats that `register_format` added, in order of their names."""
+    return tuple(_REGISTERED[name] for name in sorted(_REGISTERED))
 
 
 def resolve(fmt: str | Format) -> Format:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lotion_fx import rounding
 from lotion_fx.passes.probe import Code
-from lotion_fx.state import Weight, local_of
+from lotion_fx.state import Weight, local_of, registry
 from lotion_fx.transform import names_of
 from lotion_fx.update import term_of
 
@@ -110,7 +110,12 @@ def report(model: nn.Module) -> CoverageReport:
     """
     found = [(name, weight, term_of(weight)) for weight, name in names_of(model).items()]
     total = sum(float(term) for _, _, term in found if term is not None)
-    return CoverageReport(tuple(_row(name, weight, term, total) for name, weight, term in found))
+    rows = {name: _row(name, weight, term, total) for name, weight, term in found}
+    for name, parameter in model.named_parameters():
+        if registry[parameter] is None:
+            reason = "not there when the model was transformed"
+            rows[name] = Row(name, tuple(parameter.shape), None, None, reason, (), None, None, None, None)
+    return CoverageReport(tuple(rows.values()))
 
 
 def _row(name: str, weight: Weight, term: torch.Tensor | None, total: float) -> Row:

@@ -10,6 +10,7 @@ from torch import nn
 
 import lotion_fx
 from lotion_fx import backend, rounding
+from lotion_fx.examples.quickstart import GPT
 from lotion_fx.state import registry
 from tests.models import LM, MLP, VOCAB, ids, lm_loss
 
@@ -158,10 +159,10 @@ def test_one_compile_for_each_mode_and_shape():
 
 
 def test_no_graph_break_is_added():
-    plain = torch._dynamo.explain(LM())(ids())
+    plain = torch._dynamo.explain(GPT())(ids())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    train(lotion_fx.transform(LM(), inner="aot_eager"))
+    train(lotion_fx.transform(GPT(), inner="aot_eager"))
     assert plain.graph_break_count == 0 == torch._dynamo.utils.counters["graph_break"].total()
     assert plain.graph_count == 1 == torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
