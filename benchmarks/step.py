@@ -1,6 +1,6 @@
 """What a training step costs under each method, next to the plain compiled step.
 
-    python benchmarks/step.py [--rounds 40] [--threads 1] [--width 64] [--depth 2] [--batch 32] [--fmt nvfp4] [--json PATH]
+    python benchmarks/step.py [--width 256] [--depth 4] [--fmt nvfp4] [--rounds 40] [--json PATH]
 
 One process, one model a method, all from one seed. Rounds interleave the methods in a new random order each; a row is
 the median over rounds of its step time over the plain step's of the same round, and the middle half of those ratios.
@@ -80,15 +80,16 @@ def persistent(model: nn.Module) -> float:
         weights = [weight for weight in weights_of(model) if weight.selected]
     except ValueError:
         return 0.0
-    held = sum(tensor.nbytes for weight in weights for tensor in (weight.ema, weight.probe) if tensor is not None)
+    kept = [tensor for weight in weights for tensor in (weight.ema, weight.probe) if tensor is not None]
+    held = sum(tensor.untyped_storage().nbytes() for tensor in kept)
     return held / sum(torch.Size(weight.shape).numel() for weight in weights)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fmt", default="nvfp4")

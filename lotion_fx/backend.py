@@ -256,7 +256,8 @@ def _probe(weight: Weight, tensor: Tensor) -> Tensor:
     """The weight's probe for one more forward; what it gathered is dropped where the step it was for never came."""
     size, master = weight.layout.size, weight.master() if weight.master else None
     if weight.probe is None or weight.probe.numel() != size or weight.probe.device != tensor.device:
-        weight.probe = torch.zeros(size, device=tensor.device, requires_grad=True)
+        # One zero, however long the vector: only its gradient is ever stored.
+        weight.probe = torch.zeros((), device=tensor.device).expand(size).requires_grad_()
         weight.probe.register_post_accumulate_grad_hook(lambda _: _fired(weight))
     # Between micro-batches FSDP2 may hold the gradient at the unsharded parameter.
     if master is not None and master.grad is None and tensor.grad is None and weight.probe.grad is not None:
@@ -283,7 +284,7 @@ def _after_backward(callback: Callable[[], None]) -> None:
 def _fake_probe(weight: Any, plan: Plan) -> Tensor:
     assert plan.layout is not None
     mode = weight.fake_mode if isinstance(weight, FakeTensor) else None
-    probe = torch.zeros(plan.layout.size, device=weight.device, requires_grad=True)
+    probe = torch.zeros((), device=weight.device).expand(plan.layout.size).requires_grad_()
     return mode.from_tensor(probe, static_shapes=True) if mode else probe
 
 

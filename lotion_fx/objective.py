@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lotion_fx import backend, rounding
 from lotion_fx.passes.probe import HEADER, Code
 from lotion_fx.state import Smoothing, Weight, local_of, registry, sample, weights_of
-from lotion_fx.update import FISHER, MOMENT, VECTOR, Spec, dense, span_of, stored, update
+from lotion_fx.update import FISHER, MOMENT, VECTOR, Spec, curvature_of, span_of, stored, update
 
 
 def install() -> None:
@@ -221,6 +221,7 @@ class _Step:
         local = args[0]
         seen = 1 - decay ** torch.as_tensor(count, dtype=torch.float32, device=local.device)
         factor = torch.where(seen > 0, self.grad_factor / seen, 0.0)
+        weight.ema, weight.moment = None, (args[-1], factor)
         args = [*args, *amax, self.row_factor, factor, gain]
         layout, span = stored(weight, parameter)
         return Spec.of(weight, MOMENT, layout, span, args), args
@@ -323,7 +324,7 @@ def penalty(model: torch.nn.Module) -> Tensor:
     through it gets no second term from the optimizer's hook.
 
     Raises:
-        ValueError: the model is not under lotion_fx, its parameters are sharded, or its curvature is the optimizer's.
+        ValueError: the model is not under lotion_fx, or its parameters are sharded.
     """
     total = None
     for weight in weights_of(model):
@@ -332,12 +333,9 @@ def penalty(model: torch.nn.Module) -> Tensor:
             continue
         if isinstance(held, DTensor):
             raise ValueError(f"model: {weight.name!r} is sharded; penalty needs whole weights, use the step's term")
-        if weight.smoothing.curvature == "fisher" and weight.ema is None and weight.steps:
-            raise ValueError("model: curvature='fisher' lies in the optimizer; penalty needs 'factored' or 'full'")
         total = held.new_zeros((), dtype=torch.float32) if total is None else total
-        if weight.ema is not None:
-            layout, span = stored(weight, held)
-            gain = weight.smoothing.strength * weight.strength
-            total = total + gain * _Term.apply(held, dense(weight.ema, layout, span), weight)
+        h = curvature_of(weight, held)
+        if h is not None:
+            total = total + weight.smoothing.strength * weight.strength * _Term.apply(held, h, weight)
     assert total is not None
     return total

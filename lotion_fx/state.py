@@ -108,7 +108,9 @@ class Weight:
     strength: float = 1.0
     master: weakref.ref[Tensor] | None = None  # the parameter that the optimizer steps
     plans: dict[tuple[str, bool], Plan | None] = field(default_factory=dict)
-    spec: Any = None  # of its last update, see `objective`
+    spec: Any = None  # of its last update, see `update`
+    moment: tuple[Tensor, Tensor] | None = None  # the optimizer's second moment and what makes it h
+    _layout: Layout | None = None
 
     def held(self) -> Tensor | None:
         """The tensor that the owner holds now (sharded or not), None if it is gone."""
@@ -137,6 +139,12 @@ class Weight:
 
     @property
     def layout(self) -> Layout:
+        """Of its probe, and of its state unless that is the optimizer's."""
+        if self._layout is None:
+            self._layout = self._make_layout()
+        return self._layout
+
+    def _make_layout(self) -> Layout:
         use, kind = self.contraction, self.smoothing.curvature
         groups, rows = (use.groups, use.rows) if use else (1, self.shape[0])
         return Layout("none" if kind == "fisher" else kind, self.shape, groups, rows)
@@ -182,6 +190,7 @@ class Weight:
         if self.uses is None or any(use not in self.uses for use in uses):
             self.uses = list(dict.fromkeys([*(self.uses or []), *uses]))
             self.plans.clear()
+            self._layout = None
 
     def drop_probe(self) -> None:
         """Forgets what the probe gathered since the last step."""

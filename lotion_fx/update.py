@@ -173,13 +173,19 @@ def span_of(parameter: Tensor) -> tuple[int, int]:
 
 def term_of(weight: Weight) -> Tensor | None:
     """This rank's ``1/2 sum_i h_i sigma_i^2`` of one weight, 0-d, without strength; None before its first step."""
-    held, state = weight.held(), weight.ema
-    if held is None or state is None or weight.format is None or not weight.selected:
+    held = weight.held()
+    h = None if held is None or not weight.selected else curvature_of(weight, held)
+    if held is None or h is None or weight.format is None:
         return None
-    local = local_of(held)
-    layout, span = stored(weight, held)
-    sigma2 = rounding.variance(local, weight.format, weight.axis)
-    return 0.5 * (dense(state, layout, span) * sigma2).sum()
+    return 0.5 * (h * rounding.variance(local_of(held), weight.format, weight.axis)).sum()
+
+
+def curvature_of(weight: Weight, held: Tensor) -> Tensor | None:
+    """h over this rank's part of a weight, float32; None before its first step."""
+    if weight.moment is not None:
+        moment, factor = weight.moment
+        return moment.float() * factor
+    return None if weight.ema is None else dense(weight.ema, *stored(weight, held))
 
 
 def stored(weight: Weight, held: Tensor) -> tuple[Layout, tuple[int, int]]:
