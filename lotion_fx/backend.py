@@ -130,7 +130,7 @@ class Variants:
                 _adopt(backend.adopt, node, x)
         self.candidates = [i for i, x in enumerate(live) if registry[x] is not None]
         self.uses = _uses(gm, example_inputs, self.candidates)
-        self.taught: set[Weight] = set()
+        self.taught: set[tuple[Weight, int]] = set()
         self.compiled: dict[tuple[Any, ...], tuple[Callable[..., Any], list[int]]] = {}
         self._variant(self._plans(live)[0])
 
@@ -160,9 +160,9 @@ class Variants:
             weight = registry[args[index]]
             if weight is None:
                 continue
-            if weight not in self.taught:  # one that shares another's graph is used as the other is
+            if (weight, index) not in self.taught:  # one that shares another's graph is used as the other is
                 weight.learn(self.uses[index])
-                self.taught.add(weight)
+                self.taught.add((weight, index))
             plan = weight.plan(with_grad, args[index].requires_grad)
             if plan is not None:
                 plans[index], weights[index] = plan, weight

@@ -616,9 +616,10 @@ def register_format(name: str, format: Format) -> Format:
     if not isinstance(format, Format):
         raise TypeError(f"format={format!r}: expected a Format, such as codebook(levels) returns")
     named = replace(format, name=name)
-    if _REGISTERED.setdefault(name, named) != named:
+    known = _REGISTERED.setdefault(name, named)
+    if known != named:
         raise ValueError(f"name={name!r}: another format was registered under this name; choose another")
-    return named
+    return known
 
 
 def registered() -> tuple[Format, ...]:

@@ -327,7 +327,9 @@ def test_register_format():
     fmt = register_format("test_ternary", codebook((-1, 0, 1), block=8))
     assert resolve("test_ternary") is fmt and fmt.name == "test_ternary" and "test_ternary" in formats()
     assert resolve("test_ternary/tensor").block == "tensor"
-    assert register_format("test_ternary", codebook((-2, 0, 2))).grid.max == 2
+    assert register_format("test_ternary", codebook((-1, 0, 1), block=8)) is fmt
+    with pytest.raises(ValueError, match="'test_ternary': another format"):
+        register_format("test_ternary", codebook((-2, 0, 2)))
     for name in ("int4", "mxfp8", "a/b", "", "a b", None):
         with pytest.raises(ValueError, match="name="):
             register_format(name, fmt)
