@@ -21,7 +21,9 @@ from functorch.compile import nop
 from torch import Tensor, fx
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.external_utils import wrap_inline
+from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator, tls
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
@@ -73,13 +75,13 @@ class Backend:
     Args:
         inner: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         mode, options: torch.compile's own, for Inductor; options as sorted pairs.
-        adopt: called with (name, owner, attribute, parameter) for each parameter that no `transform` registered.
+        adopt: called with (root, name, owner, attribute, parameter) for each parameter that no `transform` registered.
     """
 
     inner: str = "inductor"
     mode: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
-    adopt: Callable[[str, torch.nn.Module, str, Tensor], None] | None = None
+    adopt: Callable[[torch.nn.Module, str, torch.nn.Module, str, Tensor], None] | None = None
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         return Variants(self, gm, example_inputs)
@@ -116,6 +118,19 @@ def compiled_call(module: torch.nn.Module, backend: Backend, **options: Any) -> 
     return torch.compile(wrap_inline(call) if trace_rules.check(module.forward) else call, backend=backend, **options)
 
 
+def hook_forward(module: torch.nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
+    """Registers two forward hooks, the second also for a forward that raises, under the same key in every module.
+
+    Dynamo guards on the keys: with those that `nn.Module` numbers itself, no two blocks could share compiled code.
+    """
+    key: Any = "lotion_fx"
+    for hook in (before, after):  # inlined where their module is traced, never a graph of their own
+        skip_code(hook.__code__)
+    module._forward_pre_hooks[key] = before
+    module._forward_hooks[key] = after
+    module._forward_hooks_always_called[key] = True
+
+
 class Variants:
     """One Dynamo graph, compiled once for each plan that its weights were seen to need."""
 
@@ -130,7 +145,7 @@ class Variants:
                 _adopt(backend.adopt, node, x)
         self.candidates = [i for i, x in enumerate(live) if registry[x] is not None]
         self.uses = _uses(gm, example_inputs, self.candidates)
-        self.taught: set[tuple[Weight, int]] = set()
+        self.taught: weakref.WeakKeyDictionary[Weight, set[int]] = weakref.WeakKeyDictionary()
         self.compiled: dict[tuple[Any, ...], tuple[Callable[..., Any], list[int]]] = {}
         self._variant(self._plans(live)[0])
 
@@ -144,6 +159,9 @@ class Variants:
         smoothing = weights[probed[0]].smoothing
         smoothing.told |= self.backend.inner != "eager"
         smoothing.group = _active_data_parallel_group()
+        if current_backward() == -1:  # what checkpointing recomputes is no second use
+            for index in probed:
+                weights[index].bind()
         return run(*args, *(_probe(weights[i], args[i]) for i in probed))
 
     def _rehearse(self, args: Sequence[Any]) -> Any:
@@ -160,9 +178,9 @@ class Variants:
             weight = registry[args[index]]
             if weight is None:
                 continue
-            if (weight, index) not in self.taught:  # one that shares another's graph is used as the other is
-                weight.learn(self.uses[index])
-                self.taught.add((weight, index))
+            if index not in self.taught.setdefault(weight, set()):
+                weight.learn(self.uses[index])  # one that shares another's graph is used as the other is
+                self.taught[weight].add(index)
             plan = weight.plan(with_grad, args[index].requires_grad)
             if plan is not None:
                 plans[index], weights[index] = plan, weight
@@ -176,7 +194,7 @@ class Variants:
         return self.compiled[key]
 
     def _compile(self, plans: Mapping[int, Plan]) -> tuple[Callable[..., Any], list[int]]:
-        gm, probed = attach(self.gm, plans)
+        gm, probed = attach(self.gm, plans) if plans else (self.gm, [])
         for node in gm.graph.nodes:
             if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
                 node._dynamo_source = None
@@ -207,7 +225,10 @@ def _scope() -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
 def _adopt(adopt: Callable[..., None], node: fx.Node, value: Any) -> None:
     """Registers a parameter that came in through ``torch.compile(model, backend="lotion_fx")``."""
     source, scope = getattr(node, "_dynamo_source", None), _scope()
-    if not isinstance(value, torch.nn.Parameter) or registry[value] is not None or source is None or scope is None:
+    if not isinstance(value, torch.nn.Parameter) or source is None or scope is None:
+        return
+    known = registry[value]
+    if known is not None and not known.smoothing.adopted:
         return
     owner, _, attribute = source.name.rpartition("._parameters[")
     if not owner:
@@ -215,8 +236,13 @@ def _adopt(adopt: Callable[..., None], node: fx.Node, value: Any) -> None:
     path = owner.replace("._modules['", ".").replace("']", "")
     prefix = path.partition(".")[2]
     attribute = attribute.strip("'\"]")
-    module = eval(owner, {"L": scope[0], "G": scope[1]})
-    adopt(f"{prefix}.{attribute}" if prefix else attribute, module, attribute, value)
+    names = {"L": scope[0], "G": scope[1]}
+    # Another model of the same class must not run this one's code unseen: it would never come here.
+    install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+    if known is not None:
+        return
+    root, module = eval(owner.partition("._modules")[0], names), eval(owner, names)
+    adopt(root, f"{prefix}.{attribute}" if prefix else attribute, module, attribute, value)
 
 
 def _fake(value: Any, context: TracingContext | None) -> Any:
@@ -233,15 +259,16 @@ def _uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> 
     """Runs `passes.usage` on sizes as they are: no guard may come from it."""
     if not weights:
         return {}
-    known = [_known_number(x) for x in inputs]
+    nodes = gm.graph.find_nodes(op="placeholder")
+    known = [_known_number(node, x) for node, x in zip(nodes, inputs, strict=True)]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         return weight_uses(gm, [_concrete(x, mode) for x in known], weights)
 
 
-def _known_number(value: Any) -> Any:
-    """The number in a 0-d CPU tensor, which is how Dynamo passes a float that may change."""
-    real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
-    return value.item() if real and value.dim() == 0 and value.device.type == "cpu" else value
+def _known_number(node: fx.Node, value: Any) -> Any:
+    """The number in a tensor that is only asked for it, which is how Dynamo passes a float that may change."""
+    asked = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+    return value.item() if asked and node.users and all(user.target == "item" for user in node.users) else value
 
 
 def _concrete(value: Any, mode: FakeTensorMode) -> Any:
@@ -258,21 +285,33 @@ def _probe(weight: Weight, tensor: Tensor) -> Tensor:
     if weight.probe is None or weight.probe.numel() != size or weight.probe.device != tensor.device:
         # One zero, however long the vector: only its gradient is ever stored.
         weight.probe = torch.zeros((), device=tensor.device).expand(size).requires_grad_()
-        weight.probe.register_post_accumulate_grad_hook(lambda _: _fired(weight))
+        known = weakref.ref(weight)  # a hook is kept alive from C++, where no garbage collector looks
+        weight.probe.register_post_accumulate_grad_hook(lambda _: _fired(known()))
     # Between micro-batches FSDP2 may hold the gradient at the unsharded parameter.
     if master is not None and master.grad is None and tensor.grad is None and weight.probe.grad is not None:
         weight.drop_probe()
+        weight.smoothing.terms = None
     return weight.probe
 
 
-def _fired(weight: Weight) -> None:
-    """Notes that a weight's curvature arrived. The first one of a step is nearest the loss, and tells T."""
-    weight.fires += 1
-    smoothing = weight.smoothing
-    if not smoothing.in_backward:
-        smoothing.in_backward, smoothing.terms = True, None
-        smoothing.first = smoothing.first or weight
-        _after_backward(smoothing.backward_is_over)
+def _fired(weight: Weight | None) -> None:
+    """Notes that a weight's curvature arrived. The first one of a backward pass is nearest the loss, and tells T."""
+    if weight is None or weight.probe is None or weight.probe.grad is None:
+        return
+    smoothing, backward = weight.smoothing, current_backward()
+    if smoothing.backward == backward:
+        return
+    smoothing.backward = backward
+    now = weight.probe.grad[-1].clone()
+    new = now if weight.terms is None else now - weight.terms
+    weight.terms = now
+    smoothing.add_terms(new / max(1, weight.bound))
+    _after_backward(smoothing.backward_is_over)
+
+
+def current_backward() -> int:
+    """A number for the backward pass that is running on this thread, -1 outside of one."""
+    return torch._C._current_graph_task_id()
 
 
 def _after_backward(callback: Callable[[], None]) -> None:

@@ -17,59 +17,87 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lotion_fx import backend, rounding
 from lotion_fx.passes.probe import HEADER, Code
 from lotion_fx.state import Smoothing, Weight, local_of, registry, sample, weights_of
-from lotion_fx.update import FISHER, MOMENT, VECTOR, Spec, curvature_of, span_of, stored, update
+from lotion_fx.update import FISHER, HELD, MOMENT, VECTOR, Spec, curvature_of, span_of, stored, update
 
 
 def install() -> None:
     """Hooks every optimizer's step, once per process."""
-    global _handle
-    if _handle is None:
-        _handle = register_optimizer_step_pre_hook(_before_step)
+    global _handles
+    if not _handles:
+        _handles = [register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)]
         backend.watch_grad_scaler()
 
 
-_handle: Any = None
+_handles: list[Any] = []
+_stepping: list[torch.optim.Optimizer] = []  # one may step another inside its own step: ZeroRedundancyOptimizer does
+_done: weakref.WeakSet[Weight] = weakref.WeakSet()  # weights that have their term in the outermost of those steps
 _PROVISIONAL = (Code.UNREACHED, Code.UNRESOLVED)  # another graph may yet show more
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     """Adds the term now, or after each call of the closure where the optimizer makes the gradients itself."""
+    if optimizer in _stepping:  # its last step raised and never came to its end
+        del _stepping[_stepping.index(optimizer) :]
+    if not _stepping:
+        _done.clear()
+    _stepping.append(optimizer)
     where = "kwargs" if kwargs.get("closure") is not None else "args" if len(args) > 1 and callable(args[1]) else None
     if where is None:
         add_term(optimizer)
         return None
     closure = kwargs["closure"] if where == "kwargs" else args[1]
+    if isinstance(closure, _WithTerm):  # of the optimizer around this one
+        return None
+    closure = _WithTerm(closure, optimizer)
+    return (args, {**kwargs, "closure": closure}) if where == "kwargs" else ((args[0], closure, *args[2:]), kwargs)
 
-    def with_term() -> Any:
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+    if optimizer in _stepping:
+        del _stepping[_stepping.index(optimizer) :]
+
+
+class _WithTerm:
+    """An optimizer's closure with the term added to what each call of it leaves in ``.grad``."""
+
+    def __init__(self, closure: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.closure, self.optimizer, self.calls = closure, optimizer, 0
+
+    def __call__(self) -> Any:
         with torch.enable_grad():
-            loss = closure()
-        add_term(optimizer)
+            loss = self.closure()
+        _done.clear()
+        add_term(self.optimizer, counts=self.calls == 0)
+        self.calls += 1
         return loss
-
-    return (args, {**kwargs, "closure": with_term}) if where == "kwargs" else ((args[0], with_term, *args[2:]), kwargs)
 
 
 @torch.no_grad()
-def add_term(optimizer: torch.optim.Optimizer) -> None:
-    """Adds the expected-loss term's gradient to the ``.grad`` of every smoothed weight that an optimizer steps."""
+def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
+    """Adds the expected-loss term's gradient to the ``.grad`` of every smoothed weight that an optimizer steps.
+
+    Args:
+        counts: whether this is one more step of the training.
+    """
     mine: dict[Smoothing, list[tuple[Weight, Tensor]]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             weight = registry[parameter]
-            if weight is not None:
+            if weight is not None and weight not in _done:
                 weight.master = weight.master if _is(weight.master, parameter) else weakref.ref(parameter)
                 if parameter.grad is not None and weight.selected:
                     mine.setdefault(weight.smoothing, []).append((weight, parameter))
+                    _done.add(weight)
     unscaled_by, pending = backend.take_grad_scale(optimizer), getattr(optimizer, "grad_scale", None)
     for smoothing, pairs in mine.items():
         if smoothing.has_term:
             _Step(smoothing, optimizer, unscaled_by, pending).run(pairs)
-        _advance(smoothing, pairs)
+        _advance(smoothing, pairs, counts)
 
 
 class _Step:
@@ -87,32 +115,39 @@ class _Step:
         self.group = smoothing.group or next((_mesh_group(p) for _, p in pairs if isinstance(p, DTensor)), None)
         terms = self._terms(pairs[0][1].device)
         loss_scale = 1.0 if self.loss_scale is None else self.loss_scale.to(terms.device)
-        clip = self._clip(pairs)
+        shrunk = self._clip(pairs)
+        clip = shrunk if self.pending is not None else shrunk * loss_scale
+        smoothing.known_terms = self._all(terms).float()
         self.row_factor = (terms / loss_scale**2).float()
-        self.grad_factor = (self._all(terms) / (loss_scale * clip) ** 2).float()
-        gains = [0.0 if smoothing.entered else smoothing.strength * weight.strength for weight, _ in pairs]
+        self.grad_factor = (smoothing.known_terms / (loss_scale * shrunk) ** 2).float()
+        gains = [0.0 if weight.entered else smoothing.strength for weight, _ in pairs]
         scale = 1.0 if self.pending is None else self.pending.to(terms.device)
         self.gains = (torch.tensor(gains, device=terms.device) * scale).unbind()
         vectors = self._payloads(pairs)
         work = [self._job(*pair, vector, gain) for pair, vector, gain in zip(pairs, vectors, self.gains, strict=True)]
         update(smoothing.inner, [job for job in work if job is not None])
+        if smoothing.curvature == "fisher" and not smoothing.stepped:
+            now = torch.as_tensor(clip, dtype=torch.float32, device=terms.device) ** 2
+            decay = self._decay(pairs[0][1])
+            before = torch.zeros_like(now) if smoothing.clip2 is None else smoothing.clip2
+            smoothing.clip2 = decay * before + (1 - decay) * now
+        smoothing.stepped = True
 
     def _terms(self, device: torch.device) -> Tensor:
-        """T: loss terms of the step on this rank, counted where the backward began, over all its micro-batches."""
+        """T: loss terms of the step on this rank, counted where its backward passes began."""
         smoothing = self.smoothing
         if smoothing.terms is None:
-            smoothing.terms = torch.ones((), device=device)
-            first = smoothing.first
-            if first is not None and first.probe is not None and first.probe.grad is not None:
-                calls, _, terms = first.probe.grad[-HEADER:]
-                smoothing.terms = torch.where(terms > 0, terms / calls * first.fires, smoothing.terms)
-            elif smoothing.rows is None and smoothing.steps == 0:
+            if smoothing.steps == 0:
                 warnings.warn(
                     "no graph tells the number of loss terms, which scales the term; it is taken as 1", stacklevel=2
                 )
-            if smoothing.rows is not None:
-                smoothing.terms = smoothing.rows.clamp(min=1)
-        return smoothing.terms.to(device)
+            return torch.ones((), device=device)
+        return smoothing.terms.clamp(min=1).to(device)
+
+    def _decay(self, parameter: Tensor) -> float:
+        """Of the optimizer's moving average of squared gradients."""
+        group = next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
+        return group.get("betas", (0.0, 0.999))[1]
 
     def _clip(self, pairs: list[tuple[Weight, Tensor]]) -> Tensor | float:
         """By what factor the gradients shrank since the backward pass, the loss scale included."""
@@ -139,12 +174,23 @@ class _Step:
             vector = weight.probe.grad if weight.probe is not None else None
             if weight.code is None or weight.code in _PROVISIONAL:
                 weight.code = _read_code(vector, self.smoothing)
-            if weight.code is Code.ANALYTIC and vector is not None:
-                vectors.append(vector[:-HEADER])
+            if weight.code is Code.ANALYTIC and (vector is not None or self.group is not None):
+                # A rank whose batch did not use the weight has seen no position of it.
+                empty = torch.zeros(weight.layout.payload, device=local_of(parameter).device)
+                vectors.append(empty if vector is None else vector[:-HEADER])
             elif self.group is not None and self.smoothing.curvature != "fisher":
                 vectors.append(self._sharded_fisher(weight, parameter))
             else:
                 vectors.append(None)
+        held = [w for w, _ in pairs if w.code is Code.ANALYTIC and (w.probe is None or w.probe.grad is None)]
+        if self.group is None and (new := [w.name for w in held if not w.warned]):
+            for weight in held:
+                weight.warned = True
+            warnings.warn(
+                f"the curvature of {', '.join(new)} did not arrive with its gradient, so the last one is kept; it "
+                "takes a forward in train() mode and a backward()",
+                stacklevel=2,
+            )
         if unreached := [w.name for w, _ in pairs if w.code is Code.UNREACHED and w.steps == 0]:
             warnings.warn(
                 f"no compiled graph contains {', '.join(unreached)}; the term takes the Fisher form there. "
@@ -198,7 +244,7 @@ class _Step:
         if not local.numel():
             return None
         (layout, span), given = stored(weight, parameter), [] if vector is None else [vector]
-        source = VECTOR if given else FISHER
+        source = VECTOR if given else HELD if weight.code is Code.ANALYTIC else FISHER
         if self.smoothing.curvature == "fisher":
             moment = self.optimizer.state.get(parameter, {}).get("exp_avg_sq")
             if isinstance(moment, Tensor):
@@ -214,27 +260,30 @@ class _Step:
     def _moment_job(
         self, weight: Weight, parameter: Tensor, args: list[Tensor], amax: list[Tensor], gain: Tensor
     ) -> tuple[Spec, list[Tensor]]:
-        """The update whose curvature is the optimizer's second moment, bias-corrected, so with no state of our own."""
-        group = next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
-        count = self.optimizer.state[parameter].get("step", 0)
-        decay = group.get("betas", (0.0, 0.999))[1]
-        local = args[0]
-        seen = 1 - decay ** torch.as_tensor(count, dtype=torch.float32, device=local.device)
-        factor = torch.where(seen > 0, self.grad_factor / seen, 0.0)
-        weight.ema, weight.moment = None, (args[-1], factor)
+        """The update whose curvature is the optimizer's second moment, and with no state of our own.
+
+        That moment is of clipped gradients: over the same average of squared clipping factors it is a weighted mean of
+        unclipped squares, and no bias is left to correct.
+        """
+        clip2, decay = self.smoothing.clip2, self._decay(parameter)
+        if clip2 is None:  # the optimizer's state was loaded without ours
+            count = torch.as_tensor(self.optimizer.state[parameter].get("step", 0), dtype=torch.float32)
+            clip2 = (1 - decay**count).to(args[0].device)
+        assert self.smoothing.known_terms is not None
+        factor = torch.where(clip2 > 0, self.smoothing.known_terms / clip2, 0.0)
+        weight.ema, weight.moment = None, args[-1]
         args = [*args, *amax, self.row_factor, factor, gain]
         layout, span = stored(weight, parameter)
         return Spec.of(weight, MOMENT, layout, span, args), args
 
 
-def _advance(smoothing: Smoothing, pairs: list[tuple[Weight, Tensor]]) -> None:
+def _advance(smoothing: Smoothing, pairs: list[tuple[Weight, Tensor]], counts: bool) -> None:
     """Closes a step: probes are emptied, the step is counted, and the finishing phase begins when its time has come."""
     for weight, _ in pairs:
         weight.drop_probe()
-        weight.steps += 1
+        weight.steps += counts
+        weight.entered = False
         smoothing.snapshot.pop(weight, None)
-    smoothing.first = smoothing.rows = None
-    smoothing.entered = False
     smoothing.steps = max(smoothing.steps, *(weight.steps for weight, _ in pairs))
     if smoothing.finish and smoothing.total_steps and not smoothing.finishing:
         smoothing.finishing = smoothing.steps >= round(smoothing.total_steps * (1 - smoothing.finish))
@@ -312,7 +361,7 @@ class _Term(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         parameter, h = ctx.saved_tensors
-        ctx.weight.smoothing.entered = True
+        ctx.weight.entered = True
         slope = rounding.variance_vjp(parameter, h, ctx.weight.format, ctx.weight.axis)
         return (0.5 * grad * slope).to(parameter.dtype), None, None
 
@@ -320,8 +369,8 @@ class _Term(torch.autograd.Function):
 def penalty(model: torch.nn.Module) -> Tensor:
     """The term ``strength * 1/2 sum_i h_i sigma_i^2``, 0-d and differentiable, for objectives of one's own.
 
-    It takes the curvature gathered up to the last step, so it is 0 before the first. A step whose backward pass ran
-    through it gets no second term from the optimizer's hook.
+    It takes the curvature gathered up to the last step: it is 0 before the first, and for a method without term. A
+    step whose backward pass ran through it gets no second term from the optimizer's hook.
 
     Raises:
         ValueError: the model is not under lotion_fx, or its parameters are sharded.
@@ -336,6 +385,5 @@ def penalty(model: torch.nn.Module) -> Tensor:
         total = held.new_zeros((), dtype=torch.float32) if total is None else total
         h = curvature_of(weight, held)
         if h is not None:
-            total = total + weight.smoothing.strength * weight.strength * _Term.apply(held, h, weight)
-    assert total is not None
-    return total
+            total = total + weight.smoothing.strength * _Term.apply(held, h, weight)
+    return next(model.parameters()).new_zeros((), dtype=torch.float32) if total is None else total

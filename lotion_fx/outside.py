@@ -1,53 +1,74 @@
-"""Weights that no graph contains: recurrent modules, which Dynamo skips, and whatever a graph break leaves to Python.
+"""Weights that run outside of every graph: recurrent modules, which Dynamo skips, and what a graph break or an
+exhausted recompile limit leaves to Python.
 
-Their expected-loss term takes the Fisher form at the step. What is left is that a forward outside of training must run
-at rounded weights as everywhere, so their values are swapped for the length of the call; and that T, where no joint
-graph counts it, is counted at the model's output.
+Two hooks on each module that owns a weight do nothing where the module is traced, which is where a graph contains it.
+Where it runs in Python they see to it that its weights are rounded whenever those in graphs would be. Their
+expected-loss term takes the Fisher form at the step.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from lotion_fx import rounding
+from lotion_fx import backend, rounding
 from lotion_fx.passes.smooth import LATENT, RR
-from lotion_fx.state import Smoothing, Weight
+from lotion_fx.state import Smoothing, Weight, registry
+
+_latent: weakref.WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
 
 
-def watch(call: Callable[..., Any], smoothing: Smoothing) -> Callable[..., Any]:
-    """Wraps a transformed model's forward, so that no weight is left out because no graph contains it.
+def hook_owners(weights: Iterable[Weight]) -> None:
+    """Hooks every module that owns a weight with a format."""
+    modules = {module: None for weight in weights if weight.format for ref, _ in weight.owners if (module := ref())}
+    for module in modules:
+        backend.hook_forward(module, _round, _restore)
 
-    The call raises ValueError where such a weight needs a rounded training forward, or is sharded.
+
+def _round(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _swap_in(module)
+
+
+def _restore(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _swap_out(module)
+
+
+@torch.compiler.disable
+def _swap_in(module: nn.Module) -> None:
+    """Rounds in place what a graph would have rounded.
+
+    Raises:
+        ValueError: the training forward would have to be rounded, or the weight is sharded.
     """
+    for weight in registry.owned.get(module, {}).values():
+        parameter = weight.held()
+        mode = _mode(weight)
+        if mode == LATENT or parameter is None or weight.format is None or not weight.selected:
+            continue
+        if weight.training and not weight.smoothing.override:
+            raise ValueError(
+                f"method={weight.smoothing.method!r} needs a rounded training forward, and no compiled graph "
+                f"contains {weight.name!r}; use method='lotion', or leave it out: only={{{weight.name!r}: None}}"
+            )
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"no compiled graph contains {weight.name!r}, and it is sharded: put it into regions=")
+        rounding_of = rounding.rr if mode == RR else rounding.rtn
+        _latent.setdefault(module, []).append((parameter, parameter.data))
+        parameter.data = rounding_of(parameter.detach(), weight.format, weight.axis)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        smoothing.told = False
-        first = smoothing.unreached is None
-        with _rounded(_still_unreached(smoothing)):
-            out = call(*args, **kwargs)
-        if first:
-            smoothing.unreached = [w for w in smoothing.weights if w.selected and w.uses is None]
-            if any(_mode(weight) != LATENT for weight in smoothing.unreached):
-                with _rounded(smoothing.unreached):  # which weights it leaves out, only a first forward could tell
-                    out = call(*args, **kwargs)
-        if not smoothing.told and smoothing.has_term and torch.is_grad_enabled():
-            _count_rows(out, smoothing)
-        return out
 
-    return forward
-
-
-def _still_unreached(smoothing: Smoothing) -> list[Weight]:
-    if smoothing.unreached:
-        smoothing.unreached = [weight for weight in smoothing.unreached if weight.uses is None]
-    return smoothing.unreached or []
+@torch.compiler.disable
+def _swap_out(module: nn.Module) -> None:
+    for parameter, values in _latent.pop(module, []):
+        parameter.data = values
 
 
 def _mode(weight: Weight) -> str:
@@ -58,33 +79,23 @@ def _mode(weight: Weight) -> str:
     return smoothing.override or (training if weight.training else "rtn")
 
 
-@contextlib.contextmanager
-def _rounded(weights: list[Weight]) -> Iterator[None]:
-    latent: list[tuple[Tensor, Tensor]] = []
-    try:
-        for weight in weights:
-            mode, parameter = _mode(weight), weight.held()
-            if mode == LATENT or parameter is None or weight.format is None:
-                continue
-            if weight.training and not weight.smoothing.override:
-                raise ValueError(
-                    f"method={weight.smoothing.method!r} needs a rounded training forward, and no compiled graph "
-                    f"contains {weight.name!r}; use method='lotion', or leave it out: only={{{weight.name!r}: None}}"
-                )
-            if isinstance(parameter, DTensor):
-                raise ValueError(f"no compiled graph contains {weight.name!r}, and it is sharded: put it into regions=")
-            rounding_of = rounding.rr if mode == RR else rounding.rtn
-            latent.append((parameter, parameter.data))
-            parameter.data = rounding_of(parameter.detach(), weight.format, weight.axis)
-        yield
-    finally:
-        for parameter, values in latent:
-            parameter.data = values
+def count_terms(call: Callable[..., Any], smoothing: Smoothing) -> Callable[..., Any]:
+    """Wraps a model's forward so that T is counted at its output where no joint graph counts it."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        smoothing.told = False
+        smoothing.forwards += 1
+        out = call(*args, **kwargs)
+        if not smoothing.told and smoothing.has_term and torch.is_grad_enabled():
+            _count_rows(out, smoothing)
+        return out
+
+    return forward
 
 
 def _count_rows(out: Any, smoothing: Smoothing) -> None:
     """T is the number of rows with non-zero gradient in the first output that has rows."""
     for leaf in tree_leaves(out):
         if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim() > 1:
-            leaf.register_hook(smoothing.count_rows)
+            leaf.register_hook(lambda grad: smoothing.add_terms(grad.flatten(0, -2).ne(0).any(-1).sum().float()))
             return

@@ -42,13 +42,14 @@ class Smoothing:
     steps: int = 0
     override: str | None = None  # the forward inside `full_precision` or `randomized`
     weights: list[Weight] = field(default_factory=list)
-    first: Weight | None = None  # the weight whose curvature came first in this backward: nearest the loss
-    terms: Tensor | None = None  # T of the step under way
-    unreached: list[Weight] | None = None  # what no graph contains so far; None before the first forward
     told: bool = False  # a joint graph of the forward under way counts T
-    rows: Tensor | None = None  # T of the step as counted at the outputs, where none does
-    in_backward: bool = False
-    entered: bool = False  # the term came in through `penalty` and its backward ran
+    terms: Tensor | None = None  # T of the step under way, over all its backward passes
+    stepped: bool = False  # an optimizer took these terms
+    known_terms: Tensor | None = None  # T of the last step, over all ranks
+    clip2: Tensor | None = None  # moving average of the squared clipping factor, as Adam averages squared gradients
+    backward: int = -1  # the backward pass in which curvature last arrived
+    forwards: int = 0
+    adopted: bool = False  # came in through torch.compile(backend="lotion_fx")
     snapshot: dict[Weight, Tensor] = field(default_factory=dict)  # a few gradients as backward left them
     group: Any = None  # DistributedDataParallel's process group
 
@@ -61,16 +62,13 @@ class Smoothing:
     def has_term(self) -> bool:
         return self.method == "lotion" and (self.finish_term or not self.finishing)
 
-    def count_rows(self, grad: Tensor) -> None:
-        """Adds the rows with non-zero gradient to T; a hook on an output, the first one of a backward counts."""
-        if not self.in_backward:
-            count = grad.flatten(0, -2).ne(0).any(-1).sum().float()
-            self.rows = count if self.rows is None else self.rows + count
-            self.terms = None
+    def add_terms(self, terms: Tensor) -> None:
+        """Adds what one backward pass counted to T, which begins anew after a step."""
+        self.terms = terms if self.terms is None or self.stepped else self.terms + terms
+        self.stepped = False
 
     def backward_is_over(self) -> None:
         """Samples the gradients that Fisher curvature will read, so that later clipping can be divided out."""
-        self.in_backward = False
         for weight in self.weights:
             master = weight.master() if weight.master else None
             if master is not None and master.grad is not None and weight.code is not Code.ANALYTIC and weight.selected:
@@ -99,17 +97,19 @@ class Weight:
     forced: bool = False
     shape: tuple[int, ...] = ()
     uses: list[Use] | None = None
-    op: str = ""
     probe: Tensor | None = None
     ema: Tensor | None = None
     code: Code | None = None
-    fires: int = 0
+    terms: Tensor | None = None  # what its probe's header said when it last told T
+    bound: int = 0  # times its probe entered a graph in the forward that began last
+    forward: int = -1
+    warned: bool = False
+    entered: bool = False  # the term came in through `penalty` and its backward ran
     steps: int = 0
-    strength: float = 1.0
     master: weakref.ref[Tensor] | None = None  # the parameter that the optimizer steps
     plans: dict[tuple[str, bool], Plan | None] = field(default_factory=dict)
     spec: Any = None  # of its last update, see `update`
-    moment: tuple[Tensor, Tensor] | None = None  # the optimizer's second moment and what makes it h
+    moment: Tensor | None = None  # the optimizer's second moment, where curvature is taken from it
     _layout: Layout | None = None
 
     def held(self) -> Tensor | None:
@@ -192,9 +192,15 @@ class Weight:
             self.plans.clear()
             self._layout = None
 
+    def bind(self) -> None:
+        """Counts one more use of the probe in the forward under way."""
+        if self.forward != self.smoothing.forwards or self.smoothing.adopted:
+            self.forward, self.bound = self.smoothing.forwards, 0
+        self.bound += 1
+
     def drop_probe(self) -> None:
         """Forgets what the probe gathered since the last step."""
-        self.fires = 0
+        self.terms = None
         if self.probe is not None:
             self.probe.grad = None
 
@@ -215,7 +221,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.owned: weakref.WeakKeyDictionary[nn.Module, dict[str, Weight]] = weakref.WeakKeyDictionary()
-        self._seen: dict[int, tuple[weakref.ref[Tensor], Weight | None]] = {}
+        self._seen: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Weight] | None]] = {}
 
     def add(self, weight: Weight) -> None:
         for ref, attribute in weight.owners:
@@ -224,21 +230,15 @@ class Registry:
             self.owned.setdefault(module, {})[attribute] = weight
         self._seen.clear()
 
-    def discard(self, weight: Weight) -> None:
-        for ref, attribute in weight.owners:
-            if (module := ref()) is not None:
-                self.owned.get(module, {}).pop(attribute, None)
-        self._seen.clear()
-
     def __getitem__(self, tensor: Any) -> Weight | None:
         """The weight that this tensor is right now, None if it is none."""
         if not isinstance(tensor, Tensor):
             return None
         hit = self._seen.get(id(tensor))
         if hit is not None and hit[0]() is tensor:
-            return hit[1]
+            return hit[1]() if hit[1] else None
         found = next((w for w, held in self._held() if held is tensor), None)
-        self._seen[id(tensor)] = (weakref.ref(tensor), found)
+        self._seen[id(tensor)] = (weakref.ref(tensor), weakref.ref(found) if found else None)
         return found
 
     def _held(self) -> Iterator[tuple[Weight, Any]]:

@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from lotion_fx import objective
 from lotion_fx.backend import INNERS, Backend, compiled_call
 from lotion_fx.formats import Format, register_format, resolve
-from lotion_fx.outside import watch
+from lotion_fx.outside import count_terms, hook_owners
 from lotion_fx.passes.probe import Code
 from lotion_fx.passes.smooth import LATENT, RR
 from lotion_fx.passes.usage import Use
@@ -72,6 +72,7 @@ def transform(
     mode, options = compile_options.pop("mode", None), compile_options.pop("options", None) or {}
     if unknown := sorted(set(compile_options) - {"dynamic", "fullgraph"}):
         raise TypeError(f"transform got {unknown[0]!r}: expected torch.compile's mode, options, dynamic or fullgraph")
+    _check_compile_options(mode, options, inner)
     smoothing = _settings(method, strength, curvature, inner, finish, steps, finish_term, decay)
     regions = _check_regions(model, regions)
     _check_model(model)
@@ -79,11 +80,12 @@ def transform(
     _check_weights(smoothing)
     for weight in smoothing.weights:
         registry.add(weight)
+    hook_owners(smoothing.weights)
     objective.install()
     backend = Backend(inner, mode, tuple(sorted(options.items())))
     for region in regions:
         region._compiled_call_impl = compiled_call(region, backend, **compile_options)
-    model._compiled_call_impl = watch(model._compiled_call_impl or model._call_impl, smoothing)
+    model._compiled_call_impl = count_terms(model._compiled_call_impl or model._call_impl, smoothing)
     return model
 
 
@@ -135,7 +137,14 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     """
     names = names_of(model)
     phases = [
-        {"steps": s.steps, "finishing": s.finishing, "finish_term": s.finish_term, "curvature": s.curvature}
+        {
+            "steps": s.steps,
+            "finishing": s.finishing,
+            "finish_term": s.finish_term,
+            "curvature": s.curvature,
+            "terms": s.known_terms,
+            "clip2": s.clip2,
+        }
         for s in smoothings_of(model)
     ]
     weights = {
@@ -143,9 +152,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             "uses": None if weight.uses is None else [asdict(use) for use in weight.uses],
             "ema": None if weight.ema is None else weight.ema.clone(),
             "code": None if weight.code is None else int(weight.code),
-            "op": weight.op,
             "steps": weight.steps,
-            "strength": weight.strength,
         }
         for weight in weights_of(model)
     }
@@ -169,6 +176,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     for smoothing, phase in zip(smoothings, state["phases"], strict=True):
         smoothing.steps, smoothing.finishing = phase["steps"], phase["finishing"]
         smoothing.finish_term = phase["finish_term"]
+        smoothing.known_terms, smoothing.clip2 = phase["terms"], phase["clip2"]
     for weight, name in names.items():
         saved, held = state["weights"][name], weight.held()
         device = held.device if held is not None else None
@@ -176,7 +184,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         weight.uses = weight.uses or None if saved["uses"] is None else weight.uses
         weight.ema = None if saved["ema"] is None else saved["ema"].to(device, copy=True)
         weight.code = None if saved["code"] is None else Code(saved["code"])
-        weight.op, weight.steps, weight.strength = saved["op"], saved["steps"], saved["strength"]
+        weight.steps = saved["steps"]
         weight.drop_probe()
 
 
@@ -224,6 +232,18 @@ def _settings(
     return Smoothing(method, strength, curvature, inner, decay, finish, steps, finish_term)
 
 
+def _check_compile_options(mode: str | None, options: Mapping[str, Any], inner: str) -> None:
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise ValueError(f"mode={mode!r}: expected one of {', '.join(modes)}{_near(mode, modes)}")
+    known = set(torch._inductor.list_options())
+    for name in options:
+        if name not in known:
+            raise ValueError(f"options: {name!r} is no option of Inductor{_near(name, known)}")
+    if inner != "inductor" and (mode or options):
+        raise ValueError(f"mode={mode!r} and options are Inductor's, and inner={inner!r}; leave them out")
+
+
 def _near(value: Any, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(str(value), list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
@@ -232,7 +252,8 @@ def _near(value: Any, known: Iterable[str]) -> str:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected an nn.Module, not {type(model).__name__}")
-    if any(registry.owned.get(module) for module in model.modules()):
+    holds = any(registry.owned.get(module) for module in model.modules())
+    if holds or any(registry[parameter] is not None for parameter in model.parameters()):
         raise ValueError(
             f"model: this {type(model).__name__} is already transformed, or holds a part that is; transform a model "
             "once, the outermost module"
@@ -248,6 +269,8 @@ def _check_regions(model: nn.Module, regions: Iterable[nn.Module] | None) -> lis
     if regions is None:
         return [model]
     inside, chosen = set(model.modules()), list(regions)
+    if not chosen:
+        raise ValueError("regions=[]: expected the modules to compile one by one, or None for the whole model")
     for region in chosen:
         if region not in inside:
             raise ValueError(f"regions: {type(region).__name__} is no submodule of the model")
@@ -343,29 +366,31 @@ def dynamo_backend(gm: Any, example_inputs: Any, *, mode: str | None = None, opt
     options = dict(options or {})
     ours = {name: options.pop(name) for name in _OURS if name in options}
     key = (mode, tuple(sorted(ours.items())))
-    if key not in _adopting:
-        fmt = resolve(ours.pop("fmt", "nvfp4"))
-        settings = {"method": "lotion", "strength": 1.0, "curvature": "factored", "inner": "inductor", "decay": 0.99}
-        settings.update(ours)
-        _adopting[key] = _settings(finish=None, steps=None, finish_term=True, **settings), fmt  # type: ignore[arg-type]
-        objective.install()
-    smoothing, fmt = _adopting[key]
+    fmt = resolve(ours.pop("fmt", "nvfp4"))
+    settings = {"method": "lotion", "strength": 1.0, "curvature": "factored", "inner": "inductor", "decay": 0.99}
+    settings.update(ours)
+    _check_compile_options(mode, options, str(settings["inner"]))
+    objective.install()
 
-    def adopt(name: str, owner: nn.Module, attribute: str, parameter: Tensor) -> None:
+    def adopt(root: nn.Module, name: str, owner: nn.Module, attribute: str, parameter: Tensor) -> None:
+        smoothings = _adopting.setdefault(root, {})
+        if key not in smoothings:
+            smoothings[key] = _settings(finish=None, steps=None, finish_term=True, **settings)  # type: ignore[arg-type]
+            smoothings[key].adopted = True
         small = parameter.dim() < 2
         weight = Weight(
             name,
             [(weakref.ref(owner), attribute)],
-            smoothing,
+            smoothings[key],
             None if small else _known(fmt),
             "fewer than two dimensions" if small else "",
             shape=tuple(parameter.shape),
             master=weakref.ref(parameter),
         )
-        smoothing.weights.append(weight)
+        smoothings[key].weights.append(weight)
         registry.add(weight)
 
-    return Backend(smoothing.inner, mode, tuple(sorted(options.items())), adopt)(gm, example_inputs)
+    return Backend(str(settings["inner"]), mode, tuple(sorted(options.items())), adopt)(gm, example_inputs)
 
 
-_adopting: dict[Any, tuple[Smoothing, Format]] = {}
+_adopting: weakref.WeakKeyDictionary[nn.Module, dict[Any, Smoothing]] = weakref.WeakKeyDictionary()

@@ -28,7 +28,7 @@ from lotion_fx.state import Weight, local_of
 
 CHUNK = 16  # weights in one compiled update at most, which bounds the time to compile it
 
-VECTOR, FISHER, MOMENT = "vector", "fisher", "moment"  # where an update takes its curvature from
+VECTOR, FISHER, MOMENT, HELD = "vector", "fisher", "moment", "held"  # where an update takes its curvature from
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,8 @@ class Spec:
     """All that the code of one weight's update depends on.
 
     Args:
-        source: ``"vector"`` (a payload is given), ``"fisher"`` (from the gradient), ``"moment"`` (exp_avg_sq is given).
+        source: ``"vector"`` (a payload is given), ``"fisher"`` (from the gradient), ``"moment"`` (exp_avg_sq is given),
+            ``"held"`` (the state as it is).
         fmt, axis: the quantizer.
         layout: of the whole weight.
         span: [start, stop) of its dimension 0 on this rank.
@@ -108,6 +109,8 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
     layout = spec.layout
     if spec.source == MOMENT:
         h = given.pop(0).float() * grad_factor
+    elif spec.source == HELD:
+        h = dense(state, layout, spec.span)
     else:
         if spec.source == VECTOR:
             payload = given.pop(0).float()
@@ -144,12 +147,22 @@ def update(inner: str, work: Sequence[tuple[Spec, list[Tensor]]]) -> None:
         by_count.setdefault(len(jobs), []).append(spec)
     for count, kinds in by_count.items():
         for start in range(0, len(kinds), CHUNK):
-            specs = tuple(kinds[start : start + CHUNK])
-            for turn in range(count):
-                flat = [tensor for spec in specs for tensor in alike[spec][turn]]
-                if (inner, specs) not in _compiled:
-                    _compiled[inner, specs] = backend.compile_function(_many(specs), flat, inner)
-                _compiled[inner, specs](*flat)
+            for specs in _known_groups(inner, tuple(kinds[start : start + CHUNK])):
+                for turn in range(count):
+                    flat = [tensor for spec in specs for tensor in alike[spec][turn]]
+                    if (inner, specs) not in _compiled:
+                        _compiled[inner, specs] = backend.compile_function(_many(specs), flat, inner)
+                    _compiled[inner, specs](*flat)
+
+
+def _known_groups(inner: str, specs: tuple[Spec, ...]) -> list[tuple[Spec, ...]]:
+    """These kinds together, or one by one where other company was compiled for them already.
+
+    Where the weights with a gradient change from step to step, there would be no end of groups to compile.
+    """
+    if (inner, specs) in _compiled or not any(spec in group for _, group in _compiled for spec in specs):
+        return [specs]
+    return [(spec,) for spec in specs]
 
 
 def _many(specs: tuple[Spec, ...]) -> Callable[..., None]:
@@ -182,9 +195,9 @@ def term_of(weight: Weight) -> Tensor | None:
 
 def curvature_of(weight: Weight, held: Tensor) -> Tensor | None:
     """h over this rank's part of a weight, float32; None before its first step."""
-    if weight.moment is not None:
-        moment, factor = weight.moment
-        return moment.float() * factor
+    terms, clip2 = weight.smoothing.known_terms, weight.smoothing.clip2
+    if weight.moment is not None and terms is not None and clip2 is not None:
+        return weight.moment.float() * (terms / clip2)
     return None if weight.ema is None else dense(weight.ema, *stored(weight, held))
 
 

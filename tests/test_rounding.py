@@ -436,7 +436,8 @@ def test_rounding_twice_is_rounding_once_up_to_the_scale_with_float32_scales(w, 
     """Not bit for bit: the block's largest weight comes back as ``q_max s`` rounded, and so may the scale."""
     q = rtn(w, fmt)
     torch.testing.assert_close(rtn(q, fmt), q, rtol=3e-7, atol=0)
-    assert (variance(q, fmt) <= 1e-4 * (scale(q, fmt).max() ** 2)).all()
+    # Off a level by a few rounding errors, times the gap between levels, which is no larger than the level.
+    assert (variance(q, fmt) <= 1e-6 * q.square()).all()
 
 
 @pytest.mark.parametrize("fmt", [f for f in EVERY if f.block != 1], ids=lambda f: f.name)

@@ -215,6 +215,46 @@ def test_the_dynamo_backend_alone():
         assert torch.equal(compiled(ids()), quantized(model, "int4").eval()(ids()))
 
 
+def test_the_dynamo_backend_with_two_models_of_a_class():
+    torch._dynamo.reset()
+    for _ in range(2):
+        model = LM()
+        train(torch.compile(model, backend="lotion_fx", options={"inner": "aot_eager"}))
+        assert lotion_fx.report(model)["head.weight"].estimator == "analytic"
+
+
+def test_weights_unused_at_first_are_neither_refused_nor_rounded_twice():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 3), nn.Linear(16, 5)
+
+        def forward(self, x, head):
+            return self.a(x) if head == "a" else self.b(x)
+
+    x = torch.randn(4, 16)
+    for method in ("ste", "lotion"):
+        model = lotion_fx.transform(TwoHeads(), "int4", method=method, inner="aot_eager")
+        model.eval()
+        for head in ("a", "b"):
+            plain = copy.deepcopy(model)
+            weight = plain.get_submodule(head).weight
+            with torch.no_grad():
+                weight.copy_(rounding.rtn(weight, lotion_fx.resolve("int4"), 1))
+                assert torch.equal(model(x, head), plain(x, head))
+        model.train()
+        model(x, "a").sum().backward()
+        model(x, "b").sum().backward()
+
+
+def test_a_graph_given_up_is_rounded_all_the_same():
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    train(model)
+    model.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        assert torch.equal(model(ids()), quantized(model, "int4").eval()(ids()))
+
+
 def test_only_chooses_formats_by_name():
     only = {"mlp.*": "int8", "mlp.2.weight": None, "token.*": "int4", "norm.weight": None}
     model = lotion_fx.transform(LM(), "nvfp4", only=only, inner="aot_eager")
@@ -268,6 +308,10 @@ BAD = [
     (dict(only={"head.*": "int44"}), ValueError, "int44"),
     (dict(backend="inductor"), TypeError, "'backend'"),
     (dict(regions=[nn.Linear(2, 2)]), ValueError, "no submodule"),
+    (dict(regions=[]), ValueError, r"regions=\[\]"),
+    (dict(mode="fast"), ValueError, "mode='fast'.*max-autotune"),
+    (dict(options={"max_autotun": True}), ValueError, "'max_autotun'.*did you mean 'max_autotune"),
+    (dict(mode="max-autotune", inner="eager"), ValueError, "inner='eager'; leave them out"),
 ]
 
 
