@@ -430,22 +430,6 @@ def test_training_in_eval_mode_keeps_the_last_curvature():
     one_step(model, optimizer, lambda m: lm_loss(m, ids()))  # said once
 
 
-def test_dead_models_are_freed():
-    import gc
-    import weakref
-
-    def dead():
-        torch._dynamo.reset()
-        model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
-        one_step(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m: lm_loss(m, ids()))
-        return weakref.ref(registry[model.head.weight])
-
-    weights = [dead() for _ in range(6)]
-    torch._dynamo.reset()
-    gc.collect()
-    assert sum(weight() is not None for weight in weights) <= 2  # what the last backward passes still hold
-
-
 def test_training_pulls_weights_to_their_levels():
     """At a loss whose gradient is noise, the term alone moves the weights: to where rounding costs less."""
 
