@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
 
 from lotion_fx.formats import registered
@@ -337,12 +338,14 @@ def compile_function(function: Callable[..., Any], args: Sequence[Any], inner: s
     """
     if inner != "inductor":
         return function
-    with torch.no_grad(), FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(x, static_shapes=True) for x in args]
+    # Without a shape env, though no shape is symbolic, the compile caches step aside.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [mode.from_tensor(x, static_shapes=True) for x in args]
+    with torch.no_grad(), mode:
         gm = make_fx(function)(*fakes)
     compiles["update"] += 1
-    with torch.no_grad():
-        compiled: Any = compile_fx(gm, list(args), config_patches={"eager_numerics.division_rounding": True})
+    with torch.no_grad(), tracing(TracingContext(mode)):
+        compiled: Any = compile_fx(gm, fakes, config_patches={"eager_numerics.division_rounding": True})
     return compiled
 
 
