@@ -8,6 +8,7 @@ number of loss terms T, the loss scale, the clipping. Source: LOTION, arXiv 2510
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 import weakref
@@ -41,8 +42,7 @@ _PROVISIONAL = (Code.UNREACHED, Code.UNRESOLVED)  # another graph may yet show m
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     """Adds the term now, or after each call of the closure where the optimizer makes the gradients itself."""
-    if optimizer in _stepping:  # its last step raised and never came to its end
-        del _stepping[_stepping.index(optimizer) :]
+    _stepping[:] = [outer for outer in _stepping if outer is not optimizer and _is_running(outer)]
     if not _stepping:
         _done.clear()
     _stepping.append(optimizer)
@@ -55,6 +55,16 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, 
         return None
     closure = _WithTerm(closure, optimizer)
     return (args, {**kwargs, "closure": closure}) if where == "kwargs" else ((args[0], closure, *args[2:]), kwargs)
+
+
+def _is_running(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of this optimizer is on the stack: one that raised never came to its end."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:

@@ -401,6 +401,21 @@ def test_an_optimizer_around_another_adds_the_term_once():
     assert registry[models[1].head.weight].steps == 2
 
 
+def test_a_step_that_raised_leaves_later_ones_their_term():
+    class Failing(torch.optim.SGD):
+        def step(self):
+            raise RuntimeError("no memory")
+
+    other = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+    with pytest.raises(RuntimeError, match="no memory"):
+        one_step(other, Failing(other.parameters(), lr=0.1), lambda m: m(torch.randn(4, 20)).square().mean())
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        one_step(model, optimizer, lambda m: lm_loss(m, ids()))
+    assert registry[model.head.weight].steps == 3
+
+
 def test_a_clipped_spike_leaves_fisher_curvature_as_it_was():
     def largest_change(spike):
         torch.manual_seed(0)
