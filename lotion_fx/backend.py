@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._functorch.config
-from functorch.compile import nop
+from functorch.compile import aot_function, nop
 from torch import Tensor, fx
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
@@ -35,10 +35,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from lotion_fx.formats import registered
 from lotion_fx.passes.curvature import resolve_curvature
-from lotion_fx.passes.smooth import Plan, attach, smooth
+from lotion_fx.passes.moments import Certificate, Streamed, stream
+from lotion_fx.passes.smooth import Plan, attach, insert_variances, smooth, variance
 from lotion_fx.passes.usage import Use, weight_uses
 from lotion_fx.state import Weight, registry
 
@@ -106,9 +108,10 @@ class Backend:
         # A code depends on w / s: Triton's approximate division would make codes that eager does not.
         options.setdefault("eager_numerics.division_rounding", True)
         # Our node is as cacheable as its source: without this AOTAutograd's cache steps aside for the whole graph.
+        source = get_hash_for_files(_SOURCES, extra=repr(registered())).hex()
         options["unsafe_marked_cacheable_functions"] = {
             **torch._inductor.config.unsafe_marked_cacheable_functions,
-            f"{smooth.__module__}.{smooth.__name__}": get_hash_for_files(_SOURCES, extra=repr(registered())).hex(),
+            **{f"{node.__module__}.{node.__name__}": source for node in (smooth, variance)},
         }
         return options
 
@@ -132,6 +135,56 @@ def hook_forward(module: torch.nn.Module, before: Callable[..., None], after: Ca
     module._forward_hooks_always_called[key] = True
 
 
+@contextlib.contextmanager
+def uncompiled(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, no module of the model runs compiled."""
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
+def trace(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
+    """A function's graph of ATen ops before dispatch: ``linear``, ``layer_norm``, ``cross_entropy_loss`` are whole."""
+    gm = make_fx(function, pre_dispatch=True)(*args)
+    gm.graph.set_codegen(fx.graph.CodeGen())  # flat arguments, in the order of the placeholders
+    gm.recompile()
+    return gm
+
+
+@contextlib.contextmanager
+def faked(inputs: Sequence[Any]) -> Iterator[list[Any]]:
+    """Inside, tensors hold no data; gives the inputs as such."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in inputs]
+
+
+def joint_vectors(
+    gm: fx.GraphModule, inputs: Sequence[Any], plans: Mapping[int, Plan], loss: Callable[[Sequence[Tensor]], Tensor]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Each planned weight's probe vector and gradient, by one backward pass through the graph.
+
+    Args:
+        gm: an ATen graph with a list of outputs.
+        inputs: real ones.
+        plans: by placeholder index, each with a probe layout.
+        loss: makes the scalar to differentiate of the outputs.
+    """
+    attached, probed = attach(gm, plans)
+    leaves = [x.detach().requires_grad_() if i in plans else x for i, x in enumerate(inputs)]
+    probes = [_fake_probe(leaves[i], plans[i]) for i in probed]
+    run = aot_function(attached, nop, partition_fn=_partition)
+    with torch.enable_grad():
+        value = loss(run(*leaves, *probes))
+        given = torch.autograd.grad(value, [*probes, *(leaves[i] for i in probed)], allow_unused=True)
+    vectors, grads = given[: len(probed)], given[len(probed) :]
+    return {i: (v, g) for i, v, g in zip(probed, vectors, grads, strict=True) if v is not None and g is not None}
+
+
 class Variants:
     """One Dynamo graph, compiled once for each plan that its weights were seen to need."""
 
@@ -147,28 +200,32 @@ class Variants:
         self.candidates = [i for i, x in enumerate(live) if registry[x] is not None]
         self.uses = _uses(gm, example_inputs, self.candidates)
         self.taught: weakref.WeakKeyDictionary[Weight, set[int]] = weakref.WeakKeyDictionary()
-        self.compiled: dict[tuple[Any, ...], tuple[Callable[..., Any], list[int]]] = {}
+        self.compiled: dict[tuple[Any, ...], _Compiled] = {}
         self._variant(self._plans(live)[0])
 
     def __call__(self, *args: Any) -> Any:
         if any(isinstance(x, FakeTensor) for x in args):
             return self._rehearse(args)
         plans, weights = self._plans(args)
-        run, probed = self._variant(plans)
-        if not probed:
-            return run(*args)
-        smoothing = weights[probed[0]].smoothing
+        compiled = self._variant(plans)
+        for index, certificate in compiled.stream.items():
+            weights[index].certificate, weights[index].in_loss = certificate, True
+        gains = [weights[index].gain_on(args[index].device) for index in compiled.stream]
+        if not compiled.probed:
+            return compiled.run(*args, *gains)
+        smoothing = weights[compiled.probed[0]].smoothing
         smoothing.told |= self.backend.inner != "eager"
         smoothing.group = _active_data_parallel_group()
         if current_backward() == -1:  # what checkpointing recomputes is no second use
-            for index in probed:
+            for index in compiled.probed:
                 weights[index].bind()
-        return run(*args, *(_probe(weights[i], args[i]) for i in probed))
+        return compiled.run(*args, *gains, *(_probe(weights[i], args[i]) for i in compiled.probed))
 
     def _rehearse(self, args: Sequence[Any]) -> Any:
         """DDP's graph splitter runs each compiled part once on fakes, which are nobody's weights."""
-        plans, (run, probed) = next(iter(self.compiled.items()))
-        return run(*args, *(_fake_probe(args[i], dict(plans)[i]) for i in probed))
+        plans, compiled = next(iter(self.compiled.items()))
+        gains = [args[i].new_ones((), dtype=torch.float32) for i in compiled.stream]
+        return compiled.run(*args, *gains, *(_fake_probe(args[i], dict(plans)[i]) for i in compiled.probed))
 
     def _plans(self, args: Sequence[Any]) -> tuple[dict[int, Plan], dict[int, Weight]]:
         """What each of this call's weights needs, and which weights they are, by argument."""
@@ -187,20 +244,81 @@ class Variants:
                 plans[index], weights[index] = plan, weight
         return plans, weights
 
-    def _variant(self, plans: Mapping[int, Plan]) -> tuple[Callable[..., Any], list[int]]:
+    def _variant(self, plans: Mapping[int, Plan]) -> _Compiled:
         key = tuple(plans.items())
         if key not in self.compiled:
             with contextlib.nullcontext() if TracingContext.try_get() or not self.context else tracing(self.context):
                 self.compiled[key] = self._compile(plans)
         return self.compiled[key]
 
-    def _compile(self, plans: Mapping[int, Plan]) -> tuple[Callable[..., Any], list[int]]:
-        gm, probed = attach(self.gm, plans) if plans else (self.gm, [])
+    def _compile(self, plans: Mapping[int, Plan]) -> _Compiled:
+        gm, streamed = self.gm, None
+        if self.backend.inner != "eager" and any(plan.moments != "off" for plan in plans.values()):
+            streamed = self._stream(plans)
+        if streamed is not None:
+            gm = streamed.gm
+            plans = {i: replace(plan, layout=None) if i in streamed.variances else plan for i, plan in plans.items()}
+        gm, probed = attach(gm, plans) if plans else (gm, [])
+        variances = streamed.variances if streamed else {}
+        if variances:
+            insert_variances(gm, variances, plans)
         for node in gm.graph.nodes:
             if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
                 node._dynamo_source = None
-        inputs = [*self.inputs, *(_fake_probe(self.inputs[i], plans[i]) for i in probed)]
-        return self.backend.compile(gm, inputs), probed
+        gains = [_fake_gain(self.inputs[i]) for i in variances]
+        inputs = [*self.inputs, *gains, *(_fake_probe(self.inputs[i], plans[i]) for i in probed)]
+        certificates = streamed.certificates if streamed else {}
+        return _Compiled(self.backend.compile(gm, inputs), probed, certificates)
+
+    def _stream(self, plans: Mapping[int, Plan]) -> Streamed | None:
+        """The graph with a variance stream from its weights to the loss, None where it returns no loss."""
+        loss = _loss_output(self.gm)
+        if loss is None:
+            return None
+        weights = [i for i, plan in plans.items() if plan.moments != "off"]
+        diagonal = all(plans[i].moments == "diagonal" for i in weights)
+        with torch.no_grad(), _fake_mode_of(self.inputs):
+            inputs = [x.detach() if isinstance(x, Tensor) else x for x in self.inputs]
+            streamed = stream(trace(self.gm, inputs), inputs, weights, loss, diagonal, trace)
+        for old, new in zip(*(gm.graph.find_nodes(op="placeholder") for gm in (self.gm, streamed.gm)), strict=False):
+            if hasattr(old, "_dynamo_source"):
+                new._dynamo_source = old._dynamo_source
+        return streamed
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """One variant of a graph.
+
+    Args:
+        run: takes the graph's inputs, then a gain for each weight in the moment stream, then the probes.
+        probed: the inputs that are weights with a probe, in the order of these.
+        stream: the weights in the moment stream, in the order of the gains, each with its certificate.
+    """
+
+    run: Callable[..., Any]
+    probed: list[int]
+    stream: Mapping[int, Certificate]
+
+
+def _loss_output(gm: fx.GraphModule) -> int | None:
+    """Which of a graph's outputs is a loss: the first floating scalar that requires a gradient."""
+    outputs = tree_leaves(gm.graph.output_node().args[0])
+    for index, node in enumerate(outputs):
+        value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+        if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() and value.requires_grad:
+            return index
+    return None
+
+
+def _fake_mode_of(inputs: Sequence[Any]) -> Any:
+    modes = [x.fake_mode for x in inputs if isinstance(x, FakeTensor)]
+    return modes[0] if modes else contextlib.nullcontext()
+
+
+def _fake_gain(weight: Any) -> Tensor:
+    gain = torch.ones((), device=weight.device)
+    return weight.fake_mode.from_tensor(gain, static_shapes=True) if isinstance(weight, FakeTensor) else gain
 
 
 def _live(node: fx.Node, example: Any) -> Any:

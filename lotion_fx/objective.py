@@ -105,8 +105,10 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
                     _done.add(weight)
     unscaled_by, pending = backend.take_grad_scale(optimizer), getattr(optimizer, "grad_scale", None)
     for smoothing, pairs in mine.items():
-        if smoothing.has_term:
-            _Step(smoothing, optimizer, unscaled_by, pending).run(pairs)
+        # What a moment stream put into the loss needs no more, unless another graph without the loss used the weight.
+        outside = [(w, p) for w, p in pairs if not w.in_loss or (w.probe is not None and w.probe.grad is not None)]
+        if smoothing.has_term and outside:
+            _Step(smoothing, optimizer, unscaled_by, pending).run(outside)
         _advance(smoothing, pairs, counts)
 
 
@@ -130,7 +132,7 @@ class _Step:
         smoothing.known_terms = self._all(terms).float()
         self.row_factor = (terms / loss_scale**2).float()
         self.grad_factor = (smoothing.known_terms / (loss_scale * shrunk) ** 2).float()
-        gains = [0.0 if weight.entered else smoothing.strength for weight, _ in pairs]
+        gains = [0.0 if weight.entered else weight.strength for weight, _ in pairs]
         scale = 1.0 if self.pending is None else self.pending.to(terms.device)
         self.gains = (torch.tensor(gains, device=terms.device) * scale).unbind()
         vectors = self._payloads(pairs)
@@ -292,7 +294,7 @@ def _advance(smoothing: Smoothing, pairs: list[tuple[Weight, Tensor]], counts: b
     for weight, _ in pairs:
         weight.drop_probe()
         weight.steps += counts
-        weight.entered = False
+        weight.entered = weight.in_loss = False
         smoothing.snapshot.pop(weight, None)
     smoothing.steps = max(smoothing.steps, *(weight.steps for weight, _ in pairs))
     if smoothing.finish and smoothing.total_steps and not smoothing.finishing:
@@ -395,5 +397,5 @@ def penalty(model: torch.nn.Module) -> Tensor:
         total = held.new_zeros((), dtype=torch.float32) if total is None else total
         h = curvature_of(weight, held)
         if h is not None:
-            total = total + weight.smoothing.strength * _Term.apply(held, h, weight)
+            total = total + weight.strength * _Term.apply(held, h, weight)
     return next(model.parameters()).new_zeros((), dtype=torch.float32) if total is None else total

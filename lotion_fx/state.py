@@ -12,16 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx.formats import Format
+from lotion_fx.passes.moments import Certificate
 from lotion_fx.passes.probe import Code, Layout
 from lotion_fx.passes.smooth import LATENT, RR, STE, STE_SCALE, Plan
 from lotion_fx.passes.usage import CONTRACTION, EMBEDDING, Use
 
 METHODS = {"ptq": LATENT, "ste": STE, "ste_scale": STE_SCALE, "rr": RR, "lotion": LATENT}
 CURVATURES = ("factored", "full", "fisher")
+MOMENTS = ("closed", "diagonal", "off")
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
@@ -52,6 +55,9 @@ class Smoothing:
     adopted: bool = False  # came in through torch.compile(backend="lotion_fx")
     snapshot: dict[Weight, Tensor] = field(default_factory=dict)  # a few gradients as backward left them
     group: Any = None  # DistributedDataParallel's process group
+    loss_fn: Any = None  # a callable, or "model" where the model returns its loss; None where graphs hold no loss
+    moments: str = "closed"  # see `expected_loss`
+    loss_call: Any = None  # model and loss_fn compiled as one
 
     @property
     def forward_mode(self) -> str:
@@ -109,6 +115,11 @@ class Weight:
     master: weakref.ref[Tensor] | None = None  # the parameter that the optimizer steps
     plans: dict[tuple[str, bool], Plan | None] = field(default_factory=dict)
     spec: Any = None  # of its last update, see `update`
+    certificate: Certificate | None = None  # of its moment stream, where the loss is in the graph
+    in_loss: bool = False  # the loss of the step under way holds its term
+    calibration: float = 1.0  # of its strength
+    _gain: Tensor | None = None
+    _gain_value: float = 0.0
     moment: Tensor | None = None  # the optimizer's second moment, where curvature is taken from it
     _layout: Layout | None = None
 
@@ -150,6 +161,16 @@ class Weight:
         return Layout("none" if kind == "fisher" else kind, self.shape, groups, rows)
 
     @property
+    def strength(self) -> float:
+        return self.smoothing.strength * self.calibration
+
+    def gain_on(self, device: torch.device) -> Tensor:
+        """The strength as the 0-d tensor that a graph takes, remade where it or the device has changed."""
+        if self._gain is None or self._gain.device != device or self._gain_value != self.strength:
+            self._gain, self._gain_value = torch.tensor(self.strength, device=device), self.strength
+        return self._gain
+
+    @property
     def why_not(self) -> str:
         """Why this weight is not quantized; empty if it is."""
         if self.format is None or self.forced:
@@ -181,7 +202,10 @@ class Weight:
         if (mode, probing) not in self.plans:
             name = self.format.name if self.format and self.selected else None
             layout = self.layout if probing else None
-            self.plans[mode, probing] = Plan(mode, name, self.axis, layout) if name else None
+            stream = probing and smoothing.loss_fn is not None and smoothing.moments != "off"
+            self.plans[mode, probing] = (
+                Plan(mode, name, self.axis, layout, smoothing.moments if stream else "off") if name else None
+            )
         plan = self.plans[mode, probing]
         return None if plan is None or plan.is_identity else plan
 

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import fnmatch
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch.nn.parameter import UninitializedParameter
 from lotion_fx import objective
 from lotion_fx.backend import INNERS, Backend, compiled_call
 from lotion_fx.formats import Format, register_format, resolve
+from lotion_fx.loss_graph import called, loss_of, pair
 from lotion_fx.outside import count_terms, hook_owners
 from lotion_fx.passes.probe import Code
 from lotion_fx.passes.smooth import LATENT, RR
 from lotion_fx.passes.usage import Use
-from lotion_fx.state import CURVATURES, METHODS, Smoothing, Weight, registry, smoothings_of, weights_of
+from lotion_fx.state import CURVATURES, METHODS, MOMENTS, Smoothing, Weight, registry, smoothings_of, weights_of
 
 Formats = Mapping[str, "str | Format | None"]
 
@@ -34,6 +35,8 @@ def transform(
     strength: float = 1.0,
     curvature: str = "factored",
     only: Formats | None = None,
+    loss_fn: Callable[..., Tensor] | str | None = None,
+    moments: str = "closed",
     inner: str = "inductor",
     finish: float | None = None,
     steps: int | None = None,
@@ -59,6 +62,10 @@ def transform(
             ``"fisher"`` (the optimizer's second moment).
         only: parameter-name globs to a format or None, the last match winning: ``{"*.router.*": None}``. A glob more
             specific than ``"*"`` also takes what the default leaves out.
+        loss_fn: puts the loss into the graph: ``"model"`` where the model returns it, or a function of (output,
+            targets), to be called with the model as `training_loss`. Where a moment stream reaches from a weight to the
+            loss, the loss is then itself the expected loss, at two more products a linear layer.
+        moments: with ``loss_fn``, which weights take the stream: see `expected_loss`.
         inner: ``"inductor"``, ``"aot_eager"`` or ``"eager"``, what compiles the rewritten graphs.
         finish, steps: for the last share ``finish`` of ``steps`` optimizer steps, call `finish` by itself.
         finish_term: whether the term stays on during that phase.
@@ -75,6 +82,12 @@ def transform(
     _check_compile_options(mode, options, inner)
     smoothing = _settings(method, strength, curvature, inner, finish, steps, finish_term, decay)
     regions = _check_regions(model, regions)
+    if moments not in MOMENTS:
+        raise ValueError(f"moments={moments!r}: expected one of {', '.join(MOMENTS)}{_near(moments, MOMENTS)}")
+    smoothing.moments = moments
+    smoothing.loss_fn = _check_loss(loss_fn, method, inner, regions != [model])
+    if loss_fn is not None:  # the moment stream is traced for the shapes it is given
+        compile_options.setdefault("dynamic", False)
     _check_model(model)
     _add_weights(smoothing, model, resolve(fmt), only or {})
     _check_weights(smoothing)
@@ -85,8 +98,38 @@ def transform(
     backend = Backend(inner, mode, tuple(sorted(options.items())))
     for region in regions:
         region._compiled_call_impl = compiled_call(region, backend, **compile_options)
+    if callable(loss_fn):
+        smoothing.loss_call = count_terms(_with_loss(model, loss_fn, backend, compile_options), smoothing)
     model._compiled_call_impl = count_terms(model._compiled_call_impl or model._call_impl, smoothing)
     return model
+
+
+def _with_loss(model: nn.Module, loss_fn: Callable[..., Tensor], backend: Backend, options: Any) -> Callable[..., Any]:
+    """A model and its loss, compiled as one."""
+    reference = weakref.ref(model)  # the model's own state must not keep it alive
+
+    def loss(inputs: Any, targets: Any) -> Tensor:
+        return loss_fn(called(reference()._call_impl, inputs), targets)  # type: ignore[union-attr]
+
+    return torch.compile(loss, backend=backend, **options)
+
+
+def training_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a model transformed with ``loss_fn``: the expected loss, or in ``eval()`` that of the rounded weights.
+
+    Args:
+        batch: ``(inputs, targets)``; with ``loss_fn="model"`` the model's own arguments, a dictionary as keywords.
+
+    Raises:
+        ValueError: the model was transformed without ``loss_fn``, or the batch is not as above.
+    """
+    weights_of(model)
+    smoothing = smoothings_of(model)[0]
+    if smoothing.loss_fn is None:
+        raise ValueError("model: it was transformed without a loss; pass loss_fn= to lotion_fx.transform")
+    if smoothing.loss_call is None:
+        return loss_of(called(model, batch))
+    return smoothing.loss_call(*pair(batch))
 
 
 def finish(model: nn.Module, *, term: bool = True) -> None:
@@ -230,6 +273,19 @@ def _settings(
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps!r}: expected the number of optimizer steps in the whole training")
     return Smoothing(method, strength, curvature, inner, decay, finish, steps, finish_term)
+
+
+def _check_loss(loss_fn: Any, method: str, inner: str, regions: bool) -> Any:
+    if loss_fn is None or loss_fn == "model" or callable(loss_fn):
+        if loss_fn is not None and method != "lotion":
+            raise ValueError(f"loss_fn with method={method!r}: only 'lotion' has an expected loss; leave loss_fn out")
+        if loss_fn is not None and (inner == "eager" or regions):
+            what = "inner='eager' makes no graph" if inner == "eager" else "with regions= no graph holds the whole loss"
+            raise ValueError(f"loss_fn={loss_fn!r}: {what}; compile the whole model, inner='aot_eager' or 'inductor'")
+        return loss_fn
+    raise ValueError(
+        f"loss_fn={loss_fn!r}: expected a function of (output, targets), 'model' (it returns its loss) or None"
+    )
 
 
 def _check_compile_options(mode: str | None, options: Mapping[str, Any], inner: str) -> None:

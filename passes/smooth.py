@@ -33,12 +33,15 @@ class Plan:
         fmt: name of the weight's format.
         axis: the dimension that its blocks run along.
         layout: its probe's layout; None where no curvature is asked for.
+        moments: whether its noise goes through a moment stream instead, where the graph holds the loss: ``"closed"``
+            (unless a covariance would be dropped), ``"diagonal"`` or ``"off"``.
     """
 
     mode: str
     fmt: str
     axis: int
     layout: Layout | None
+    moments: str = "off"
 
     @property
     def is_identity(self) -> bool:
@@ -77,6 +80,27 @@ def attach(gm: fx.GraphModule, plans: Mapping[int, Plan]) -> tuple[fx.GraphModul
             user.replace_input_with(weight, node)
     graph.lint()
     return fx.GraphModule(gm, graph), probes
+
+
+def insert_variances(gm: fx.GraphModule, variances: Mapping[int, int], plans: Mapping[int, Plan]) -> None:
+    """Turns the variance inputs of a streamed graph into gains: 0-d factors of variances that the graph then makes.
+
+    Args:
+        gm: a graph that `passes.moments.stream` made; changed in place.
+        variances: for each weight's placeholder index that of its variance.
+        plans: their formats.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    last = placeholders[-1]
+    for weight, gain in variances.items():
+        node, plan = placeholders[gain], plans[weight]
+        with gm.graph.inserting_after(last):
+            made = gm.graph.call_function(variance, (placeholders[weight], plan.fmt, plan.axis))
+        with gm.graph.inserting_after(made):
+            scaled = gm.graph.call_function(torch.mul, (made, node))
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
+    gm.graph.lint()
+    gm.recompile()
 
 
 def _copy(gm: fx.GraphModule) -> fx.Graph:
@@ -134,3 +158,21 @@ class _Smooth(torch.autograd.Function):
             fmt, axis = ctx.scale
             to_weight = rounding.rtn_vjp(weight, grad, resolve(fmt), axis).to(grad.dtype)
         return to_weight, curvature, None, None, None, None, None, None
+
+
+def variance(weight: Tensor, fmt: str, axis: int) -> Tensor:
+    """The variance of a weight's randomized rounding, float32 or float64, differentiable, its scale's part included."""
+    return _Variance.apply(weight, fmt, axis)
+
+
+class _Variance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, fmt: str, axis: int) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.quantizer = fmt, axis
+        return rounding.variance(weight, resolve(fmt), axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (weight,), (fmt, axis) = ctx.saved_tensors, ctx.quantizer
+        return rounding.variance_vjp(weight, grad, resolve(fmt), axis).to(weight.dtype), None, None

@@ -234,6 +234,31 @@ _REARRANGE = {
         _same,
     ),
 }  # fmt: skip
+# Of these each new dimension holds the labelled ones whole, repeating none.
+_ONE_TO_ONE = {aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.squeeze, aten.select, aten.slice, aten.narrow}
+_REGROUPINGS = {aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.view_as, aten.reshape_as}
+
+
+def rearranged(packet: Any, old: tuple[int, ...], args: Sequence[Any], new: tuple[int, ...]) -> Dims:
+    """For each dimension after a rearranging op, the dimensions before that it is made of, none where one is repeated.
+
+    Args:
+        packet: the op; one that is not known to repeat nothing gives no dimension at all.
+        old, new: the shapes before and after.
+        args: the op's arguments after the tensor.
+    """
+    dims: Dims = tuple(frozenset({d}) for d in range(len(old)))
+    if packet in _REGROUPINGS:
+        return _reshape(dims, (None, *args), old, new)
+    if packet in _ONE_TO_ONE:
+        return _REARRANGE[packet](dims, (None, *args), old, new)
+    if packet is aten.expand:
+        stretched = _expand(dims, (None, *args), old, new)
+        lead = len(new) - len(old)
+        return tuple(held if i >= lead and old[i - lead] == new[i] else frozenset() for i, held in enumerate(stretched))
+    return tuple(frozenset[int]() for _ in new)
+
+
 _SCALINGS = {aten.mul, aten.div, aten.add, aten.sub, aten.neg}
 _SHAPE_QUERIES = {aten.sym_size, aten.sym_numel, aten.sym_stride, torch.ops.prim.device}
 # op -> {position of the operand: its contracted dimension}

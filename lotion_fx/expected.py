@@ -1,0 +1,285 @@
+"""`expected_loss`: what a model's loss is expected to be under randomized rounding of its weights, and who says so.
+
+Weights whose noise reaches the loss by the rules of `passes.moments` are in a moment stream; the others take the
+joint-graph form ``1/2 <h, sigma^2>``. `calibrate` compares both with sampled roundings.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lotion_fx import backend, rounding
+from lotion_fx.loss_graph import LossFunction, LossGraph, loss_graph
+from lotion_fx.passes import random_tensor
+from lotion_fx.passes.moments import ANALYTIC, EXACT, FISHER, Certificate, analyse, interpret
+from lotion_fx.passes.probe import HEADER, Code
+from lotion_fx.passes.random_tensor import Random
+from lotion_fx.passes.smooth import LATENT, Plan, variance
+from lotion_fx.passes.usage import weight_uses
+from lotion_fx.state import MOMENTS, Weight
+from lotion_fx.transform import names_of
+from lotion_fx.update import dense, marginals
+
+# Gauss-Legendre nodes and weights on [0, 1]: exact for terms that are polynomials of degree 8 in the noise.
+_NODES = (0.06943184420297371, 0.33000947820757187, 0.6699905217924281, 0.9305681557970262)
+_WEIGHTS = (0.17392742256872692, 0.32607257743127308, 0.32607257743127308, 0.17392742256872692)
+
+
+@dataclass(frozen=True)
+class ExpectedLoss:
+    """The expected loss of one batch. ``str()`` is a table.
+
+    Args:
+        loss: at the latent weights, 0-d.
+        total: the expected loss, 0-d; differentiable, the blocks' scales included.
+        terms: each quantized weight's part of ``total - loss``; they add up to it.
+        certificates: how each part is known.
+        samples: the number of roundings sampled; what follows is None without any.
+        sampled: mean loss over them, and ``error``, its standard error.
+        rtn: loss at round-to-nearest weights.
+        alone: for each weight, (predicted, measured, standard error) of the increase with it alone rounded.
+    """
+
+    loss: Tensor
+    total: Tensor
+    terms: Mapping[str, Tensor]
+    certificates: Mapping[str, Certificate]
+    samples: int = 0
+    sampled: float | None = None
+    error: float | None = None
+    rtn: float | None = None
+    alone: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Predicted over measured increase, for each weight alone; nan where none was measured."""
+        return {name: _ratio(predicted, measured) for name, (predicted, measured, _) in self.alone.items()}
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured increase, all weights rounded."""
+        loss = float(self.loss.detach())
+        return math.nan if self.sampled is None else _ratio(float(self.total.detach()) - loss, self.sampled - loss)
+
+    def __str__(self) -> str:
+        rows = []
+        for name, term in self.terms.items():
+            row = [name, f"{float(term.detach()):.4g}"]
+            if self.samples:
+                predicted, measured, error = self.alone[name]
+                row += [f"{measured:.4g} ± {error:.1g}", f"{_ratio(predicted, measured):.2f}"]
+            rows.append([*row, str(self.certificates[name])])
+        headers = ["parameter", "term", *(["measured alone", "ratio"] if self.samples else []), "certificate"]
+        widths = [*[None] * (len(headers) - 1), 60]
+        return tabulate(rows, headers, disable_numparse=True, maxcolwidths=widths) + "\n" + self._foot()
+
+    def _foot(self) -> str:
+        loss, total = float(self.loss.detach()), float(self.total.detach())
+        text = f"loss {loss:.6g}, expected {total:.6g} (+{total - loss:.4g})"
+        if self.samples:
+            text += f"; {self.samples} roundings: {self.sampled:.6g} ± {self.error:.2g}, ratio {self.ratio:.2f}"
+            text += f"; at round-to-nearest {self.rtn:.6g}"
+        return text
+
+
+def _ratio(predicted: float, measured: float) -> float:
+    return predicted / measured if measured else math.nan
+
+
+def expected_loss(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFunction | None = None,
+    samples: int = 0,
+    *,
+    moments: str = "closed",
+    generator: torch.Generator | None = None,
+) -> ExpectedLoss:
+    """The loss expected under randomized rounding of a transformed model's weights, on one batch.
+
+    The model runs in ``eval()`` mode at its latent weights, uncompiled. Parts are multiplied by ``strength`` and by
+    what `calibrate` found.
+
+    Args:
+        model: transformed; it need not have run yet.
+        batch: ``(inputs, targets)`` with ``loss_fn(model(inputs), targets)``; without ``loss_fn`` the arguments of a
+            model that returns its loss, a dictionary as keywords.
+        samples: roundings to sample, of all weights together and of each alone. Their linear part, whose mean is known,
+            is taken out, so that a few tell much.
+        moments: ``"closed"`` (a moment stream wherever no covariance need be dropped), ``"diagonal"`` (wherever there are
+            rules) or ``"off"`` (the joint-graph form, which trains without the loss in the graph, for all).
+        generator: of the sampled roundings.
+
+    Raises:
+        ValueError: the model is not under lotion_fx, or sharded; the batch or the loss is not as above.
+    """
+    if samples < 0:
+        raise ValueError(f"samples={samples!r}: expected the number of roundings to sample, 0 or more")
+    if moments not in MOMENTS:
+        raise ValueError(f"moments={moments!r}: expected one of {', '.join(MOMENTS)}")
+    estimate = _estimate(model, batch, loss_fn, moments)
+    result = estimate.result()
+    return estimate.sampled(result, samples, generator) if samples else result
+
+
+@dataclass
+class _Estimate:
+    """One batch's graph and its quantized weights, by name, with how each one's part is estimated.
+
+    Args:
+        curvatures: h of the weights outside of the moment stream, in their shapes, float32.
+    """
+
+    graph: LossGraph
+    weights: dict[str, Weight]
+    certificates: dict[str, Certificate]
+    curvatures: dict[str, Tensor]
+
+    def held(self, name: str) -> Tensor:
+        return self.graph.parameters[name]
+
+    def inputs(self, changed: Mapping[str, Any] | None = None) -> list[Any]:
+        return self.graph.inputs(changed or {})
+
+    def total(self, shares: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:
+        """The expected loss with each weight's noise at a share of its variance; 0 for one that is not named."""
+        changed: dict[str, Any] = dict(parameters)
+        joined: list[Tensor] = []
+        for name, share in shares.items():
+            weight, parameter = self.weights[name], parameters[name]
+            assert weight.format is not None
+            noise = variance(parameter, weight.format.name, weight.axis) * (share * weight.strength)
+            if name in self.curvatures:
+                joined.append(0.5 * (self.curvatures[name] * noise).sum())
+            else:
+                changed[name] = random_tensor.weight(name, parameter, noise.to(parameter.dtype))
+        loss = interpret(self.graph.gm, self.inputs(changed)).outputs[0]
+        loss = loss.mean if isinstance(loss, Random) else loss
+        return loss + torch.stack(joined).sum() if joined else loss
+
+    def result(self) -> ExpectedLoss:
+        with torch.no_grad():
+            loss = self.graph.loss({})
+        total = self.total(dict.fromkeys(self.weights, 1.0), self.graph.parameters)
+        return ExpectedLoss(loss, total, self._terms(float(total.detach()) - float(loss)), self.certificates)
+
+    def _terms(self, increase: float) -> dict[str, Tensor]:
+        """Each weight's part: the increase along the way from no noise to all of it (Aumann and Shapley's value)."""
+        fixed = {name: parameter.detach() for name, parameter in self.graph.parameters.items()}
+        parts = dict.fromkeys(self.weights, 0.0)
+        for node, size in zip(_NODES, _WEIGHTS, strict=True):
+            shares = {name: torch.tensor(node, dtype=torch.float64, requires_grad=True) for name in self.weights}
+            with torch.enable_grad():
+                total = self.total(shares, fixed)
+            slopes = torch.autograd.grad(total, list(shares.values()), allow_unused=True)
+            for name, slope in zip(shares, slopes, strict=True):
+                parts[name] += size * float(slope) if slope is not None else 0.0
+        whole = sum(parts.values())
+        scale = increase / whole if whole else 1.0  # what the quadrature misses
+        return {name: torch.tensor(part * scale, dtype=torch.float64) for name, part in parts.items()}
+
+    # ------------------------------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def sampled(self, result: ExpectedLoss, samples: int, generator: torch.Generator | None) -> ExpectedLoss:
+        loss = float(result.loss)
+        slopes = self._slopes()
+        together = self._draws(list(self.weights), samples, slopes, generator)
+        alone = {}
+        for name in self.weights:
+            mean, error = _mean_and_error(self._draws([name], samples, slopes, generator))
+            alone[name] = (float(self.total({name: 1.0}, self.graph.parameters)) - loss, mean - loss, error)
+        mean, error = _mean_and_error(together)
+        rtn = float(self.graph.loss({name: self._rounded(name, rounding.rtn) for name in self.weights}))
+        return replace(result, samples=samples, sampled=mean, error=error, rtn=rtn, alone=alone)
+
+    def _rounded(self, name: str, how: Callable[..., Tensor], **options: Any) -> Tensor:
+        weight = self.weights[name]
+        assert weight.format is not None
+        return how(self.held(name).detach(), weight.format, weight.axis, **options)
+
+    def _slopes(self) -> dict[str, Tensor]:
+        """The loss's gradient at the latent weights."""
+        leaves = {name: self.held(name).detach().requires_grad_() for name in self.weights}
+        with torch.enable_grad():
+            grads = torch.autograd.grad(self.graph.loss(leaves), list(leaves.values()), allow_unused=True)
+        return {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+
+    def _draws(
+        self, names: list[str], samples: int, slopes: Mapping[str, Tensor], generator: torch.Generator | None
+    ) -> list[float]:
+        """Losses at random roundings, less their linear part, which has mean zero and most of the spread."""
+        losses = []
+        for _ in range(samples):
+            drawn = {name: self._rounded(name, rounding.rr, generator=generator) for name in names}
+            linear = sum(
+                float((slopes[name] * (q - self.held(name))).sum()) for name, q in drawn.items() if name in slopes
+            )
+            losses.append(float(self.graph.loss(drawn)) - linear)
+        return losses
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float]:
+    mean = statistics.fmean(values)
+    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments: str) -> _Estimate:
+    names = names_of(model)
+    for weight, name in names.items():
+        if isinstance(weight.held(), DTensor):
+            raise ValueError(f"model: {name!r} is sharded; expected_loss needs whole weights")
+    graph = loss_graph(model, batch, loss_fn)
+    at = {name: index for index, name in enumerate(graph.parameters)}
+    with backend.faked(graph.inputs({})) as fakes:
+        new = {at[name]: weight for weight, name in names.items() if weight.uses is None and name in at}
+        for index, uses in weight_uses(graph.gm, fakes, list(new)).items():
+            new[index].learn(uses)
+        weights = {name: weight for weight, name in names.items() if weight.selected and name in at}
+        certificates: dict[str, Certificate] = {}
+        ended = dict.fromkeys(weights, "moments='off'")
+        if moments != "off":
+            for name in weights:
+                fakes[at[name]] = random_tensor.weight(name, fakes[at[name]], fakes[at[name]])
+            analysis = analyse(graph.gm, fakes, 0, moments == "diagonal")
+            certificates, ended = dict(analysis.certificates), dict(analysis.ended)
+    curvatures = {}
+    if joint := {name: why for name, why in ended.items() if name in weights}:
+        plans = {at[name]: _plan(weights[name]) for name in joint}
+        vectors = backend.joint_vectors(graph.gm, graph.inputs({}), plans, lambda outputs: outputs[0])
+        for name, why in joint.items():
+            found = vectors.get(at[name])
+            curvatures[name], kind = _curvature(weights[name], *found) if found else (torch.zeros(()), EXACT)
+            certificates[name] = Certificate(kind, ended=why if found else "it does not reach the loss")
+    return _Estimate(graph, weights, certificates, curvatures)
+
+
+def _plan(weight: Weight) -> Plan:
+    assert weight.format is not None
+    return Plan(LATENT, weight.format.name, weight.axis, weight.layout)
+
+
+def _curvature(weight: Weight, vector: Tensor, grad: Tensor) -> tuple[Tensor, str]:
+    """h of one weight from this batch's probe vector, in the form that its training takes, and that form's name."""
+    layout, (calls, code, terms) = weight.layout, vector[-HEADER:].tolist()
+    count = max(terms / calls, 1.0)
+    whole = (0, weight.shape[0])
+    if code / calls == Code.ANALYTIC:
+        payload = vector[:-HEADER].float()
+        scaled = layout.groups * layout.rows if layout.kind == "factored" else payload.numel()
+        payload = torch.cat([payload[:scaled] * count, payload[scaled:]])
+        return dense(torch.cat([payload, payload.new_ones(1)]), layout, whole), ANALYTIC
+    h = grad.float().square() * count
+    if layout.kind == "factored":
+        payload = marginals(h, layout)
+        h = dense(torch.cat([payload, payload.new_ones(1)]), layout, whole)
+    return h, FISHER

@@ -1,0 +1,153 @@
+"""The graph of a model's loss on one batch, as ATen ops before dispatch: what `expected_loss` interprets.
+
+It is traced on the batch itself, with the parameters as inputs, so any Python control flow is followed as this batch
+takes it. The model is in ``eval()`` mode meanwhile: no dropout, running statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lotion_fx import backend
+from lotion_fx.passes.smooth import LATENT
+from lotion_fx.state import smoothings_of
+
+LossFunction = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class LossGraph:
+    """A traced loss.
+
+    Args:
+        gm: takes the parameters, then the batch's tensors and numbers; returns ``[loss]``, or ``[loss, prediction]``
+            where the prediction is a tensor.
+        parameters: the model's own, by name, in the order of the placeholders.
+        data: the batch, flat.
+    """
+
+    gm: fx.GraphModule
+    parameters: dict[str, Tensor]
+    data: tuple[Any, ...]
+
+    def inputs(self, changed: Mapping[str, Any]) -> list[Any]:
+        """The graph's inputs, some parameters replaced."""
+        return [*(changed.get(name, value) for name, value in self.parameters.items()), *self.data]
+
+    def loss(self, changed: Mapping[str, Any]) -> Tensor:
+        """The loss with some parameters replaced."""
+        return self.gm(*self.inputs(changed))[0]
+
+
+def loss_graph(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> LossGraph:
+    """Traces a model's loss on one batch.
+
+    Args:
+        model: any module; its parameters are left as they are.
+        batch: ``(inputs, targets)`` for ``loss_fn(model(inputs), targets)``, where a tuple or dictionary of inputs is
+            spread; or without ``loss_fn`` the model's own arguments, a dictionary as keywords.
+        loss_fn: None where the model returns its loss.
+
+    Raises:
+        ValueError: the batch is not as above, or there is no scalar loss.
+    """
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    if loss_fn is not None:
+        pair(batch)
+    leaves, spec = tree_flatten(batch)
+
+    def run(params: dict[str, Tensor], leaves: list[Any]) -> list[Tensor]:
+        def functional(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(model, params, args, kwargs)
+
+        given = tree_unflatten(leaves, spec)
+        if loss_fn is None:
+            out = called(functional, given)
+            return [loss_of(out), *_prediction(out)]
+        inputs, targets = given
+        out = called(functional, inputs)
+        return [_scalar(loss_fn(out, targets), "loss_fn"), *_prediction(out)]
+
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    fixed = list(leaves)
+
+    def flat(params: dict[str, Tensor], data: list[Tensor]) -> list[Tensor]:
+        for i, value in zip(tensors, data, strict=True):
+            fixed[i] = value
+        return run(params, fixed)
+
+    data = tuple(leaves[i] for i in tensors)
+    with as_evaluated(model):
+        gm = backend.trace(flat, ({name: p.detach() for name, p in parameters.items()}, list(data)))
+    return LossGraph(gm, parameters, data)
+
+
+def pair(batch: Any) -> tuple[Any, Any]:
+    """A batch as inputs and targets."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ValueError(
+            f"batch: expected (inputs, targets) with loss_fn, got {type(batch).__name__}; without loss_fn the batch is "
+            "the model's own arguments and the model returns its loss"
+        )
+    return batch[0], batch[1]
+
+
+def called(function: Callable[..., Any], inputs: Any) -> Any:
+    """Calls with inputs as a batch holds them: a dictionary as keywords, a tuple spread."""
+    if isinstance(inputs, Mapping):
+        return function(**inputs)
+    return function(*inputs) if isinstance(inputs, (tuple, list)) else function(inputs)
+
+
+def loss_of(out: Any) -> Tensor:
+    """The loss in what a model returned: a scalar, ``.loss``, ``["loss"]`` or the first scalar of a tuple."""
+    if isinstance(out, Tensor):
+        return _scalar(out, "model")
+    named = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+    if isinstance(named, Tensor):
+        return _scalar(named, "model")
+    for item in out if isinstance(out, (tuple, list)) else ():
+        if isinstance(item, Tensor) and item.dim() == 0 and item.is_floating_point():
+            return item
+    raise ValueError(
+        f"model: it returned {type(out).__name__}, in which there is no scalar loss; pass loss_fn and a batch of "
+        "(inputs, targets), or give the model the labels that make it return one"
+    )
+
+
+def _scalar(loss: Any, what: str) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{what}: expected a scalar loss, got {shape}; reduce it, by its mean for example")
+    return loss.reshape(())
+
+
+def _prediction(out: Any) -> list[Tensor]:
+    """What a likelihood reads: the model's output, or a Hugging Face output's logits."""
+    found = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    return [found] if isinstance(found, Tensor) and found.dim() > 0 else []
+
+
+@contextlib.contextmanager
+def as_evaluated(model: nn.Module) -> Iterator[None]:
+    """Inside, the model runs in Python at its latent weights, in ``eval()`` mode."""
+    training = {module: module.training for module in model.modules()}
+    overrides = [(smoothing, smoothing.override) for smoothing in smoothings_of(model)]
+    for smoothing, _ in overrides:
+        smoothing.override = LATENT
+    model.eval()
+    try:
+        with backend.uncompiled(model), torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for smoothing, before in overrides:
+            smoothing.override = before

@@ -1,0 +1,458 @@
+"""Moments of what moves, adds and multiplies: views, sums, products, linear layers, convolutions, embeddings.
+
+Means and variances pass through an affine op exactly where its summands are independent; `Random.independent` and the
+covariance of narrow layers say when they are. Where they are not, the covariances between them are dropped, and a note
+says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lotion_fx.passes.random_tensor import (
+    COVARIANCE_WIDTH,
+    Call,
+    Ended,
+    Notes,
+    Random,
+    derived,
+    mean_of,
+    merged,
+    randoms,
+    rule,
+)
+from lotion_fx.passes.usage import rearranged
+
+aten = torch.ops.aten
+Value = Tensor | Random
+
+UNITS, SUMMANDS, FACTORS = "summed units", "summands", "factors"
+
+
+# ------------------------------------------------------------------------------------------------ views and selections
+
+
+def _same_frame(x: Random, shape: Sequence[int]) -> bool:
+    """Whether an op kept the last dimension, so that the covariance over it only changes its leading ones."""
+    return len(shape) > 0 and shape[-1] == x.shape[-1]
+
+
+@rule(aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.view_as, aten.reshape_as)
+def _reshape(call: Call, x: Random, *args: Any, **kwargs: Any) -> Random:
+    op, args = getattr(aten, call.op), mean_of(args)
+    mean = op(x.mean, *args, **kwargs)
+    var = None if x.var is None else op(x.var, *args, **kwargs)
+    cov = x.cov.reshape(*mean.shape, mean.shape[-1]) if x.cov is not None and _same_frame(x, mean.shape) else None
+    return replace(x, mean=mean, var=var, independent=_followed(call, x, args, mean), cov=cov)
+
+
+@rule(
+    aten.permute, aten.transpose, aten.t, aten.numpy_T, aten.movedim, aten.unsqueeze, aten.squeeze, aten.select,
+    aten.slice, aten.narrow, aten.contiguous, aten.clone, aten.detach, aten.alias, aten.lift_fresh, aten.flip,
+    aten.roll,
+    aten.to, aten._to_copy, aten.type_as, aten.tril, aten.triu, aten.diagonal,
+    aten.index_select, aten.index, aten.gather, aten.repeat, aten.expand, aten.expand_as, aten.broadcast_to,
+    aten.constant_pad_nd, aten.pad, aten.unfold, aten.take_along_dim,
+)  # fmt: skip
+def _move(call: Call, x: Any, *args: Any, **kwargs: Any) -> Random:
+    """Ops that place, repeat and select elements: the same for means and variances."""
+    if not isinstance(x, Random):
+        raise Ended("a random index")
+    op, args, kwargs = getattr(aten, call.op), mean_of(args), mean_of(kwargs)
+    mean = op(x.mean, *args, **kwargs)
+    var = None if x.var is None else op(x.var, *args, **_no_fill(call, kwargs))
+    if call.op == "constant_pad_nd" and x.var is not None:
+        var = aten.constant_pad_nd(x.var, args[0], 0)
+    elif call.op == "pad" and x.var is not None and (args[1:] or ("constant",))[0] == "constant":
+        var = aten.pad(x.var, args[0], "constant", 0.0)
+    unmoved = mean.shape == x.shape and call.op in (*_IDENTITIES, "expand")
+    kept = x.cov.to(mean.dtype) if x.cov is not None and unmoved else None
+    return replace(x, mean=mean, var=var, independent=_followed(call, x, args, mean), cov=kept)
+
+
+_IDENTITIES = {"contiguous", "clone", "detach", "alias", "lift_fresh", "to", "_to_copy", "type_as"}
+
+
+def _no_fill(call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "value"}
+
+
+def _followed(call: Call, x: Random, args: Any, out: Tensor) -> frozenset[int]:
+    """The independent dimensions after an op that rearranges: those made of independent ones alone."""
+    if call.op in _IDENTITIES or call.op in ("tril", "triu", "flip", "roll"):
+        return x.independent
+    labels = rearranged(getattr(aten, call.op), tuple(x.shape), args, tuple(out.shape))
+    return frozenset(i for i, held in enumerate(labels) if held and held <= x.independent)
+
+
+@rule(aten.broadcast_tensors)
+def _broadcast_tensors(call: Call, tensors: Sequence[Value]) -> list[Value]:
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    expand = replace(call, op="expand")
+    return [_move(expand, t, shape) if isinstance(t, Random) else t.expand(shape) for t in tensors]
+
+
+@rule(aten.unbind, aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
+def _cut(call: Call, x: Random, *args: Any, **kwargs: Any) -> tuple[Random, ...]:
+    op = getattr(aten, call.op)
+    means = op(x.mean, *args, **kwargs)
+    variances = [None] * len(means) if x.var is None else op(x.var, *args, **kwargs)
+    independent = x.independent
+    if call.op == "unbind":
+        dim = (args[0] if args else kwargs.get("dim", 0)) % x.mean.dim()
+        independent = frozenset(i - (i > dim) for i in independent if i != dim)
+    return tuple(
+        replace(x, mean=m, var=v, independent=independent, cov=None) for m, v in zip(means, variances, strict=True)
+    )
+
+
+@rule(aten.cat, aten.concat, aten.stack, aten.hstack, aten.vstack)
+def _join(call: Call, tensors: Sequence[Value], *args: Any, **kwargs: Any) -> Random:
+    op = getattr(aten, call.op)
+    mean = op(mean_of(list(tensors)), *args, **kwargs)
+    var = op([t.variance if isinstance(t, Random) else torch.zeros_like(t) for t in tensors], *args, **kwargs)
+    return derived(randoms(list(tensors)), mean, var)
+
+
+@rule(aten.where)
+def _where(call: Call, condition: Any, a: Value, b: Value) -> Random:
+    if isinstance(condition, Random):
+        raise Ended("a random condition")
+    mean = torch.where(condition, mean_of(a), mean_of(b))
+    return derived(randoms((a, b)), mean, torch.where(condition, var_of(a), var_of(b)).expand(mean.shape))
+
+
+@rule(aten.masked_fill)
+def _masked_fill(call: Call, x: Random, mask: Any, value: Any) -> Random:
+    if not isinstance(x, Random) or randoms((mask, value)):
+        raise Ended("a random mask or filling")
+    mean = aten.masked_fill(x.mean, mask, value)
+    var = x.variance.masked_fill(mask, 0.0).expand(mean.shape)
+    return replace(x, mean=mean, var=var, independent=_stretched(x, mean.shape), cov=None)
+
+
+@rule(aten.dropout, aten.feature_dropout, aten.native_dropout)
+def _dropout(call: Call, x: Random, p: float, train: bool) -> Random:
+    if call.op != "dropout" and train:
+        raise Ended("its mask is not followed")
+    if not train or p == 0:
+        return x
+    mask = F.dropout(torch.ones_like(x.mean), p)
+    return replace(x, mean=x.mean * mask, var=None if x.var is None else x.var * mask.square(), cov=None)
+
+
+@rule(
+    aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.new_zeros, aten.new_ones, aten.new_full,
+    aten.new_empty, aten.rand_like, aten.randn_like, aten.size, aten.sym_size, aten.sym_numel, aten.sym_stride,
+)  # fmt: skip
+def _shape_only(call: Call, x: Random, *args: Any, **kwargs: Any) -> Any:
+    return getattr(aten, call.op)(x.mean, *args, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------------- sums
+
+
+def var_of(value: Any) -> Any:
+    """The variance of a value, 0 for one that is no `Random`."""
+    if isinstance(value, Random):
+        return value.variance
+    return torch.zeros_like(value) if isinstance(value, Tensor) else 0.0
+
+
+def _stretched(x: Random, shape: Sequence[int]) -> frozenset[int]:
+    """The independent dimensions after broadcasting: one that is repeated is none."""
+    lead = len(shape) - x.mean.dim()
+    return frozenset(i + lead for i in x.independent if x.shape[i] == shape[i + lead])
+
+
+def _shared(a: Value, b: Value) -> bool:
+    return isinstance(a, Random) and isinstance(b, Random) and bool(a.sources & b.sources)
+
+
+@rule(aten.add, aten.sub)
+def _add(call: Call, a: Value, b: Value, *, alpha: Any = 1) -> Random:
+    op = getattr(aten, call.op)
+    mean = op(mean_of(a), mean_of(b), alpha=alpha)
+    parts = randoms((a, b))
+    if any(part.var is None for part in parts):
+        return derived(parts, mean, None)
+    if len(parts) == 1:
+        x, power = parts[0], alpha**2 if parts[0] is b else 1
+        cov = x.cov * power if x.cov is not None and x.shape == mean.shape else None
+        var = (x.variance * power).expand(mean.shape)
+        return derived(parts, mean, var, independent=_stretched(x, mean.shape), cov=cov)
+    var = (var_of(a) + var_of(b) * alpha**2).expand(mean.shape)
+    if _shared(a, b):
+        return derived(parts, mean, var, var_note=call.dropped(SUMMANDS, a, b))
+    both = _stretched(parts[0], mean.shape) & _stretched(parts[1], mean.shape)
+    cov = None
+    if all(p.shape == mean.shape for p in parts) and any(p.cov is not None for p in parts):
+        cov = covariance(parts[0]), covariance(parts[1])
+        cov = None if cov[0] is None or cov[1] is None else cov[0] + alpha**2 * cov[1]
+    return derived(parts, mean, var, independent=both, cov=cov)
+
+
+@rule(aten.rsub)
+def _rsub(call: Call, a: Value, b: Value, alpha: Any = 1) -> Random:
+    return _add(replace(call, op="sub"), b, a, alpha=alpha)
+
+
+@rule(aten.neg)
+def _neg(call: Call, x: Random) -> Random:
+    return replace(x, mean=-x.mean)
+
+
+@rule(aten.sum, aten.mean)
+def _sum(call: Call, x: Random, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Random:
+    whole = tuple(range(x.mean.dim()))
+    dims = (
+        whole if dim is None or dim == [] else tuple(d % x.mean.dim() for d in ([dim] if isinstance(dim, int) else dim))
+    )
+    mean = getattr(aten, call.op)(x.mean, dims, keepdim, dtype=dtype) if dims else x.mean
+    if x.var is None or not dims:
+        return replace(x, mean=mean, cov=None)
+    count = 1
+    if call.op == "mean":
+        for d in dims:
+            count = count * x.shape[d]
+    if x.cov is not None and dims == (x.mean.dim() - 1,):
+        var, note = x.cov.sum((-1, -2)), ()
+        var = var.unsqueeze(-1) if keepdim else var
+    else:
+        var = x.var.sum(dims, keepdim)
+        note = () if x.is_independent(*dims) else call.dropped(UNITS, x)
+    kept = frozenset(i if keepdim else i - sum(d < i for d in dims) for i in x.independent if i not in dims)
+    return derived([x], mean, (var / count**2).to(mean.dtype), independent=kept, var_note=note)
+
+
+@rule(aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d)
+def _average(call: Call, x: Random, *args: Any, **kwargs: Any) -> Random:
+    """A mean of windows of n elements: the variance of a mean of n independent ones is theirs over n."""
+    op = getattr(aten, call.op)
+    mean, var = op(x.mean, *args, **kwargs), op(x.variance, *args, **kwargs)
+    spatial = range(2 if x.mean.dim() > 2 else 1, x.mean.dim())
+    windows = _window_sizes(call, x, mean, args)
+    note = () if x.is_independent(*spatial) else call.dropped(UNITS, x)
+    return derived([x], mean, var / windows, independent=x.independent & {0, 1}, var_note=note)
+
+
+def _window_sizes(call: Call, x: Random, out: Tensor, args: Any) -> Any:
+    if call.op.startswith("adaptive"):
+        count = 1
+        for before, after in zip(x.shape[2:], out.shape[2:], strict=True):
+            if before % after:
+                raise Ended("windows of unequal size")
+            count *= before // after
+        return count
+    kernel = args[0] if isinstance(args[0], (list, tuple)) else [args[0]] * (x.mean.dim() - 2)
+    padding = args[2] if len(args) > 2 else 0
+    if any(padding) if isinstance(padding, (list, tuple)) else padding:
+        raise Ended("padded windows are of unequal size")
+    count = 1
+    for size in kernel if len(kernel) > 1 else list(kernel) * (x.mean.dim() - 2):
+        count *= size
+    return count
+
+
+# --------------------------------------------------------------------------------------------------------- products
+
+
+@rule(aten.mul)
+def _mul(call: Call, a: Value, b: Value) -> Random:
+    if a is b and isinstance(a, Random):
+        return square(call, a)
+    mean = aten.mul(mean_of(a), mean_of(b))
+    parts = randoms((a, b))
+    if len(parts) == 1:
+        x, c = (a, b) if isinstance(a, Random) else (b, a)
+        assert isinstance(x, Random)
+        if x.var is None:
+            return derived(parts, mean, None)
+        cov = None
+        if x.cov is not None and x.shape == mean.shape:
+            column = c.expand(mean.shape) if isinstance(c, Tensor) else c
+            cov = x.cov * (
+                column.unsqueeze(-1) * column.unsqueeze(-2) if isinstance(column, Tensor) else column * column
+            )
+        return derived(parts, mean, x.var * c * c, independent=_stretched(x, mean.shape), cov=cov)
+    va, vb, ma, mb = var_of(a), var_of(b), mean_of(a), mean_of(b)
+    var = va * mb.square() + ma.square() * vb + va * vb
+    note = call.dropped(FACTORS, a, b) if _shared(a, b) else ()
+    both = frozenset() if note else _stretched(parts[0], mean.shape) & _stretched(parts[1], mean.shape)
+    return derived(parts, mean, var, independent=both, mean_note=note, var_note=note)
+
+
+def square(call: Call, x: Random) -> Random:
+    """``x^2``: its mean ``m^2 + v`` is exact, its variance ``4 m^2 v + 2 v^2`` that of a Gaussian."""
+    v = x.variance
+    var = 4 * x.mean.square() * v + 2 * v.square()
+    note = call.note("Gaussian")
+    return derived([x], x.mean.square() + v, var, independent=x.independent, var_note=note, mean_uses_var=True)
+
+
+@rule(aten.div)
+def _div(call: Call, a: Value, b: Any, *, rounding_mode: Any = None) -> Random:
+    if rounding_mode is not None:
+        raise Ended("it rounds")
+    times = replace(call, op="mul")
+    if not isinstance(b, Random):
+        return _mul(times, a, torch.reciprocal(b) if isinstance(b, Tensor) else 1 / b)
+    from lotion_fx.passes.moment_nonlinear import elementwise
+
+    return _mul(times, a, elementwise(replace(call, op="reciprocal"), b))
+
+
+def covariance(x: Random) -> Tensor | None:
+    """[..., d, d] over the last dimension, None where it is not known."""
+    if x.cov is not None:
+        return x.cov
+    return torch.diag_embed(x.variance) if x.mean.dim() and x.is_independent(-1) else None
+
+
+@rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
+def _matmul(call: Call, a: Value, b: Value) -> Random:
+    """``sum_j a_j b_j``, with both factors random ``sum_j [va mb^2 + ma^2 vb + va vb]``."""
+    along = {id(a): -1, id(b): -2 if b.mean.dim() > 1 else -1} if isinstance(b, Random) else {id(a): -1}
+    mean, var = torch.matmul(mean_of(a), mean_of(b)), _product_variance(a, b, torch.matmul)
+    parts = randoms((a, b))
+    note: Notes = ()
+    if _shared(a, b):
+        note = call.dropped(FACTORS, a, b)
+    else:
+        dependent = [part for part in parts if not part.is_independent(along[id(part)])]
+        note = merged(*(call.dropped(UNITS, part) for part in dependent))
+    independent = frozenset() if note else _product_independence(a, b, mean)
+    return derived(parts, mean, var, independent=independent, var_note=note, mean_note=note if _shared(a, b) else ())
+
+
+def _product_variance(a: Value, b: Value, op: Any) -> Tensor:
+    """``op(va, mb^2 + vb) + op(ma^2, vb)``: a product for each random factor."""
+    ma, mb = mean_of(a), mean_of(b)
+    if not isinstance(b, Random):
+        return op(var_of(a), mb.square())
+    if not isinstance(a, Random):
+        return op(ma.square(), b.variance)
+    return op(a.variance, mb.square() + b.variance) + op(ma.square(), b.variance)
+
+
+def _product_independence(a: Value, b: Value, out: Tensor) -> frozenset[int]:
+    """The dimensions of a product along which it is independent: those of its one random factor that are."""
+    parts = randoms((a, b))
+    if len(parts) != 1 or any(value.dim() < 2 for value in mean_of((a, b))):
+        return frozenset()
+    x, own, other = parts[0], out.dim() - (2 if a is parts[0] else 1), x_lead(parts[0], out)
+    mine = x.mean.dim() - (2 if a is x else 1)
+    kept = {own} if mine in x.independent else set()
+    kept |= {i + other for i in x.independent if i < x.mean.dim() - 2 and x.shape[i] == out.shape[i + other]}
+    return frozenset(kept)
+
+
+def x_lead(x: Random, out: Tensor) -> int:
+    """How many leading dimensions of a product its factor lacks."""
+    return out.dim() - x.mean.dim()
+
+
+@rule(aten.linear)
+def linear(call: Call, x: Value, weight: Value, bias: Value | None = None) -> Random:
+    """``y = x W^T + b``, x [..., I], W [O, I]: exact also for dependent inputs whose covariance is known.
+
+    For two stacked layers this is MATH's ``Var(y_k) = sum_j [W_kj^2 v_j + sigma_kj^2 (m_j^2 + v_j)]``.
+    """
+    flat = _with_rows(weight)
+    if _shared(x, flat) or not isinstance(x, Random) or x.mean.dim() == 0:
+        y = _matmul(call, x, flat)
+    else:
+        y = _linear_of_random(call, x, weight)
+    return y if bias is None else _add(replace(call, op="add"), y, bias)
+
+
+def _with_rows(weight: Value) -> Value:
+    """The weight, [O, I], as a matrix product's second factor, [I, O]."""
+    if not isinstance(weight, Random):
+        return weight.t()
+    swapped = frozenset(1 - i for i in weight.independent)
+    return replace(weight, mean=weight.mean.t(), var=weight.variance.t(), independent=swapped, cov=None)
+
+
+def _linear_of_random(call: Call, x: Random, weight: Value) -> Random:
+    known = x.cov is not None or x.is_independent(-1)
+    rows = weight.shape[0]
+    narrow = isinstance(rows, int) and rows <= COVARIANCE_WIDTH
+    if known and (x.cov is not None or narrow):
+        return _linear_with_covariance(x, weight, narrow)
+    mean, var = F.linear(x.mean, mean_of(weight)), _product_variance(x, _with_rows(weight), torch.matmul)
+    note = () if known else call.dropped(UNITS, x)
+    independent = frozenset() if isinstance(weight, Random) or note else x.independent - {x.mean.dim() - 1}
+    return derived(randoms((x, weight)), mean, var, independent=independent, var_note=note)
+
+
+def _linear_with_covariance(x: Random, weight: Value, keep: bool) -> Random:
+    """``Cov(y) = W Cov(x) W^T + diag(sigma^2 (m^2 + v))``: the weight's own noise is independent from row to row."""
+    cov_x, w = covariance(x), mean_of(weight)
+    assert cov_x is not None
+    cov = w @ cov_x @ w.t()
+    if isinstance(weight, Random):
+        if not weight.is_independent(0, 1):
+            raise Ended("a weight whose elements are dependent")
+        cov = cov + torch.diag_embed(F.linear(x.mean.square() + x.variance, weight.variance))
+    var = cov.diagonal(dim1=-2, dim2=-1)
+    independent = frozenset() if isinstance(weight, Random) else x.independent - {x.mean.dim() - 1}
+    parents = randoms((x, weight))
+    return derived(parents, F.linear(x.mean, w), var, independent=independent, cov=cov if keep else None)
+
+
+@rule(aten.addmm, aten.baddbmm)
+def _addmm(call: Call, bias: Value, a: Value, b: Value, *, beta: Any = 1, alpha: Any = 1) -> Random:
+    if randoms((a, b)):
+        product: Value = _matmul(replace(call, op="matmul"), a, b)
+    else:
+        product = aten.matmul(a, b)
+    scaled: Value = product if alpha == 1 else _scaled(call, product, alpha)
+    return _add(replace(call, op="add"), bias if beta == 1 else _scaled(call, bias, beta), scaled)
+
+
+def _scaled(call: Call, value: Value, factor: Any) -> Value:
+    return _mul(replace(call, op="mul"), value, factor) if isinstance(value, Random) else value * factor
+
+
+@rule(aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution, aten.conv_transpose1d, aten.conv_transpose2d)
+def _convolution(call: Call, x: Value, weight: Value, bias: Value | None = None, *args: Any, **kwargs: Any) -> Random:
+    """A convolution sums over channels and windows: exact where the image is fixed, as in a first layer."""
+
+    def op(x: Tensor, w: Tensor) -> Tensor:
+        return getattr(aten, call.op)(x, w, None, *args, **kwargs)
+
+    mean, var = op(mean_of(x), mean_of(weight)), _product_variance(x, weight, op)
+    parts, channel = randoms((x, weight)), mean.dim() - len(weight.shape) + 1
+    note: Notes = ()
+    if _shared(x, weight):
+        note = call.dropped(FACTORS, x, weight)
+    elif isinstance(x, Random) and not x.is_independent(*range(channel, mean.dim())):
+        note = call.dropped(UNITS, x)
+    independent = frozenset() if isinstance(x, Random) else frozenset({channel})
+    y = derived(parts, mean, var, independent=independent, var_note=note, mean_note=note if _shared(x, weight) else ())
+    if bias is None:
+        return y
+    column: Any = (slice(None),) + (None,) * (mean.dim() - channel - 1)
+    if isinstance(bias, Random):
+        bias = replace(bias, mean=bias.mean[column], var=bias.variance[column], independent=frozenset({0}))
+    else:
+        bias = bias[column]
+    return _add(replace(call, op="add"), y, bias)
+
+
+@rule(aten.embedding)
+def _embedding(call: Call, weight: Value, indices: Any, *args: Any, **kwargs: Any) -> Random:
+    """Rows of a table: exact; positions that read one row share its noise."""
+    if not isinstance(weight, Random) or isinstance(indices, Random):
+        raise Ended("a random index")
+    mean = aten.embedding(weight.mean, indices, *args, **kwargs)
+    var = aten.embedding(weight.variance, indices, *args, **kwargs)
+    last = frozenset({mean.dim() - 1}) if 1 in weight.independent else frozenset()
+    return replace(weight, mean=mean, var=var, independent=last, cov=None)

@@ -1,0 +1,183 @@
+"""A random tensor: the elementwise mean and variance of a value that depends on randomly rounded weights, what is known
+of its dependences, and the approximations made on the way. The currency of `passes.moments` and of its rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+COVARIANCE_WIDTH = 32
+"""Up to this many units a linear layer's outputs keep their full covariance, [..., d, d]: what stacked random layers
+need to stay exact."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """One approximation.
+
+    Args:
+        text: what was done, such as ``"second order"``.
+        op: the op at which.
+        sources: names of the weights whose noise it concerns.
+        dropped: those of them whose covariance was dropped, which is no matter of order: the error need not be small.
+    """
+
+    text: str
+    op: str
+    sources: frozenset[str]
+    dropped: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.text}"
+
+
+Notes = tuple[Note, ...]
+
+
+def merged(*groups: Iterable[Note]) -> Notes:
+    """Notes in order, each once."""
+    return tuple(dict.fromkeys(note for group in groups for note in group))
+
+
+@dataclass(frozen=True)
+class Random:
+    """A random tensor.
+
+    Args:
+        mean, var: elementwise moments, of one shape and dtype; ``var`` is None where only the mean is known (a loss).
+        sources: names of the weights whose noise it depends on.
+        independent: dimensions along which the slices are mutually independent.
+        cov: covariance over the last dimension, [..., d, d] with ``var`` as its diagonal; None where it is unknown or
+            diagonal.
+        mean_notes, var_notes: the approximations in each.
+    """
+
+    mean: Tensor
+    var: Tensor | None
+    sources: frozenset[str]
+    independent: frozenset[int] = frozenset()
+    cov: Tensor | None = None
+    mean_notes: Notes = ()
+    var_notes: Notes = ()
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.mean.shape
+
+    @property
+    def all_notes(self) -> Notes:
+        return merged(self.mean_notes, self.var_notes)
+
+    def is_independent(self, *dims: int) -> bool:
+        """Whether the elements along these dimensions are mutually independent; one element is."""
+        dims = tuple(dim % max(self.mean.dim(), 1) for dim in dims)
+        return all(dim in self.independent or self.mean.shape[dim] == 1 for dim in dims)
+
+    @property
+    def variance(self) -> Tensor:
+        """``var``, where a rule cannot do without."""
+        if self.var is None:
+            raise Ended("the variance of a loss is not followed")
+        return self.var
+
+
+class Ended(Exception):
+    """The stream cannot pass an op."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The op under way, as its rule sees it.
+
+    Args:
+        op: its name, ``"linear"``.
+        sources: the weights whose noise reaches it.
+    """
+
+    op: str
+    sources: frozenset[str]
+
+    def note(self, text: str) -> Notes:
+        """An approximation made here, as a rule hands it to `derived`."""
+        return (Note(text, self.op, self.sources),)
+
+    def dropped(self, what: str, *values: Any) -> Notes:
+        """A covariance dropped here, between elements of one value or between two values."""
+        shared = frozenset.intersection(*(value.sources for value in values))
+        return (Note(f"covariance between {what} dropped", self.op, self.sources, shared),)
+
+
+Rule = Callable[..., Any]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*ops: Any) -> Callable[[Rule], Rule]:
+    """Registers one rule for ops (overload packets, all overloads alike).
+
+    A rule takes a `Call` and the op's own arguments, any of whose tensors may be a `Random`, and returns what the op
+    returns, random where it is. It raises `Ended` with the reason where it cannot.
+    """
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(ops, function))
+        return function
+
+    return register
+
+
+def randoms(value: Any) -> list[Random]:
+    """Every random tensor in nested arguments."""
+    return [leaf for leaf in tree_leaves(value, is_leaf=_is_random) if isinstance(leaf, Random)]
+
+
+def _is_random(value: Any) -> bool:
+    return isinstance(value, Random)
+
+
+def mean_of(value: Any) -> Any:
+    """Nested arguments with every random tensor replaced by its mean."""
+    return tree_map(lambda leaf: leaf.mean if isinstance(leaf, Random) else leaf, value, is_leaf=_is_random)
+
+
+def derived(
+    parents: Iterable[Random],
+    mean: Tensor,
+    var: Tensor | None,
+    *,
+    independent: Iterable[int] = (),
+    cov: Tensor | None = None,
+    mean_note: Notes = (),
+    var_note: Notes = (),
+    mean_uses_var: bool = False,
+) -> Random:
+    """A random tensor made from others, with the notes that it inherits.
+
+    Args:
+        parents: what it was made from.
+        mean_note, var_note: approximations that this op adds to its mean and to its variance.
+        mean_uses_var: whether its mean was made from their variances too.
+    """
+    parents = list(parents)
+    sources = frozenset().union(*(p.sources for p in parents))
+    of_means = merged(*(p.mean_notes for p in parents))
+    everything = merged(*(p.all_notes for p in parents))
+    return Random(
+        mean,
+        var,
+        sources,
+        frozenset(independent),
+        cov,
+        merged(everything if mean_uses_var else of_means, mean_note),
+        merged(everything, var_note),
+    )
+
+
+def weight(name: str, mean: Tensor, var: Tensor) -> Random:
+    """A weight whose elements are rounded independently: where a stream begins."""
+    return Random(mean, var, frozenset({name}), frozenset(range(mean.dim())))
