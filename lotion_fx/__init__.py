@@ -3,6 +3,8 @@
 model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
 """
 
+from lotion_fx.calibrate import calibrate
+from lotion_fx.expected import ExpectedLoss, expected_loss
 from lotion_fx.formats import Format, codebook, formats, register_format, resolve
 from lotion_fx.objective import penalty
 from lotion_fx.report import CoverageReport, report
@@ -12,14 +14,18 @@ from lotion_fx.transform import (
     load_state_dict,
     randomized,
     state_dict,
+    training_loss,
     transform,
 )
 
 __version__ = "0.1.0"
 __all__ = [
     "CoverageReport",
+    "ExpectedLoss",
     "Format",
+    "calibrate",
     "codebook",
+    "expected_loss",
     "finish",
     "formats",
     "full_precision",
@@ -30,5 +36,6 @@ __all__ = [
     "report",
     "resolve",
     "state_dict",
+    "training_loss",
     "transform",
 ]

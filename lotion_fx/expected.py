@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from torch.distributed.tensor import DTensor
 from lotion_fx import backend, rounding
 from lotion_fx.loss_graph import LossFunction, LossGraph, loss_graph
 from lotion_fx.passes import random_tensor
-from lotion_fx.passes.moments import ANALYTIC, EXACT, FISHER, Certificate, analyse, interpret
+from lotion_fx.passes.moments import ANALYTIC, EXACT, FISHER, SECOND_ORDER, Certificate, analyse, interpret
 from lotion_fx.passes.probe import HEADER, Code
-from lotion_fx.passes.random_tensor import Random
+from lotion_fx.passes.random_tensor import Note, Random
 from lotion_fx.passes.smooth import LATENT, Plan, variance
 from lotion_fx.passes.usage import weight_uses
 from lotion_fx.state import MOMENTS, Weight
@@ -115,8 +116,8 @@ def expected_loss(
             model that returns its loss, a dictionary as keywords.
         samples: roundings to sample, of all weights together and of each alone. Their linear part, whose mean is known,
             is taken out, so that a few tell much.
-        moments: ``"closed"`` (a moment stream wherever no covariance need be dropped), ``"diagonal"`` (wherever there are
-            rules) or ``"off"`` (the joint-graph form, which trains without the loss in the graph, for all).
+        moments: ``"closed"`` (a moment stream wherever no covariance need be dropped), ``"diagonal"`` (wherever there
+            are rules) or ``"off"`` (for all the joint-graph form, which trains without the loss in the graph).
         generator: of the sampled roundings.
 
     Raises:
@@ -126,13 +127,13 @@ def expected_loss(
         raise ValueError(f"samples={samples!r}: expected the number of roundings to sample, 0 or more")
     if moments not in MOMENTS:
         raise ValueError(f"moments={moments!r}: expected one of {', '.join(MOMENTS)}")
-    estimate = _estimate(model, batch, loss_fn, moments)
-    result = estimate.result()
-    return estimate.sampled(result, samples, generator) if samples else result
+    found = estimate(model, batch, loss_fn, moments)
+    result = found.result()
+    return found.sampled(result, samples, generator) if samples else result
 
 
 @dataclass
-class _Estimate:
+class Estimate:
     """One batch's graph and its quantized weights, by name, with how each one's part is estimated.
 
     Args:
@@ -144,12 +145,6 @@ class _Estimate:
     certificates: dict[str, Certificate]
     curvatures: dict[str, Tensor]
 
-    def held(self, name: str) -> Tensor:
-        return self.graph.parameters[name]
-
-    def inputs(self, changed: Mapping[str, Any] | None = None) -> list[Any]:
-        return self.graph.inputs(changed or {})
-
     def total(self, shares: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:
         """The expected loss with each weight's noise at a share of its variance; 0 for one that is not named."""
         changed: dict[str, Any] = dict(parameters)
@@ -157,20 +152,36 @@ class _Estimate:
         for name, share in shares.items():
             weight, parameter = self.weights[name], parameters[name]
             assert weight.format is not None
-            noise = variance(parameter, weight.format.name, weight.axis) * (share * weight.strength)
+            noise = variance(parameter, weight.format.name, weight.axis) * (share * self.strength(name))
             if name in self.curvatures:
                 joined.append(0.5 * (self.curvatures[name] * noise).sum())
             else:
                 changed[name] = random_tensor.weight(name, parameter, noise.to(parameter.dtype))
-        loss = interpret(self.graph.gm, self.inputs(changed)).outputs[0]
+        loss = interpret(self.graph.gm, self.graph.inputs(changed)).outputs[0]
         loss = loss.mean if isinstance(loss, Random) else loss
         return loss + torch.stack(joined).sum() if joined else loss
 
+    def strength(self, name: str) -> float:
+        """What its term is multiplied by, in the form that it takes here."""
+        weight = self.weights[name]
+        return weight.joint_strength if name in self.curvatures else weight.stream_strength
+
+    @torch.no_grad()
+    def predicted(self, names: list[str], factors: Mapping[str, float]) -> float:
+        """The increase of the loss with these weights rounded, each term multiplied by its factor, 1 by default."""
+        shares = {name: factors.get(name, 1.0) for name in names}
+        return float(self.total(shares, self.graph.parameters)) - self.latent
+
+    @cached_property
+    @torch.no_grad()
+    def latent(self) -> float:
+        """The loss at the latent weights."""
+        return float(self.graph.loss({}))
+
     def result(self) -> ExpectedLoss:
-        with torch.no_grad():
-            loss = self.graph.loss({})
         total = self.total(dict.fromkeys(self.weights, 1.0), self.graph.parameters)
-        return ExpectedLoss(loss, total, self._terms(float(total.detach()) - float(loss)), self.certificates)
+        loss = total.detach().new_tensor(self.latent)
+        return ExpectedLoss(loss, total, self._terms(float(total.detach()) - self.latent), self.certificates)
 
     def _terms(self, increase: float) -> dict[str, Tensor]:
         """Each weight's part: the increase along the way from no noise to all of it (Aumann and Shapley's value)."""
@@ -189,51 +200,46 @@ class _Estimate:
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
-    @torch.no_grad()
     def sampled(self, result: ExpectedLoss, samples: int, generator: torch.Generator | None) -> ExpectedLoss:
-        loss = float(result.loss)
-        slopes = self._slopes()
-        together = self._draws(list(self.weights), samples, slopes, generator)
+        """The result with what sampled roundings say beside it."""
+        increase, error = self.sample(list(self.weights), samples, generator)
         alone = {}
         for name in self.weights:
-            mean, error = _mean_and_error(self._draws([name], samples, slopes, generator))
-            alone[name] = (float(self.total({name: 1.0}, self.graph.parameters)) - loss, mean - loss, error)
-        mean, error = _mean_and_error(together)
-        rtn = float(self.graph.loss({name: self._rounded(name, rounding.rtn) for name in self.weights}))
-        return replace(result, samples=samples, sampled=mean, error=error, rtn=rtn, alone=alone)
+            alone[name] = (self.predicted([name], {}), *self.sample([name], samples, generator))
+        with torch.no_grad():
+            rtn = float(self.graph.loss({name: self._rounded(name, rounding.rtn) for name in self.weights}))
+        return replace(result, samples=samples, sampled=self.latent + increase, error=error, rtn=rtn, alone=alone)
+
+    @torch.no_grad()
+    def sample(self, names: list[str], samples: int, generator: torch.Generator | None) -> tuple[float, float]:
+        """The mean increase of the loss with these weights randomly rounded, and its standard error (nan of one).
+
+        The part linear in the noise has mean zero and most of the spread: it is taken out.
+        """
+        increases = []
+        for _ in range(samples):
+            drawn = {name: self._rounded(name, rounding.rr, generator=generator) for name in names}
+            steps = {name: q - self.graph.parameters[name] for name, q in drawn.items() if name in self.slopes}
+            linear = sum(float((self.slopes[name] * step).sum()) for name, step in steps.items())
+            increases.append(float(self.graph.loss(drawn)) - linear - self.latent)
+        error = statistics.stdev(increases) / math.sqrt(samples) if samples > 1 else math.nan
+        return statistics.fmean(increases), error
 
     def _rounded(self, name: str, how: Callable[..., Tensor], **options: Any) -> Tensor:
         weight = self.weights[name]
         assert weight.format is not None
-        return how(self.held(name).detach(), weight.format, weight.axis, **options)
+        return how(self.graph.parameters[name].detach(), weight.format, weight.axis, **options)
 
-    def _slopes(self) -> dict[str, Tensor]:
+    @cached_property
+    def slopes(self) -> dict[str, Tensor]:
         """The loss's gradient at the latent weights."""
-        leaves = {name: self.held(name).detach().requires_grad_() for name in self.weights}
+        leaves = {name: self.graph.parameters[name].detach().requires_grad_() for name in self.weights}
         with torch.enable_grad():
             grads = torch.autograd.grad(self.graph.loss(leaves), list(leaves.values()), allow_unused=True)
         return {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
 
-    def _draws(
-        self, names: list[str], samples: int, slopes: Mapping[str, Tensor], generator: torch.Generator | None
-    ) -> list[float]:
-        """Losses at random roundings, less their linear part, which has mean zero and most of the spread."""
-        losses = []
-        for _ in range(samples):
-            drawn = {name: self._rounded(name, rounding.rr, generator=generator) for name in names}
-            linear = sum(
-                float((slopes[name] * (q - self.held(name))).sum()) for name, q in drawn.items() if name in slopes
-            )
-            losses.append(float(self.graph.loss(drawn)) - linear)
-        return losses
 
-
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    mean = statistics.fmean(values)
-    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def _estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments: str) -> _Estimate:
+def estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments: str) -> Estimate:
     names = names_of(model)
     for weight, name in names.items():
         if isinstance(weight.held(), DTensor):
@@ -260,7 +266,18 @@ def _estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moment
             found = vectors.get(at[name])
             curvatures[name], kind = _curvature(weights[name], *found) if found else (torch.zeros(()), EXACT)
             certificates[name] = Certificate(kind, ended=why if found else "it does not reach the loss")
-    return _Estimate(graph, weights, certificates, curvatures)
+    found = Estimate(graph, weights, {}, curvatures)
+    found.certificates.update(
+        {name: _with_strength(certificates[name], name, found.strength(name)) for name in weights}
+    )
+    return found
+
+
+def _with_strength(certificate: Certificate, name: str, strength: float) -> Certificate:
+    """A term that is multiplied by anything but 1 is no expectation."""
+    if certificate.kind != EXACT or strength == 1 or not certificate.path:
+        return certificate
+    return replace(certificate, kind=SECOND_ORDER, notes=(Note(f"strength {strength:.3g}", "term", frozenset({name})),))
 
 
 def _plan(weight: Weight) -> Plan:

@@ -132,7 +132,7 @@ class _Step:
         smoothing.known_terms = self._all(terms).float()
         self.row_factor = (terms / loss_scale**2).float()
         self.grad_factor = (smoothing.known_terms / (loss_scale * shrunk) ** 2).float()
-        gains = [0.0 if weight.entered else weight.strength for weight, _ in pairs]
+        gains = [0.0 if weight.entered else weight.joint_strength for weight, _ in pairs]
         scale = 1.0 if self.pending is None else self.pending.to(terms.device)
         self.gains = (torch.tensor(gains, device=terms.device) * scale).unbind()
         vectors = self._payloads(pairs)
@@ -397,5 +397,5 @@ def penalty(model: torch.nn.Module) -> Tensor:
         total = held.new_zeros((), dtype=torch.float32) if total is None else total
         h = curvature_of(weight, held)
         if h is not None:
-            total = total + weight.strength * _Term.apply(held, h, weight)
+            total = total + weight.joint_strength * _Term.apply(held, h, weight)
     return next(model.parameters()).new_zeros((), dtype=torch.float32) if total is None else total

@@ -57,6 +57,7 @@ class Smoothing:
     group: Any = None  # DistributedDataParallel's process group
     loss_fn: Any = None  # a callable, or "model" where the model returns its loss; None where graphs hold no loss
     moments: str = "closed"  # see `expected_loss`
+    calibrated: int | None = None  # at which step
     loss_call: Any = None  # model and loss_fn compiled as one
 
     @property
@@ -117,9 +118,8 @@ class Weight:
     spec: Any = None  # of its last update, see `update`
     certificate: Certificate | None = None  # of its moment stream, where the loss is in the graph
     in_loss: bool = False  # the loss of the step under way holds its term
-    calibration: float = 1.0  # of its strength
-    _gain: Tensor | None = None
-    _gain_value: float = 0.0
+    gains: tuple[float, float] = (1.0, 1.0)  # of the strength in a moment stream and in the joint-graph form
+    _gain: tuple[float, Tensor] | None = None
     moment: Tensor | None = None  # the optimizer's second moment, where curvature is taken from it
     _layout: Layout | None = None
 
@@ -161,14 +161,21 @@ class Weight:
         return Layout("none" if kind == "fisher" else kind, self.shape, groups, rows)
 
     @property
-    def strength(self) -> float:
-        return self.smoothing.strength * self.calibration
+    def stream_strength(self) -> float:
+        """Of its term in a moment stream."""
+        return self.smoothing.strength * self.gains[0]
+
+    @property
+    def joint_strength(self) -> float:
+        """Of its term in the joint-graph form, analytic or Fisher."""
+        return self.smoothing.strength * self.gains[1]
 
     def gain_on(self, device: torch.device) -> Tensor:
-        """The strength as the 0-d tensor that a graph takes, remade where it or the device has changed."""
-        if self._gain is None or self._gain.device != device or self._gain_value != self.strength:
-            self._gain, self._gain_value = torch.tensor(self.strength, device=device), self.strength
-        return self._gain
+        """`stream_strength` as the 0-d tensor that a graph takes, remade where it or the device has changed."""
+        now = self.stream_strength
+        if self._gain is None or self._gain[0] != now or self._gain[1].device != device:
+            self._gain = now, torch.tensor(now, device=device)
+        return self._gain[1]
 
     @property
     def why_not(self) -> str:
@@ -202,10 +209,8 @@ class Weight:
         if (mode, probing) not in self.plans:
             name = self.format.name if self.format and self.selected else None
             layout = self.layout if probing else None
-            stream = probing and smoothing.loss_fn is not None and smoothing.moments != "off"
-            self.plans[mode, probing] = (
-                Plan(mode, name, self.axis, layout, smoothing.moments if stream else "off") if name else None
-            )
+            moments = smoothing.moments if probing and smoothing.loss_fn is not None else "off"
+            self.plans[mode, probing] = Plan(mode, name, self.axis, layout, moments) if name else None
         plan = self.plans[mode, probing]
         return None if plan is None or plan.is_identity else plan
 

@@ -115,7 +115,7 @@ def _with_loss(model: nn.Module, loss_fn: Callable[..., Tensor], backend: Backen
 
 
 def training_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss of a model transformed with ``loss_fn``: the expected loss, or in ``eval()`` that of the rounded weights.
+    """The loss of a model transformed with ``loss_fn``: the expected one, or in ``eval()`` that at rounded weights.
 
     Args:
         batch: ``(inputs, targets)``; with ``loss_fn="model"`` the model's own arguments, a dictionary as keywords.
@@ -187,6 +187,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             "curvature": s.curvature,
             "terms": s.known_terms,
             "clip2": s.clip2,
+            "calibrated": s.calibrated,
         }
         for s in smoothings_of(model)
     ]
@@ -196,6 +197,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             "ema": None if weight.ema is None else weight.ema.clone(),
             "code": None if weight.code is None else int(weight.code),
             "steps": weight.steps,
+            "gains": list(weight.gains),
         }
         for weight in weights_of(model)
     }
@@ -220,6 +222,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         smoothing.steps, smoothing.finishing = phase["steps"], phase["finishing"]
         smoothing.finish_term = phase["finish_term"]
         smoothing.known_terms, smoothing.clip2 = phase["terms"], phase["clip2"]
+        smoothing.calibrated = phase["calibrated"]
     for weight, name in names.items():
         saved, held = state["weights"][name], weight.held()
         device = held.device if held is not None else None
@@ -227,7 +230,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         weight.uses = weight.uses or None if saved["uses"] is None else weight.uses
         weight.ema = None if saved["ema"] is None else saved["ema"].to(device, copy=True)
         weight.code = None if saved["code"] is None else Code(saved["code"])
-        weight.steps = saved["steps"]
+        weight.steps, weight.gains = saved["steps"], tuple(saved["gains"])
         weight.drop_probe()
 
 

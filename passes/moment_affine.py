@@ -18,10 +18,13 @@ from torch import Tensor
 from lotion_fx.passes.random_tensor import (
     COVARIANCE_WIDTH,
     Call,
+    Dims,
     Ended,
     Notes,
     Random,
+    along,
     derived,
+    joined,
     mean_of,
     merged,
     randoms,
@@ -57,8 +60,8 @@ def _reshape(call: Call, x: Random, *args: Any, **kwargs: Any) -> Random:
     aten.slice, aten.narrow, aten.contiguous, aten.clone, aten.detach, aten.alias, aten.lift_fresh, aten.flip,
     aten.roll,
     aten.to, aten._to_copy, aten.type_as, aten.tril, aten.triu, aten.diagonal,
-    aten.index_select, aten.index, aten.gather, aten.repeat, aten.expand, aten.expand_as, aten.broadcast_to,
-    aten.constant_pad_nd, aten.pad, aten.unfold, aten.take_along_dim,
+    aten.index_select, aten.index, aten.gather, aten.repeat, aten.repeat_interleave, aten.expand,
+    aten.expand_as, aten.broadcast_to,    aten.constant_pad_nd, aten.pad, aten.unfold, aten.take_along_dim,
 )  # fmt: skip
 def _move(call: Call, x: Any, *args: Any, **kwargs: Any) -> Random:
     """Ops that place, repeat and select elements: the same for means and variances."""
@@ -83,12 +86,12 @@ def _no_fill(call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != "value"}
 
 
-def _followed(call: Call, x: Random, args: Any, out: Tensor) -> frozenset[int]:
+def _followed(call: Call, x: Random, args: Any, out: Tensor) -> Dims:
     """The independent dimensions after an op that rearranges: those made of independent ones alone."""
-    if call.op in _IDENTITIES or call.op in ("tril", "triu", "flip", "roll"):
+    if call.op in (*_IDENTITIES, "tril", "triu", "flip", "roll"):
         return x.independent
     labels = rearranged(getattr(aten, call.op), tuple(x.shape), args, tuple(out.shape))
-    return frozenset(i for i, held in enumerate(labels) if held and held <= x.independent)
+    return along(x, lambda held: (i for i, label in enumerate(labels) if label and label <= held))
 
 
 @rule(aten.broadcast_tensors)
@@ -106,7 +109,7 @@ def _cut(call: Call, x: Random, *args: Any, **kwargs: Any) -> tuple[Random, ...]
     independent = x.independent
     if call.op == "unbind":
         dim = (args[0] if args else kwargs.get("dim", 0)) % x.mean.dim()
-        independent = frozenset(i - (i > dim) for i in independent if i != dim)
+        independent = along(x, lambda held: (i - (i > dim) for i in held if i != dim))
     return tuple(
         replace(x, mean=m, var=v, independent=independent, cov=None) for m, v in zip(means, variances, strict=True)
     )
@@ -165,14 +168,15 @@ def var_of(value: Any) -> Any:
     return torch.zeros_like(value) if isinstance(value, Tensor) else 0.0
 
 
-def _stretched(x: Random, shape: Sequence[int]) -> frozenset[int]:
+def _stretched(x: Random, shape: Sequence[int]) -> Dims:
     """The independent dimensions after broadcasting: one that is repeated is none."""
     lead = len(shape) - x.mean.dim()
-    return frozenset(i + lead for i in x.independent if x.shape[i] == shape[i + lead])
+    return along(x, lambda held: (i + lead for i in held if x.shape[i] == shape[i + lead]))
 
 
-def _shared(a: Value, b: Value) -> bool:
-    return isinstance(a, Random) and isinstance(b, Random) and bool(a.sources & b.sources)
+def _shared(a: Value, b: Value) -> frozenset[str]:
+    """The weights whose noise is in both."""
+    return a.sources & b.sources if isinstance(a, Random) and isinstance(b, Random) else frozenset()
 
 
 @rule(aten.add, aten.sub)
@@ -186,16 +190,16 @@ def _add(call: Call, a: Value, b: Value, *, alpha: Any = 1) -> Random:
         x, power = parts[0], alpha**2 if parts[0] is b else 1
         cov = x.cov * power if x.cov is not None and x.shape == mean.shape else None
         var = (x.variance * power).expand(mean.shape)
-        return derived(parts, mean, var, independent=_stretched(x, mean.shape), cov=cov)
+        return derived(parts, mean, var, _stretched(x, mean.shape), cov=cov)
     var = (var_of(a) + var_of(b) * alpha**2).expand(mean.shape)
-    if _shared(a, b):
-        return derived(parts, mean, var, var_note=call.dropped(SUMMANDS, a, b))
-    both = _stretched(parts[0], mean.shape) & _stretched(parts[1], mean.shape)
+    both = joined(*(_stretched(part, mean.shape) for part in parts))
+    if shared := _shared(a, b):
+        return derived(parts, mean, var, both, var_note=call.dropped(SUMMANDS, shared))
     cov = None
     if all(p.shape == mean.shape for p in parts) and any(p.cov is not None for p in parts):
         cov = covariance(parts[0]), covariance(parts[1])
         cov = None if cov[0] is None or cov[1] is None else cov[0] + alpha**2 * cov[1]
-    return derived(parts, mean, var, independent=both, cov=cov)
+    return derived(parts, mean, var, both, cov=cov)
 
 
 @rule(aten.rsub)
@@ -222,13 +226,12 @@ def _sum(call: Call, x: Random, dim: Any = None, keepdim: bool = False, *, dtype
         for d in dims:
             count = count * x.shape[d]
     if x.cov is not None and dims == (x.mean.dim() - 1,):
-        var, note = x.cov.sum((-1, -2)), ()
+        var, note = x.cov.sum((-1, -2)), Notes()
         var = var.unsqueeze(-1) if keepdim else var
     else:
-        var = x.var.sum(dims, keepdim)
-        note = () if x.is_independent(*dims) else call.dropped(UNITS, x)
-    kept = frozenset(i if keepdim else i - sum(d < i for d in dims) for i in x.independent if i not in dims)
-    return derived([x], mean, (var / count**2).to(mean.dtype), independent=kept, var_note=note)
+        var, note = x.var.sum(dims, keepdim), call.dropped(UNITS, x.dependent(*dims))
+    kept = along(x, lambda held: (i if keepdim else i - sum(d < i for d in dims) for i in held if i not in dims))
+    return derived([x], mean, (var / count**2).to(mean.dtype), kept, var_note=note)
 
 
 @rule(aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d)
@@ -238,8 +241,8 @@ def _average(call: Call, x: Random, *args: Any, **kwargs: Any) -> Random:
     mean, var = op(x.mean, *args, **kwargs), op(x.variance, *args, **kwargs)
     spatial = range(2 if x.mean.dim() > 2 else 1, x.mean.dim())
     windows = _window_sizes(call, x, mean, args)
-    note = () if x.is_independent(*spatial) else call.dropped(UNITS, x)
-    return derived([x], mean, var / windows, independent=x.independent & {0, 1}, var_note=note)
+    note = call.dropped(UNITS, x.dependent(*spatial))
+    return derived([x], mean, var / windows, along(x, lambda held: held & {0, 1}), var_note=note)
 
 
 def _window_sizes(call: Call, x: Random, out: Tensor, args: Any) -> Any:
@@ -280,12 +283,12 @@ def _mul(call: Call, a: Value, b: Value) -> Random:
             cov = x.cov * (
                 column.unsqueeze(-1) * column.unsqueeze(-2) if isinstance(column, Tensor) else column * column
             )
-        return derived(parts, mean, x.var * c * c, independent=_stretched(x, mean.shape), cov=cov)
+        return derived(parts, mean, x.var * c * c, _stretched(x, mean.shape), cov=cov)
     va, vb, ma, mb = var_of(a), var_of(b), mean_of(a), mean_of(b)
     var = va * mb.square() + ma.square() * vb + va * vb
-    note = call.dropped(FACTORS, a, b) if _shared(a, b) else ()
-    both = frozenset() if note else _stretched(parts[0], mean.shape) & _stretched(parts[1], mean.shape)
-    return derived(parts, mean, var, independent=both, mean_note=note, var_note=note)
+    note = call.dropped(FACTORS, _shared(a, b))
+    both = joined(*(_stretched(part, mean.shape) for part in parts))
+    return derived(parts, mean, var, both, mean_note=note, var_note=note)
 
 
 def square(call: Call, x: Random) -> Random:
@@ -293,7 +296,7 @@ def square(call: Call, x: Random) -> Random:
     v = x.variance
     var = 4 * x.mean.square() * v + 2 * v.square()
     note = call.note("Gaussian")
-    return derived([x], x.mean.square() + v, var, independent=x.independent, var_note=note, mean_uses_var=True)
+    return derived([x], x.mean.square() + v, var, x.independent, var_note=note, mean_uses_var=True)
 
 
 @rule(aten.div)
@@ -318,17 +321,14 @@ def covariance(x: Random) -> Tensor | None:
 @rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
 def _matmul(call: Call, a: Value, b: Value) -> Random:
     """``sum_j a_j b_j``, with both factors random ``sum_j [va mb^2 + ma^2 vb + va vb]``."""
-    along = {id(a): -1, id(b): -2 if b.mean.dim() > 1 else -1} if isinstance(b, Random) else {id(a): -1}
     mean, var = torch.matmul(mean_of(a), mean_of(b)), _product_variance(a, b, torch.matmul)
-    parts = randoms((a, b))
-    note: Notes = ()
-    if _shared(a, b):
-        note = call.dropped(FACTORS, a, b)
-    else:
-        dependent = [part for part in parts if not part.is_independent(along[id(part)])]
-        note = merged(*(call.dropped(UNITS, part) for part in dependent))
-    independent = frozenset() if note else _product_independence(a, b, mean)
-    return derived(parts, mean, var, independent=independent, var_note=note, mean_note=note if _shared(a, b) else ())
+    shared = call.dropped(FACTORS, _shared(a, b))
+    dependent = a.dependent(-1) if isinstance(a, Random) else frozenset()
+    if isinstance(b, Random):
+        dependent |= b.dependent(-2 if b.mean.dim() > 1 else -1)
+    note = merged(shared, call.dropped(UNITS, dependent))
+    parts = [_product_dims(x, mean, own) for x, own in ((a, -2), (b, -1)) if isinstance(x, Random)]
+    return derived(randoms((a, b)), mean, var, joined(*parts), var_note=note, mean_note=shared)
 
 
 def _product_variance(a: Value, b: Value, op: Any) -> Tensor:
@@ -341,21 +341,13 @@ def _product_variance(a: Value, b: Value, op: Any) -> Tensor:
     return op(a.variance, mb.square() + b.variance) + op(ma.square(), b.variance)
 
 
-def _product_independence(a: Value, b: Value, out: Tensor) -> frozenset[int]:
-    """The dimensions of a product along which it is independent: those of its one random factor that are."""
-    parts = randoms((a, b))
-    if len(parts) != 1 or any(value.dim() < 2 for value in mean_of((a, b))):
-        return frozenset()
-    x, own, other = parts[0], out.dim() - (2 if a is parts[0] else 1), x_lead(parts[0], out)
-    mine = x.mean.dim() - (2 if a is x else 1)
-    kept = {own} if mine in x.independent else set()
-    kept |= {i + other for i in x.independent if i < x.mean.dim() - 2 and x.shape[i] == out.shape[i + other]}
-    return frozenset(kept)
-
-
-def x_lead(x: Random, out: Tensor) -> int:
-    """How many leading dimensions of a product its factor lacks."""
-    return out.dim() - x.mean.dim()
+def _product_dims(x: Random, out: Tensor, own: int) -> Dims:
+    """The independent dimensions of a product by one factor's noise: its own rows or columns, and stacked matrices."""
+    if x.mean.dim() < 2 or out.dim() < 2:
+        return along(x, lambda held: ())
+    lead, last = out.dim() - x.mean.dim(), x.mean.dim() - 2
+    stacked = {i for i in range(last) if x.shape[i] == out.shape[i + lead]} | {x.mean.dim() + own}
+    return along(x, lambda held: (i + lead for i in held & stacked))
 
 
 @rule(aten.linear)
@@ -376,7 +368,7 @@ def _with_rows(weight: Value) -> Value:
     """The weight, [O, I], as a matrix product's second factor, [I, O]."""
     if not isinstance(weight, Random):
         return weight.t()
-    swapped = frozenset(1 - i for i in weight.independent)
+    swapped = along(weight, lambda held: (1 - i for i in held))
     return replace(weight, mean=weight.mean.t(), var=weight.variance.t(), independent=swapped, cov=None)
 
 
@@ -387,9 +379,15 @@ def _linear_of_random(call: Call, x: Random, weight: Value) -> Random:
     if known and (x.cov is not None or narrow):
         return _linear_with_covariance(x, weight, narrow)
     mean, var = F.linear(x.mean, mean_of(weight)), _product_variance(x, _with_rows(weight), torch.matmul)
-    note = () if known else call.dropped(UNITS, x)
-    independent = frozenset() if isinstance(weight, Random) or note else x.independent - {x.mean.dim() - 1}
-    return derived(randoms((x, weight)), mean, var, independent=independent, var_note=note)
+    note = call.dropped(UNITS, x.dependent(-1))
+    return derived(randoms((x, weight)), mean, var, _linear_dims(x, weight), var_note=note)
+
+
+def _linear_dims(x: Random, weight: Value) -> Dims:
+    """Of a linear layer: the weight's noise is independent from row to row, the input's from position to position."""
+    last = x.mean.dim() - 1
+    rows = along(weight, lambda held: (last for i in held if i == 0)) if isinstance(weight, Random) else {}
+    return joined(along(x, lambda held: held - {last}), rows)
 
 
 def _linear_with_covariance(x: Random, weight: Value, keep: bool) -> Random:
@@ -402,9 +400,8 @@ def _linear_with_covariance(x: Random, weight: Value, keep: bool) -> Random:
             raise Ended("a weight whose elements are dependent")
         cov = cov + torch.diag_embed(F.linear(x.mean.square() + x.variance, weight.variance))
     var = cov.diagonal(dim1=-2, dim2=-1)
-    independent = frozenset() if isinstance(weight, Random) else x.independent - {x.mean.dim() - 1}
     parents = randoms((x, weight))
-    return derived(parents, F.linear(x.mean, w), var, independent=independent, cov=cov if keep else None)
+    return derived(parents, F.linear(x.mean, w), var, _linear_dims(x, weight), cov=cov if keep else None)
 
 
 @rule(aten.addmm, aten.baddbmm)
@@ -429,19 +426,21 @@ def _convolution(call: Call, x: Value, weight: Value, bias: Value | None = None,
         return getattr(aten, call.op)(x, w, None, *args, **kwargs)
 
     mean, var = op(mean_of(x), mean_of(weight)), _product_variance(x, weight, op)
-    parts, channel = randoms((x, weight)), mean.dim() - len(weight.shape) + 1
-    note: Notes = ()
-    if _shared(x, weight):
-        note = call.dropped(FACTORS, x, weight)
-    elif isinstance(x, Random) and not x.is_independent(*range(channel, mean.dim())):
-        note = call.dropped(UNITS, x)
-    independent = frozenset() if isinstance(x, Random) else frozenset({channel})
-    y = derived(parts, mean, var, independent=independent, var_note=note, mean_note=note if _shared(x, weight) else ())
+    channel = mean.dim() - len(weight.shape) + 1
+    shared = call.dropped(FACTORS, _shared(x, weight))
+    note, parts = shared, []
+    if isinstance(x, Random):
+        note = merged(note, call.dropped(UNITS, x.dependent(*range(channel, mean.dim()))))
+        parts.append(along(x, lambda held: (i for i in held if i < channel)))
+    if isinstance(weight, Random):
+        rows = 1 if "transpose" in call.op else 0
+        parts.append(along(weight, lambda held: (channel for i in held if i == rows)))
+    y = derived(randoms((x, weight)), mean, var, joined(*parts), var_note=note, mean_note=shared)
     if bias is None:
         return y
     column: Any = (slice(None),) + (None,) * (mean.dim() - channel - 1)
     if isinstance(bias, Random):
-        bias = replace(bias, mean=bias.mean[column], var=bias.variance[column], independent=frozenset({0}))
+        bias = replace(bias, mean=bias.mean[column], var=bias.variance[column])
     else:
         bias = bias[column]
     return _add(replace(call, op="add"), y, bias)
@@ -454,5 +453,5 @@ def _embedding(call: Call, weight: Value, indices: Any, *args: Any, **kwargs: An
         raise Ended("a random index")
     mean = aten.embedding(weight.mean, indices, *args, **kwargs)
     var = aten.embedding(weight.variance, indices, *args, **kwargs)
-    last = frozenset({mean.dim() - 1}) if 1 in weight.independent else frozenset()
+    last = along(weight, lambda held: (mean.dim() - 1 for i in held if i == 1))
     return replace(weight, mean=mean, var=var, independent=last, cov=None)

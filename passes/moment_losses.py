@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lotion_fx.passes.moment_affine import _add, square
 from lotion_fx.passes.moment_nonlinear import SECOND, call_named, gaussian
-from lotion_fx.passes.random_tensor import Call, Ended, Notes, Random, derived, rule
+from lotion_fx.passes.random_tensor import Call, Ended, Notes, Random, derived, merged, rule
 
 aten = torch.ops.aten
 _REDUCTIONS = ("none", "mean", "sum")  # ATen's Reduction enumeration
@@ -107,7 +107,7 @@ def _cross_entropy(
         extra = extra.sum()
         if reduction == 1:
             extra = extra * (_ce(flat, target, options, 1) / _ce(flat, target, options, 2))
-    note = call.note(SECOND) if known or x.is_independent(classes) else call.dropped("logits", x)
+    note = merged(call.note(SECOND), call.dropped("logits", frozenset() if known else x.dependent(classes)))
     return derived([x], loss + extra, None, mean_note=note, mean_uses_var=True)
 
 

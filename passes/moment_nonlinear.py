@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -20,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lotion_fx.passes.moment_affine import _add, _matmul, _mul, square
-from lotion_fx.passes.random_tensor import Call, Ended, Random, derived, mean_of, randoms, rule
+from lotion_fx.passes.moment_affine import _add, _matmul, _move, _mul, square
+from lotion_fx.passes.random_tensor import Call, Ended, Random, along, derived, mean_of, merged, randoms, rule
 
 aten = torch.ops.aten
 X = sympy.Symbol("x", real=True)
@@ -96,7 +97,7 @@ def elementwise(call: Call, x: Random, function: sympy.Expr | None = None, value
         [x],
         value + 0.5 * second(x.mean) * v,
         slope**2 * v,
-        independent=x.independent,
+        x.independent,
         cov=cov,
         mean_note=note,
         var_note=note,
@@ -173,9 +174,7 @@ def _piecewise_linear(call: Call, x: Random, below: float) -> Random:
         cov = x.cov * gain.unsqueeze(-1) * gain.unsqueeze(-2)
         cov = cov - torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1)) + torch.diag_embed(var)
     note = call.note(GAUSSIAN)
-    return derived(
-        [x], mean, var, independent=x.independent, cov=cov, mean_note=note, var_note=note, mean_uses_var=True
-    )
+    return derived([x], mean, var, x.independent, cov=cov, mean_note=note, var_note=note, mean_uses_var=True)
 
 
 @rule(aten.relu)
@@ -198,9 +197,11 @@ def _abs(call: Call, x: Random) -> Random:
 
 def _row(call: Call, x: Random, mean: Tensor, var: Tensor, dims: tuple[int, ...]) -> Random:
     """A function of the elements along ``dims``, which come out dependent."""
-    note = call.note(SECOND) if x.is_independent(*dims) else call.dropped("units of a row", x)
-    rest = x.independent - {dim % x.mean.dim() for dim in dims}
-    return derived([x], mean, var, independent=rest, mean_note=note, var_note=note, mean_uses_var=True)
+    note = merged(call.note(SECOND), call.dropped("units of a row", x.dependent(*dims)))
+    inside = {dim % x.mean.dim() for dim in dims}
+    return derived(
+        [x], mean, var, along(x, lambda held: held - inside), mean_note=note, var_note=note, mean_uses_var=True
+    )
 
 
 def softmax_moments(m: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -354,25 +355,12 @@ def _product(call: Call, a: Any, b: Any) -> Any:
 
 
 def _transposed(k: Any) -> Any:
-    if not isinstance(k, Random):
-        return k.transpose(-2, -1)
-    last = k.mean.dim() - 1
-    swapped = frozenset({last: last - 1, last - 1: last}.get(i, i) for i in k.independent)
-    return Random(
-        k.mean.transpose(-2, -1), k.variance.transpose(-2, -1), k.sources, swapped, None, k.mean_notes, k.var_notes
-    )
+    return _move(Call("transpose", k.sources), k, -2, -1) if isinstance(k, Random) else k.transpose(-2, -1)
 
 
 def _repeat_heads(t: Any, times: int) -> Any:
     if not isinstance(t, Random):
         return t.repeat_interleave(times, -3)
     heads = t.mean.dim() - 3
-    return Random(
-        t.mean.repeat_interleave(times, -3),
-        t.variance.repeat_interleave(times, -3),
-        t.sources,
-        t.independent - {heads},
-        None,
-        t.mean_notes,
-        t.var_notes,
-    )
+    mean, var = (moment.repeat_interleave(times, -3) for moment in (t.mean, t.variance))
+    return replace(t, mean=mean, var=var, independent=along(t, lambda held: held - {heads}), cov=None)

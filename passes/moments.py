@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from lotion_fx.passes import moment_affine, moment_losses, moment_nonlinear
 from lotion_fx.passes.contraction import arguments
-from lotion_fx.passes.random_tensor import RULES, Call, Ended, Notes, Random, Rule, mean_of, randoms, weight
+from lotion_fx.passes.random_tensor import RULES, Call, Ended, Note, Notes, Random, Rule, mean_of, randoms, weight
 
 RULE_FILES = (moment_affine, moment_nonlinear, moment_losses)
 """Whose decorators fill `RULES`."""
@@ -189,6 +189,9 @@ class Analysis:
     ended: Mapping[str, str]
 
 
+_PATIENCE = 8
+
+
 def analyse(gm: fx.GraphModule, inputs: Sequence[Any], loss: int, diagonal: bool = False) -> Analysis:
     """Finds the weights whose moment stream reaches the loss.
 
@@ -203,6 +206,7 @@ def analyse(gm: fx.GraphModule, inputs: Sequence[Any], loss: int, diagonal: bool
             factor, as through a residual connection, where the joint-graph form is not.
     """
     ended: dict[str, str] = {}
+    rounds = 0
     while True:
         values = [v.mean if isinstance(v, Random) and v.sources & ended.keys() else v for v in inputs]
         names = [name for value in values if isinstance(value, Random) for name in value.sources]
@@ -213,14 +217,21 @@ def analyse(gm: fx.GraphModule, inputs: Sequence[Any], loss: int, diagonal: bool
             continue
         out = trace.outputs[loss]
         notes = out.mean_notes if isinstance(out, Random) else ()
-        if not diagonal and any(note.dropped for note in notes):
-            ended.update({source: str(note) for note in reversed(notes) for source in note.dropped})
+        drops = [] if diagonal else [note for note in notes if note.dropped]
+        if drops:
+            # Without the first one's weights a later one may drop nothing. A deep graph has no time for that.
+            blamed = drops[:1] if rounds < _PATIENCE else drops
+            ended.update({source: str(note) for note in reversed(blamed) for source in note.dropped})
+            rounds += 1
             continue
-        return Analysis({name: _certificate(name, trace.paths.get(name, []), notes) for name in names}, ended)
+        return Analysis({n: _certificate(n, trace.paths.get(n, []), notes, list(ended)) for n in names}, ended)
 
 
-def _certificate(name: str, path: list[str], notes: Notes) -> Certificate:
-    mine = tuple(note for note in notes if name in note.sources)
+def _certificate(name: str, path: list[str], notes: Notes, fixed: list[str]) -> Certificate:
+    """A weight's noise multiplies others': it is exact where all are, and all are in the stream."""
+    mine = tuple(note for note in notes if name in note.sources) or notes
+    if not mine and fixed:
+        mine = (Note(f"{', '.join(fixed[:3])}{' ...' * (len(fixed) > 3)} taken as fixed", "stream", frozenset({name})),)
     return Certificate(SECOND_ORDER if mine else EXACT, tuple(path), mine)
 
 

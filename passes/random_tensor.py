@@ -4,7 +4,7 @@ of its dependences, and the approximations made on the way. The currency of `pas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +45,17 @@ def merged(*groups: Iterable[Note]) -> Notes:
     return tuple(dict.fromkeys(note for group in groups for note in group))
 
 
+Dims = Mapping[str, frozenset[int]]
+
+
 @dataclass(frozen=True)
 class Random:
     """A random tensor.
 
     Args:
         mean, var: elementwise moments, of one shape and dtype; ``var`` is None where only the mean is known (a loss).
-        sources: names of the weights whose noise it depends on.
-        independent: dimensions along which the slices are mutually independent.
+        independent: for each weight whose noise it depends on, the dimensions along which that noise alone makes
+            mutually independent slices. Noise of several weights does where each one's does.
         cov: covariance over the last dimension, [..., d, d] with ``var`` as its diagonal; None where it is unknown or
             diagonal.
         mean_notes, var_notes: the approximations in each.
@@ -60,11 +63,15 @@ class Random:
 
     mean: Tensor
     var: Tensor | None
-    sources: frozenset[str]
-    independent: frozenset[int] = frozenset()
+    independent: Dims
     cov: Tensor | None = None
     mean_notes: Notes = ()
     var_notes: Notes = ()
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """Names of the weights whose noise it depends on."""
+        return frozenset(self.independent)
 
     @property
     def shape(self) -> torch.Size:
@@ -74,10 +81,14 @@ class Random:
     def all_notes(self) -> Notes:
         return merged(self.mean_notes, self.var_notes)
 
+    def dependent(self, *dims: int) -> frozenset[str]:
+        """The weights whose noise makes elements along these dimensions dependent; one element is not."""
+        asked = {dim % self.mean.dim() for dim in dims if self.mean.shape[dim] != 1}
+        return frozenset(source for source, held in self.independent.items() if not asked <= held)
+
     def is_independent(self, *dims: int) -> bool:
-        """Whether the elements along these dimensions are mutually independent; one element is."""
-        dims = tuple(dim % max(self.mean.dim(), 1) for dim in dims)
-        return all(dim in self.independent or self.mean.shape[dim] == 1 for dim in dims)
+        """Whether the elements along these dimensions are mutually independent."""
+        return not self.dependent(*dims)
 
     @property
     def variance(self) -> Tensor:
@@ -107,10 +118,9 @@ class Call:
         """An approximation made here, as a rule hands it to `derived`."""
         return (Note(text, self.op, self.sources),)
 
-    def dropped(self, what: str, *values: Any) -> Notes:
-        """A covariance dropped here, between elements of one value or between two values."""
-        shared = frozenset.intersection(*(value.sources for value in values))
-        return (Note(f"covariance between {what} dropped", self.op, self.sources, shared),)
+    def dropped(self, what: str, sources: frozenset[str]) -> Notes:
+        """A covariance dropped here, which these weights' noise has."""
+        return (Note(f"covariance between {what} dropped", self.op, self.sources, sources),) if sources else ()
 
 
 Rule = Callable[..., Any]
@@ -149,8 +159,8 @@ def derived(
     parents: Iterable[Random],
     mean: Tensor,
     var: Tensor | None,
+    independent: Dims | None = None,
     *,
-    independent: Iterable[int] = (),
     cov: Tensor | None = None,
     mean_note: Notes = (),
     var_note: Notes = (),
@@ -160,24 +170,31 @@ def derived(
 
     Args:
         parents: what it was made from.
+        independent: as in `Random`; along no dimension by default.
         mean_note, var_note: approximations that this op adds to its mean and to its variance.
         mean_uses_var: whether its mean was made from their variances too.
     """
     parents = list(parents)
-    sources = frozenset().union(*(p.sources for p in parents))
-    of_means = merged(*(p.mean_notes for p in parents))
-    everything = merged(*(p.all_notes for p in parents))
-    return Random(
-        mean,
-        var,
-        sources,
-        frozenset(independent),
-        cov,
-        merged(everything if mean_uses_var else of_means, mean_note),
-        merged(everything, var_note),
-    )
+    of_means = merged(*(parent.mean_notes for parent in parents))
+    everything = merged(*(parent.all_notes for parent in parents))
+    if independent is None:
+        independent = {source: frozenset() for parent in parents for source in parent.independent}
+    mean_notes = merged(everything if mean_uses_var else of_means, mean_note)
+    return Random(mean, var, independent, cov, mean_notes, merged(everything, var_note))
+
+
+def along(x: Random, change: Callable[[frozenset[int]], Iterable[int]]) -> Dims:
+    """The independent dimensions of each weight's noise after a change of dimensions."""
+    return {source: frozenset(change(held)) for source, held in x.independent.items()}
+
+
+def joined(*parts: Dims) -> Dims:
+    """Of values combined element by element: noise that enters by two ways is independent along no dimension."""
+    sources = [source for part in parts for source in part]
+    every = {source: held for part in parts for source, held in part.items()}
+    return {source: held if sources.count(source) == 1 else frozenset() for source, held in every.items()}
 
 
 def weight(name: str, mean: Tensor, var: Tensor) -> Random:
     """A weight whose elements are rounded independently: where a stream begins."""
-    return Random(mean, var, frozenset({name}), frozenset(range(mean.dim())))
+    return Random(mean, var, {name: frozenset(range(mean.dim()))})
