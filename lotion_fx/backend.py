@@ -271,9 +271,13 @@ class Variants:
         return _Compiled(self.backend.compile(gm, inputs), probed, certificates)
 
     def _stream(self, plans: Mapping[int, Plan]) -> Streamed | None:
-        """The graph with a variance stream from its weights to the loss, None where it returns no loss."""
+        """The graph with a variance stream from its weights to the loss.
+
+        None where it returns no loss, or has a region that must stay whole: what is checkpointed would be no more.
+        """
         loss = _loss_output(self.gm)
-        if loss is None:
+        nested = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in self.gm.graph.nodes)
+        if loss is None or nested:
             return None
         weights = [i for i, plan in plans.items() if plan.moments != "off"]
         diagonal = all(plans[i].moments == "diagonal" for i in weights)

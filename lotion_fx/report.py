@@ -25,12 +25,14 @@ class Row:
         name: qualified name.
         shape: as the model holds it.
         format: the format's name, None in full precision.
-        estimator: ``"analytic"``, ``"fisher"``, or None (no term).
-        reason: why not analytic, or why not quantized.
+        estimator: ``"analytic"``, ``"fisher"``, ``"exact"`` or ``"second order"`` (the last two with the loss in the
+            graph, see `expected_loss`), or None (no term).
+        reason: why not analytic, or why not quantized; of a moment stream, its approximations.
         uses: the ops that meet data with it.
         block_axis: the dimension its blocks run along.
         sqnr: signal to quantization noise of rounding to nearest, in dB.
-        term: its part of the expected-loss term, at the present curvature.
+        term: its part of the expected-loss term, at the present curvature; None in a moment stream, where
+            `expected_loss` tells it.
         share: the part of the whole term that is.
     """
 
@@ -140,6 +142,8 @@ def _estimator(weight: Weight) -> tuple[str | None, str]:
     held = weight.held()
     if held is not None and not held.requires_grad:
         return None, "frozen: no gradient reaches it"
+    if weight.certificate is not None:
+        return weight.certificate.kind, str(weight.certificate).partition(": ")[2]
     if weight.code is None:
         return None, "no step was taken yet" if weight.uses is not None else "not run yet"
     if weight.code is Code.ANALYTIC:
