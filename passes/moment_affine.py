@@ -315,7 +315,13 @@ def covariance(x: Random) -> Tensor | None:
     """[..., d, d] over the last dimension, None where it is not known."""
     if x.cov is not None:
         return x.cov
-    return torch.diag_embed(x.variance) if x.mean.dim() and x.is_independent(-1) else None
+    return on_diagonal(x.mean.new_zeros(()), x.variance) if x.mean.dim() and x.is_independent(-1) else None
+
+
+def on_diagonal(cov: Tensor, var: Tensor) -> Tensor:
+    """A covariance [..., d, d] with ``var`` [..., d] on its diagonal."""
+    own = torch.eye(var.shape[-1], dtype=torch.bool, device=var.device)
+    return torch.where(own, var.unsqueeze(-1), cov)
 
 
 @rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
@@ -394,14 +400,17 @@ def _linear_with_covariance(x: Random, weight: Value, keep: bool) -> Random:
     """``Cov(y) = W Cov(x) W^T + diag(sigma^2 (m^2 + v))``: the weight's own noise is independent from row to row."""
     cov_x, w = covariance(x), mean_of(weight)
     assert cov_x is not None
-    cov = w @ cov_x @ w.t()
+    half = w @ cov_x
+    var = (half * w).sum(-1)
+    cov = half @ w.t() if keep else None
     if isinstance(weight, Random):
         if not weight.is_independent(0, 1):
             raise Ended("a weight whose elements are dependent")
-        cov = cov + torch.diag_embed(F.linear(x.mean.square() + x.variance, weight.variance))
-    var = cov.diagonal(dim1=-2, dim2=-1)
+        own = F.linear(x.mean.square() + x.variance, weight.variance)
+        var = var + own
+        cov = None if cov is None else on_diagonal(cov, var)
     parents = randoms((x, weight))
-    return derived(parents, F.linear(x.mean, w), var, _linear_dims(x, weight), cov=cov if keep else None)
+    return derived(parents, F.linear(x.mean, w), var, _linear_dims(x, weight), cov=cov)
 
 
 @rule(aten.addmm, aten.baddbmm)

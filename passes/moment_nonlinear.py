@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lotion_fx.passes.moment_affine import _add, _matmul, _move, _mul, square
+from lotion_fx.passes.moment_affine import _add, _matmul, _move, _mul, on_diagonal, square
 from lotion_fx.passes.random_tensor import Call, Ended, Random, along, derived, mean_of, merged, randoms, rule
 
 aten = torch.ops.aten
@@ -172,7 +172,7 @@ def _piecewise_linear(call: Call, x: Random, below: float) -> Random:
     cov = None
     if x.cov is not None:
         cov = x.cov * gain.unsqueeze(-1) * gain.unsqueeze(-2)
-        cov = cov - torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1)) + torch.diag_embed(var)
+        cov = on_diagonal(cov, var)
     note = call.note(GAUSSIAN)
     return derived([x], mean, var, x.independent, cov=cov, mean_note=note, var_note=note, mean_uses_var=True)
 
