@@ -201,18 +201,15 @@ def _known_methods(names: str) -> str:
 
 def command(bed: Testbed) -> Callable[..., None]:
     """The testbed as a typer command."""
+    picture = Path(f"{bed.name}.png")
 
     def main(
         seeds: Annotated[int | None, typer.Option(min=1, help="Runs per method [default: 5; 2 with --quick].")] = None,
         steps: Annotated[int | None, typer.Option(min=10, help="Training steps [default: the testbed's].")] = None,
         methods: Annotated[str, typer.Option(callback=_known_methods, help="Which to compare.")] = ",".join(METHODS),
         quick: Annotated[bool, typer.Option("--quick", help="A smoke run, too short to rank the methods.")] = False,
-        rows_to: Annotated[
-            Path | None, typer.Option("--json", callback=_in_a_folder, help="Write a row a run.")
-        ] = None,
-        plot_to: Annotated[Path, typer.Option("--plot", callback=_in_a_folder, help="Write the curves.")] = Path(
-            f"{bed.name}.png"
-        ),
+        rows_to: Annotated[Path | None, typer.Option("--json", callback=_in_a_folder, help="Write each run.")] = None,
+        plot_to: Annotated[Path, typer.Option("--plot", callback=_in_a_folder, help="Write the curves.")] = picture,
     ) -> None:
         torch.set_num_threads(1)  # so small a model gains nothing from more, and suffers from them on a busy machine
         seeds, steps = seeds or (2 if quick else 5), steps or (20 if quick else bed.steps)
