@@ -231,8 +231,9 @@ def compare(
     bed: Testbed, methods: list[str], lrs: tuple[float, ...], seeds: int, steps: int
 ) -> tuple[list[Row], dict[str, list[Curve]]]:
     """Each method's learning rate from the grid, on the first seeds, then its runs on all of them."""
-    run = cache(lambda method, lr, seed: train(bed, method, lr, seed, steps))  # the grid's runs are not run again
     selection = range(min(SELECTION_SEEDS, seeds))
+    typer.echo(f"{bed.about}\n{steps} steps; learning rates chosen on {len(selection)} of {seeds} seeds\n")
+    run = cache(lambda method, lr, seed: train(bed, method, lr, seed, steps))  # the grid's runs are not run again
     grid: dict[str, dict[float, float]] = {}
     rows: list[Row] = []
     curves: dict[str, list[Curve]] = {}
@@ -241,7 +242,6 @@ def compare(
         runs = [run(method, best(grid[method]), seed) for seed in range(seeds)]
         rows += [row for row, _ in runs]
         curves[method] = [curve for _, curve in runs]
-    typer.echo(f"{bed.about}\n{steps} steps; learning rates chosen on {len(selection)} of {seeds} seeds\n")
     typer.echo(grid_table(grid))
     return rows, curves
 

@@ -47,7 +47,7 @@ main = testbed.command(
         name="two_layer",
         about="A two-layer linear network (256 - 64 - 16), both layers INT4.",
         build=TwoLayer,
-        lrs=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
+        lrs=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
         steps=600,
     )
 )
