@@ -3,8 +3,8 @@
     y = w* . x,    x ~ N(0, diag(lambda)),    lambda_i = i ** -1.1,    w* ~ N(0, I)
 
 The model is trained on its population loss, 1/2 sum_i lambda_i (w_i - w*_i)^2, written as the squared error of
-``w * sqrt(lambda)``. On minibatches the last inputs, whose variance is 30,000 times smaller than the first's, would drown
-in sampling noise, and with them what rounding does.
+``w * sqrt(lambda)``. On minibatches the last inputs, whose variance is 30,000 times smaller than the first's, would
+drown in sampling noise, and with them what rounding does.
 
 Each weight stands alone in this loss, so at a given scale rounding to nearest is already the best one can do and a
 rounded forward has nothing to add: STE is worse than PTQ here. What is left to learn is the scale, which the largest
