@@ -74,6 +74,21 @@ def build(case: dict[str, Any] | None, args: argparse.Namespace) -> tuple[nn.Mod
     return model, step
 
 
+def interleaved(steps: dict[str, Callable[[], None]], rounds: int, base: str = "plain") -> dict[str, dict[str, float]]:
+    """Each step's median milliseconds, and the quartiles of its ratio to the base's step of the same round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name in random.sample(list(steps), len(steps)):
+            began = time.perf_counter()
+            steps[name]()
+            times[name].append(time.perf_counter() - began)
+    rows = {}
+    for name, mine in times.items():
+        low, middle, high = statistics.quantiles((a / b for a, b in zip(mine, times[base], strict=True)), n=4)
+        rows[name] = {"step_ms": 1e3 * statistics.median(mine), "ratio": middle, "ratio_low": low, "ratio_high": high}
+    return rows
+
+
 def persistent(model: nn.Module) -> float:
     """Bytes of curvature state per quantized parameter."""
     try:
@@ -115,22 +130,15 @@ def main() -> None:
         steps[name]()  # Adam's second moment exists only now: curvature='fisher' compiles once more
         rows[name]["state"] = persistent(model)
         steps[name]()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.rounds):
-        for name in random.sample(list(steps), len(steps)):
-            began = time.perf_counter()
-            steps[name]()
-            times[name].append(time.perf_counter() - began)
+    timed = interleaved(steps, args.rounds)
     plain = rows["plain"]
     table = []
     for name, row in rows.items():
-        ratios = [mine / base for mine, base in zip(times[name], times["plain"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        row.update(step_ms=1e3 * statistics.median(times[name]), ratio=middle, ratio_low=low, ratio_high=high)
+        row.update(timed[name])
         row.update({f"{key}_ratio": row[key] / plain[key] for key in ("bytes", "flops", "compile")})
-        spread = f"{low:.2f} .. {high:.2f}"
+        spread = f"{row['ratio_low']:.2f} .. {row['ratio_high']:.2f}"
         numbers = (f"{row[f'{key}_ratio']:.3f}" for key in ("flops", "bytes"))
-        table.append([name, f"{row['step_ms']:.1f}", f"{middle:.3f}", spread, *numbers, f"{row['state']:.3f}"])
+        table.append([name, f"{row['step_ms']:.1f}", f"{row['ratio']:.3f}", spread, *numbers, f"{row['state']:.3f}"])
         table[-1].append(f"{row['compile_ratio']:.2f}")
     headers = ["method", "ms", "step ratio", "middle half", "FLOPs", "bytes moved", "state B/param", "cold compile"]
     print(
