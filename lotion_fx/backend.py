@@ -159,7 +159,7 @@ class Variants:
             return run(*args)
         smoothing = weights[probed[0]].smoothing
         smoothing.told |= self.backend.inner != "eager"
-        smoothing.group = _active_data_parallel_group()
+        smoothing.group = active_data_parallel_group()
         if current_backward() == -1:  # what checkpointing recomputes is no second use
             for index in probed:
                 weights[index].bind()
@@ -307,7 +307,7 @@ def _fired(weight: Weight | None) -> None:
     new = now if weight.terms is None else now - weight.terms
     weight.terms = now
     smoothing.add_terms(new / max(1, weight.bound))
-    _after_backward(smoothing.backward_is_over)
+    after_backward(smoothing.backward_is_over)
 
 
 def current_backward() -> int:
@@ -315,7 +315,7 @@ def current_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
-def _after_backward(callback: Callable[[], None]) -> None:
+def after_backward(callback: Callable[[], None]) -> None:
     """Runs a callback when the backward pass under way is over, after DDP's and FSDP's own."""
     engine = torch.autograd.Variable._execution_engine
     engine.queue_callback(lambda: engine.queue_callback(callback))
@@ -349,7 +349,7 @@ def compile_function(function: Callable[..., Any], args: Sequence[Any], inner: s
     return compiled
 
 
-def _active_data_parallel_group() -> Any:
+def active_data_parallel_group() -> Any:
     """The process group of the DistributedDataParallel module whose forward is running, None outside of one."""
     module = DistributedDataParallel._get_active_ddp_module()
     return module.process_group if module is not None else None

@@ -21,7 +21,7 @@ from lotion_fx.passes.smooth import LATENT, RR, STE, STE_SCALE, Plan
 from lotion_fx.passes.usage import CONTRACTION, EMBEDDING, Use
 
 METHODS = {"ptq": LATENT, "ste": STE, "ste_scale": STE_SCALE, "rr": RR, "lotion": LATENT}
-CURVATURES = ("factored", "full", "fisher")
+CURVATURES = ("factored", "full", "fisher", "ggn")
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
@@ -52,6 +52,11 @@ class Smoothing:
     adopted: bool = False  # came in through torch.compile(backend="lotion_fx")
     snapshot: dict[Weight, Tensor] = field(default_factory=dict)  # a few gradients as backward left them
     group: Any = None  # DistributedDataParallel's process group
+    likelihood: str | None = None  # of curvature="ggn": what the model's output parametrizes
+    refresh: int = 1  # steps from one curvature pass to the next
+    sampling: bool = False  # the curvature pass is under way
+    last_pass: int | None = None  # the step of the last one
+    draws: int = 1  # labels that it drew
 
     @property
     def forward_mode(self) -> str:
@@ -61,6 +66,25 @@ class Smoothing:
     @property
     def has_term(self) -> bool:
         return self.method == "lotion" and (self.finish_term or not self.finishing)
+
+    @property
+    def probes(self) -> bool:
+        """Whether curvature is asked of the forward that comes next."""
+        return self.has_term and not self.override and (self.curvature != "ggn" or self.sampling)
+
+    @property
+    def pass_is_due(self) -> bool:
+        return self.steps % self.refresh == 0 and self.last_pass != self.steps
+
+    @property
+    def pass_was_missed(self) -> bool:
+        """Whether the curvature is older than ``refresh`` asks for."""
+        return self.last_pass is not None and self.steps - self.last_pass > self.refresh
+
+    @property
+    def needs_terms(self) -> bool:
+        """Whether some weight's curvature takes T from the user's own loss."""
+        return self.curvature != "ggn" or any(w.selected and w.code is not Code.ANALYTIC for w in self.weights)
 
     def add_terms(self, terms: Tensor) -> None:
         """Adds what one backward pass counted to T, which begins anew after a step."""
@@ -104,6 +128,7 @@ class Weight:
     bound: int = 0  # times its probe entered a graph in the forward that began last
     forward: int = -1
     warned: bool = False
+    sampled: bool = False  # a curvature pass ran for the step under way
     entered: bool = False  # the term came in through `penalty` and its backward ran
     steps: int = 0
     master: weakref.ref[Tensor] | None = None  # the parameter that the optimizer steps
@@ -147,7 +172,8 @@ class Weight:
     def _make_layout(self) -> Layout:
         use, kind = self.contraction, self.smoothing.curvature
         groups, rows = (use.groups, use.rows) if use else (1, self.shape[0])
-        return Layout("none" if kind == "fisher" else kind, self.shape, groups, rows)
+        kind = {"fisher": "none", "ggn": "factored"}.get(kind, kind)
+        return Layout(kind, self.shape, groups, rows)
 
     @property
     def why_not(self) -> str:
@@ -177,7 +203,7 @@ class Weight:
         """
         smoothing = self.smoothing
         mode = smoothing.override or (smoothing.forward_mode if self.training else STE)
-        probing = with_grad and requires_grad and self.training and not smoothing.override and smoothing.has_term
+        probing = with_grad and requires_grad and self.training and smoothing.probes
         if (mode, probing) not in self.plans:
             name = self.format.name if self.format and self.selected else None
             layout = self.layout if probing else None
@@ -200,7 +226,7 @@ class Weight:
 
     def drop_probe(self) -> None:
         """Forgets what the probe gathered since the last step."""
-        self.terms = None
+        self.terms, self.sampled = None, False
         if self.probe is not None:
             self.probe.grad = None
 
