@@ -8,6 +8,7 @@ looking at the weights that come in: one compiled graph serves many modules, and
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -190,7 +191,7 @@ class Variants:
     def _variant(self, plans: Mapping[int, Plan]) -> tuple[Callable[..., Any], list[int]]:
         key = tuple(plans.items())
         if key not in self.compiled:
-            with contextlib.nullcontext() if TracingContext.try_get() or not self.context else tracing(self.context):
+            with contextlib.nullcontext() if TracingContext.try_get() or not self.context else tracing(_alone(self.context)):
                 self.compiled[key] = self._compile(plans)
         return self.compiled[key]
 
@@ -201,6 +202,13 @@ class Variants:
                 node._dynamo_source = None
         inputs = [*self.inputs, *(_fake_probe(self.inputs[i], plans[i]) for i in probed)]
         return self.backend.compile(gm, inputs), probed
+
+
+def _alone(context: TracingContext) -> TracingContext:
+    """A context for one later variant: that of DDP's graph splitter is counted, one compile for each of its parts."""
+    context = copy.copy(context)
+    context.ddp_optimizer_ctx = None
+    return context
 
 
 def _live(node: fx.Node, example: Any) -> Any:

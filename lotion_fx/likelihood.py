@@ -40,14 +40,12 @@ def likelihood_of(loss: Any) -> str:
     """
     name = _LOSSES.get(type(loss) if isinstance(loss, nn.Module) else loss)
     if name is None:
-        raise ValueError(
-            f"likelihood={loss!r}: not one of torch's losses known here; name it: {', '.join(LIKELIHOODS)}"
-        )
+        raise ValueError(f"likelihood={loss!r}: no loss that is known here; name it: {', '.join(LIKELIHOODS)}")
     for option, plain in (("reduction", "mean"), ("weight", None), ("pos_weight", None)):
         if isinstance(loss, nn.Module) and getattr(loss, option, plain) != plain:
             raise ValueError(
-                f"likelihood={loss!r} has {option}={getattr(loss, option)!r}, and Gauss-Newton curvature is that of the "
-                f"plain mean; name it, likelihood={name!r}, and let strength make up for the difference in scale"
+                f"likelihood={loss!r} has {option}={getattr(loss, option)!r}, and the curvature is that of the plain "
+                f"mean; name it, likelihood={name!r}, and let strength make up for the difference in scale"
             )
     return name
 
@@ -55,8 +53,8 @@ def likelihood_of(loss: Any) -> str:
 def output_in(out: Any, likelihood: str) -> Tensor:
     """The tensor, among what a model returned, that parametrizes the likelihood.
 
-    It is the tensor itself, ``logits`` of an output that has them, else the first differentiable floating-point tensor of
-    two or more dimensions.
+    It is the tensor itself, ``logits`` of an output that has them, else the first differentiable floating-point tensor
+    of two or more dimensions.
 
     Raises:
         ValueError: there is none.

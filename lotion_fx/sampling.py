@@ -51,8 +51,8 @@ def check_placement(model: nn.Module, smoothing: Smoothing) -> None:
     for weight in smoothing.weights:
         if isinstance(weight.held(), DTensor):
             raise ValueError(
-                f"curvature='ggn' runs a backward pass of its own, which FSDP2 has no place for, and {weight.name!r} is "
-                "sharded; take curvature='factored', or DistributedDataParallel"
+                f"curvature='ggn' runs a backward pass of its own, for which FSDP2 has no place, and {weight.name!r} "
+                "is sharded; take curvature='factored', or DistributedDataParallel"
             )
 
 

@@ -408,9 +408,7 @@ def dynamo_backend(gm: Any, example_inputs: Any, *, mode: str | None = None, opt
     settings = {"method": "lotion", "strength": 1.0, "curvature": "factored", "inner": "inductor", "decay": 0.99}
     settings.update(ours)
     if settings["curvature"] == "ggn":
-        raise ValueError(
-            "curvature='ggn' needs the model's own call, which a backend does not see; use transform(model)"
-        )
+        raise ValueError("curvature='ggn' needs the model's call, which no backend sees; use transform(model)")
     _check_compile_options(mode, options, str(settings["inner"]))
     objective.install()
 
