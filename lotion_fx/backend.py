@@ -191,7 +191,8 @@ class Variants:
     def _variant(self, plans: Mapping[int, Plan]) -> tuple[Callable[..., Any], list[int]]:
         key = tuple(plans.items())
         if key not in self.compiled:
-            with contextlib.nullcontext() if TracingContext.try_get() or not self.context else tracing(_alone(self.context)):
+            context = None if TracingContext.try_get() else self.context
+            with tracing(_alone(context)) if context else contextlib.nullcontext():
                 self.compiled[key] = self._compile(plans)
         return self.compiled[key]
 

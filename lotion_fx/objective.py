@@ -184,11 +184,11 @@ class _Step:
         vectors: list[Tensor | None] = []
         for weight, parameter in pairs:
             vector = weight.probe.grad if weight.probe is not None else None
-            resting = self.smoothing.curvature == "ggn" and not weight.sampled  # a step between two curvature passes
+            resting = self.smoothing.resting
             if not resting and (weight.code is None or weight.code in _PROVISIONAL):
                 weight.code = _read_code(vector, self.smoothing)
             if resting and weight.code in (None, Code.ANALYTIC):
-                vectors.append(vector)
+                vectors.append(None)
             elif weight.code is Code.ANALYTIC and (vector is not None or self.group is not None):
                 # A rank whose batch did not use the weight has seen no position of it.
                 empty = torch.zeros(weight.layout.payload, device=local_of(parameter).device)
@@ -198,7 +198,7 @@ class _Step:
             else:
                 vectors.append(None)
         held = [w for w, _ in pairs if w.code is Code.ANALYTIC and (w.probe is None or w.probe.grad is None)]
-        expected = self.smoothing.curvature != "ggn" or self.smoothing.pass_was_missed
+        expected = self.smoothing.pass_is_due or not self.smoothing.resting
         if self.group is None and expected and (new := [w.name for w in held if not w.warned]):
             for weight in held:
                 weight.warned = True
@@ -300,6 +300,7 @@ def _advance(smoothing: Smoothing, pairs: list[tuple[Weight, Tensor]], counts: b
         weight.steps += counts
         weight.entered = False
         smoothing.snapshot.pop(weight, None)
+    smoothing.closed = True
     smoothing.steps = max(smoothing.steps, *(weight.steps for weight, _ in pairs))
     if smoothing.finish and smoothing.total_steps and not smoothing.finishing:
         smoothing.finishing = smoothing.steps >= round(smoothing.total_steps * (1 - smoothing.finish))

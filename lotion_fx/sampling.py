@@ -28,6 +28,7 @@ def sample_first(
     """The user's ``forward``, with a curvature pass through ``call`` before it wherever one is due."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        smoothing.turn, smoothing.closed = smoothing.turn + smoothing.closed, False
         if model.training and torch.is_grad_enabled():
             smoothing.group = backend.active_data_parallel_group()
             _forget_skipped_step(smoothing)
@@ -59,9 +60,6 @@ def check_placement(model: nn.Module, smoothing: Smoothing) -> None:
 def _sample(smoothing: Smoothing, call: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """Fills the weights' probes with the curvature of the loss at labels that the model draws itself."""
     assert smoothing.likelihood is not None
-    for weight in smoothing.weights:
-        weight.drop_probe()
-    smoothing.forwards += 1
     smoothing.sampling = True
     try:
         output = output_in(call(*args, **kwargs), smoothing.likelihood)
@@ -78,15 +76,13 @@ def _sample(smoothing: Smoothing, call: Callable[..., Any], args: Any, kwargs: A
     for weight, gradient in zip(probed, gradients, strict=True):
         assert weight.probe is not None
         weight.probe.grad = gradient
-    for weight in smoothing.weights:
-        weight.sampled = True
-    smoothing.last_pass = smoothing.steps
+    smoothing.last_pass = smoothing.turn
 
 
 def _generator(smoothing: Smoothing, device: torch.device) -> torch.Generator:
     """Fresh labels in each step and on each rank, the same ones in a run resumed under the same seed."""
     rank = dist.get_rank(smoothing.group) if smoothing.group is not None else 0
-    return torch.Generator(device).manual_seed(hash((torch.initial_seed(), smoothing.steps, rank)))
+    return torch.Generator(device).manual_seed(hash((torch.initial_seed(), smoothing.turn, rank)))
 
 
 def _forget_skipped_step(smoothing: Smoothing) -> None:

@@ -54,8 +54,10 @@ class Smoothing:
     group: Any = None  # DistributedDataParallel's process group
     likelihood: str | None = None  # of curvature="ggn": what the model's output parametrizes
     refresh: int = 1  # steps from one curvature pass to the next
+    turn: int = 0  # steps as forwards see them: a new one begins with the first forward after an optimizer's step
+    closed: bool = False  # an optimizer stepped since the last forward
+    last_pass: int | None = None  # the turn of the last curvature pass
     sampling: bool = False  # the curvature pass is under way
-    last_pass: int | None = None  # the step of the last one
     draws: int = 1  # labels that it drew
 
     @property
@@ -73,13 +75,13 @@ class Smoothing:
         return self.has_term and not self.override and (self.curvature != "ggn" or self.sampling)
 
     @property
-    def pass_is_due(self) -> bool:
-        return self.steps % self.refresh == 0 and self.last_pass != self.steps
+    def resting(self) -> bool:
+        """Whether the step under way has had no curvature pass."""
+        return self.curvature == "ggn" and self.last_pass != self.turn
 
     @property
-    def pass_was_missed(self) -> bool:
-        """Whether the curvature is older than ``refresh`` asks for."""
-        return self.last_pass is not None and self.steps - self.last_pass > self.refresh
+    def pass_is_due(self) -> bool:
+        return self.resting and self.turn % self.refresh == 0
 
     @property
     def needs_terms(self) -> bool:
@@ -128,7 +130,6 @@ class Weight:
     bound: int = 0  # times its probe entered a graph in the forward that began last
     forward: int = -1
     warned: bool = False
-    sampled: bool = False  # a curvature pass ran for the step under way
     entered: bool = False  # the term came in through `penalty` and its backward ran
     steps: int = 0
     master: weakref.ref[Tensor] | None = None  # the parameter that the optimizer steps
@@ -226,7 +227,7 @@ class Weight:
 
     def drop_probe(self) -> None:
         """Forgets what the probe gathered since the last step."""
-        self.terms, self.sampled = None, False
+        self.terms = None
         if self.probe is not None:
             self.probe.grad = None
 

@@ -157,6 +157,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             "curvature": s.curvature,
             "terms": s.known_terms,
             "clip2": s.clip2,
+            "turn": s.turn + s.closed,
         }
         for s in smoothings_of(model)
     ]
@@ -190,7 +191,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         smoothing.steps, smoothing.finishing = phase["steps"], phase["finishing"]
         smoothing.finish_term = phase["finish_term"]
         smoothing.known_terms, smoothing.clip2 = phase["terms"], phase["clip2"]
-        smoothing.last_pass = None
+        smoothing.turn, smoothing.closed, smoothing.last_pass = phase["turn"], False, None
     for weight, name in names.items():
         saved, held = state["weights"][name], weight.held()
         device = held.device if held is not None else None
