@@ -63,19 +63,17 @@ def _sample(smoothing: Smoothing, call: Callable[..., Any], args: Any, kwargs: A
     smoothing.sampling = True
     try:
         output = output_in(call(*args, **kwargs), smoothing.likelihood)
-        probed = [weight for weight in smoothing.weights if weight.probe is not None]
+        probes = [weight.probe for weight in smoothing.weights if weight.probe is not None]
         with torch.autocast(output.device.type, enabled=False):
             loss = sampled_loss(output, smoothing.likelihood, _generator(smoothing, output.device))
             # Gradients of the sum keep clear of half precision's underflow; T = draws / draws^2 makes it the mean's.
             smoothing.draws = draws(output, smoothing.likelihood)
             scale = torch.full_like(loss, smoothing.draws)
-            probes = [weight.probe for weight in probed]
             gradients = torch.autograd.grad(loss, probes, scale, allow_unused=True) if probes else ()
     finally:
         smoothing.sampling = False
-    for weight, gradient in zip(probed, gradients, strict=True):
-        assert weight.probe is not None
-        weight.probe.grad = gradient
+    for probe, gradient in zip(probes, gradients, strict=True):
+        probe.grad = gradient
     smoothing.last_pass = smoothing.turn
 
 
