@@ -8,6 +8,7 @@ looking at the weights that come in: one compiled graph serves many modules, and
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -164,25 +165,35 @@ def faked(inputs: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def joint_vectors(
-    gm: fx.GraphModule, inputs: Sequence[Any], plans: Mapping[int, Plan], loss: Callable[[Sequence[Tensor]], Tensor]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    plans: Mapping[int, Plan],
+    losses: Sequence[Callable[[Sequence[Tensor]], Tensor]],
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Each planned weight's probe vector and gradient, by one backward pass through the graph.
+    """Each planned weight's probe vector and gradient, averaged over losses that are made of one forward pass.
 
     Args:
         gm: an ATen graph with a list of outputs.
         inputs: real ones.
         plans: by placeholder index, each with a probe layout.
-        loss: makes the scalar to differentiate of the outputs.
+        losses: each makes a scalar of the outputs.
+
+    Returns:
+        By placeholder index; without the weights that no loss depends on.
     """
     attached, probed = attach(gm, plans)
     leaves = [x.detach().requires_grad_() if i in plans else x for i, x in enumerate(inputs)]
-    probes = [_fake_probe(leaves[i], plans[i]) for i in probed]
+    wanted = [*(_fake_probe(leaves[i], plans[i]) for i in probed), *(leaves[i] for i in probed)]
     run = aot_function(attached, nop, partition_fn=_partition)
+    sums: list[Tensor | None] = [None] * len(wanted)
     with torch.enable_grad():
-        value = loss(run(*leaves, *probes))
-        given = torch.autograd.grad(value, [*probes, *(leaves[i] for i in probed)], allow_unused=True)
-    vectors, grads = given[: len(probed)], given[len(probed) :]
-    return {i: (v, g) for i, v, g in zip(probed, vectors, grads, strict=True) if v is not None and g is not None}
+        outputs = run(*leaves, *wanted[: len(probed)])
+        for loss in losses:
+            found = torch.autograd.grad(loss(outputs), wanted, retain_graph=True, allow_unused=True)
+            sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, found, strict=True)]
+    means = [None if total is None else total / len(losses) for total in sums]
+    pairs = zip(probed, means[: len(probed)], means[len(probed) :], strict=True)
+    return {i: (vector, grad) for i, vector, grad in pairs if vector is not None and grad is not None}
 
 
 class Variants:
@@ -215,7 +226,7 @@ class Variants:
             return compiled.run(*args, *gains)
         smoothing = weights[compiled.probed[0]].smoothing
         smoothing.told |= self.backend.inner != "eager"
-        smoothing.group = _active_data_parallel_group()
+        smoothing.group = active_data_parallel_group()
         if current_backward() == -1:  # what checkpointing recomputes is no second use
             for index in compiled.probed:
                 weights[index].bind()
@@ -247,7 +258,8 @@ class Variants:
     def _variant(self, plans: Mapping[int, Plan]) -> _Compiled:
         key = tuple(plans.items())
         if key not in self.compiled:
-            with contextlib.nullcontext() if TracingContext.try_get() or not self.context else tracing(self.context):
+            context = None if TracingContext.try_get() else self.context
+            with tracing(_alone(context)) if context else contextlib.nullcontext():
                 self.compiled[key] = self._compile(plans)
         return self.compiled[key]
 
@@ -323,6 +335,13 @@ def _fake_mode_of(inputs: Sequence[Any]) -> Any:
 def _fake_gain(weight: Any) -> Tensor:
     gain = torch.ones((), device=weight.device)
     return weight.fake_mode.from_tensor(gain, static_shapes=True) if isinstance(weight, FakeTensor) else gain
+
+
+def _alone(context: TracingContext) -> TracingContext:
+    """A context for one later variant: that of DDP's graph splitter is counted, one compile for each of its parts."""
+    context = copy.copy(context)
+    context.ddp_optimizer_ctx = None
+    return context
 
 
 def _live(node: fx.Node, example: Any) -> Any:
@@ -429,7 +448,7 @@ def _fired(weight: Weight | None) -> None:
     new = now if weight.terms is None else now - weight.terms
     weight.terms = now
     smoothing.add_terms(new / max(1, weight.bound))
-    _after_backward(smoothing.backward_is_over)
+    after_backward(smoothing.backward_is_over)
 
 
 def current_backward() -> int:
@@ -437,7 +456,7 @@ def current_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
-def _after_backward(callback: Callable[[], None]) -> None:
+def after_backward(callback: Callable[[], None]) -> None:
     """Runs a callback when the backward pass under way is over, after DDP's and FSDP's own."""
     engine = torch.autograd.Variable._execution_engine
     engine.queue_callback(lambda: engine.queue_callback(callback))
@@ -471,7 +490,7 @@ def compile_function(function: Callable[..., Any], args: Sequence[Any], inner: s
     return compiled
 
 
-def _active_data_parallel_group() -> Any:
+def active_data_parallel_group() -> Any:
     """The process group of the DistributedDataParallel module whose forward is running, None outside of one."""
     module = DistributedDataParallel._get_active_ddp_module()
     return module.process_group if module is not None else None

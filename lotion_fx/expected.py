@@ -6,9 +6,10 @@ joint-graph form ``1/2 <h, sigma^2>``. `calibrate` compares both with sampled ro
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,16 +20,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import backend, rounding
+from lotion_fx.likelihood import draws, likelihood_of, output_in, sampled_loss
 from lotion_fx.loss_graph import LossFunction, LossGraph, loss_graph
 from lotion_fx.passes import random_tensor
 from lotion_fx.passes.moments import ANALYTIC, EXACT, FISHER, SECOND_ORDER, Certificate, analyse, interpret
-from lotion_fx.passes.probe import HEADER, Code
+from lotion_fx.passes.probe import HEADER, Code, Layout
 from lotion_fx.passes.random_tensor import Note, Random
 from lotion_fx.passes.smooth import LATENT, Plan, variance
 from lotion_fx.passes.usage import weight_uses
 from lotion_fx.state import MOMENTS, Weight
 from lotion_fx.transform import names_of
 from lotion_fx.update import dense, marginals
+
+_LABELS = 4  # draws that Gauss-Newton curvature is averaged over
 
 # Gauss-Legendre nodes and weights on [0, 1]: exact for terms that are polynomials of degree 8 in the noise.
 _NODES = (0.06943184420297371, 0.33000947820757187, 0.6699905217924281, 0.9305681557970262)
@@ -260,8 +264,7 @@ def estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments
             certificates, ended = dict(analysis.certificates), dict(analysis.ended)
     curvatures = {}
     if joint := {name: why for name, why in ended.items() if name in weights}:
-        plans = {at[name]: _plan(weights[name]) for name in joint}
-        vectors = backend.joint_vectors(graph.gm, graph.inputs({}), plans, lambda outputs: outputs[0])
+        vectors = _vectors(graph, {at[name]: _plan(weights[name]) for name in joint}, loss_fn, weights)
         for name, why in joint.items():
             found = vectors.get(at[name])
             curvatures[name], kind = _curvature(weights[name], *found) if found else (torch.zeros(()), EXACT)
@@ -285,18 +288,43 @@ def _plan(weight: Weight) -> Plan:
     return Plan(LATENT, weight.format.name, weight.axis, weight.layout)
 
 
-def _curvature(weight: Weight, vector: Tensor, grad: Tensor) -> tuple[Tensor, str]:
-    """h of one weight from this batch's probe vector, in the form that its training takes, and that form's name."""
-    layout, (calls, code, terms) = weight.layout, vector[-HEADER:].tolist()
-    count = max(terms / calls, 1.0)
-    whole = (0, weight.shape[0])
-    if code / calls == Code.ANALYTIC:
+def _vectors(
+    graph: LossGraph, plans: Mapping[int, Plan], loss_fn: LossFunction | None, weights: Mapping[str, Weight]
+) -> dict[int, tuple[Tensor, Tensor, float]]:
+    """By placeholder index: the probe vector, the loss's gradient and the number of loss terms T."""
+    given = backend.joint_vectors(graph.gm, graph.inputs({}), plans, [lambda outputs: outputs[0]])
+    vectors = {i: (v, g, max(float(v[-1] / v[-HEADER]), 1.0)) for i, (v, g) in given.items()}
+    likelihood = next(weight.smoothing.likelihood for weight in weights.values())
+    if likelihood is None:
+        return vectors
+    with contextlib.suppress(ValueError):  # a loss that is known tells more than what `transform` was told
+        likelihood = likelihood_of(loss_fn)
+    name, terms = likelihood, 1
+
+    def drawn(outputs: Sequence[Tensor]) -> Tensor:
+        nonlocal terms
+        output = output_in(outputs[1:], name)
+        terms = draws(output, name)
+        return sampled_loss(output, name)
+
+    own = backend.joint_vectors(graph.gm, graph.inputs({}), plans, [drawn] * _LABELS)
+    for i, (vector, _) in own.items():
+        if i in vectors and vector[-2] == vector[-HEADER] * Code.ANALYTIC:
+            vectors[i] = vector, vectors[i][1], float(terms)
+    return vectors
+
+
+def _curvature(weight: Weight, vector: Tensor, grad: Tensor, terms: float) -> tuple[Tensor, str]:
+    """h of one weight from this batch, in the form that its training takes, and that form's name."""
+    layout, (calls, code, _) = weight.layout, vector[-HEADER:].tolist()
+    if code == calls * Code.ANALYTIC:
         payload = vector[:-HEADER].float()
         scaled = layout.groups * layout.rows if layout.kind == "factored" else payload.numel()
-        payload = torch.cat([payload[:scaled] * count, payload[scaled:]])
-        return dense(torch.cat([payload, payload.new_ones(1)]), layout, whole), ANALYTIC
-    h = grad.float().square() * count
-    if layout.kind == "factored":
-        payload = marginals(h, layout)
-        h = dense(torch.cat([payload, payload.new_ones(1)]), layout, whole)
-    return h, FISHER
+        payload = torch.cat([payload[:scaled] * terms, payload[scaled:]])
+        return _dense(payload, layout), ANALYTIC
+    h = grad.float().square() * terms
+    return _dense(marginals(h, layout), layout) if layout.kind == "factored" else h, FISHER
+
+
+def _dense(payload: Tensor, layout: Layout) -> Tensor:
+    return dense(torch.cat([payload, payload.new_ones(1)]), layout, (0, layout.shape[0]))

@@ -131,6 +131,8 @@ class _Step:
         clip = shrunk if self.pending is not None else shrunk * loss_scale
         smoothing.known_terms = self._all(terms).float()
         self.row_factor = (terms / loss_scale**2).float()
+        if smoothing.curvature == "ggn":  # of the pass's own loss, which nothing scaled
+            self.row_factor = torch.full_like(self.row_factor, 1 / smoothing.draws)
         self.grad_factor = (smoothing.known_terms / (loss_scale * shrunk) ** 2).float()
         gains = [0.0 if weight.entered else weight.joint_strength for weight, _ in pairs]
         scale = 1.0 if self.pending is None else self.pending.to(terms.device)
@@ -184,9 +186,12 @@ class _Step:
         vectors: list[Tensor | None] = []
         for weight, parameter in pairs:
             vector = weight.probe.grad if weight.probe is not None else None
-            if weight.code is None or weight.code in _PROVISIONAL:
+            resting = self.smoothing.resting
+            if not resting and (weight.code is None or weight.code in _PROVISIONAL):
                 weight.code = _read_code(vector, self.smoothing)
-            if weight.code is Code.ANALYTIC and (vector is not None or self.group is not None):
+            if resting and weight.code in (None, Code.ANALYTIC):
+                vectors.append(None)
+            elif weight.code is Code.ANALYTIC and (vector is not None or self.group is not None):
                 # A rank whose batch did not use the weight has seen no position of it.
                 empty = torch.zeros(weight.layout.payload, device=local_of(parameter).device)
                 vectors.append(empty if vector is None else vector[:-HEADER])
@@ -195,7 +200,8 @@ class _Step:
             else:
                 vectors.append(None)
         held = [w for w, _ in pairs if w.code is Code.ANALYTIC and (w.probe is None or w.probe.grad is None)]
-        if self.group is None and (new := [w.name for w in held if not w.warned]):
+        expected = self.smoothing.pass_is_due or not self.smoothing.resting
+        if self.group is None and expected and (new := [w.name for w in held if not w.warned]):
             for weight in held:
                 weight.warned = True
             warnings.warn(
@@ -256,7 +262,7 @@ class _Step:
         if not local.numel():
             return None
         (layout, span), given = stored(weight, parameter), [] if vector is None else [vector]
-        source = VECTOR if given else HELD if weight.code is Code.ANALYTIC else FISHER
+        source = VECTOR if given else HELD if weight.code in (None, Code.ANALYTIC) else FISHER
         if self.smoothing.curvature == "fisher":
             moment = self.optimizer.state.get(parameter, {}).get("exp_avg_sq")
             if isinstance(moment, Tensor):
@@ -296,6 +302,7 @@ def _advance(smoothing: Smoothing, pairs: list[tuple[Weight, Tensor]], counts: b
         weight.steps += counts
         weight.entered = weight.in_loss = False
         smoothing.snapshot.pop(weight, None)
+    smoothing.closed = True
     smoothing.steps = max(smoothing.steps, *(weight.steps for weight, _ in pairs))
     if smoothing.finish and smoothing.total_steps and not smoothing.finishing:
         smoothing.finishing = smoothing.steps >= round(smoothing.total_steps * (1 - smoothing.finish))

@@ -86,7 +86,7 @@ def count_terms(call: Callable[..., Any], smoothing: Smoothing) -> Callable[...,
         smoothing.told = False
         smoothing.forwards += 1
         out = call(*args, **kwargs)
-        if not smoothing.told and smoothing.has_term and torch.is_grad_enabled():
+        if not smoothing.told and smoothing.has_term and smoothing.needs_terms and torch.is_grad_enabled():
             _count_rows(out, smoothing)
         return out
 
@@ -94,8 +94,20 @@ def count_terms(call: Callable[..., Any], smoothing: Smoothing) -> Callable[...,
 
 
 def _count_rows(out: Any, smoothing: Smoothing) -> None:
-    """T is the number of rows with non-zero gradient in the first output that has rows."""
-    for leaf in tree_leaves(out):
-        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim() > 1:
-            leaf.register_hook(lambda grad: smoothing.add_terms(grad.flatten(0, -2).ne(0).any(-1).sum().float()))
-            return
+    """T is the number of rows with non-zero gradient in the first output that has rows.
+
+    All of its rows where the model made the loss itself: such a graph does not show what gradient they had.
+    """
+    leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim()]
+    if leaves:
+        leaf = next((leaf for leaf in leaves if leaf.dim() > 1), leaves[0])
+        every = torch.full((), leaf.shape[: leaf.dim() - 1 or 1].numel(), dtype=torch.float32, device=leaf.device)
+        leaf.register_hook(lambda grad: _count(grad, every, smoothing))
+
+
+def _count(grad: Tensor | None, every: Tensor, smoothing: Smoothing) -> None:
+    if grad is not None:
+        nonzero = grad.ne(0)
+        every = (nonzero.any(-1) if grad.dim() > 1 else nonzero).sum().float()
+    smoothing.add_terms(every)
+    backend.after_backward(smoothing.backward_is_over)

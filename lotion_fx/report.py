@@ -25,9 +25,9 @@ class Row:
         name: qualified name.
         shape: as the model holds it.
         format: the format's name, None in full precision.
-        estimator: ``"analytic"``, ``"fisher"``, ``"exact"`` or ``"second order"`` (the last two with the loss in the
-            graph, see `expected_loss`), or None (no term).
-        reason: why not analytic, or why not quantized; of a moment stream, its approximations.
+        estimator: ``"analytic"``, ``"ggn"`` (analytic, at labels of the model's own), ``"fisher"``; ``"exact"`` or
+            ``"second order"`` with the loss in the graph, see `expected_loss`; or None (no term).
+        reason: why ``"fisher"``, or why not quantized; of a moment stream, its approximations.
         uses: the ops that meet data with it.
         block_axis: the dimension its blocks run along.
         sqnr: signal to quantization noise of rounding to nearest, in dB.
@@ -147,7 +147,7 @@ def _estimator(weight: Weight) -> tuple[str | None, str]:
     if weight.code is None:
         return None, "no step was taken yet" if weight.uses is not None else "not run yet"
     if weight.code is Code.ANALYTIC:
-        return "analytic", ""
+        return "ggn" if smoothing.curvature == "ggn" else "analytic", ""
     return "fisher", weight.code.reason
 
 

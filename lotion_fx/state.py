@@ -23,8 +23,8 @@ from lotion_fx.passes.smooth import LATENT, RR, STE, STE_SCALE, Plan
 from lotion_fx.passes.usage import CONTRACTION, EMBEDDING, Use
 
 METHODS = {"ptq": LATENT, "ste": STE, "ste_scale": STE_SCALE, "rr": RR, "lotion": LATENT}
-CURVATURES = ("factored", "full", "fisher")
 MOMENTS = ("closed", "diagonal", "off")
+CURVATURES = ("factored", "full", "fisher", "ggn")
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
@@ -59,6 +59,13 @@ class Smoothing:
     moments: str = "closed"  # see `expected_loss`
     calibrated: int | None = None  # at which step
     loss_call: Any = None  # model and loss_fn compiled as one
+    likelihood: str | None = None  # of curvature="ggn": what the model's output parametrizes
+    refresh: int = 1  # steps from one curvature pass to the next
+    turn: int = 0  # steps as forwards see them: a new one begins with the first forward after an optimizer's step
+    closed: bool = False  # an optimizer stepped since the last forward
+    last_pass: int | None = None  # the turn of the last curvature pass
+    sampling: bool = False  # the curvature pass is under way
+    draws: int = 1  # labels that it drew
 
     @property
     def forward_mode(self) -> str:
@@ -68,6 +75,25 @@ class Smoothing:
     @property
     def has_term(self) -> bool:
         return self.method == "lotion" and (self.finish_term or not self.finishing)
+
+    @property
+    def probes(self) -> bool:
+        """Whether curvature is asked of the forward that comes next."""
+        return self.has_term and not self.override and (self.curvature != "ggn" or self.sampling)
+
+    @property
+    def resting(self) -> bool:
+        """Whether the step under way has had no curvature pass."""
+        return self.curvature == "ggn" and self.last_pass != self.turn
+
+    @property
+    def pass_is_due(self) -> bool:
+        return self.resting and self.turn % self.refresh == 0
+
+    @property
+    def needs_terms(self) -> bool:
+        """Whether some weight's curvature takes T from the user's own loss."""
+        return self.curvature != "ggn" or any(w.selected and w.code is not Code.ANALYTIC for w in self.weights)
 
     def add_terms(self, terms: Tensor) -> None:
         """Adds what one backward pass counted to T, which begins anew after a step."""
@@ -158,7 +184,8 @@ class Weight:
     def _make_layout(self) -> Layout:
         use, kind = self.contraction, self.smoothing.curvature
         groups, rows = (use.groups, use.rows) if use else (1, self.shape[0])
-        return Layout("none" if kind == "fisher" else kind, self.shape, groups, rows)
+        kind = {"fisher": "none", "ggn": "factored"}.get(kind, kind)
+        return Layout(kind, self.shape, groups, rows)
 
     @property
     def stream_strength(self) -> float:
@@ -205,7 +232,7 @@ class Weight:
         """
         smoothing = self.smoothing
         mode = smoothing.override or (smoothing.forward_mode if self.training else STE)
-        probing = with_grad and requires_grad and self.training and not smoothing.override and smoothing.has_term
+        probing = with_grad and requires_grad and self.training and smoothing.probes
         if (mode, probing) not in self.plans:
             name = self.format.name if self.format and self.selected else None
             layout = self.layout if probing else None

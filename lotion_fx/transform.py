@@ -17,11 +17,13 @@ from torch.nn.parameter import UninitializedParameter
 from lotion_fx import objective
 from lotion_fx.backend import INNERS, Backend, compiled_call
 from lotion_fx.formats import Format, register_format, resolve
+from lotion_fx.likelihood import LIKELIHOODS, likelihood_of
 from lotion_fx.loss_graph import called, loss_of, pair
 from lotion_fx.outside import count_terms, hook_owners
 from lotion_fx.passes.probe import Code
 from lotion_fx.passes.smooth import LATENT, RR
 from lotion_fx.passes.usage import Use
+from lotion_fx.sampling import check_placement, sample_first
 from lotion_fx.state import CURVATURES, METHODS, MOMENTS, Smoothing, Weight, registry, smoothings_of, weights_of
 
 Formats = Mapping[str, "str | Format | None"]
@@ -43,6 +45,8 @@ def transform(
     finish_term: bool = True,
     decay: float = 0.99,
     regions: Iterable[nn.Module] | None = None,
+    likelihood: Any = None,
+    refresh: int = 1,
     **compile_options: Any,
 ) -> nn.Module:
     """Puts a model under quantization-aware training, compiled in place.
@@ -58,8 +62,9 @@ def transform(
             held), ``"ste_scale"`` (scale differentiated), ``"rr"`` (randomly rounded forward) or ``"ptq"`` (plain
             training).
         strength: factor of the expected-loss term; 1 is the expected loss itself.
-        curvature: ``"factored"`` (two vectors a weight), ``"full"`` (a float a parameter, one more product a layer) or
-            ``"fisher"`` (the optimizer's second moment).
+        curvature: ``"factored"`` (two vectors a weight), ``"full"`` (a float a parameter, one more product a layer),
+            ``"fisher"`` (the optimizer's second moment) or ``"ggn"`` (two vectors, by a pass of its own that draws the
+            labels from the model's output: Gauss-Newton curvature).
         only: parameter-name globs to a format or None, the last match winning: ``{"*.router.*": None}``. A glob more
             specific than ``"*"`` also takes what the default leaves out.
         loss_fn: puts the loss into the graph: ``"model"`` where the model returns it, or a function of (output,
@@ -71,6 +76,9 @@ def transform(
         finish_term: whether the term stays on during that phase.
         decay: of the curvature's moving average.
         regions: modules of ``model`` to compile one by one (transformer blocks, as FSDP2 wants) instead of the whole.
+        likelihood: for ``"ggn"``, what the output parametrizes: ``"categorical"`` (the default), ``"bernoulli"``,
+            ``"gaussian"``, or the loss itself, such as ``F.mse_loss``; see `likelihood`.
+        refresh: for ``"ggn"``, optimizer steps from one pass to the next; the curvature rests in between.
         **compile_options: torch.compile's ``mode``, ``options``, ``dynamic``, ``fullgraph``.
 
     Raises:
@@ -80,17 +88,19 @@ def transform(
     if unknown := sorted(set(compile_options) - {"dynamic", "fullgraph"}):
         raise TypeError(f"transform got {unknown[0]!r}: expected torch.compile's mode, options, dynamic or fullgraph")
     _check_compile_options(mode, options, inner)
-    smoothing = _settings(method, strength, curvature, inner, finish, steps, finish_term, decay)
+    smoothing = _settings(method, strength, curvature, inner, finish, steps, finish_term, decay, likelihood, refresh)
     regions = _check_regions(model, regions)
     if moments not in MOMENTS:
         raise ValueError(f"moments={moments!r}: expected one of {', '.join(MOMENTS)}{_near(moments, MOMENTS)}")
     smoothing.moments = moments
-    smoothing.loss_fn = _check_loss(loss_fn, method, inner, regions != [model])
+    smoothing.loss_fn = _check_loss(loss_fn, smoothing, regions != [model])
     if loss_fn is not None:  # the moment stream is traced for the shapes it is given
         compile_options.setdefault("dynamic", False)
     _check_model(model)
     _add_weights(smoothing, model, resolve(fmt), only or {})
     _check_weights(smoothing)
+    if curvature == "ggn":
+        check_placement(model, smoothing)
     for weight in smoothing.weights:
         registry.add(weight)
     hook_owners(smoothing.weights)
@@ -100,7 +110,10 @@ def transform(
         region._compiled_call_impl = compiled_call(region, backend, **compile_options)
     if callable(loss_fn):
         smoothing.loss_call = count_terms(_with_loss(model, loss_fn, backend, compile_options), smoothing)
-    model._compiled_call_impl = count_terms(model._compiled_call_impl or model._call_impl, smoothing)
+    call = model._compiled_call_impl or model._call_impl
+    model._compiled_call_impl = count_terms(call, smoothing)
+    if curvature == "ggn":
+        model._compiled_call_impl = sample_first(call, model._compiled_call_impl, model, smoothing)
     return model
 
 
@@ -188,6 +201,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             "terms": s.known_terms,
             "clip2": s.clip2,
             "calibrated": s.calibrated,
+            "turn": s.turn + s.closed,
         }
         for s in smoothings_of(model)
     ]
@@ -223,6 +237,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         smoothing.finish_term = phase["finish_term"]
         smoothing.known_terms, smoothing.clip2 = phase["terms"], phase["clip2"]
         smoothing.calibrated = phase["calibrated"]
+        smoothing.turn, smoothing.closed, smoothing.last_pass = phase["turn"], False, None
     for weight, name in names.items():
         saved, held = state["weights"][name], weight.held()
         device = held.device if held is not None else None
@@ -257,6 +272,8 @@ def _settings(
     steps: int | None,
     finish_term: bool,
     decay: float,
+    likelihood: Any = None,
+    refresh: int = 1,
 ) -> Smoothing:
     for name, value, known in (
         ("method", method, tuple(METHODS)),
@@ -275,20 +292,50 @@ def _settings(
         raise ValueError(f"finish={finish!r} and steps={steps!r} go together: the share and the number of all steps")
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps!r}: expected the number of optimizer steps in the whole training")
-    return Smoothing(method, strength, curvature, inner, decay, finish, steps, finish_term)
+    smoothing = Smoothing(method, strength, curvature, inner, decay, finish, steps, finish_term)
+    smoothing.likelihood, smoothing.refresh = _check_ggn(curvature, inner, likelihood, refresh), refresh
+    return smoothing
 
 
-def _check_loss(loss_fn: Any, method: str, inner: str, regions: bool) -> Any:
-    if loss_fn is None or loss_fn == "model" or callable(loss_fn):
-        if loss_fn is not None and method != "lotion":
-            raise ValueError(f"loss_fn with method={method!r}: only 'lotion' has an expected loss; leave loss_fn out")
-        if loss_fn is not None and (inner == "eager" or regions):
-            what = "inner='eager' makes no graph" if inner == "eager" else "with regions= no graph holds the whole loss"
-            raise ValueError(f"loss_fn={loss_fn!r}: {what}; compile the whole model, inner='aot_eager' or 'inductor'")
-        return loss_fn
-    raise ValueError(
-        f"loss_fn={loss_fn!r}: expected a function of (output, targets), 'model' (it returns its loss) or None"
-    )
+def _check_ggn(curvature: str, inner: str, likelihood: Any, refresh: int) -> str | None:
+    """The likelihood's name, None for the curvatures that ask for none."""
+    if curvature != "ggn":
+        for name, value, default in (("likelihood", likelihood, None), ("refresh", refresh, 1)):
+            if value != default:
+                raise ValueError(f"{name}={value!r} is for curvature='ggn', and curvature={curvature!r}; leave it out")
+        return None
+    if inner == "eager":
+        raise ValueError("curvature='ggn' is made in the joint graph, and inner='eager' compiles none; try 'aot_eager'")
+    if not isinstance(refresh, int) or refresh < 1:
+        raise ValueError(f"refresh={refresh!r}: expected the number of steps between two curvature passes, 1 or more")
+    likelihood = "categorical" if likelihood is None else likelihood
+    if not isinstance(likelihood, str):
+        return likelihood_of(likelihood)
+    if likelihood not in LIKELIHOODS:
+        expected = f"expected one of {', '.join(LIKELIHOODS)}, or the loss{_near(likelihood, LIKELIHOODS)}"
+        raise ValueError(f"likelihood={likelihood!r}: {expected}")
+    return likelihood
+
+
+def _check_loss(loss_fn: Any, smoothing: Smoothing, regions: bool) -> Any:
+    if loss_fn is None:
+        return None
+    if loss_fn != "model" and not callable(loss_fn):
+        raise ValueError(
+            f"loss_fn={loss_fn!r}: expected a function of (output, targets), 'model' (it returns its loss) or None"
+        )
+    why = ""
+    if smoothing.method != "lotion":
+        why = f"method={smoothing.method!r} has no expected loss; leave loss_fn out"
+    elif smoothing.curvature == "ggn":
+        why = "curvature='ggn' draws labels outside of any loss; choose 'factored', 'full' or 'fisher'"
+    elif smoothing.inner == "eager":
+        why = "inner='eager' makes no graph; choose 'aot_eager' or 'inductor'"
+    elif regions:
+        why = "with regions= no graph holds the whole loss; compile the whole model"
+    if why:
+        raise ValueError(f"loss_fn={loss_fn!r}: {why}")
+    return loss_fn
 
 
 def _check_compile_options(mode: str | None, options: Mapping[str, Any], inner: str) -> None:
@@ -428,6 +475,8 @@ def dynamo_backend(gm: Any, example_inputs: Any, *, mode: str | None = None, opt
     fmt = resolve(ours.pop("fmt", "nvfp4"))
     settings = {"method": "lotion", "strength": 1.0, "curvature": "factored", "inner": "inductor", "decay": 0.99}
     settings.update(ours)
+    if settings["curvature"] == "ggn":
+        raise ValueError("curvature='ggn' needs the model's call, which no backend sees; use transform(model)")
     _check_compile_options(mode, options, str(settings["inner"]))
     objective.install()
 

@@ -102,7 +102,7 @@ def test_callbacks_run_after_those_that_were_queued_first():
     x = torch.ones(1, requires_grad=True)
 
     def hook(_):
-        backend._after_backward(lambda: order.append("ours"))
+        backend.after_backward(lambda: order.append("ours"))
         torch.autograd.Variable._execution_engine.queue_callback(lambda: order.append("theirs"))
 
     x.register_post_accumulate_grad_hook(hook)

@@ -53,7 +53,14 @@ INDUCTOR = {
     "ddp inductor split": job("ddp", inner="inductor", bucket=0.01),
     "fsdp inductor": job("fsdp", inner="inductor"),
 }
-GROUPS = (FAST, SLOW, INDUCTOR)
+SAMPLED = {  # each rank draws its own labels, so none of these makes the very steps of one process
+    "ddp ggn": job("ddp", curvature="ggn"),
+    "ddp split ggn": job("ddp", curvature="ggn", bucket=0.01, refresh=2),
+    "ddp first ggn": job("ddp", curvature="ggn", outside=True),
+    "fsdp ggn": job("fsdp", curvature="ggn"),
+    "fsdp first ggn": job("fsdp", curvature="ggn", before=False),
+}
+GROUPS = (FAST | SAMPLED, SLOW, INDUCTOR)
 REFUSED = "fsdp flipped"
 slow = [pytest.param(name, marks=pytest.mark.slow) for name in (*SLOW, *INDUCTOR) if name != REFUSED]
 
@@ -139,3 +146,29 @@ def test_parameters_outside_of_regions_take_fisher():
 def test_a_shard_that_cuts_a_block_is_refused():
     for found in launched(1)[REFUSED]:
         assert "blocks 'blocks.0." in found["error"] and "cut into shards inside a block" in found["error"]
+
+
+@pytest.mark.parametrize("name", ["ddp ggn", "ddp split ggn"])
+def test_ranks_average_the_curvature_of_labels_of_their_own(name):
+    first, second = launched(0)[name]
+    assert "error" not in first, first
+    refresh = SAMPLED[name][1].get("refresh", 1)
+    torch._dynamo.reset()
+    reference = distributed_worker.single(inner="aot_eager", curvature="ggn", refresh=refresh)
+    assert all(state[-1] == pytest.approx({1: 0.029701, 2: 0.0199}[refresh]) for state in first["state"].values())
+    for part in ("parameters", "state"):
+        for key, value in second[part].items():
+            assert torch.equal(value, first[part][key]), (part, key)
+    assert set(first["estimator"].values()) == {"ggn"} and first["estimator"] == reference["estimator"]
+    assert_close(first["parameters"], reference["parameters"], 0.01)
+    for key, h in reference["curvature"].items():
+        # Inputs are those of the global batch; labels differ, their number does not.
+        mine = first["curvature"][key]
+        assert_close({key: mine.sum(0) / mine.sum()}, {key: h.sum(0) / h.sum()}, 0.02)
+        assert mine.sum() / h.sum() == pytest.approx(1, abs=0.2), key
+
+
+def test_ggn_is_refused_around_ddp_and_under_fsdp():
+    for name, message in (("ddp first ggn", "then wrap it"), ("fsdp ggn", "sharded"), ("fsdp first ggn", "sharded")):
+        for found in launched(0)[name]:
+            assert "curvature='ggn'" in found["error"] and message in found["error"], name

@@ -227,8 +227,9 @@ def test_a_language_model_s_head_is_in_the_stream_and_its_blocks_are_not():
     "options, message",
     [
         ({"loss_fn": "modle"}, "expected a function of"),
-        ({"loss_fn": F.mse_loss, "method": "ste"}, "only 'lotion'"),
+        ({"loss_fn": F.mse_loss, "method": "ste"}, "has no expected loss"),
         ({"loss_fn": F.mse_loss, "inner": "eager"}, "inner='eager'"),
+        ({"loss_fn": F.mse_loss, "curvature": "ggn"}, "draws labels"),
         ({"moments": "diagnal"}, "did you mean 'diagonal'"),
     ],
 )

@@ -1,0 +1,97 @@
+"""What a model's output parametrizes: the distribution whose negative log-likelihood the training loss is.
+
+    categorical   softmax over the last dimension     cross entropy, mean over positions
+    bernoulli     sigmoid of every element            binary cross entropy with logits, mean over elements
+    gaussian      N(output, 1/2) at every element     mean of (output - target)^2
+
+The Gauss-Newton matrix of such a loss is the mean outer product of its gradients at labels drawn from the output itself
+(Martens 2020, arXiv 1412.1193, section 9): so its diagonal takes no more than the contraction of squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
+_LOSSES = {
+    F.cross_entropy: "categorical",
+    nn.CrossEntropyLoss: "categorical",
+    F.binary_cross_entropy_with_logits: "bernoulli",
+    nn.BCEWithLogitsLoss: "bernoulli",
+    F.mse_loss: "gaussian",
+    nn.MSELoss: "gaussian",
+}
+
+
+def likelihood_of(loss: Any) -> str:
+    """The likelihood that one of torch's losses is the negative logarithm of, up to a constant.
+
+    Args:
+        loss: ``F.cross_entropy``, ``F.binary_cross_entropy_with_logits``, ``F.mse_loss``, or the module of one.
+
+    Raises:
+        ValueError: any other loss, or a module that weights or sums where the likelihood takes the plain mean.
+    """
+    name = _LOSSES.get(type(loss) if isinstance(loss, nn.Module) else loss)
+    if name is None:
+        raise ValueError(f"likelihood={loss!r}: no loss that is known here; name it: {', '.join(LIKELIHOODS)}")
+    for option, plain in (("reduction", "mean"), ("weight", None), ("pos_weight", None)):
+        if isinstance(loss, nn.Module) and getattr(loss, option, plain) != plain:
+            raise ValueError(
+                f"likelihood={loss!r} has {option}={getattr(loss, option)!r}, and the curvature is that of the plain "
+                f"mean; name it, likelihood={name!r}, and let strength make up for the difference in scale"
+            )
+    return name
+
+
+def output_in(out: Any, likelihood: str) -> Tensor:
+    """The tensor, among what a model returned, that parametrizes the likelihood.
+
+    It is the tensor itself, ``logits`` of an output that has them, else the first differentiable floating-point tensor
+    of two or more dimensions.
+
+    Raises:
+        ValueError: there is none.
+    """
+    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    wanted = 2 if likelihood == "categorical" or not isinstance(out, Tensor) else 1
+    for leaf in [logits] if isinstance(logits, Tensor) else tree_leaves(out):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad and leaf.dim() >= wanted:
+            return leaf
+    raise ValueError(
+        f"curvature='ggn' draws labels from the model's output, and this {type(out).__name__} holds no differentiable "
+        f"floating-point tensor of {wanted} or more dimensions; return logits or predictions (beside the loss, if you "
+        "like), or take curvature='factored'"
+    )
+
+
+def draws(output: Tensor, likelihood: str) -> int:
+    """How many independent labels the output has a distribution for, which the loss is the mean over."""
+    return output.numel() // output.shape[-1] if likelihood == "categorical" else output.numel()
+
+
+def sampled_loss(output: Tensor, likelihood: str, generator: torch.Generator | None = None) -> Tensor:
+    """The mean loss of an output against labels drawn from itself, 0-d and differentiable in the output.
+
+    Args:
+        output: logits [..., classes] for ``"categorical"``, logits of any shape for ``"bernoulli"``, means of any shape
+            for ``"gaussian"``; any floating dtype, half precision is computed in float32.
+        likelihood: one of `LIKELIHOODS`.
+        generator: of the labels, on the output's device.
+    """
+    output = output if output.dtype.itemsize >= 4 else output.float()
+    known, noise = output.detach(), torch.empty_like(output, requires_grad=False)
+    # torch.multinomial and torch.bernoulli stop a CUDA device at a logit that is not finite: an overflow must not.
+    if likelihood == "categorical":
+        labels = (known - noise.exponential_(generator=generator).log_()).argmax(-1)
+        return F.cross_entropy(output.flatten(0, -2), labels.flatten())
+    if likelihood == "bernoulli":
+        labels = (noise.uniform_(generator=generator) < known.sigmoid()).to(output.dtype)
+        return F.binary_cross_entropy_with_logits(output, labels)
+    return F.mse_loss(output, known + noise.normal_(generator=generator) * 0.5**0.5)
