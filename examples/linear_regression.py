@@ -3,8 +3,8 @@
     y = w* . x,    x ~ N(0, diag(lambda)),    lambda_i = i ** -1.1,    w* ~ N(0, I)
 
 The model is trained on its population loss, 1/2 sum_i lambda_i (w_i - w*_i)^2, written as the squared error of
-``w * sqrt(lambda)``. On minibatches the last inputs, whose variance is 30,000 times smaller than the first's, would
-drown in sampling noise, and with them what rounding does.
+``w * sqrt(lambda)``: a depthwise convolution, in which each weight meets its own input. On minibatches the last inputs,
+whose variance is 30,000 times smaller than the first's, would drown in sampling noise, and with them what rounding does.
 
 Each weight stands alone in this loss, so at a given scale rounding to nearest is already the best one can do and a
 rounded forward has nothing to add: STE is worse than PTQ here. What is left to learn is the scale, which the largest
@@ -29,20 +29,22 @@ from lotion_fx.examples import testbed
 
 
 class LinearRegression(nn.Module):
-    """Weights ``[1, size]`` beside a target of as many standard normal ones; `forward` returns the population loss."""
+    """A weight for each input, beside a target of as many standard normal ones; see `testbed.Testbed.build`."""
 
     def __init__(self, size: int = 12000) -> None:
         super().__init__()
-        root = testbed.spectrum(size).sqrt()
+        root = testbed.spectrum(size).sqrt().view(1, size, 1)
         self.register_buffer("root", root)
-        self.register_buffer("wanted", torch.randn(1, size) * root)
-        self.layer = nn.Linear(size, 1, bias=False)
+        self.register_buffer("wanted", torch.randn(1, size, 1) * root)
+        self.layer = nn.Conv1d(size, size, 1, groups=size, bias=False)
         nn.init.normal_(self.layer.weight)
+        self.scale = size / 2
         self.root: Tensor
         self.wanted: Tensor
 
-    def forward(self) -> Tensor:
-        return F.mse_loss(self.layer.weight * self.root, self.wanted, reduction="sum") / 2
+    def forward(self) -> tuple[Tensor, Tensor]:
+        predicted = self.layer(self.root)
+        return F.mse_loss(predicted, self.wanted), predicted
 
 
 main = testbed.command(

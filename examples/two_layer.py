@@ -25,7 +25,7 @@ from lotion_fx.examples import testbed
 
 
 class TwoLayer(nn.Module):
-    """Two linear layers and the batch that stands for all inputs; `forward` returns the population loss."""
+    """Two linear layers and the batch that stands for all inputs; see `testbed.Testbed.build`."""
 
     def __init__(self, size: int = 256, hidden: int = 64, outputs: int = 16) -> None:
         super().__init__()
@@ -34,12 +34,13 @@ class TwoLayer(nn.Module):
         self.register_buffer("y", F.linear(x, torch.randn(outputs, size)))
         self.first = nn.Linear(size, hidden, bias=False)
         self.second = nn.Linear(hidden, outputs, bias=False)
+        self.scale = outputs / 2
         self.x: Tensor
         self.y: Tensor
 
-    def forward(self) -> Tensor:
+    def forward(self) -> tuple[Tensor, Tensor]:
         predicted = self.second(self.first(self.x))
-        return F.mse_loss(predicted, self.y, reduction="sum") / (2 * len(self.x))
+        return F.mse_loss(predicted, self.y), predicted
 
 
 main = testbed.command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 
@@ -16,9 +15,6 @@ from lotion_fx.examples import linear_regression, testbed, two_layer
 from lotion_fx.examples.testbed import Row
 
 COMMANDS = ("linear-regression", "two-layer")
-EXACT = pytest.mark.skipif(
-    "loss_fn" not in inspect.signature(lotion_fx.transform).parameters, reason="transform has no loss_fn"
-)
 
 
 def spectrum(size: int) -> torch.Tensor:
@@ -39,31 +35,29 @@ def test_spectrum_is_the_power_law():
     assert torch.allclose(testbed.spectrum(50).double(), spectrum(50), rtol=1e-6)
 
 
-def test_linear_regression_returns_its_population_loss():
+def test_linear_regression_s_population_loss():
     torch.manual_seed(0)
     model = linear_regression.LinearRegression(size=40)
-    w, lam = model.layer.weight.detach().double(), spectrum(40)
-    target = model.wanted.double() / lam.sqrt()
-    assert model().item() == pytest.approx((lam * (w - target).square()).sum().item() / 2, rel=1e-5)
+    w, lam = model.layer.weight.detach().double().view(1, 40), spectrum(40)
+    target = model.wanted.double().view(1, 40) / lam.sqrt()
+    assert testbed.evaluate(model) == pytest.approx((lam * (w - target).square()).sum().item() / 2, rel=1e-5)
     mean, error = sampled(40, lambda x: x @ (w - target).T)
-    assert model().item() == pytest.approx(mean, abs=4 * error)
+    assert testbed.evaluate(model) == pytest.approx(mean, abs=4 * error)
     assert target.std().item() == pytest.approx(1, abs=0.4)  # w* is standard normal
 
 
-def test_two_layer_returns_its_population_loss():
+def test_two_layer_s_population_loss():
     torch.manual_seed(0)
     model = two_layer.TwoLayer(size=20, hidden=6, outputs=3)
     product, lam = (model.second.weight @ model.first.weight).detach().double(), spectrum(20)
     target = model.y.T.double() / (20 * lam).sqrt()
-    assert model().item() == pytest.approx((lam * (product - target).square()).sum().item() / 2, rel=1e-5)
+    assert testbed.evaluate(model) == pytest.approx((lam * (product - target).square()).sum().item() / 2, rel=1e-5)
     mean, error = sampled(20, lambda x: x @ (product - target).T)
-    assert model().item() == pytest.approx(mean, abs=4 * error)
+    assert testbed.evaluate(model) == pytest.approx(mean, abs=4 * error)
     assert target.std().item() == pytest.approx(1, abs=0.4)
 
 
-@pytest.mark.parametrize(
-    "method", ["ptq", "ste", "ste_scale", "lotion_second", pytest.param("lotion_exact", marks=EXACT)]
-)
+@pytest.mark.parametrize("method", testbed.METHODS)
 def test_a_run_ends_at_the_losses_of_its_weights(method, monkeypatch):
     """The row against the population loss of the trained weights, rounded here."""
     kept = []
@@ -153,7 +147,7 @@ def test_plot(tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_quick_run_writes_rows_and_curves(command, tmp_path):
     rows, curves = tmp_path / "rows.json", tmp_path / "curves.png"
-    methods = "ptq,ste_scale,lotion_second"
+    methods = ",".join(testbed.METHODS)
     arguments = [command, "--quick", "--methods", methods, "--json", str(rows), "--plot", str(curves)]
     result = CliRunner().invoke(build(), arguments, catch_exceptions=False)
     assert result.exit_code == 0
