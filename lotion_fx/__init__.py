@@ -4,6 +4,7 @@ model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
 """
 
 from lotion_fx.formats import Format, codebook, formats, register_format, resolve
+from lotion_fx.noise import NoiseLaw, noises, register_noise
 from lotion_fx.objective import penalty
 from lotion_fx.report import CoverageReport, report
 from lotion_fx.transform import (
@@ -19,14 +20,17 @@ __version__ = "0.1.0"
 __all__ = [
     "CoverageReport",
     "Format",
+    "NoiseLaw",
     "codebook",
     "finish",
     "formats",
     "full_precision",
     "load_state_dict",
+    "noises",
     "penalty",
     "randomized",
     "register_format",
+    "register_noise",
     "report",
     "resolve",
     "state_dict",

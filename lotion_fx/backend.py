@@ -37,6 +37,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
 
 from lotion_fx.formats import registered
+from lotion_fx.noise import registered_noises
 from lotion_fx.passes.curvature import resolve_curvature
 from lotion_fx.passes.smooth import Plan, attach, smooth
 from lotion_fx.passes.usage import Use, weight_uses
@@ -48,7 +49,13 @@ compiles: Counter[str] = Counter()
 
 _PACKAGE = Path(__file__).parent
 _SOURCES = tuple(
-    sorted(str(path) for path in (*Path(attach.__code__.co_filename).parent.glob("*.py"), *_PACKAGE.glob("[fr]o*.py")))
+    sorted(
+        str(path)
+        for path in (
+            *Path(attach.__code__.co_filename).parent.glob("*.py"),
+            *(_PACKAGE / f"{name}.py" for name in ("formats", "noise", "printer", "rounding")),
+        )
+    )
 )
 
 
@@ -106,9 +113,10 @@ class Backend:
         # A code depends on w / s: Triton's approximate division would make codes that eager does not.
         options.setdefault("eager_numerics.division_rounding", True)
         # Our node is as cacheable as its source: without this AOTAutograd's cache steps aside for the whole graph.
+        named = repr((registered(), registered_noises()))
         options["unsafe_marked_cacheable_functions"] = {
             **torch._inductor.config.unsafe_marked_cacheable_functions,
-            f"{smooth.__module__}.{smooth.__name__}": get_hash_for_files(_SOURCES, extra=repr(registered())).hex(),
+            f"{smooth.__module__}.{smooth.__name__}": get_hash_for_files(_SOURCES, extra=named).hex(),
         }
         return options
 

@@ -115,6 +115,18 @@ class Grid(ABC):
         """``z`` limited to the range of the levels."""
         return z.clamp(-self.max, self.max)
 
+    def below(self, level: Tensor) -> Tensor:
+        """The next level below each level; the last one itself at the end of the grid."""
+        return self.neighbours(level - self._nudge(level))[0]
+
+    def above(self, level: Tensor) -> Tensor:
+        """The next level above each level; the last one itself at the end of the grid."""
+        return self.neighbours(level + self._nudge(level))[1]
+
+    def _nudge(self, level: Tensor) -> Tensor:
+        # Less than any distance between levels, more than float32's at that level.
+        return (level.abs() * 2.0**-20).clamp(min=min(b - a for a, b in pairwise(self.levels)) / 2)
+
 
 def _positive_zero(x: Tensor) -> Tensor:
     # Adding 0.0 would do, but a compiler that may ignore the sign of zero removes it.

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx.formats import Format
+from lotion_fx.noise import RANDOMIZED, NoiseLaw
 from lotion_fx.passes.probe import Code, Layout
-from lotion_fx.passes.smooth import LATENT, RR, STE, STE_SCALE, Plan
+from lotion_fx.passes.smooth import LATENT, MEAN, RR, STE, STE_SCALE, Plan
 from lotion_fx.passes.usage import CONTRACTION, EMBEDDING, Use
 
 METHODS = {"ptq": LATENT, "ste": STE, "ste_scale": STE_SCALE, "rr": RR, "lotion": LATENT}
@@ -52,11 +53,17 @@ class Smoothing:
     adopted: bool = False  # came in through torch.compile(backend="lotion_fx")
     snapshot: dict[Weight, Tensor] = field(default_factory=dict)  # a few gradients as backward left them
     group: Any = None  # DistributedDataParallel's process group
+    noise: NoiseLaw = RANDOMIZED
 
     @property
     def forward_mode(self) -> str:
-        """The training forward: by method, or rounded with the scale differentiated once finishing."""
-        return STE_SCALE if self.finishing else METHODS[self.method]
+        """The training forward: by method, or rounded with the scale differentiated once finishing.
+
+        Under a biased noise the expected loss is taken around the mean of the random weights.
+        """
+        if self.finishing:
+            return STE_SCALE
+        return MEAN if self.method == "lotion" and not self.noise.unbiased else METHODS[self.method]
 
     @property
     def has_term(self) -> bool:
@@ -181,7 +188,7 @@ class Weight:
         if (mode, probing) not in self.plans:
             name = self.format.name if self.format and self.selected else None
             layout = self.layout if probing else None
-            self.plans[mode, probing] = Plan(mode, name, self.axis, layout) if name else None
+            self.plans[mode, probing] = Plan(mode, name, self.axis, layout, smoothing.noise.name) if name else None
         plan = self.plans[mode, probing]
         return None if plan is None or plan.is_identity else plan
 
