@@ -136,7 +136,7 @@ def _check(name: str, up: sympy.Expr, beyond: sympy.Expr) -> None:
         found = complex(expr.subs(D, at).evalf(30)) if expr.subs(D, at).is_number else complex("nan")
         if not abs(found - expected) <= _ROUNDING:
             why = "a weight at a level must stay there" if at != half else "its level changes sides there"
-            found_text = f"{found.real:.6g}" if not found.imag else f"{found:.6g}"
+            found_text = "undefined" if found != found else f"{found if found.imag else found.real:.6g}"
             raise ValueError(f"{part}={expr} of noise {name!r}: is {found_text} at D={at}, expected {expected}; {why}")
     outputs = (up, beyond, up + beyond, sympy.diff(up, D), sympy.diff(beyond, D))
     try:
