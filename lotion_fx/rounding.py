@@ -31,6 +31,7 @@ __all__ = [
     "from_blocks",
     "mean",
     "mean_vjp",
+    "outcomes",
     "rr",
     "rtn",
     "rtn_vjp",
@@ -183,6 +184,28 @@ def rr(
     if law.beyond is not None:
         level = torch.where((1 - u) * (at.hi - at.lo) < beyond, at.third, level)
     return from_blocks(level * s, fmt, axis, w.shape).to(w.dtype)
+
+
+def outcomes(
+    w: Tensor, fmt: Format, axis: int = -1, *, law: NoiseLaw = RANDOMIZED, amax_tensor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What each weight may be rounded to at random: exact expectations over one weight are sums over these.
+
+    Returns:
+        The values and their probabilities, each [2, *w.shape] (3 for a law with a third level), in the compute dtype.
+        At a level and past the grid the first value has all of the probability.
+    """
+    b = _blocks(w, fmt, axis, amax_tensor)
+    s = b.scale
+    at = _levels(b.w / s, fmt, law)
+    gap = at.hi - at.lo
+    up, beyond = (x / torch.where(gap == 0, 1.0, gap) for x in law.torch["draw"](at.z.clamp(at.lo, at.hi), *at[1:]))
+    values, odds = [at.lo, at.hi], [1 - up - beyond, up]
+    if law.beyond is not None:
+        values, odds = [*values, at.third], [*odds, beyond]
+    pairs = ((v * s, p) for v, p in zip(values, odds, strict=True))
+    put = [(from_blocks(v, fmt, axis, w.shape), from_blocks(p, fmt, axis, w.shape)) for v, p in pairs]
+    return torch.stack([v for v, _ in put]), torch.stack([p for _, p in put])
 
 
 def mean(

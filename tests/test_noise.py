@@ -157,6 +157,21 @@ def test_randomized_rounding_draws_as_ever(fmt):
     assert torch.equal(rounding.rr(w, fmt, uniform=u), rounding.from_blocks(q, fmt, -1, w.shape))
 
 
+@laws
+@formats
+def test_outcomes_are_the_law_s_levels(law, fmt):
+    fmt, levels = one_block(fmt), fmt.grid.levels
+    w = unit([*spread(fmt, 20), *levels], fmt)
+    values, odds = rounding.outcomes(w, fmt, law=law)
+    torch.testing.assert_close(odds.sum(0), torch.ones_like(w))
+    for i, value in enumerate(w.tolist()):
+        expected = points(value, levels, law)
+        for level in {*levels, *values[:, i].tolist()}:
+            p = sum(float(p) for q, p in expected if q == level)
+            assert odds[values[:, i] == level, i].sum().item() == pytest.approx(p, abs=1e-12)
+    assert (odds[0, -len(levels) :] == 1).all()
+
+
 @pytest.mark.parametrize("law", [RANDOMIZED, SMOOTHSTEP, gaussian(), WIDE], ids=lambda law: law.name)
 @formats
 def test_samples_have_the_law_s_frequencies(law, fmt):
@@ -262,13 +277,9 @@ relaxed = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def smoothed(loss, value: float, fmt: lotion_fx.Format, law: NoiseLaw) -> float:
-    """E L(q) for one weight of a block of scale 1, from the draw's own probabilities."""
-    at = torch.tensor([value], dtype=torch.float64)
-    low, high, outer, *_ = levels = rounding._levels(at, fmt, law)[1:]
-    up, beyond = (torch.as_tensor(x, dtype=torch.float64) for x in law.torch["draw"](at, *levels))
-    gap = torch.where(high == low, 1.0, high - low)
-    p, r = up / gap, beyond / gap
-    return float((1 - p - r) * loss(low) + p * loss(high) + r * loss(outer))
+    """E L(q) for one weight of a block of scale 1."""
+    values, odds = rounding.outcomes(unit([value], fmt), fmt, law=law)
+    return float((odds * loss(values))[:, 1].sum())
 
 
 def within(fmt: lotion_fx.Format, share: float) -> float:
