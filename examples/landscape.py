@@ -106,12 +106,11 @@ def minima(found: Curves) -> list[Minimum]:
     """The local minima of both losses, by place. A stair's place is that of its level."""
     of_quantized = set(found.levels[lowest(loss(found.levels))].tolist())
     of_smoothed = set(found.w[lowest(found.smoothed)].tolist())
-    index = {w: i for i, w in enumerate(found.w.tolist())}
     return [
-        Minimum(w, *(curve[index[w]].item() for curve in (found.quantized, found.smoothed)), w in of_quantized,
-                w in of_smoothed)
-        for w in sorted(of_quantized | of_smoothed)
-    ]  # fmt: skip
+        Minimum(w, quantized, smoothed, w in of_quantized, w in of_smoothed)
+        for w, quantized, smoothed in torch.stack([found.w, found.quantized, found.smoothed], 1).tolist()
+        if w in of_quantized | of_smoothed
+    ]
 
 
 def best(rows: list[Minimum]) -> tuple[Minimum, Minimum]:

@@ -47,12 +47,12 @@ class _Printer(PythonCodePrinter):
 
     def _print_Pow(self, expr: Any, rational: bool = False) -> str:
         base, exponent = expr.as_base_exp()
-        if exponent.is_Integer and 0 < abs(exponent) <= 16:
-            product = "*".join([self.parenthesize(base, PRECEDENCE["Pow"])] * abs(exponent))
-            return f"({product})" if exponent > 0 else f"(1.0/({product}))"
-        if abs(exponent) == sympy.Rational(1, 2):
-            root = f"{self.module}.sqrt({self._print(base)})"
-            return root if exponent > 0 else f"(1.0/{root})"
+        if exponent.could_extract_minus_sign():
+            return f"(1.0/{self._print(base**-exponent)})"
+        if exponent.is_Integer and exponent <= 16:
+            return "(" + "*".join([self.parenthesize(base, PRECEDENCE["Pow"])] * int(exponent)) + ")"
+        if exponent == sympy.Rational(1, 2):
+            return f"{self.module}.sqrt({self._print(base)})"
         return self.functions["Pow"].format(self._print(base), self._print(exponent))
 
     def _print_Function(self, expr: Any) -> str:
