@@ -92,17 +92,25 @@ def _copy(gm: fx.GraphModule) -> fx.Graph:
     return graph
 
 
-def _constants(plan: Plan) -> tuple[str, str, str, int, str, int, int]:
+def _constants(plan: Plan) -> tuple[str, str, int, str, int, int, str]:
     """The plan as plain values, which graphs and compile caches can hold."""
     layout = plan.layout or Layout("none", (1,), 1, 1)
-    return plan.mode, plan.noise, plan.fmt, plan.axis, layout.kind, layout.groups, layout.rows
+    return plan.mode, plan.fmt, plan.axis, layout.kind, layout.groups, layout.rows, plan.noise
 
 
 def smooth(
-    weight: Tensor, probe: Tensor | None, mode: str, noise: str, fmt: str, axis: int, kind: str, groups: int, rows: int
+    weight: Tensor,
+    probe: Tensor | None,
+    mode: str,
+    fmt: str,
+    axis: int,
+    kind: str,
+    groups: int,
+    rows: int,
+    noise: str = "randomized",
 ) -> Tensor:
     """The quantize-and-smooth node: see the module's docstring, `Plan` and `Layout` for the arguments."""
-    return _Smooth.apply(weight, probe, mode, noise, fmt, axis, kind, groups, rows)
+    return _Smooth.apply(weight, probe, mode, fmt, axis, kind, groups, rows, noise)
 
 
 class _Smooth(torch.autograd.Function):
@@ -112,12 +120,12 @@ class _Smooth(torch.autograd.Function):
         weight: Tensor,
         probe: Tensor | None,
         mode: str,
-        noise: str,
         fmt: str,
         axis: int,
         kind: str,
         groups: int,
         rows: int,
+        noise: str,
     ) -> Tensor:
         ctx.probe = (kind, groups, rows) if probe is not None else None
         ctx.scale = (mode, noise, fmt, axis) if mode in (STE_SCALE, MEAN) else None
