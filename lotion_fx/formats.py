@@ -89,6 +89,11 @@ class Grid(ABC):
     def levels(self) -> tuple[float, ...]:
         """All levels, ascending, zero once."""
 
+    @property
+    def finest(self) -> float:
+        """The smallest distance between two levels."""
+        return min(b - a for a, b in pairwise(self.levels))
+
     @abstractmethod
     def neighbours(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The levels ``lo <= z <= hi`` around ``z``.
@@ -125,7 +130,7 @@ class Grid(ABC):
 
     def _nudge(self, level: Tensor) -> Tensor:
         # Less than any distance between levels, more than float32's at that level.
-        return (level.abs() * 2.0**-20).clamp(min=min(b - a for a, b in pairwise(self.levels)) / 2)
+        return (level.abs() * 2.0**-20).clamp(min=self.finest / 2)
 
 
 def _positive_zero(x: Tensor) -> Tensor:
@@ -219,6 +224,10 @@ class Minifloat(Grid):
         codes = torch.arange(2 ** (self.bits - 1), dtype=torch.uint8)
         positive = [x for x in self.decode(codes).tolist() if 0 < x <= self.max]
         return (*(-x for x in reversed(positive)), 0.0, *positive)
+
+    @property
+    def finest(self) -> float:
+        return self.smallest  # `levels` decodes tensors, which a compiler's fakes do not allow
 
     def step(self, z: Tensor) -> Tensor:
         """The distance between the levels around ``z``: a power of two."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import mpmath
@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lotion_fx
 from lotion_fx import rounding
@@ -423,6 +424,15 @@ def test_compiled_is_eager(law):
     for function in (rounding.mean, rounding.variance):
         compiled = torch.compile(lambda x, f=function: f(x, resolve("nf4"), law=law), backend="eager", fullgraph=True)
         assert torch.equal(compiled(w), function(w, resolve("nf4"), law=law))
+
+
+@laws
+@formats
+def test_traced_on_fakes_is_eager(law, fmt):
+    w = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+    for function in (rounding.mean, rounding.variance, lambda x, *a, **k: rounding.mean_vjp(x, x, *a, **k)):
+        traced = make_fx(partial(function, fmt=fmt, law=law), tracing_mode="fake")(w)
+        assert torch.equal(traced(w), function(w, fmt=fmt, law=law))
 
 
 # --- training -------------------------------------------------------------------------------------------------------
