@@ -2,9 +2,10 @@
 
     y = w* . x,    x ~ N(0, diag(lambda)),    lambda_i = i ** -1.1,    w* ~ N(0, I)
 
-The model is trained on its population loss, 1/2 sum_i lambda_i (w_i - w*_i)^2, written as the squared error of
-``w * sqrt(lambda)``: a depthwise convolution, in which each weight meets its own input. On minibatches the last inputs,
-whose variance is 30,000 times smaller than the first's, would drown in sampling noise, and with them what rounding does.
+The model is trained on its population loss, 1/2 sum_i lambda_i (w_i - w*_i)^2, the squared error of
+``w * sqrt(lambda)``: a stack of products one by one, in which each weight meets its own input. On minibatches the last
+inputs, whose variance is 30,000 times smaller than the first's, would drown in sampling noise, and with them what
+rounding does.
 
 Each weight stands alone in this loss, so at a given scale rounding to nearest is already the best one can do and a
 rounded forward has nothing to add: STE is worse than PTQ here. What is left to learn is the scale, which the largest
@@ -33,17 +34,16 @@ class LinearRegression(nn.Module):
 
     def __init__(self, size: int = 12000) -> None:
         super().__init__()
-        root = testbed.spectrum(size).sqrt().view(1, size, 1)
+        root = testbed.spectrum(size).sqrt().view(size, 1, 1)
         self.register_buffer("root", root)
-        self.register_buffer("wanted", torch.randn(1, size, 1) * root)
-        self.layer = nn.Conv1d(size, size, 1, groups=size, bias=False)
-        nn.init.normal_(self.layer.weight)
+        self.register_buffer("wanted", torch.randn(size, 1, 1) * root)
+        self.weight = nn.Parameter(torch.randn(size, 1, 1))
         self.scale = size / 2
         self.root: Tensor
         self.wanted: Tensor
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        predicted = self.layer(self.root)
+        predicted = torch.bmm(self.root, self.weight)
         return F.mse_loss(predicted, self.wanted), predicted
 
 

@@ -60,7 +60,7 @@ class Testbed:
         name: of the plot's file.
         about: what the command's help says.
         build: a new model, its target and its start drawn from torch's default generator. Its forward takes nothing
-            and returns a mean squared error, 0-d, and the prediction; ``scale`` makes the population loss of the former.
+            and returns a mean squared error, 0-d, and the prediction; times its ``scale`` that is the population loss.
         lrs: the grid of learning rates, ascending.
         steps: of Adam, the learning rate going down to 0 along a cosine.
     """

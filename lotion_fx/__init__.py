@@ -6,6 +6,7 @@ model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
 from lotion_fx.calibrate import calibrate
 from lotion_fx.expected import ExpectedLoss, expected_loss
 from lotion_fx.formats import Format, codebook, formats, register_format, resolve
+from lotion_fx.noise import NoiseLaw, noises, register_noise
 from lotion_fx.objective import penalty
 from lotion_fx.report import CoverageReport, report
 from lotion_fx.transform import (
@@ -23,6 +24,7 @@ __all__ = [
     "CoverageReport",
     "ExpectedLoss",
     "Format",
+    "NoiseLaw",
     "calibrate",
     "codebook",
     "expected_loss",
@@ -30,9 +32,11 @@ __all__ = [
     "formats",
     "full_precision",
     "load_state_dict",
+    "noises",
     "penalty",
     "randomized",
     "register_format",
+    "register_noise",
     "report",
     "resolve",
     "state_dict",

@@ -39,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from lotion_fx.formats import registered
+from lotion_fx.noise import registered_noises
 from lotion_fx.passes.curvature import resolve_curvature
 from lotion_fx.passes.moments import Certificate, Streamed, stream
 from lotion_fx.passes.smooth import Plan, attach, insert_variances, smooth, variance
@@ -51,7 +52,13 @@ compiles: Counter[str] = Counter()
 
 _PACKAGE = Path(__file__).parent
 _SOURCES = tuple(
-    sorted(str(path) for path in (*Path(attach.__code__.co_filename).parent.glob("*.py"), *_PACKAGE.glob("[fr]o*.py")))
+    sorted(
+        str(path)
+        for path in (
+            *Path(attach.__code__.co_filename).parent.glob("*.py"),
+            *(_PACKAGE / f"{name}.py" for name in ("formats", "noise", "printer", "rounding")),
+        )
+    )
 )
 
 
@@ -109,7 +116,8 @@ class Backend:
         # A code depends on w / s: Triton's approximate division would make codes that eager does not.
         options.setdefault("eager_numerics.division_rounding", True)
         # Our node is as cacheable as its source: without this AOTAutograd's cache steps aside for the whole graph.
-        source = get_hash_for_files(_SOURCES, extra=repr(registered())).hex()
+        named = repr((registered(), registered_noises()))
+        source = get_hash_for_files(_SOURCES, extra=named).hex()
         options["unsafe_marked_cacheable_functions"] = {
             **torch._inductor.config.unsafe_marked_cacheable_functions,
             **{f"{node.__module__}.{node.__name__}": source for node in (smooth, variance)},
@@ -118,9 +126,15 @@ class Backend:
 
 
 def compiled_call(module: torch.nn.Module, backend: Backend, **options: Any) -> Callable[..., Any]:
-    """What `nn.Module.compile` would call, also for a bare `nn.Sequential`: that one skips forwards of torch's own."""
-    call = module._call_impl
-    return torch.compile(wrap_inline(call) if trace_rules.check(module.forward) else call, backend=backend, **options)
+    """What `nn.Module.compile` would call, also for a bare `nn.Sequential`: that one skips forwards of torch's own.
+
+    And for a module with parameters of its own: there our hooks, which see to weights outside of graphs, must be traced.
+    """
+    call, hooks = module._call_impl, {*module._forward_pre_hooks, *module._forward_hooks}
+    ours = hooks == {"lotion_fx"}
+    return torch.compile(
+        wrap_inline(call) if ours or trace_rules.check(module.forward) else call, backend=backend, **options
+    )
 
 
 def hook_forward(module: torch.nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:

@@ -24,7 +24,7 @@ def build() -> typer.Typer:
     """The command line with every subcommand."""
     import typer
 
-    from lotion_fx.examples import linear_regression, quickstart, two_layer
+    from lotion_fx.examples import landscape, linear_regression, quickstart, two_layer
 
     app = typer.Typer(
         help="Quantization-aware training by LOTION.",
@@ -33,8 +33,8 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    app.callback()(lambda: None)  # keeps the subcommand's name even while there is one only
     app.command("quickstart")(quickstart.main)
     app.command("linear-regression")(linear_regression.main)
     app.command("two-layer")(two_layer.main)
+    app.command("landscape")(landscape.main)
     return app

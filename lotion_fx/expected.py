@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from lotion_fx.passes import random_tensor
 from lotion_fx.passes.moments import ANALYTIC, EXACT, FISHER, SECOND_ORDER, Certificate, analyse, interpret
 from lotion_fx.passes.probe import HEADER, Code, Layout
 from lotion_fx.passes.random_tensor import Note, Random
-from lotion_fx.passes.smooth import LATENT, Plan, variance
+from lotion_fx.passes.smooth import LATENT, MEAN, Plan, smooth, variance
 from lotion_fx.passes.usage import weight_uses
 from lotion_fx.state import MOMENTS, Weight
 from lotion_fx.transform import names_of
@@ -155,12 +155,15 @@ class Estimate:
         joined: list[Tensor] = []
         for name, share in shares.items():
             weight, parameter = self.weights[name], parameters[name]
+            mean = _mean(weight, parameter)
+            changed[name] = parameter if mean is parameter else parameter + share * (mean - parameter)
             assert weight.format is not None
-            noise = variance(parameter, weight.format.name, weight.axis) * (share * self.strength(name))
+            law = weight.format.name, weight.axis, weight.smoothing.noise.name
+            noise = variance(parameter, *law) * (share * self.strength(name))
             if name in self.curvatures:
                 joined.append(0.5 * (self.curvatures[name] * noise).sum())
             else:
-                changed[name] = random_tensor.weight(name, parameter, noise.to(parameter.dtype))
+                changed[name] = random_tensor.weight(name, changed[name], noise.to(parameter.dtype))
         loss = interpret(self.graph.gm, self.graph.inputs(changed)).outputs[0]
         loss = loss.mean if isinstance(loss, Random) else loss
         return loss + torch.stack(joined).sum() if joined else loss
@@ -218,12 +221,13 @@ class Estimate:
     def sample(self, names: list[str], samples: int, generator: torch.Generator | None) -> tuple[float, float]:
         """The mean increase of the loss with these weights randomly rounded, and its standard error (nan of one).
 
-        The part linear in the noise has mean zero and most of the spread: it is taken out.
+        The part linear in the noise about its mean has mean zero and most of the spread: it is taken out.
         """
         increases = []
         for _ in range(samples):
-            drawn = {name: self._rounded(name, rounding.rr, generator=generator) for name in names}
-            steps = {name: q - self.graph.parameters[name] for name, q in drawn.items() if name in self.slopes}
+            draw = partial(rounding.rr, generator=generator)
+            drawn = {name: self._rounded(name, draw, law=self.weights[name].smoothing.noise) for name in names}
+            steps = {name: q - self._mean(name) for name, q in drawn.items() if name in self.slopes}
             linear = sum(float((self.slopes[name] * step).sum()) for name, step in steps.items())
             increases.append(float(self.graph.loss(drawn)) - linear - self.latent)
         error = statistics.stdev(increases) / math.sqrt(samples) if samples > 1 else math.nan
@@ -233,6 +237,9 @@ class Estimate:
         weight = self.weights[name]
         assert weight.format is not None
         return how(self.graph.parameters[name].detach(), weight.format, weight.axis, **options)
+
+    def _mean(self, name: str) -> Tensor:
+        return _mean(self.weights[name], self.graph.parameters[name])
 
     @cached_property
     def slopes(self) -> dict[str, Tensor]:
@@ -281,6 +288,15 @@ def _with_strength(certificate: Certificate, name: str, strength: float) -> Cert
     if certificate.kind != EXACT or strength == 1 or not certificate.path:
         return certificate
     return replace(certificate, kind=SECOND_ORDER, notes=(Note(f"strength {strength:.3g}", "term", frozenset({name})),))
+
+
+def _mean(weight: Weight, parameter: Tensor) -> Tensor:
+    """The mean of a weight's random rounding, differentiable: itself, if the law is unbiased and nothing saturates."""
+    assert weight.format is not None
+    noise = weight.smoothing.noise
+    if noise.unbiased and not weight.format.saturates:
+        return parameter
+    return smooth(parameter, None, MEAN, weight.format.name, weight.axis, "none", 1, 1, noise.name)
 
 
 def _plan(weight: Weight) -> Plan:

@@ -89,6 +89,11 @@ class Grid(ABC):
     def levels(self) -> tuple[float, ...]:
         """All levels, ascending, zero once."""
 
+    @property
+    def finest(self) -> float:
+        """The smallest distance between two levels."""
+        return min(b - a for a, b in pairwise(self.levels))
+
     @abstractmethod
     def neighbours(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The levels ``lo <= z <= hi`` around ``z``.
@@ -114,6 +119,18 @@ class Grid(ABC):
     def clamp(self, z: Tensor) -> Tensor:
         """``z`` limited to the range of the levels."""
         return z.clamp(-self.max, self.max)
+
+    def below(self, level: Tensor) -> Tensor:
+        """The next level below each level; the last one itself at the end of the grid."""
+        return self.neighbours(level - self._nudge(level))[0]
+
+    def above(self, level: Tensor) -> Tensor:
+        """The next level above each level; the last one itself at the end of the grid."""
+        return self.neighbours(level + self._nudge(level))[1]
+
+    def _nudge(self, level: Tensor) -> Tensor:
+        # Less than any distance between levels, more than float32's at that level.
+        return (level.abs() * 2.0**-20).clamp(min=self.finest / 2)
 
 
 def _positive_zero(x: Tensor) -> Tensor:
@@ -207,6 +224,10 @@ class Minifloat(Grid):
         codes = torch.arange(2 ** (self.bits - 1), dtype=torch.uint8)
         positive = [x for x in self.decode(codes).tolist() if 0 < x <= self.max]
         return (*(-x for x in reversed(positive)), 0.0, *positive)
+
+    @property
+    def finest(self) -> float:
+        return self.smallest  # `levels` decodes tensors, which a compiler's fakes do not allow
 
     def step(self, z: Tensor) -> Tensor:
         """The distance between the levels around ``z``: a power of two."""
@@ -515,6 +536,11 @@ class Format:
             raise ValueError(f"block={self.block!r}: expected a positive integer, 'tensor' or 'channel'")
         if self.law == PowerOfTwoScale("even") and not isinstance(self.grid, Minifloat):
             raise ValueError(f"law={self.law!r}: the rule 'even' rounds to a mantissa, which {self.grid!r} has not")
+
+    @property
+    def saturates(self) -> bool:
+        """Whether a scale may be rounded down, so that a block's largest weights can lie past the last level."""
+        return self.law.two_level or (isinstance(self.law, PowerOfTwoScale) and self.law.rule != "ceil")
 
     @property
     def bits_per_weight(self) -> float:

@@ -375,13 +375,14 @@ class _Term(torch.autograd.Function):
         ctx.save_for_backward(parameter, h)
         ctx.weight = weight
         assert weight.format is not None
-        return 0.5 * (h * rounding.variance(parameter, weight.format, weight.axis)).sum()
+        variance = rounding.variance(parameter, weight.format, weight.axis, law=weight.smoothing.noise)
+        return 0.5 * (h * variance).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         parameter, h = ctx.saved_tensors
         ctx.weight.entered = True
-        slope = rounding.variance_vjp(parameter, h, ctx.weight.format, ctx.weight.axis)
+        slope = rounding.variance_vjp(parameter, h, ctx.weight.format, ctx.weight.axis, law=ctx.weight.smoothing.noise)
         return (0.5 * grad * slope).to(parameter.dtype), None, None
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from lotion_fx import backend, rounding
-from lotion_fx.passes.smooth import LATENT, RR
+from lotion_fx.passes.smooth import LATENT, MEAN, RR
 from lotion_fx.state import Smoothing, Weight, registry
 
 _latent: weakref.WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
@@ -54,15 +54,21 @@ def _swap_in(module: nn.Module) -> None:
         if mode == LATENT or parameter is None or weight.format is None or not weight.selected:
             continue
         if weight.training and not weight.smoothing.override:
+            asked, instead = f"method={weight.smoothing.method!r}", "method='lotion'"
+            if mode == MEAN:
+                asked, instead = f"noise={weight.smoothing.noise.name!r}", "noise='randomized'"
             raise ValueError(
-                f"method={weight.smoothing.method!r} needs a rounded training forward, and no compiled graph "
-                f"contains {weight.name!r}; use method='lotion', or leave it out: only={{{weight.name!r}: None}}"
+                f"{asked} needs a rounded training forward, and no compiled graph contains {weight.name!r}; "
+                f"use {instead}, or leave it out: only={{{weight.name!r}: None}}"
             )
         if isinstance(parameter, DTensor):
             raise ValueError(f"no compiled graph contains {weight.name!r}, and it is sharded: put it into regions=")
-        rounding_of = rounding.rr if mode == RR else rounding.rtn
+        fmt, axis, latent = weight.format, weight.axis, parameter.detach()
         _latent.setdefault(module, []).append((parameter, parameter.data))
-        parameter.data = rounding_of(parameter.detach(), weight.format, weight.axis)
+        if mode == RR:
+            parameter.data = rounding.rr(latent, fmt, axis, law=weight.smoothing.noise)
+        else:
+            parameter.data = rounding.rtn(latent, fmt, axis)
 
 
 @torch.compiler.disable

@@ -1,4 +1,4 @@
-"""Rounding a weight onto a format: to nearest, at random, the random one's variance, and gradients in closed form.
+"""Rounding a weight onto a format: to nearest, at random, the random one's moments, and gradients in closed form.
 
 Notation of the whole file: ``s`` a block's scale, ``z = w / s``, ``lo <= z <= hi`` the levels around it, ``q_max``
 the largest level. Every function computes in float32 (float64 for float64 weights) and is made of plain ATen
@@ -25,8 +25,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formats import Format
+from .noise import RANDOMIZED, NoiseLaw
 
-__all__ = ["from_blocks", "rr", "rtn", "rtn_vjp", "scale", "scale_parts", "to_blocks", "variance", "variance_vjp"]
+__all__ = [
+    "from_blocks",
+    "mean",
+    "mean_vjp",
+    "outcomes",
+    "rr",
+    "rtn",
+    "rtn_vjp",
+    "scale",
+    "scale_parts",
+    "to_blocks",
+    "variance",
+    "variance_vjp",
+]
 
 
 def compute_dtype(w: Tensor) -> torch.dtype:
@@ -110,6 +124,22 @@ def scale_parts(
     return b.block_scale, b.tensor_scale
 
 
+class _Levels(NamedTuple):
+    """What a law's printed functions take, each of the shape of a weight in blocks, in grid units."""
+
+    z: Tensor
+    lo: Tensor
+    hi: Tensor
+    third: Tensor
+
+
+def _levels(z: Tensor, fmt: Format, law: NoiseLaw) -> _Levels:
+    lo, hi = fmt.grid.neighbours(z)
+    if law.beyond is None:
+        return _Levels(z, lo, hi, lo)
+    return _Levels(z, lo, hi, torch.where(z - lo < hi - z, fmt.grid.below(lo), fmt.grid.above(hi)))
+
+
 def rtn(w: Tensor, fmt: Format, axis: int = -1, *, amax_tensor: Tensor | None = None) -> Tensor:
     """Round to nearest, ``s * nearest(w / s)``: ties to the even code, values past the grid to its last level.
 
@@ -126,11 +156,12 @@ def rr(
     fmt: Format,
     axis: int = -1,
     *,
+    law: NoiseLaw = RANDOMIZED,
     generator: torch.Generator | None = None,
     uniform: Tensor | None = None,
     amax_tensor: Tensor | None = None,
 ) -> Tensor:
-    """Randomized rounding: ``s hi`` with probability ``(z - lo) / (hi - lo)``, else ``s lo``.
+    """Randomized rounding: ``s hi`` with probability ``(z - lo) / (hi - lo)``, else ``s lo``; or as ``law`` has it.
 
     Each weight is independent and its mean is ``w``, except for values past the grid, which take its last level.
 
@@ -145,25 +176,100 @@ def rr(
         uniform = torch.rand(w.shape, generator=generator, dtype=compute_dtype(w), device=w.device)
     b = _blocks(w, fmt, axis, amax_tensor)
     s = b.scale
-    z = b.w / s
-    lo, hi = fmt.grid.neighbours(z)
-    # u (hi - lo) < z - lo is u < p without the 0 / 0 at a level.
-    up = to_blocks(uniform, fmt, axis).to(z.dtype) * (hi - lo) < z - lo
-    return from_blocks(torch.where(up, hi, lo) * s, fmt, axis, w.shape).to(w.dtype)
+    at = _levels(b.w / s, fmt, law)
+    up, beyond = law.torch["draw"](*at)
+    u = to_blocks(uniform, fmt, axis).to(at.z.dtype)
+    # u gap < p gap is u < p, and at a level, where the gap is 0, it is false.
+    level = torch.where(u * (at.hi - at.lo) < up, at.hi, at.lo)
+    if law.beyond is not None:
+        level = torch.where((1 - u) * (at.hi - at.lo) < beyond, at.third, level)
+    return from_blocks(level * s, fmt, axis, w.shape).to(w.dtype)
 
 
-def variance(w: Tensor, fmt: Format, axis: int = -1, *, amax_tensor: Tensor | None = None) -> Tensor:
-    """The variance of randomized rounding, ``sigma^2 = (w - s lo)(s hi - w)``; 0 at a level and past the grid.
+def outcomes(
+    w: Tensor, fmt: Format, axis: int = -1, *, law: NoiseLaw = RANDOMIZED, amax_tensor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What each weight may be rounded to at random: exact expectations over one weight are sums over these.
+
+    Returns:
+        The values and their probabilities, each [2, *w.shape] (3 for a law with a third level), in the compute dtype.
+        At a level and past the grid the first value has all of the probability.
+    """
+    b = _blocks(w, fmt, axis, amax_tensor)
+    s = b.scale
+    at = _levels(b.w / s, fmt, law)
+    gap = at.hi - at.lo
+    up, beyond = (x / torch.where(gap == 0, 1.0, gap) for x in law.torch["draw"](at.z.clamp(at.lo, at.hi), *at[1:]))
+    values, odds = [at.lo, at.hi], [1 - up - beyond, up]
+    if law.beyond is not None:
+        values, odds = [*values, at.third], [*odds, beyond]
+    pairs = ((v * s, p) for v, p in zip(values, odds, strict=True))
+    put = [(from_blocks(v, fmt, axis, w.shape), from_blocks(p, fmt, axis, w.shape)) for v, p in pairs]
+    return torch.stack([v for v, _ in put]), torch.stack([p for _, p in put])
+
+
+def mean(
+    w: Tensor, fmt: Format, axis: int = -1, *, law: NoiseLaw = RANDOMIZED, amax_tensor: Tensor | None = None
+) -> Tensor:
+    """The mean of a random rounding: ``w`` if the law is unbiased, the level itself at a level and past the grid.
+
+    Returns:
+        The mean, ``w``'s shape, in the compute dtype.
+    """
+    b = _blocks(w, fmt, axis, amax_tensor)
+    s = b.scale
+    (m,) = law.torch["mean"](*_levels(fmt.grid.clamp(b.w / s), fmt, law))
+    return from_blocks(m * s, fmt, axis, w.shape)
+
+
+def mean_vjp(
+    w: Tensor,
+    grad: Tensor,
+    fmt: Format,
+    axis: int = -1,
+    *,
+    law: NoiseLaw = RANDOMIZED,
+    scale_grad: bool = True,
+    amax_tensor: Tensor | None = None,
+) -> Tensor:
+    """The gradient ``d/dw <grad, mean(w)>``.
+
+    With ``m(z)`` the mean in grid units it is ``grad_i m'(z_i)``, 0 past the grid, plus the scale's own part at the
+    block's absmax element: ``sign(w_m) / q_max * sum_i grad_i (m(z_i) - z_i m'(z_i))``, with what `variance_vjp` says
+    of scales. At a level the slope is the law's at D = 0.
+
+    Args:
+        grad: gradient with respect to the mean, ``w``'s shape.
+        scale_grad: whether to add the scale's part.
+
+    Returns:
+        The gradient, ``w``'s shape, in the compute dtype.
+    """
+    b = _blocks(w, fmt, axis, amax_tensor)
+    g = to_blocks(grad.to(compute_dtype(w)), fmt, axis)
+    z = b.w / b.scale
+    at = _levels(fmt.grid.clamp(z), fmt, law)
+    by_w, by_s = law.torch["mean_slopes"](*at)
+    inside = z == at.z
+    out = torch.where(inside, g * by_w, 0.0)
+    if scale_grad:
+        out = out + _at_amax(b, fmt, (g * torch.where(inside, by_s, at.z)).sum(-1, keepdim=True))
+    return from_blocks(out, fmt, axis, w.shape)
+
+
+def variance(
+    w: Tensor, fmt: Format, axis: int = -1, *, law: NoiseLaw = RANDOMIZED, amax_tensor: Tensor | None = None
+) -> Tensor:
+    """The variance of a random rounding, ``sigma^2 = (w - s lo)(s hi - w)`` by default; 0 at a level and past the grid.
 
     Returns:
         ``sigma^2 >= 0`` in squared units of ``w``, its shape, in the compute dtype.
     """
     b = _blocks(w, fmt, axis, amax_tensor)
     s = b.scale
-    z = fmt.grid.clamp(b.w / s)
-    lo, hi = fmt.grid.neighbours(z)
-    # In grid units both factors are differences without cancellation: never negative, and exactly 0 at a level.
-    return from_blocks(((z - lo) * s) * ((hi - z) * s), fmt, axis, w.shape)
+    # In grid units the law's factors are differences without cancellation: exactly 0 at a level.
+    (v,) = law.torch["variance"](*_levels(fmt.grid.clamp(b.w / s), fmt, law))
+    return from_blocks(v * s * s, fmt, axis, w.shape)
 
 
 def variance_vjp(
@@ -172,15 +278,17 @@ def variance_vjp(
     fmt: Format,
     axis: int = -1,
     *,
+    law: NoiseLaw = RANDOMIZED,
     scale_grad: bool = True,
     amax_tensor: Tensor | None = None,
 ) -> Tensor:
     """The gradient ``d/dw sum_i h_i sigma_i^2`` with ``h`` constant.
 
-    ``h_i (s (lo_i + hi_i) - 2 w_i)``, plus the scale's own part at the block's absmax element ``m``:
-    ``sign(w_m) / q_max * sum_i h_i (w_i (lo_i + hi_i) - 2 s lo_i hi_i)``. Weights past the grid contribute nothing,
-    nor does a scale at its lower limit; a snapped scale passes straight through, a tensor's second-level scale is
-    held; several absmax elements share alike. On a shard the block sum is the shard's own.
+    ``h_i s v'(z_i)``, with ``v`` the variance in grid units, plus the scale's own part at the block's absmax element
+    ``m``: ``sign(w_m) / q_max * sum_i h_i s (2 v(z_i) - z_i v'(z_i))``. For randomized rounding these are
+    ``h_i (s (lo_i + hi_i) - 2 w_i)`` and ``h_i (w_i (lo_i + hi_i) - 2 s lo_i hi_i)``. Weights past the grid contribute
+    nothing, nor does a scale at its lower limit; a snapped scale passes straight through, a tensor's second-level scale
+    is held; several absmax elements share alike. On a shard the block sum is the shard's own.
 
     Args:
         h: curvature, broadcasts to ``w``'s shape.
@@ -192,12 +300,10 @@ def variance_vjp(
     b = _blocks(w, fmt, axis, amax_tensor)
     s = b.scale
     h = to_blocks(h.expand(w.shape), fmt, axis).to(b.w.dtype)
-    z = fmt.grid.clamp(b.w / s)
-    lo, hi = fmt.grid.neighbours(z)
-    grad = ((lo + hi) - 2 * z) * s * h
+    by_w, by_s = law.torch["variance_slopes"](*_levels(fmt.grid.clamp(b.w / s), fmt, law))
+    grad = by_w * s * h
     if scale_grad:
-        # d sigma^2 / ds at constant w, divided by s.
-        grad = grad + _at_amax(b, fmt, s * (h * (z * (lo + hi) - 2 * (lo * hi))).sum(-1, keepdim=True))
+        grad = grad + _at_amax(b, fmt, s * (h * by_s).sum(-1, keepdim=True))
     return from_blocks(grad, fmt, axis, w.shape)
 
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx.formats import Format
+from lotion_fx.noise import RANDOMIZED, NoiseLaw
 from lotion_fx.passes.moments import Certificate
 from lotion_fx.passes.probe import Code, Layout
-from lotion_fx.passes.smooth import LATENT, RR, STE, STE_SCALE, Plan
+from lotion_fx.passes.smooth import LATENT, MEAN, RR, STE, STE_SCALE, Plan
 from lotion_fx.passes.usage import CONTRACTION, EMBEDDING, Use
 
 METHODS = {"ptq": LATENT, "ste": STE, "ste_scale": STE_SCALE, "rr": RR, "lotion": LATENT}
@@ -55,6 +56,7 @@ class Smoothing:
     adopted: bool = False  # came in through torch.compile(backend="lotion_fx")
     snapshot: dict[Weight, Tensor] = field(default_factory=dict)  # a few gradients as backward left them
     group: Any = None  # DistributedDataParallel's process group
+    noise: NoiseLaw = RANDOMIZED
     loss_fn: Any = None  # a callable, or "model" where the model returns its loss; None where graphs hold no loss
     moments: str = "closed"  # see `expected_loss`
     calibrated: int | None = None  # at which step
@@ -69,8 +71,13 @@ class Smoothing:
 
     @property
     def forward_mode(self) -> str:
-        """The training forward: by method, or rounded with the scale differentiated once finishing."""
-        return STE_SCALE if self.finishing else METHODS[self.method]
+        """The training forward: by method, or rounded with the scale differentiated once finishing.
+
+        Under a biased noise the expected loss is taken around the mean of the random weights.
+        """
+        if self.finishing:
+            return STE_SCALE
+        return MEAN if self.method == "lotion" and not self.noise.unbiased else METHODS[self.method]
 
     @property
     def has_term(self) -> bool:
@@ -237,7 +244,10 @@ class Weight:
             name = self.format.name if self.format and self.selected else None
             layout = self.layout if probing else None
             moments = smoothing.moments if probing and smoothing.loss_fn is not None else "off"
-            self.plans[mode, probing] = Plan(mode, name, self.axis, layout, moments) if name else None
+            # A saturated weight's mean is the last level, and a moment stream is about means.
+            at_mean = mode == LATENT and moments != "off" and self.format is not None and self.format.saturates
+            noise, forward = smoothing.noise.name, MEAN if at_mean else mode
+            self.plans[mode, probing] = Plan(forward, name, self.axis, layout, noise, moments) if name else None
         plan = self.plans[mode, probing]
         return None if plan is None or plan.is_identity else plan
 

@@ -19,6 +19,7 @@ from lotion_fx.backend import INNERS, Backend, compiled_call
 from lotion_fx.formats import Format, register_format, resolve
 from lotion_fx.likelihood import LIKELIHOODS, likelihood_of
 from lotion_fx.loss_graph import called, loss_of, pair
+from lotion_fx.noise import NoiseLaw, resolve_noise
 from lotion_fx.outside import count_terms, hook_owners
 from lotion_fx.passes.probe import Code
 from lotion_fx.passes.smooth import LATENT, RR
@@ -44,6 +45,7 @@ def transform(
     steps: int | None = None,
     finish_term: bool = True,
     decay: float = 0.99,
+    noise: str | NoiseLaw = "randomized",
     regions: Iterable[nn.Module] | None = None,
     likelihood: Any = None,
     refresh: int = 1,
@@ -75,6 +77,8 @@ def transform(
         finish, steps: for the last share ``finish`` of ``steps`` optimizer steps, call `finish` by itself.
         finish_term: whether the term stays on during that phase.
         decay: of the curvature's moving average.
+        noise: the law of the random rounding, see `noises`. Under a biased one, ``method="lotion"`` runs its training
+            forward at the mean of the random weights.
         regions: modules of ``model`` to compile one by one (transformer blocks, as FSDP2 wants) instead of the whole.
         likelihood: for ``"ggn"``, what the output parametrizes: ``"categorical"`` (the default), ``"bernoulli"``,
             ``"gaussian"``, or the loss itself, such as ``F.mse_loss``; see `likelihood`.
@@ -88,7 +92,8 @@ def transform(
     if unknown := sorted(set(compile_options) - {"dynamic", "fullgraph"}):
         raise TypeError(f"transform got {unknown[0]!r}: expected torch.compile's mode, options, dynamic or fullgraph")
     _check_compile_options(mode, options, inner)
-    smoothing = _settings(method, strength, curvature, inner, finish, steps, finish_term, decay, likelihood, refresh)
+    smoothing = _settings(method, strength, curvature, inner, finish, steps, finish_term, decay, noise)
+    smoothing.likelihood, smoothing.refresh = _check_ggn(curvature, inner, likelihood, refresh), refresh
     regions = _check_regions(model, regions)
     if moments not in MOMENTS:
         raise ValueError(f"moments={moments!r}: expected one of {', '.join(MOMENTS)}{_near(moments, MOMENTS)}")
@@ -202,6 +207,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             "clip2": s.clip2,
             "calibrated": s.calibrated,
             "turn": s.turn + s.closed,
+            "noise": s.noise.name,
         }
         for s in smoothings_of(model)
     ]
@@ -222,16 +228,22 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Restores what `state_dict` gave, into a model transformed with the same arguments.
 
     Raises:
-        ValueError: the state is of another version, curvature, or set of parameters; nothing is changed then.
+        ValueError: the state is of another version, curvature, noise, or set of parameters; nothing is changed then.
     """
     names, smoothings = names_of(model), smoothings_of(model)
     if state.get("version") != 1:
         raise ValueError(f"state: expected what lotion_fx.state_dict returned, version 1, got {state.get('version')!r}")
     if differing := sorted(set(names.values()) ^ set(state["weights"])):
         raise ValueError(f"state: parameters differ from the model's, first {differing[0]!r}; transform the same model")
-    expected, found = [s.curvature for s in smoothings], [phase["curvature"] for phase in state["phases"]]
-    if expected != found:
-        raise ValueError(f"state: saved with curvature={found}, this model has {expected}; transform it the same way")
+    for setting, expected, default in (
+        ("curvature", [s.curvature for s in smoothings], None),
+        ("noise", [s.noise.name for s in smoothings], "randomized"),
+    ):
+        found = [phase.get(setting, default) for phase in state["phases"]]
+        if expected != found:
+            raise ValueError(
+                f"state: saved with {setting}={found}, this model has {expected}; transform it the same way"
+            )
     for smoothing, phase in zip(smoothings, state["phases"], strict=True):
         smoothing.steps, smoothing.finishing = phase["steps"], phase["finishing"]
         smoothing.finish_term = phase["finish_term"]
@@ -272,8 +284,7 @@ def _settings(
     steps: int | None,
     finish_term: bool,
     decay: float,
-    likelihood: Any = None,
-    refresh: int = 1,
+    noise: str | NoiseLaw,
 ) -> Smoothing:
     for name, value, known in (
         ("method", method, tuple(METHODS)),
@@ -292,9 +303,8 @@ def _settings(
         raise ValueError(f"finish={finish!r} and steps={steps!r} go together: the share and the number of all steps")
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps!r}: expected the number of optimizer steps in the whole training")
-    smoothing = Smoothing(method, strength, curvature, inner, decay, finish, steps, finish_term)
-    smoothing.likelihood, smoothing.refresh = _check_ggn(curvature, inner, likelihood, refresh), refresh
-    return smoothing
+    law = resolve_noise(noise)
+    return Smoothing(method, strength, curvature, inner, decay, finish, steps, finish_term, noise=law)
 
 
 def _check_ggn(curvature: str, inner: str, likelihood: Any, refresh: int) -> str | None:
@@ -460,21 +470,21 @@ def _check_weights(smoothing: Smoothing) -> None:
 
 # ------------------------------------------------------------------------------------------- torch.compile(backend=...)
 
-_OURS = ("fmt", "method", "strength", "curvature", "inner", "decay")
+_OURS = ("fmt", "method", "strength", "curvature", "inner", "decay", "noise")
 
 
 def dynamo_backend(gm: Any, example_inputs: Any, *, mode: str | None = None, options: Any = None) -> Any:
     """The backend behind ``torch.compile(model, backend="lotion_fx")``.
 
     The parameters that a graph uses come under smoothing as the graph is compiled. ``options`` may hold `transform`'s
-    own ``fmt``, ``method``, ``strength``, ``curvature``, ``inner`` and ``decay``; the rest are Inductor's.
+    own ``fmt``, ``method``, ``strength``, ``curvature``, ``inner``, ``decay`` and ``noise``; the rest are Inductor's.
     """
     options = dict(options or {})
     ours = {name: options.pop(name) for name in _OURS if name in options}
     key = (mode, tuple(sorted(ours.items())))
     fmt = resolve(ours.pop("fmt", "nvfp4"))
     settings = {"method": "lotion", "strength": 1.0, "curvature": "factored", "inner": "inductor", "decay": 0.99}
-    settings.update(ours)
+    settings |= {"noise": "randomized", **ours}
     if settings["curvature"] == "ggn":
         raise ValueError("curvature='ggn' needs the model's call, which no backend sees; use transform(model)")
     _check_compile_options(mode, options, str(settings["inner"]))

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from lotion_fx import backend, rounding
 from lotion_fx.formats import Format
+from lotion_fx.noise import NoiseLaw
 from lotion_fx.passes.probe import Layout
 from lotion_fx.state import Weight, local_of
 
@@ -39,6 +40,7 @@ class Spec:
         source: ``"vector"`` (a payload is given), ``"fisher"`` (from the gradient), ``"moment"`` (exp_avg_sq is given),
             ``"held"`` (the state as it is).
         fmt, axis: the quantizer.
+        noise: the law whose variance is the term's.
         layout: of the whole weight.
         span: [start, stop) of its dimension 0 on this rank.
         decay: of the EMA.
@@ -48,6 +50,7 @@ class Spec:
     source: str
     fmt: Format
     axis: int
+    noise: NoiseLaw
     layout: Layout
     span: tuple[int, int]
     decay: float
@@ -57,10 +60,11 @@ class Spec:
     def of(weight: Weight, source: str, layout: Layout, span: tuple[int, int], args: Sequence[Tensor]) -> Spec:
         """The one `Spec` of this make: equal ones are the same object, found again without comparing them."""
         tensors = tuple((t.shape, t.stride(), t.dtype, t.device) for t in args)
-        key = (source, weight.format, weight.axis, layout, span, weight.smoothing.decay, tensors)
+        smoothing = weight.smoothing
+        key = (source, weight.format, weight.axis, smoothing.noise, layout, span, smoothing.decay, tensors)
         if weight.spec is None or weight.spec[0] != key:
             assert weight.format is not None
-            spec = Spec(source, weight.format, weight.axis, layout, span, weight.smoothing.decay, tensors)
+            spec = Spec(source, weight.format, weight.axis, smoothing.noise, layout, span, smoothing.decay, tensors)
             weight.spec = key, _specs.setdefault(key, spec)
         return weight.spec[1]
 
@@ -124,9 +128,8 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
         moved = torch.where(payload.sum().isfinite(), torch.lerp(state, fresh, 1 - spec.decay), state)
         state.copy_(moved)
         h = dense(moved, layout, spec.span)
-    term = rounding.variance_vjp(
-        weight, h.view(weight.shape), spec.fmt, spec.axis, amax_tensor=given[0] if given else None
-    )
+    amax = given[0] if given else None
+    term = rounding.variance_vjp(weight, h.view(weight.shape), spec.fmt, spec.axis, law=spec.noise, amax_tensor=amax)
     grad.add_((0.5 * gain * term).to(grad.dtype))
 
 
@@ -190,7 +193,8 @@ def term_of(weight: Weight) -> Tensor | None:
     h = None if held is None or not weight.selected else curvature_of(weight, held)
     if held is None or h is None or weight.format is None:
         return None
-    return 0.5 * (h * rounding.variance(local_of(held), weight.format, weight.axis)).sum()
+    variance = rounding.variance(local_of(held), weight.format, weight.axis, law=weight.smoothing.noise)
+    return 0.5 * (h * variance).sum()
 
 
 def curvature_of(weight: Weight, held: Tensor) -> Tensor | None:

@@ -3,9 +3,9 @@
 The node is attached at the weight's placeholder, the source, so no use can be missed whatever the op, and a
 checkpointed subgraph needs no visit: the weight enters it as an argument.
 
-    forward    latent: w     ste, ste_scale: Q(w)     rr: a sample of RR(w)
-    backward   the gradient passes to w (ste_scale adds the block scale's part), and the probe, where there is one,
-               receives `lotion_fx::curvature(grad)`, which `passes.curvature` resolves in the joint graph
+    forward    latent: w     ste, ste_scale: Q(w)     rr: a sample of the noise     mean: its mean
+    backward   the gradient passes to w (ste_scale adds the block scale's part; mean has its own), and the probe, where
+               there is one, receives `lotion_fx::curvature(grad)`, which `passes.curvature` resolves in the joint graph
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor, fx
 
 from lotion_fx import rounding
 from lotion_fx.formats import resolve
+from lotion_fx.noise import resolve_noise
 from lotion_fx.passes.probe import Layout
 
-LATENT, STE, STE_SCALE, RR = "latent", "ste", "ste_scale", "rr"
+LATENT, STE, STE_SCALE, RR, MEAN = "latent", "ste", "ste_scale", "rr", "mean"
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,11 @@ class Plan:
     """What one weight's node does in one graph. A weight keeps its plans, so that comparing them is cheap.
 
     Args:
-        mode: the forward, ``"latent"``, ``"ste"``, ``"ste_scale"`` or ``"rr"``.
+        mode: the forward, ``"latent"``, ``"ste"``, ``"ste_scale"``, ``"rr"`` or ``"mean"``.
         fmt: name of the weight's format.
         axis: the dimension that its blocks run along.
         layout: its probe's layout; None where no curvature is asked for.
+        noise: name of the noise law that ``"rr"`` and ``"mean"`` take.
         moments: whether its noise goes through a moment stream instead, where the graph holds the loss: ``"closed"``
             (unless a covariance would be dropped), ``"diagonal"`` or ``"off"``.
     """
@@ -41,6 +43,7 @@ class Plan:
     fmt: str
     axis: int
     layout: Layout | None
+    noise: str = "randomized"
     moments: str = "off"
 
     @property
@@ -95,7 +98,7 @@ def insert_variances(gm: fx.GraphModule, variances: Mapping[int, int], plans: Ma
     for weight, gain in variances.items():
         node, plan = placeholders[gain], plans[weight]
         with gm.graph.inserting_after(last):
-            made = gm.graph.call_function(variance, (placeholders[weight], plan.fmt, plan.axis))
+            made = gm.graph.call_function(variance, (placeholders[weight], plan.fmt, plan.axis, plan.noise))
         with gm.graph.inserting_after(made):
             scaled = gm.graph.call_function(torch.mul, (made, node))
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
@@ -113,17 +116,25 @@ def _copy(gm: fx.GraphModule) -> fx.Graph:
     return graph
 
 
-def _constants(plan: Plan) -> tuple[str, str, int, str, int, int]:
+def _constants(plan: Plan) -> tuple[str, str, int, str, int, int, str]:
     """The plan as plain values, which graphs and compile caches can hold."""
     layout = plan.layout or Layout("none", (1,), 1, 1)
-    return plan.mode, plan.fmt, plan.axis, layout.kind, layout.groups, layout.rows
+    return plan.mode, plan.fmt, plan.axis, layout.kind, layout.groups, layout.rows, plan.noise
 
 
 def smooth(
-    weight: Tensor, probe: Tensor | None, mode: str, fmt: str, axis: int, kind: str, groups: int, rows: int
+    weight: Tensor,
+    probe: Tensor | None,
+    mode: str,
+    fmt: str,
+    axis: int,
+    kind: str,
+    groups: int,
+    rows: int,
+    noise: str = "randomized",
 ) -> Tensor:
     """The quantize-and-smooth node: see the module's docstring, `Plan` and `Layout` for the arguments."""
-    return _Smooth.apply(weight, probe, mode, fmt, axis, kind, groups, rows)
+    return _Smooth.apply(weight, probe, mode, fmt, axis, kind, groups, rows, noise)
 
 
 class _Smooth(torch.autograd.Function):
@@ -138,13 +149,18 @@ class _Smooth(torch.autograd.Function):
         kind: str,
         groups: int,
         rows: int,
+        noise: str,
     ) -> Tensor:
         ctx.probe = (kind, groups, rows) if probe is not None else None
-        ctx.scale = (fmt, axis) if mode == STE_SCALE else None
+        ctx.scale = (mode, noise, fmt, axis) if mode in (STE_SCALE, MEAN) else None
         if mode == LATENT:
             out = weight.view_as(weight)
+        elif mode == RR:
+            out = rounding.rr(weight, resolve(fmt), axis, law=resolve_noise(noise))
+        elif mode == MEAN:
+            out = rounding.mean(weight, resolve(fmt), axis, law=resolve_noise(noise)).to(weight.dtype)
         else:
-            out = (rounding.rr if mode == RR else rounding.rtn)(weight, resolve(fmt), axis)
+            out = rounding.rtn(weight, resolve(fmt), axis)
         ctx.save_for_backward(weight if ctx.scale else None, out if ctx.probe else None)
         return out
 
@@ -155,24 +171,29 @@ class _Smooth(torch.autograd.Function):
         if ctx.needs_input_grad[1] and ctx.probe:
             curvature = torch.ops.lotion_fx.curvature(grad, out, *ctx.probe)
         if ctx.scale:
-            fmt, axis = ctx.scale
-            to_weight = rounding.rtn_vjp(weight, grad, resolve(fmt), axis).to(grad.dtype)
-        return to_weight, curvature, None, None, None, None, None, None
+            mode, noise, fmt, axis = ctx.scale
+            if mode == MEAN:
+                to_weight = rounding.mean_vjp(weight, grad, resolve(fmt), axis, law=resolve_noise(noise))
+            else:
+                to_weight = rounding.rtn_vjp(weight, grad, resolve(fmt), axis)
+            to_weight = to_weight.to(grad.dtype)
+        return to_weight, curvature, None, None, None, None, None, None, None
 
 
-def variance(weight: Tensor, fmt: str, axis: int) -> Tensor:
-    """The variance of a weight's randomized rounding, float32 or float64, differentiable, its scale's part included."""
-    return _Variance.apply(weight, fmt, axis)
+def variance(weight: Tensor, fmt: str, axis: int, noise: str) -> Tensor:
+    """The variance of a weight's random rounding, float32 or float64, differentiable, its scale's part included."""
+    return _Variance.apply(weight, fmt, axis, noise)
 
 
 class _Variance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, fmt: str, axis: int) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, fmt: str, axis: int, noise: str) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.quantizer = fmt, axis
-        return rounding.variance(weight, resolve(fmt), axis)
+        ctx.law = fmt, axis, noise
+        return rounding.variance(weight, resolve(fmt), axis, law=resolve_noise(noise))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        (weight,), (fmt, axis) = ctx.saved_tensors, ctx.quantizer
-        return rounding.variance_vjp(weight, grad, resolve(fmt), axis).to(weight.dtype), None, None
+        (weight,), (fmt, axis, noise) = ctx.saved_tensors, ctx.law
+        slope = rounding.variance_vjp(weight, grad, resolve(fmt), axis, law=resolve_noise(noise))
+        return slope.to(weight.dtype), None, None, None

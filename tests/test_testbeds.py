@@ -38,7 +38,7 @@ def test_spectrum_is_the_power_law():
 def test_linear_regression_s_population_loss():
     torch.manual_seed(0)
     model = linear_regression.LinearRegression(size=40)
-    w, lam = model.layer.weight.detach().double().view(1, 40), spectrum(40)
+    w, lam = model.weight.detach().double().view(1, 40), spectrum(40)
     target = model.wanted.double().view(1, 40) / lam.sqrt()
     assert testbed.evaluate(model) == pytest.approx((lam * (w - target).square()).sum().item() / 2, rel=1e-5)
     mean, error = sampled(40, lambda x: x @ (w - target).T)
