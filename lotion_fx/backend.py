@@ -128,7 +128,7 @@ class Backend:
 def compiled_call(module: torch.nn.Module, backend: Backend, **options: Any) -> Callable[..., Any]:
     """What `nn.Module.compile` would call, also for a bare `nn.Sequential`: that one skips forwards of torch's own.
 
-    And for a module with parameters of its own: there our hooks, which see to weights outside of graphs, must be traced.
+    And for a module that owns weights: there our hooks, which see to weights outside of graphs, must be traced.
     """
     call, hooks = module._call_impl, {*module._forward_pre_hooks, *module._forward_hooks}
     ours = hooks == {"lotion_fx"}

@@ -104,16 +104,16 @@ class Bare(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(7, 20, generator=torch.Generator().manual_seed(0)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return F.linear(x, self.weight)
 
 
 @pytest.mark.parametrize("method", ["ste", "lotion"])
 def test_a_weight_of_the_outermost_module_itself(method):
-    """Its hooks must be traced: in Python they would find it outside of every graph, and round it before the graph does."""
+    """Its hooks must be traced: in Python they would find it outside of every graph, and round what the graph rounds."""
     model = lotion_fx.transform(Bare(), "nvfp4", method=method, inner="aot_eager")
     x = torch.randn(3, 20)
-    rounded = F.linear(x, rtn(model.weight.detach(), lotion_fx.resolve("nvfp4")))
+    rounded = F.linear(x, rounding.rtn(model.weight.detach(), lotion_fx.resolve("nvfp4")))
     assert torch.equal(model(x), rounded if method == "ste" else F.linear(x, model.weight))
     model.eval()
     assert torch.equal(model(x), rounded)
