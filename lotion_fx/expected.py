@@ -34,7 +34,7 @@ from lotion_fx.update import dense, marginals
 
 _LABELS = 4  # draws that Gauss-Newton curvature is averaged over
 
-# Gauss-Legendre nodes and weights on [0, 1]: exact for terms that are polynomials of degree 8 in the noise.
+# Gauss-Legendre nodes and weights on [0, 1]: exact for losses that are polynomials of degree 8 in the variances.
 _NODES = (0.06943184420297371, 0.33000947820757187, 0.6699905217924281, 0.9305681557970262)
 _WEIGHTS = (0.17392742256872692, 0.32607257743127308, 0.32607257743127308, 0.17392742256872692)
 
@@ -46,7 +46,7 @@ class ExpectedLoss:
     Args:
         loss: at the latent weights, 0-d.
         total: the expected loss, 0-d; differentiable, the blocks' scales included.
-        terms: each quantized weight's part of ``total - loss``; they add up to it.
+        terms: each quantized weight's part of ``total - loss``; they add up to it, to rounding where all are exact.
         certificates: how each part is known.
         samples: the number of roundings sampled; what follows is None without any.
         sampled: mean loss over them, and ``error``, its standard error.
@@ -151,22 +151,30 @@ class Estimate:
 
     def total(self, shares: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:
         """The expected loss with each weight's noise at a share of its variance; 0 for one that is not named."""
-        changed: dict[str, Any] = dict(parameters)
-        joined: list[Tensor] = []
+        changed, joint = self._noisy(shares, parameters)
+        loss = interpret(self.graph.gm, self.graph.inputs({**parameters, **changed})).outputs[0]
+        loss = loss.mean if isinstance(loss, Random) else loss
+        return loss + torch.stack(joint).sum() if joint else loss
+
+    def _noisy(
+        self, shares: Mapping[str, Any], parameters: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], list[Tensor]]:
+        """The weights that enter the graph changed, random or at their mean; and the terms that stand beside it."""
+        changed: dict[str, Any] = {}
+        joint: list[Tensor] = []
         for name, share in shares.items():
             weight, parameter = self.weights[name], parameters[name]
             mean = _mean(weight, parameter)
-            changed[name] = parameter if mean is parameter else parameter + share * (mean - parameter)
+            if mean is not parameter:
+                changed[name] = parameter + share * (mean - parameter)
             assert weight.format is not None
             law = weight.format.name, weight.axis, weight.smoothing.noise.name
             noise = variance(parameter, *law) * (share * self.strength(name))
             if name in self.curvatures:
-                joined.append(0.5 * (self.curvatures[name] * noise).sum())
+                joint.append(0.5 * (self.curvatures[name] * noise).sum())
             else:
-                changed[name] = random_tensor.weight(name, changed[name], noise.to(parameter.dtype))
-        loss = interpret(self.graph.gm, self.graph.inputs(changed)).outputs[0]
-        loss = loss.mean if isinstance(loss, Random) else loss
-        return loss + torch.stack(joined).sum() if joined else loss
+                changed[name] = random_tensor.weight(name, changed.get(name, parameter), noise.to(parameter.dtype))
+        return changed, joint
 
     def strength(self, name: str) -> float:
         """What its term is multiplied by, in the form that it takes here."""
@@ -177,7 +185,9 @@ class Estimate:
     def predicted(self, names: list[str], factors: Mapping[str, float]) -> float:
         """The increase of the loss with these weights rounded, each term multiplied by its factor, 1 by default."""
         shares = {name: factors.get(name, 1.0) for name in names}
-        return float(self.total(shares, self.graph.parameters)) - self.latent
+        changed, joint = self._noisy(shares, self.graph.parameters)
+        beside = float(sum(joint))  # not as a difference of losses, which rounds it off
+        return beside + (float(self.total(shares, self.graph.parameters)) - self.latent - beside if changed else 0.0)
 
     @cached_property
     @torch.no_grad()
@@ -188,9 +198,9 @@ class Estimate:
     def result(self) -> ExpectedLoss:
         total = self.total(dict.fromkeys(self.weights, 1.0), self.graph.parameters)
         loss = total.detach().new_tensor(self.latent)
-        return ExpectedLoss(loss, total, self._terms(float(total.detach()) - self.latent), self.certificates)
+        return ExpectedLoss(loss, total, self._terms(), self.certificates)
 
-    def _terms(self, increase: float) -> dict[str, Tensor]:
+    def _terms(self) -> dict[str, Tensor]:
         """Each weight's part: the increase along the way from no noise to all of it (Aumann and Shapley's value)."""
         fixed = {name: parameter.detach() for name, parameter in self.graph.parameters.items()}
         parts = dict.fromkeys(self.weights, 0.0)
@@ -201,9 +211,7 @@ class Estimate:
             slopes = torch.autograd.grad(total, list(shares.values()), allow_unused=True)
             for name, slope in zip(shares, slopes, strict=True):
                 parts[name] += size * float(slope) if slope is not None else 0.0
-        whole = sum(parts.values())
-        scale = increase / whole if whole else 1.0  # what the quadrature misses
-        return {name: torch.tensor(part * scale, dtype=torch.float64) for name, part in parts.items()}
+        return {name: torch.tensor(part, dtype=torch.float64) for name, part in parts.items()}
 
     # ------------------------------------------------------------------------------------------------------- sampling
 

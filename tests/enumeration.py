@@ -15,9 +15,16 @@ from torch import Tensor
 from lotion_fx import rounding
 from lotion_fx.formats import Format
 
+Up = Callable[[Tensor], Tensor]
 
-def two_points(w: Tensor, fmt: Format, axis: int = -1) -> tuple[Tensor, Tensor, Tensor]:
-    """The lower and the upper rounding of each weight and the upper one's probability, flat."""
+
+def unbiased(d: Tensor) -> Tensor:
+    """Randomized rounding: the upper level's probability is the fractional position."""
+    return d
+
+
+def two_points(w: Tensor, fmt: Format, axis: int = -1, up: Up = unbiased) -> tuple[Tensor, Tensor, Tensor]:
+    """The lower and the upper rounding of each weight and the upper one's probability, flat; past the grid its end."""
     blocks = rounding.to_blocks(w, fmt, axis)
     snapped = rounding.scale(w.detach(), fmt, axis)
     raw = blocks.abs().amax(-1, keepdim=True) / fmt.grid.max
@@ -25,13 +32,15 @@ def two_points(w: Tensor, fmt: Format, axis: int = -1) -> tuple[Tensor, Tensor, 
     z = blocks / s
     lo, hi = fmt.grid.neighbours((blocks / snapped).detach())
     gap = torch.where(hi > lo, hi - lo, 1.0)
-    p = torch.where(hi > lo, (z - lo) / gap, 0.0)
+    p = torch.where(hi > lo, up((z - lo) / gap), 0.0)
     return tuple(rounding.from_blocks(part, fmt, axis, w.shape).flatten() for part in (lo * s, hi * s, p))  # type: ignore[return-value]
 
 
-def expectation(function: Callable[[list[Tensor]], Tensor], weights: list[Tensor], fmt: Format) -> Tensor:
+def expectation(
+    function: Callable[[list[Tensor]], Tensor], weights: list[Tensor], fmt: Format, up: Up = unbiased
+) -> Tensor:
     """``sum over all roundings of probability * function(rounded weights)``; at most 14 weights in all."""
-    low, high, p = (torch.cat(parts) for parts in zip(*(two_points(w, fmt) for w in weights), strict=True))
+    low, high, p = (torch.cat(parts) for parts in zip(*(two_points(w, fmt, up=up) for w in weights), strict=True))
     assert len(p) <= 14
     bits = torch.tensor(list(itertools.product([False, True], repeat=len(p))))
     sizes, shapes = [w.numel() for w in weights], [w.shape for w in weights]

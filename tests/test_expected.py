@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import lotion_fx
 from lotion_fx import rounding
-from tests.enumeration import expectation, two_points
+from tests.enumeration import expectation, two_points, unbiased
+from tests.models import LM, ids
 
 FORMATS = ["int4/tensor", "int3/tensor", "int2/channel", "int4/2", "fp4/tensor", "fp4/4", "mxfp4", "nf4/tensor"]
 
@@ -28,7 +29,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.dim() == 2}
 
 
-def enumerated(model: nn.Module, x: Tensor, y: Tensor, fmt: str, loss_fn=F.mse_loss) -> Tensor:
+def enumerated(model: nn.Module, x: Tensor, y: Tensor, fmt: str, loss_fn=F.mse_loss, up=unbiased) -> Tensor:
     weights = weights_of(model)
     fixed = {name: p for name, p in model.named_parameters() if name not in weights}
 
@@ -36,18 +37,20 @@ def enumerated(model: nn.Module, x: Tensor, y: Tensor, fmt: str, loss_fn=F.mse_l
         parameters = {**fixed, **dict(zip(weights, values, strict=True))}
         return loss_fn(torch.func.functional_call(model, parameters, (x,)), y)
 
-    return expectation(loss, list(weights.values()), lotion_fx.resolve(fmt))
+    with lotion_fx.full_precision(model):
+        return expectation(loss, list(weights.values()), lotion_fx.resolve(fmt), up)
 
 
 def away_from_ties(model: nn.Module, fmt: str) -> bool:
-    """Whether no weight but each block's largest lies at a level, and each block has one largest."""
+    """Whether no weight but each block's largest lies at a level."""
     form = lotion_fx.resolve(fmt)
     for w in weights_of(model).values():
         blocks = rounding.to_blocks(w.detach(), form)
         z = blocks / rounding.scale(w.detach(), form)
         lo, hi = form.grid.neighbours(z)
         near = torch.minimum((z - lo).abs(), (hi - z).abs()) < 1e-3
-        if (near & (blocks.abs() < blocks.abs().amax(-1, keepdim=True))).any() or (blocks == 0).all(-1).any():
+        others = (blocks != 0) & (blocks.abs() < blocks.abs().amax(-1, keepdim=True))  # 0 fills short blocks
+        if (near & others).any() or (blocks == 0).all(-1).any():
             return False
     return True
 
@@ -71,11 +74,55 @@ def test_it_is_the_sum_over_all_roundings(sizes, fmt, bias, batch, seed):
     assert math.isclose(result.total.item(), expected.item(), rel_tol=1e-10)
     assert math.isclose(sum(map(float, result.terms.values())) + result.loss.item(), expected.item(), rel_tol=1e-10)
     assume(away_from_ties(model, fmt))
+    same_gradients(model, result.total, expected)
+
+
+def same_gradients(model: nn.Module, total: Tensor, expected: Tensor) -> None:
     parameters = list(model.parameters())
-    for mine, theirs in zip(
-        torch.autograd.grad(result.total, parameters), torch.autograd.grad(expected, parameters), strict=True
-    ):
+    pairs = zip(torch.autograd.grad(total, parameters), torch.autograd.grad(expected, parameters), strict=True)
+    for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+UPS = {
+    "smoothstep": lambda d: d**2 * (3 - 2 * d),
+    "gaussian": lambda d: (1 + torch.erf((2 * d - 1) / (0.4 * 2**0.5)) / math.erf(1 / (0.4 * 2**0.5))) / 2,
+}
+
+
+@pytest.mark.parametrize("noise", UPS)
+@pytest.mark.parametrize("sizes", [[3, 2], [2, 2, 3]])
+def test_under_a_biased_law_the_mean_s_shift_is_in_it(noise, sizes):
+    model = affine(sizes, True, 0)
+    x, y = torch.randn(4, sizes[0]).double(), torch.randn(4, sizes[-1]).double()
+    lotion_fx.transform(model, "int4/tensor", inner="eager", noise=noise)
+    result = lotion_fx.expected_loss(model, (x, y), F.mse_loss)
+    expected = enumerated(model, x, y, "int4/tensor", up=UPS[noise])
+    assert {certificate.kind for certificate in result.certificates.values()} == {"exact"}
+    assert math.isclose(result.total.item(), expected.item(), rel_tol=1e-10)
+    assert math.isclose(sum(map(float, result.terms.values())) + result.loss.item(), expected.item(), rel_tol=1e-10)
+    assert away_from_ties(model, "int4/tensor")
+    same_gradients(model, result.total, expected)
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4/floor", "mxfp4/even"])
+def test_saturated_weights_are_at_their_last_level(fmt):
+    """A scale that was rounded down leaves weights past the grid, whose rounding is certain and no mean of theirs."""
+    form = lotion_fx.resolve(fmt)
+    for seed in range(100):
+        model = affine([4, 2], True, seed)
+        w = model[0].weight.detach()
+        saturated = (rounding.to_blocks(w, form) / rounding.scale(w, form)).abs() > form.grid.max * (1 + 1e-6)
+        if saturated.any() and away_from_ties(model, fmt):
+            break
+    x, y = torch.randn(4, 4).double(), torch.randn(4, 2).double()
+    lotion_fx.transform(model, fmt, inner="eager")
+    result = lotion_fx.expected_loss(model, (x, y), F.mse_loss)
+    expected = enumerated(model, x, y, fmt)
+    assert saturated.any()
+    assert math.isclose(result.total.item(), expected.item(), rel_tol=1e-10)
+    assert math.isclose(sum(map(float, result.terms.values())) + result.loss.item(), expected.item(), rel_tol=1e-10)
+    same_gradients(model, result.total, expected)
 
 
 @pytest.mark.parametrize("sizes", [[2, 2, 2, 2], [1, 2, 1, 2, 1, 2]])
@@ -230,3 +277,190 @@ def test_scale_equivariance(network):
         lotion_fx.transform(model, fmt, inner="eager")
         results.append(lotion_fx.expected_loss(model, (x, factor * y), F.mse_loss).total.item())
     assert math.isclose(4 * results[0], results[1], rel_tol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- the joint graph, sampling
+
+
+def regression(curvature: str, seed: int = 0, **options) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A linear model at its least-squares solution plus noise, so that every curvature means the same."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 3, bias=False))
+    x = torch.randn(4000, 6)
+    y = x @ model[0].weight.detach().t() + torch.randn(4000, 3) * 0.5**0.5
+    lotion_fx.transform(model, "int4/tensor", curvature=curvature, inner="aot_eager", **options)
+    return model, (x, y)
+
+
+@pytest.mark.parametrize("curvature", ["factored", "full", "ggn"])
+def test_the_joint_graph_form_agrees_where_it_should(curvature):
+    """With residuals of the likelihood's own law the empirical, the Gauss-Newton and the exact curvature are one."""
+    options = {"likelihood": "gaussian"} if curvature == "ggn" else {}
+    model, batch = regression(curvature, **options)
+    exact = lotion_fx.expected_loss(model, batch, F.mse_loss)
+    joint = lotion_fx.expected_loss(model, batch, F.mse_loss, moments="off")
+    assert exact.certificates["0.weight"].kind == "exact"
+    assert str(joint.certificates["0.weight"]) == "analytic: moments='off'"
+    # Empirically T counts rows, whose loss is a mean over 3 outputs: a third of what the likelihood counts.
+    factor = 1.0 if curvature == "ggn" else 3.0
+    assert factor * float(joint.terms["0.weight"]) == pytest.approx(float(exact.terms["0.weight"]), rel=0.1)
+
+
+def test_fisher_is_the_squared_gradient():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 4))
+    x, y = torch.randn(16, 6), torch.randint(4, (16,))
+    grads = torch.autograd.grad(F.cross_entropy(model(x), y), [model[0].weight, model[2].weight])
+    lotion_fx.transform(model, "int4", curvature="fisher", inner="aot_eager")
+    result = lotion_fx.expected_loss(model, (x, y), F.cross_entropy, moments="off")
+    for name, grad in zip(("0.weight", "2.weight"), grads, strict=True):
+        assert result.certificates[name].kind == "fisher"
+        sigma2 = rounding.variance(model.get_parameter(name).detach(), lotion_fx.resolve("int4"))
+        assert float(result.terms[name]) == pytest.approx(float(0.5 * (16 * grad.square() * sigma2).sum()), rel=1e-5)
+
+
+def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def lm_batch(seed: int) -> tuple[Tensor, Tensor]:
+    tokens = ids(16, 6, seed)
+    return tokens, tokens.roll(-1, 1)
+
+
+def trained_lm(**options) -> nn.Module:
+    torch.manual_seed(0)
+    model = lotion_fx.transform(LM(), "int4/tensor", inner="aot_eager", **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(40):
+        optimizer.zero_grad()
+        inputs, targets = lm_batch(step)
+        lm_loss(model(inputs), targets).backward()
+        optimizer.step()
+    return model
+
+
+def test_sampling_is_unbiased_and_says_how_sure_it_is():
+    """Against the sum over all roundings: of all weights, and of each alone."""
+    model = affine([2, 2, 2], True, 3)
+    x, y = torch.randn(6, 2).double(), torch.randn(6, 2).double()
+    lotion_fx.transform(model, "int3/tensor", inner="eager")
+    generator = torch.Generator().manual_seed(0)
+    result = lotion_fx.expected_loss(model, (x, y), F.mse_loss, samples=400, generator=generator)
+    assert result.sampled is not None and result.error is not None
+    assert abs(result.sampled - result.total.item()) < 4 * result.error
+    assert result.error < 0.1 * (result.total - result.loss).item()
+    for predicted, measured, error in result.alone.values():
+        assert abs(predicted - measured) < 4 * error
+    assert result.ratio == pytest.approx(1, abs=0.3)
+    rounded = {
+        name: rounding.rtn(w.detach(), lotion_fx.resolve("int3/tensor")) for name, w in weights_of(model).items()
+    }
+    assert result.rtn == pytest.approx(F.mse_loss(torch.func.functional_call(model, rounded, (x,)), y).item())
+    text = str(result)
+    assert "ratio" in text and "0.weight" in text and "exact: linear" in text and "400 roundings" in text
+
+
+class Normalized(nn.Module):
+    """With all that `eval()` changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.drop = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)
+        self.kept, self.down = nn.Dropout(0.5), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.kept(self.drop(self.norm(self.up(x)))))
+
+
+def test_the_model_is_left_as_it_was():
+    torch.manual_seed(0)
+    model = Normalized()
+    model.kept.eval()
+    lotion_fx.transform(model, "int4", inner="aot_eager")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.randn(8, 6), torch.randint(4, (8,))
+    first, again = (lotion_fx.expected_loss(model, (x, y), F.cross_entropy, samples=2) for _ in range(2))
+    assert first.total.item() == again.total.item()  # no dropout
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [name for name, module in model.named_modules() if not module.training] == ["kept"]
+    assert all(p.grad is None for p in model.parameters())
+    F.cross_entropy(model(x), y).backward()  # still compiled, still under smoothing
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert lotion_fx.report(model)["up.weight"].estimator == "analytic"
+
+
+def test_calibration_meets_what_was_measured_on_other_batches():
+    model = trained_lm()
+    batches = [lm_batch(seed) for seed in range(100, 106)]
+    factors = lotion_fx.calibrate(model, batches, lm_loss, samples=16, generator=torch.Generator().manual_seed(0))
+    assert set(factors) == {"mlp.0.weight", "mlp.2.weight", "head.weight"}
+    for moments in ("closed", "off"):
+        predicted = measured = 0.0
+        for seed in range(200, 206):
+            result = lotion_fx.expected_loss(
+                model, lm_batch(seed), lm_loss, 16, moments=moments, generator=torch.Generator().manual_seed(seed)
+            )
+            predicted += (result.total - result.loss).item()
+            measured += result.sampled - result.loss.item()
+        assert predicted / measured == pytest.approx(1, abs=0.1)
+
+
+def test_calibration_scales_the_step_s_term_and_is_saved():
+    model = trained_lm()
+    batch = lm_batch(50)
+    gradients = []
+    for factor in (None, 0.5):
+        if factor is not None:
+            state = lotion_fx.state_dict(model)
+            for saved in state["weights"].values():
+                saved["gains"] = [1.0, factor]
+            lotion_fx.load_state_dict(model, state)
+            assert lotion_fx.state_dict(model)["weights"]["head.weight"]["gains"] == [1.0, factor]
+        before = lotion_fx.state_dict(model)
+        model.zero_grad()
+        lm_loss(model(batch[0]), batch[1]).backward()
+        plain = model.head.weight.grad.clone()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        gradients.append(model.head.weight.grad - plain)
+        lotion_fx.load_state_dict(model, before)
+    torch.testing.assert_close(gradients[1], gradients[0] / 2)
+    assert gradients[0].norm() > 0
+
+
+def test_calibration_leaves_exact_terms_and_waits_its_turn():
+    model = affine([3, 2], True, 0)
+    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    lotion_fx.transform(model, "int4/tensor", inner="aot_eager", loss_fn=F.mse_loss)
+    assert lotion_fx.calibrate(model, [batch], F.mse_loss, every=2) != {}
+    assert lotion_fx.expected_loss(model, batch, F.mse_loss).certificates["0.weight"].kind == "exact"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    done = []
+    for _ in range(4):
+        lotion_fx.training_loss(model, batch).backward()
+        optimizer.step()
+        done.append(bool(lotion_fx.calibrate(model, [batch], F.mse_loss, every=2)))
+    assert done == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"samples": 1}, "at least 2 roundings"),
+        ({"every": 0}, "number of optimizer steps"),
+        ({"batches": []}, "at least one batch"),
+    ],
+)
+def test_bad_calibrations_are_named(arguments, message):
+    model = lotion_fx.transform(affine([3, 2], True, 0), "int4", inner="eager")
+    batches = arguments.pop("batches", [(torch.randn(5, 3).double(), torch.randn(5, 2).double())])
+    with pytest.raises(ValueError, match=message):
+        lotion_fx.calibrate(model, batches, F.mse_loss, **arguments)
+
+
+def test_tied_weights_are_one_parameter():
+    torch.manual_seed(0)
+    model = lotion_fx.transform(LM(tied=True), "int4", only={"token.*": "int4"}, inner="aot_eager")
+    result = lotion_fx.expected_loss(model, lm_batch(0), lm_loss)
+    assert set(result.terms) == {"token.weight", "mlp.0.weight", "mlp.2.weight"}
+    assert all(float(term) > 0 for term in result.terms.values())

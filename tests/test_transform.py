@@ -110,7 +110,7 @@ class Bare(nn.Module):
 
 @pytest.mark.parametrize("method", ["ste", "lotion"])
 def test_a_weight_of_the_outermost_module_itself(method):
-    """Its hooks must be traced: in Python they would find it outside of every graph, and round what the graph rounds."""
+    """Its hooks must be traced: in Python they find it outside of every graph, and round what the graph rounds."""
     model = lotion_fx.transform(Bare(), "nvfp4", method=method, inner="aot_eager")
     x = torch.randn(3, 20)
     rounded = F.linear(x, rounding.rtn(model.weight.detach(), lotion_fx.resolve("nvfp4")))
