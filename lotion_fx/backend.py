@@ -23,7 +23,6 @@ from torch import Tensor, fx
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.eval_frame import skip_code
-from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator, tls
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -125,16 +124,38 @@ class Backend:
         return options
 
 
-def compiled_call(module: torch.nn.Module, backend: Backend, **options: Any) -> Callable[..., Any]:
-    """What `nn.Module.compile` would call, also for a bare `nn.Sequential`: that one skips forwards of torch's own.
+class CompiledCalls:
+    """Makes what `nn.Module.compile` would call, for the modules of one model.
 
-    And for a module that owns weights: there our hooks, which see to weights outside of graphs, must be traced.
+    A bare `nn.Sequential` needs a frame of our own, for Dynamo skips forwards of torch's own; so does a module that owns
+    weights, whose hooks would run in Python and find them outside of every graph. Blocks of one model share the frame's
+    code and what is compiled for it.
     """
-    call, hooks = module._call_impl, {*module._forward_pre_hooks, *module._forward_hooks}
-    ours = hooks == {"lotion_fx"}
-    return torch.compile(
-        wrap_inline(call) if ours or trace_rules.check(module.forward) else call, backend=backend, **options
-    )
+
+    def __init__(self, backend: Backend, **options: Any) -> None:
+        self.options = {"backend": backend, **options}
+        self.code = with_own_code(_frame(id)).__code__
+
+    def __call__(self, module: torch.nn.Module) -> Callable[..., Any]:
+        call: Callable[..., Any] = module._call_impl
+        ours = {*module._forward_pre_hooks, *module._forward_hooks} == {"lotion_fx"}
+        if ours or trace_rules.check(module.forward):
+            call = _frame(call)
+            call.__code__ = self.code  # type: ignore[attr-defined]
+        return torch.compile(call, **self.options)
+
+
+def with_own_code(function: Any) -> Any:
+    """The function, to be compiled alone: Dynamo soon gives up on code that many models share."""
+    function.__code__ = function.__code__.replace()
+    return function
+
+
+def _frame(call: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    return forward
 
 
 def hook_forward(module: torch.nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lotion_fx import objective
-from lotion_fx.backend import INNERS, Backend, compiled_call
+from lotion_fx.backend import INNERS, Backend, CompiledCalls, with_own_code
 from lotion_fx.formats import Format, register_format, resolve
 from lotion_fx.likelihood import LIKELIHOODS, likelihood_of
 from lotion_fx.loss_graph import called, loss_of, pair
@@ -111,8 +111,9 @@ def transform(
     hook_owners(smoothing.weights)
     objective.install()
     backend = Backend(inner, mode, tuple(sorted(options.items())))
+    compiled_call = CompiledCalls(backend, **compile_options)
     for region in regions:
-        region._compiled_call_impl = compiled_call(region, backend, **compile_options)
+        region._compiled_call_impl = compiled_call(region)
     if callable(loss_fn):
         smoothing.loss_call = count_terms(_with_loss(model, loss_fn, backend, compile_options), smoothing)
     call = model._compiled_call_impl or model._call_impl
@@ -129,7 +130,7 @@ def _with_loss(model: nn.Module, loss_fn: Callable[..., Tensor], backend: Backen
     def loss(inputs: Any, targets: Any) -> Tensor:
         return loss_fn(called(reference()._call_impl, inputs), targets)  # type: ignore[union-attr]
 
-    return torch.compile(loss, backend=backend, **options)
+    return torch.compile(with_own_code(loss), backend=backend, **options)
 
 
 def training_loss(model: nn.Module, batch: Any) -> Tensor:

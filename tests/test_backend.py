@@ -118,6 +118,18 @@ def test_a_module_with_torch_s_own_forward_is_compiled():
     assert backend.compiles["aot_eager"] == before + 1
 
 
+def test_many_models_of_torch_s_own_classes_are_compiled():
+    """Dynamo gives up on a frame after a few recompilations: were it shared, later models would be left in Python."""
+    x, y = torch.randn(2, 20), torch.zeros(2, dtype=torch.long)
+    for width in range(2, 2 + torch._dynamo.config.recompile_limit + 2):
+        model = nn.Sequential(nn.Linear(20, width))
+        lotion_fx.transform(model, "int4", loss_fn=nn.functional.cross_entropy, inner="aot_eager")
+        before = backend.compiles["aot_eager"]
+        model(x)
+        lotion_fx.training_loss(model, (x, y))
+        assert backend.compiles["aot_eager"] == before + 2
+
+
 def test_the_update_is_compiled_once_for_equal_weights():
     model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(5)), nn.Linear(12, 3))
     lotion_fx.transform(model, "int4/4", inner="aot_eager")
