@@ -127,9 +127,9 @@ class Backend:
 class CompiledCalls:
     """Makes what `nn.Module.compile` would call, for the modules of one model.
 
-    A bare `nn.Sequential` needs a frame of our own, for Dynamo skips forwards of torch's own; so does a module that owns
-    weights, whose hooks would run in Python and find them outside of every graph. Blocks of one model share the frame's
-    code and what is compiled for it.
+    A bare `nn.Sequential` needs a frame of our own, for Dynamo skips forwards of torch's own; so does a module that
+    owns weights, whose hooks would run in Python and find them outside of every graph. Blocks of one model share the
+    frame's code and what is compiled for it.
     """
 
     def __init__(self, backend: Backend, **options: Any) -> None:
