@@ -16,6 +16,7 @@ import random
 import statistics
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -159,23 +160,20 @@ def evaluate(model: nn.Module, held_out: Tensor) -> float:
     return loss
 
 
-def train(
-    method: str, fmt: str, seed: int, steps: int, inner: str, text: Tensor, held_out: Tensor
-) -> tuple[Row, Curve]:
-    """One run, with its validation curve. The seconds are those of training, compilation included."""
-    torch.manual_seed(seed)
-    settings = METHODS[method]
-    total = steps if "finish" in settings else None
-    model = lotion_fx.transform(GPT(), fmt=fmt, **settings, steps=total, inner=inner)
+def fit(model: nn.Module, seed: int, steps: int, text: Tensor, after_step: Callable[[int], None]) -> float:
+    """Trains a model in place, and gives the seconds that this took, compilation included.
+
+    Args:
+        seed: of the batches' order, of its own: every method sees the same batches.
+        after_step: called with the number of each step.
+    """
     optimizer = torch.optim.Adam(model.parameters(), lr=1.2e-2, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(  # 5 % warm-up, then a cosine down to 2 %
         optimizer, lambda step: min(1.0, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
     )
-    order = torch.Generator().manual_seed(1000 + seed)  # of its own: every method sees the same batches
-    curve: Curve = []
+    order = torch.Generator().manual_seed(1000 + seed)
     seconds = 0.0
-    progress = tqdm(range(1, steps + 1), desc=f"{LABELS[method]}, seed {seed}", leave=False, disable=None)
-    for step in progress:
+    for step in range(1, steps + 1):
         began = time.perf_counter()
         starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=order)
         loss = next_token_loss(model, windows(text, starts))
@@ -185,9 +183,28 @@ def train(
         optimizer.step()
         schedule.step()
         seconds += time.perf_counter() - began
-        if step % max(1, steps // EVALS) == 0 or step == steps:
-            curve.append((step, evaluate(model, held_out)))
-            progress.set_postfix(loss=f"{curve[-1][1]:.3f}")
+        after_step(step)
+    return seconds
+
+
+def train(
+    method: str, fmt: str, seed: int, steps: int, inner: str, text: Tensor, held_out: Tensor
+) -> tuple[Row, Curve]:
+    """One run, with its validation curve."""
+    torch.manual_seed(seed)
+    settings = METHODS[method]
+    total = steps if "finish" in settings else None
+    model = lotion_fx.transform(GPT(), fmt=fmt, **settings, steps=total, inner=inner)
+    curve: Curve = []
+    with tqdm(total=steps, desc=f"{LABELS[method]}, seed {seed}", leave=False, disable=None) as progress:
+
+        def after_step(step: int) -> None:
+            progress.update()
+            if step % max(1, steps // EVALS) == 0 or step == steps:
+                curve.append((step, evaluate(model, held_out)))
+                progress.set_postfix(loss=f"{curve[-1][1]:.3f}")
+
+        seconds = fit(model, seed, steps, text, after_step)
     with lotion_fx.randomized(model):  # every forward draws anew
         rr = statistics.fmean(evaluate(model, held_out) for _ in range(2))
     with lotion_fx.full_precision(model):

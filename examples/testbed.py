@@ -95,12 +95,12 @@ def spectrum(size: int, power: float = 1.1) -> Tensor:
 
 # ------------------------------------------------------------------ training and evaluation
 @torch.no_grad()
-def evaluate(model: nn.Module) -> float:
+def evaluate(model: Any) -> float:
     """The population loss."""
     model.eval()  # the forward is now at RTN weights, unless a context below says otherwise
     loss = model()[0].item()
     model.train()
-    return loss * float(model.scale)
+    return loss * model.scale
 
 
 def train(bed: Testbed, method: str, lr: float, seed: int, steps: int) -> tuple[Row, Curve]:

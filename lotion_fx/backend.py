@@ -124,6 +124,9 @@ class Backend:
         return options
 
 
+_HOOK: Any = "lotion_fx"  # the key of our hooks
+
+
 class CompiledCalls:
     """Makes what `nn.Module.compile` would call, for the modules of one model.
 
@@ -138,8 +141,8 @@ class CompiledCalls:
 
     def __call__(self, module: torch.nn.Module) -> Callable[..., Any]:
         call: Callable[..., Any] = module._call_impl
-        ours = {*module._forward_pre_hooks, *module._forward_hooks} == {"lotion_fx"}
-        if ours or trace_rules.check(module.forward):
+        hooks: set[Any] = {*module._forward_pre_hooks, *module._forward_hooks}
+        if hooks == {_HOOK} or trace_rules.check(module.forward):
             call = _frame(call)
             call.__code__ = self.code  # type: ignore[attr-defined]
         return torch.compile(call, **self.options)
@@ -163,7 +166,7 @@ def hook_forward(module: torch.nn.Module, before: Callable[..., None], after: Ca
 
     Dynamo guards on the keys: with those that `nn.Module` numbers itself, no two blocks could share compiled code.
     """
-    key: Any = "lotion_fx"
+    key = _HOOK
     for hook in (before, after):  # inlined where their module is traced, never a graph of their own
         skip_code(hook.__code__)
     module._forward_pre_hooks[key] = before

@@ -284,11 +284,10 @@ def estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments
             found = vectors.get(at[name])
             curvatures[name], kind = _curvature(weights[name], *found) if found else (torch.zeros(()), EXACT)
             certificates[name] = Certificate(kind, ended=why if found else "it does not reach the loss")
-    found = Estimate(graph, weights, {}, curvatures)
-    found.certificates.update(
-        {name: _with_strength(certificates[name], name, found.strength(name)) for name in weights}
-    )
-    return found
+    estimated = Estimate(graph, weights, {}, curvatures)
+    for name in weights:
+        estimated.certificates[name] = _with_strength(certificates[name], name, estimated.strength(name))
+    return estimated
 
 
 def _with_strength(certificate: Certificate, name: str, strength: float) -> Certificate:

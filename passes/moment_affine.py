@@ -196,9 +196,9 @@ def _add(call: Call, a: Value, b: Value, *, alpha: Any = 1) -> Random:
     if shared := _shared(a, b):
         return derived(parts, mean, var, both, var_note=call.dropped(SUMMANDS, shared))
     cov = None
-    if all(p.shape == mean.shape for p in parts) and any(p.cov is not None for p in parts):
-        cov = covariance(parts[0]), covariance(parts[1])
-        cov = None if cov[0] is None or cov[1] is None else cov[0] + alpha**2 * cov[1]
+    if all(part.shape == mean.shape for part in parts) and any(part.cov is not None for part in parts):
+        known = [covariance(part) for part in parts]
+        cov = None if known[0] is None or known[1] is None else known[0] + alpha**2 * known[1]
     return derived(parts, mean, var, both, cov=cov)
 
 
@@ -273,16 +273,13 @@ def _mul(call: Call, a: Value, b: Value) -> Random:
     mean = aten.mul(mean_of(a), mean_of(b))
     parts = randoms((a, b))
     if len(parts) == 1:
-        x, c = (a, b) if isinstance(a, Random) else (b, a)
-        assert isinstance(x, Random)
+        x, c = parts[0], mean_of(b if isinstance(a, Random) else a)
         if x.var is None:
             return derived(parts, mean, None)
         cov = None
         if x.cov is not None and x.shape == mean.shape:
-            column = c.expand(mean.shape) if isinstance(c, Tensor) else c
-            cov = x.cov * (
-                column.unsqueeze(-1) * column.unsqueeze(-2) if isinstance(column, Tensor) else column * column
-            )
+            row = c.expand(mean.shape) if isinstance(c, Tensor) else torch.full_like(mean, c)
+            cov = x.cov * row.unsqueeze(-1) * row.unsqueeze(-2)
         return derived(parts, mean, x.var * c * c, _stretched(x, mean.shape), cov=cov)
     va, vb, ma, mb = var_of(a), var_of(b), mean_of(a), mean_of(b)
     var = va * mb.square() + ma.square() * vb + va * vb

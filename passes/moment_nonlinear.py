@@ -250,10 +250,13 @@ def normalized_moments(m: Tensor, v: Tensor, dims: tuple[int, ...], eps: float, 
     return mean, spread / variance
 
 
-def _scale_and_shift(call: Call, y: Random, weight: Any, bias: Any) -> Random:
+def _scale_and_shift(call: Call, y: Any, weight: Any, bias: Any = None) -> Any:
+    """``y weight + bias``, any of which may be random."""
     if weight is not None:
-        y = _mul(call, y, weight)
-    return y if bias is None else _add(call_named(call, "add"), y, bias)
+        y = _mul(call, y, weight) if randoms((y, weight)) else y * weight
+    if bias is not None:
+        y = _add(call_named(call, "add"), y, bias) if randoms((y, bias)) else y + bias
+    return y
 
 
 def call_named(call: Call, op: str) -> Call:
@@ -261,40 +264,37 @@ def call_named(call: Call, op: str) -> Call:
     return Call(op, call.sources)
 
 
-@rule(aten.layer_norm, aten.rms_norm)
-def _norm(call: Call, x: Any, shape: Any, weight: Any = None, *rest: Any, **kwargs: Any) -> Random:
-    centred = call.op == "layer_norm"
-    bias, eps = (rest[0] if rest else None, rest[1] if len(rest) > 1 else 1e-5) if centred else (None, None)
-    if not centred:
-        eps = rest[0] if rest and rest[0] is not None else torch.finfo(mean_of(x).dtype).eps
-    if not isinstance(x, Random):
-        fixed = F.layer_norm(x, shape, None, None, eps) if centred else F.rms_norm(x, shape, None, eps)
-        return _mul_then_add(call, fixed, weight, bias)
-    dims = tuple(range(-len(shape), 0))
-    y = _row(call, x, *normalized_moments(x.mean, x.variance, dims, eps, centred), dims)
+@rule(aten.layer_norm)
+def _layer_norm(
+    call: Call, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    y = _normalized(call, x, shape, eps, True) if isinstance(x, Random) else F.layer_norm(x, shape, None, None, eps)
     return _scale_and_shift(call, y, weight, bias)
 
 
-def _mul_then_add(call: Call, y: Tensor, weight: Any, bias: Any) -> Random:
-    """A norm of a fixed input with a random scale or shift."""
-    scaled = y if weight is None else _mul(call, y, weight) if isinstance(weight, Random) else y * weight
-    return _add(call_named(call, "add"), scaled, bias) if randoms((scaled, bias)) and bias is not None else scaled
+@rule(aten.rms_norm)
+def _rms_norm(call: Call, x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    eps = torch.finfo(mean_of(x).dtype).eps if eps is None else eps
+    y = _normalized(call, x, shape, eps, False) if isinstance(x, Random) else F.rms_norm(x, shape, None, eps)
+    return _scale_and_shift(call, y, weight)
+
+
+def _normalized(call: Call, x: Random, shape: Any, eps: float, centred: bool) -> Random:
+    last = tuple(range(-len(shape), 0))
+    return _row(call, x, *normalized_moments(x.mean, x.variance, last, eps, centred), last)
 
 
 @rule(aten.group_norm)
 def _group_norm(
     call: Call, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> Random:
-    if not isinstance(x, Random):
+    if not isinstance(x, Random) or randoms((weight, bias)):
         raise Ended("a random scale")
     split = (x.shape[0], groups, -1)
     mean, var = normalized_moments(x.mean.reshape(split), x.variance.reshape(split), (-1,), eps, True)
     y = _row(call, x, mean.reshape(x.shape), var.reshape(x.shape), tuple(range(1, x.mean.dim())))
     column = (-1, *[1] * (x.mean.dim() - 2))
-    if randoms((weight, bias)):
-        raise Ended("a random scale")
-    shaped = (None if t is None else t.reshape(column) for t in (weight, bias))
-    return _scale_and_shift(call, y, *shaped)
+    return _scale_and_shift(call, y, *(None if t is None else t.reshape(column) for t in (weight, bias)))
 
 
 @rule(aten.batch_norm)
@@ -309,7 +309,7 @@ def _batch_norm(
     column = (-1, *[1] * (x.mean.dim() - 2))
     scale = torch.rsqrt(var + eps) * (1 if weight is None else weight)
     shift = (0 if bias is None else bias) - mean * scale
-    return _add(call_named(call, "add"), _mul(call, x, scale.reshape(column)), shift.reshape(column))
+    return _scale_and_shift(call, x, scale.reshape(column), shift.reshape(column))
 
 
 @rule(aten.scaled_dot_product_attention)
