@@ -1,4 +1,4 @@
-"""Moments of what moves, adds and multiplies: views, sums, products, linear layers, convolutions, embeddings.
+"""Moments of what adds and multiplies: sums, means, products, linear layers, convolutions, embeddings.
 
 Means and variances pass through an affine op exactly where its summands are independent; `Random.independent` and the
 covariance of narrow layers say when they are. Where they are not, the covariances between them are dropped, and a note
@@ -7,7 +7,7 @@ says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from lotion_fx.passes.random_tensor import (
     Ended,
     Notes,
     Random,
+    Value,
     along,
     derived,
     joined,
@@ -29,149 +30,16 @@ from lotion_fx.passes.random_tensor import (
     merged,
     randoms,
     rule,
+    stretched,
+    var_of,
 )
-from lotion_fx.passes.usage import rearranged
 
 aten = torch.ops.aten
-Value = Tensor | Random
 
 UNITS, SUMMANDS, FACTORS = "summed units", "summands", "factors"
 
 
-# ------------------------------------------------------------------------------------------------ views and selections
-
-
-def _same_frame(x: Random, shape: Sequence[int]) -> bool:
-    """Whether an op kept the last dimension, so that the covariance over it only changes its leading ones."""
-    return len(shape) > 0 and shape[-1] == x.shape[-1]
-
-
-@rule(aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.view_as, aten.reshape_as)
-def _reshape(call: Call, x: Random, *args: Any, **kwargs: Any) -> Random:
-    op, args = getattr(aten, call.op), mean_of(args)
-    mean = op(x.mean, *args, **kwargs)
-    var = None if x.var is None else op(x.var, *args, **kwargs)
-    cov = x.cov.reshape(*mean.shape, mean.shape[-1]) if x.cov is not None and _same_frame(x, mean.shape) else None
-    return replace(x, mean=mean, var=var, independent=_followed(call, x, args, mean), cov=cov)
-
-
-@rule(
-    aten.permute, aten.transpose, aten.t, aten.numpy_T, aten.movedim, aten.unsqueeze, aten.squeeze, aten.select,
-    aten.slice, aten.narrow, aten.contiguous, aten.clone, aten.detach, aten.alias, aten.lift_fresh, aten.flip,
-    aten.roll,
-    aten.to, aten._to_copy, aten.type_as, aten.tril, aten.triu, aten.diagonal,
-    aten.index_select, aten.index, aten.gather, aten.repeat, aten.repeat_interleave, aten.expand,
-    aten.expand_as, aten.broadcast_to,    aten.constant_pad_nd, aten.pad, aten.unfold, aten.take_along_dim,
-)  # fmt: skip
-def _move(call: Call, x: Any, *args: Any, **kwargs: Any) -> Random:
-    """Ops that place, repeat and select elements: the same for means and variances."""
-    if not isinstance(x, Random):
-        raise Ended("a random index")
-    op, args, kwargs = getattr(aten, call.op), mean_of(args), mean_of(kwargs)
-    mean = op(x.mean, *args, **kwargs)
-    var = None if x.var is None else op(x.var, *args, **_no_fill(call, kwargs))
-    if call.op == "constant_pad_nd" and x.var is not None:
-        var = aten.constant_pad_nd(x.var, args[0], 0)
-    elif call.op == "pad" and x.var is not None and (args[1:] or ("constant",))[0] == "constant":
-        var = aten.pad(x.var, args[0], "constant", 0.0)
-    unmoved = mean.shape == x.shape and call.op in (*_IDENTITIES, "expand")
-    kept = x.cov.to(mean.dtype) if x.cov is not None and unmoved else None
-    return replace(x, mean=mean, var=var, independent=_followed(call, x, args, mean), cov=kept)
-
-
-_IDENTITIES = {"contiguous", "clone", "detach", "alias", "lift_fresh", "to", "_to_copy", "type_as"}
-
-
-def _no_fill(call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name != "value"}
-
-
-def _followed(call: Call, x: Random, args: Any, out: Tensor) -> Dims:
-    """The independent dimensions after an op that rearranges: those made of independent ones alone."""
-    if call.op in (*_IDENTITIES, "tril", "triu", "flip", "roll"):
-        return x.independent
-    labels = rearranged(getattr(aten, call.op), tuple(x.shape), args, tuple(out.shape))
-    return along(x, lambda held: (i for i, label in enumerate(labels) if label and label <= held))
-
-
-@rule(aten.broadcast_tensors)
-def _broadcast_tensors(call: Call, tensors: Sequence[Value]) -> list[Value]:
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    expand = replace(call, op="expand")
-    return [_move(expand, t, shape) if isinstance(t, Random) else t.expand(shape) for t in tensors]
-
-
-@rule(aten.unbind, aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
-def _cut(call: Call, x: Random, *args: Any, **kwargs: Any) -> tuple[Random, ...]:
-    op = getattr(aten, call.op)
-    means = op(x.mean, *args, **kwargs)
-    variances = [None] * len(means) if x.var is None else op(x.var, *args, **kwargs)
-    independent = x.independent
-    if call.op == "unbind":
-        dim = (args[0] if args else kwargs.get("dim", 0)) % x.mean.dim()
-        independent = along(x, lambda held: (i - (i > dim) for i in held if i != dim))
-    return tuple(
-        replace(x, mean=m, var=v, independent=independent, cov=None) for m, v in zip(means, variances, strict=True)
-    )
-
-
-@rule(aten.cat, aten.concat, aten.stack, aten.hstack, aten.vstack)
-def _join(call: Call, tensors: Sequence[Value], *args: Any, **kwargs: Any) -> Random:
-    op = getattr(aten, call.op)
-    mean = op(mean_of(list(tensors)), *args, **kwargs)
-    var = op([t.variance if isinstance(t, Random) else torch.zeros_like(t) for t in tensors], *args, **kwargs)
-    return derived(randoms(list(tensors)), mean, var)
-
-
-@rule(aten.where)
-def _where(call: Call, condition: Any, a: Value, b: Value) -> Random:
-    if isinstance(condition, Random):
-        raise Ended("a random condition")
-    mean = torch.where(condition, mean_of(a), mean_of(b))
-    return derived(randoms((a, b)), mean, torch.where(condition, var_of(a), var_of(b)).expand(mean.shape))
-
-
-@rule(aten.masked_fill)
-def _masked_fill(call: Call, x: Random, mask: Any, value: Any) -> Random:
-    if not isinstance(x, Random) or randoms((mask, value)):
-        raise Ended("a random mask or filling")
-    mean = aten.masked_fill(x.mean, mask, value)
-    var = x.variance.masked_fill(mask, 0.0).expand(mean.shape)
-    return replace(x, mean=mean, var=var, independent=_stretched(x, mean.shape), cov=None)
-
-
-@rule(aten.dropout, aten.feature_dropout, aten.native_dropout)
-def _dropout(call: Call, x: Random, p: float, train: bool) -> Random:
-    if call.op != "dropout" and train:
-        raise Ended("its mask is not followed")
-    if not train or p == 0:
-        return x
-    mask = F.dropout(torch.ones_like(x.mean), p)
-    return replace(x, mean=x.mean * mask, var=None if x.var is None else x.var * mask.square(), cov=None)
-
-
-@rule(
-    aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.new_zeros, aten.new_ones, aten.new_full,
-    aten.new_empty, aten.rand_like, aten.randn_like, aten.size, aten.sym_size, aten.sym_numel, aten.sym_stride,
-)  # fmt: skip
-def _shape_only(call: Call, x: Random, *args: Any, **kwargs: Any) -> Any:
-    return getattr(aten, call.op)(x.mean, *args, **kwargs)
-
-
 # ------------------------------------------------------------------------------------------------------------- sums
-
-
-def var_of(value: Any) -> Any:
-    """The variance of a value, 0 for one that is no `Random`."""
-    if isinstance(value, Random):
-        return value.variance
-    return torch.zeros_like(value) if isinstance(value, Tensor) else 0.0
-
-
-def _stretched(x: Random, shape: Sequence[int]) -> Dims:
-    """The independent dimensions after broadcasting: one that is repeated is none."""
-    lead = len(shape) - x.mean.dim()
-    return along(x, lambda held: (i + lead for i in held if x.shape[i] == shape[i + lead]))
 
 
 def _shared(a: Value, b: Value) -> frozenset[str]:
@@ -180,7 +48,7 @@ def _shared(a: Value, b: Value) -> frozenset[str]:
 
 
 @rule(aten.add, aten.sub)
-def _add(call: Call, a: Value, b: Value, *, alpha: Any = 1) -> Random:
+def add(call: Call, a: Value, b: Value, *, alpha: Any = 1) -> Random:
     op = getattr(aten, call.op)
     mean = op(mean_of(a), mean_of(b), alpha=alpha)
     parts = randoms((a, b))
@@ -190,9 +58,9 @@ def _add(call: Call, a: Value, b: Value, *, alpha: Any = 1) -> Random:
         x, power = parts[0], alpha**2 if parts[0] is b else 1
         cov = x.cov * power if x.cov is not None and x.shape == mean.shape else None
         var = (x.variance * power).expand(mean.shape)
-        return derived(parts, mean, var, _stretched(x, mean.shape), cov=cov)
+        return derived(parts, mean, var, stretched(x, mean.shape), cov=cov)
     var = (var_of(a) + var_of(b) * alpha**2).expand(mean.shape)
-    both = joined(*(_stretched(part, mean.shape) for part in parts))
+    both = joined(*(stretched(part, mean.shape) for part in parts))
     if shared := _shared(a, b):
         return derived(parts, mean, var, both, var_note=call.dropped(SUMMANDS, shared))
     cov = None
@@ -204,7 +72,7 @@ def _add(call: Call, a: Value, b: Value, *, alpha: Any = 1) -> Random:
 
 @rule(aten.rsub)
 def _rsub(call: Call, a: Value, b: Value, alpha: Any = 1) -> Random:
-    return _add(replace(call, op="sub"), b, a, alpha=alpha)
+    return add(call.named("sub"), b, a, alpha=alpha)
 
 
 @rule(aten.neg)
@@ -239,35 +107,31 @@ def _average(call: Call, x: Random, *args: Any, **kwargs: Any) -> Random:
     """A mean of windows of n elements: the variance of a mean of n independent ones is theirs over n."""
     op = getattr(aten, call.op)
     mean, var = op(x.mean, *args, **kwargs), op(x.variance, *args, **kwargs)
-    spatial = range(2 if x.mean.dim() > 2 else 1, x.mean.dim())
-    windows = _window_sizes(call, x, mean, args)
-    note = call.dropped(UNITS, x.dependent(*spatial))
-    return derived([x], mean, var / windows, along(x, lambda held: held & {0, 1}), var_note=note)
+    first = x.mean.dim() - int(call.op[-2])
+    windows = _window_sizes(call, x, mean, args, first)
+    note = call.dropped(UNITS, x.dependent(*range(first, x.mean.dim())))
+    return derived([x], mean, var / windows, along(x, lambda held: (i for i in held if i < first)), var_note=note)
 
 
-def _window_sizes(call: Call, x: Random, out: Tensor, args: Any) -> Any:
+def _window_sizes(call: Call, x: Random, out: Tensor, args: Any, first: int) -> Any:
     if call.op.startswith("adaptive"):
         count = 1
-        for before, after in zip(x.shape[2:], out.shape[2:], strict=True):
+        for before, after in zip(x.shape[first:], out.shape[first:], strict=True):
             if before % after:
                 raise Ended("windows of unequal size")
             count *= before // after
         return count
-    kernel = args[0] if isinstance(args[0], (list, tuple)) else [args[0]] * (x.mean.dim() - 2)
-    padding = args[2] if len(args) > 2 else 0
-    if any(padding) if isinstance(padding, (list, tuple)) else padding:
-        raise Ended("padded windows are of unequal size")
-    count = 1
-    for size in kernel if len(kernel) > 1 else list(kernel) * (x.mean.dim() - 2):
-        count *= size
-    return count
+    kernel, _, padding, ceil_mode, _, divisor = (*args, *(None,) * (6 - len(args)))
+    if any(padding or ()) or ceil_mode or divisor:
+        raise Ended("windows of unequal size")
+    return math.prod(kernel if len(kernel) > 1 else list(kernel) * (x.mean.dim() - first))
 
 
 # --------------------------------------------------------------------------------------------------------- products
 
 
 @rule(aten.mul)
-def _mul(call: Call, a: Value, b: Value) -> Random:
+def mul(call: Call, a: Value, b: Value) -> Random:
     if a is b and isinstance(a, Random):
         return square(call, a)
     mean = aten.mul(mean_of(a), mean_of(b))
@@ -280,11 +144,11 @@ def _mul(call: Call, a: Value, b: Value) -> Random:
         if x.cov is not None and x.shape == mean.shape:
             row = c.expand(mean.shape) if isinstance(c, Tensor) else torch.full_like(mean, c)
             cov = x.cov * row.unsqueeze(-1) * row.unsqueeze(-2)
-        return derived(parts, mean, x.var * c * c, _stretched(x, mean.shape), cov=cov)
+        return derived(parts, mean, x.var * c * c, stretched(x, mean.shape), cov=cov)
     va, vb, ma, mb = var_of(a), var_of(b), mean_of(a), mean_of(b)
     var = va * mb.square() + ma.square() * vb + va * vb
     note = call.dropped(FACTORS, _shared(a, b))
-    both = joined(*(_stretched(part, mean.shape) for part in parts))
+    both = joined(*(stretched(part, mean.shape) for part in parts))
     return derived(parts, mean, var, both, mean_note=note, var_note=note)
 
 
@@ -294,18 +158,6 @@ def square(call: Call, x: Random) -> Random:
     var = 4 * x.mean.square() * v + 2 * v.square()
     note = call.note("Gaussian")
     return derived([x], x.mean.square() + v, var, x.independent, var_note=note, mean_uses_var=True)
-
-
-@rule(aten.div)
-def _div(call: Call, a: Value, b: Any, *, rounding_mode: Any = None) -> Random:
-    if rounding_mode is not None:
-        raise Ended("it rounds")
-    times = replace(call, op="mul")
-    if not isinstance(b, Random):
-        return _mul(times, a, torch.reciprocal(b) if isinstance(b, Tensor) else 1 / b)
-    from lotion_fx.passes.moment_nonlinear import elementwise
-
-    return _mul(times, a, elementwise(replace(call, op="reciprocal"), b))
 
 
 def covariance(x: Random) -> Tensor | None:
@@ -322,7 +174,7 @@ def on_diagonal(cov: Tensor, var: Tensor) -> Tensor:
 
 
 @rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
-def _matmul(call: Call, a: Value, b: Value) -> Random:
+def matmul(call: Call, a: Value, b: Value) -> Random:
     """``sum_j a_j b_j``, with both factors random ``sum_j [va mb^2 + ma^2 vb + va vb]``."""
     mean, var = torch.matmul(mean_of(a), mean_of(b)), _product_variance(a, b, torch.matmul)
     shared = call.dropped(FACTORS, _shared(a, b))
@@ -346,7 +198,7 @@ def _product_variance(a: Value, b: Value, op: Any) -> Tensor:
 
 def _product_dims(x: Random, out: Tensor, own: int) -> Dims:
     """The independent dimensions of a product by one factor's noise: its own rows or columns, and stacked matrices."""
-    if x.mean.dim() < 2 or out.dim() < 2:
+    if x.mean.dim() < 2 or out.dim() < max(2, x.mean.dim()):
         return along(x, lambda held: ())
     lead, last = out.dim() - x.mean.dim(), x.mean.dim() - 2
     stacked = {i for i in range(last) if x.shape[i] == out.shape[i + lead]} | {x.mean.dim() + own}
@@ -361,10 +213,10 @@ def linear(call: Call, x: Value, weight: Value, bias: Value | None = None) -> Ra
     """
     flat = _with_rows(weight)
     if _shared(x, flat) or not isinstance(x, Random) or x.mean.dim() == 0:
-        y = _matmul(call, x, flat)
+        y = matmul(call, x, flat)
     else:
         y = _linear_of_random(call, x, weight)
-    return y if bias is None else _add(replace(call, op="add"), y, bias)
+    return y if bias is None else add(call.named("add"), y, bias)
 
 
 def _with_rows(weight: Value) -> Value:
@@ -382,7 +234,8 @@ def _linear_of_random(call: Call, x: Random, weight: Value) -> Random:
     if known and (x.cov is not None or narrow):
         return _linear_with_covariance(x, weight, narrow)
     mean, var = F.linear(x.mean, mean_of(weight)), _product_variance(x, _with_rows(weight), torch.matmul)
-    note = call.dropped(UNITS, x.dependent(-1))
+    own = weight.dependent(-1) if isinstance(weight, Random) else frozenset()
+    note = call.dropped(UNITS, x.dependent(-1) | own)
     return derived(randoms((x, weight)), mean, var, _linear_dims(x, weight), var_note=note)
 
 
@@ -413,15 +266,15 @@ def _linear_with_covariance(x: Random, weight: Value, keep: bool) -> Random:
 @rule(aten.addmm, aten.baddbmm)
 def _addmm(call: Call, bias: Value, a: Value, b: Value, *, beta: Any = 1, alpha: Any = 1) -> Random:
     if randoms((a, b)):
-        product: Value = _matmul(replace(call, op="matmul"), a, b)
+        product: Value = matmul(call.named("matmul"), a, b)
     else:
         product = aten.matmul(a, b)
     scaled: Value = product if alpha == 1 else _scaled(call, product, alpha)
-    return _add(replace(call, op="add"), bias if beta == 1 else _scaled(call, bias, beta), scaled)
+    return add(call.named("add"), bias if beta == 1 else _scaled(call, bias, beta), scaled)
 
 
 def _scaled(call: Call, value: Value, factor: Any) -> Value:
-    return _mul(replace(call, op="mul"), value, factor) if isinstance(value, Random) else value * factor
+    return mul(call.named("mul"), value, factor) if isinstance(value, Random) else value * factor
 
 
 @rule(aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution, aten.conv_transpose1d, aten.conv_transpose2d)
@@ -439,8 +292,11 @@ def _convolution(call: Call, x: Value, weight: Value, bias: Value | None = None,
         note = merged(note, call.dropped(UNITS, x.dependent(*range(channel, mean.dim()))))
         parts.append(along(x, lambda held: (i for i in held if i < channel)))
     if isinstance(weight, Random):
-        rows = 1 if "transpose" in call.op else 0
-        parts.append(along(weight, lambda held: (channel for i in held if i == rows)))
+        # A transposed one's groups are slices of dimension 0: its channels need both.
+        rows = {0, 1} if "transpose" in call.op or (call.op == "convolution" and args[3]) else {0}
+        summed = set(range(weight.mean.dim())) - {max(rows)}
+        note = merged(note, call.dropped(UNITS, weight.dependent(*summed)))
+        parts.append(along(weight, lambda held: {channel} if rows <= held else ()))
     y = derived(randoms((x, weight)), mean, var, joined(*parts), var_note=note, mean_note=shared)
     if bias is None:
         return y
@@ -449,7 +305,7 @@ def _convolution(call: Call, x: Value, weight: Value, bias: Value | None = None,
         bias = replace(bias, mean=bias.mean[column], var=bias.variance[column])
     else:
         bias = bias[column]
-    return _add(replace(call, op="add"), y, bias)
+    return add(call.named("add"), y, bias)
 
 
 @rule(aten.embedding)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lotion_fx.passes.moment_affine import _add, square
-from lotion_fx.passes.moment_nonlinear import SECOND, call_named, gaussian
+from lotion_fx.passes.moment_affine import add, square
+from lotion_fx.passes.moment_nonlinear import SECOND, gaussian
 from lotion_fx.passes.random_tensor import Call, Ended, Notes, Random, derived, merged, rule
 
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ def _reduced(x: Tensor, reduction: int) -> Tensor:
 
 
 def _difference(call: Call, x: Any, target: Any) -> Random:
-    return _add(call_named(call, "sub"), x, target)
+    return add(call.named("sub"), x, target)
 
 
 @rule(aten.mse_loss)

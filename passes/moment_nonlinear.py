@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lotion_fx.passes.moment_affine import _add, _matmul, _move, _mul, on_diagonal, square
+from lotion_fx.passes.moment_affine import add, matmul, mul, on_diagonal, square
+from lotion_fx.passes.moment_views import move
 from lotion_fx.passes.random_tensor import Call, Ended, Random, along, derived, mean_of, merged, randoms, rule
 
 aten = torch.ops.aten
@@ -112,6 +113,16 @@ _UNARY = (aten.sigmoid, aten.silu, aten.tanh, aten.mish, aten.exp, aten.log, ate
 @rule(*_UNARY)
 def _unary(call: Call, x: Random) -> Random:
     return elementwise(call, x, value=getattr(aten, call.op)(x.mean))
+
+
+@rule(aten.div)
+def _div(call: Call, a: Any, b: Any, *, rounding_mode: Any = None) -> Random:
+    if rounding_mode is not None:
+        raise Ended("it rounds")
+    times = call.named("mul")
+    if not isinstance(b, Random):
+        return mul(times, a, torch.reciprocal(b) if isinstance(b, Tensor) else 1 / b)
+    return mul(times, a, elementwise(call.named("reciprocal"), b))
 
 
 @rule(aten.gelu)
@@ -253,15 +264,10 @@ def normalized_moments(m: Tensor, v: Tensor, dims: tuple[int, ...], eps: float, 
 def _scale_and_shift(call: Call, y: Any, weight: Any, bias: Any = None) -> Any:
     """``y weight + bias``, any of which may be random."""
     if weight is not None:
-        y = _mul(call, y, weight) if randoms((y, weight)) else y * weight
+        y = mul(call, y, weight) if randoms((y, weight)) else y * weight
     if bias is not None:
-        y = _add(call_named(call, "add"), y, bias) if randoms((y, bias)) else y + bias
+        y = add(call.named("add"), y, bias) if randoms((y, bias)) else y + bias
     return y
-
-
-def call_named(call: Call, op: str) -> Call:
-    """The same call under the name of an op that it is made of."""
-    return Call(op, call.sources)
 
 
 @rule(aten.layer_norm)
@@ -334,7 +340,7 @@ def _attention(
         k, v = (_repeat_heads(t, q.shape[-3] // t.shape[-3]) for t in (k, v))
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
     named = {op: Call(f"{call.op}.{op}", call.sources) for op in ("scores", "softmax", "values")}
-    q = _mul(named["scores"], q, scale) if isinstance(q, Random) else q * scale
+    q = mul(named["scores"], q, scale) if isinstance(q, Random) else q * scale
     scores = _product(named["scores"], q, _transposed(k))
     if is_causal:
         length, past = q.shape[-2], k.shape[-2]
@@ -345,17 +351,17 @@ def _attention(
             if mask.dtype == torch.bool
             else mask
         )
-        scores = _add(call_named(call, "add"), scores, bias) if isinstance(scores, Random) else scores + bias
+        scores = add(call.named("add"), scores, bias) if isinstance(scores, Random) else scores + bias
     weights = _softmax(named["softmax"], scores, -1) if isinstance(scores, Random) else torch.softmax(scores, -1)
     return _product(named["values"], weights, v)
 
 
 def _product(call: Call, a: Any, b: Any) -> Any:
-    return _matmul(call, a, b) if randoms((a, b)) else torch.matmul(a, b)
+    return matmul(call, a, b) if randoms((a, b)) else torch.matmul(a, b)
 
 
 def _transposed(k: Any) -> Any:
-    return _move(Call("transpose", k.sources), k, -2, -1) if isinstance(k, Random) else k.transpose(-2, -1)
+    return move(Call("transpose", k.sources), k, -2, -1) if isinstance(k, Random) else k.transpose(-2, -1)
 
 
 def _repeat_heads(t: Any, times: int) -> Any:

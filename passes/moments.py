@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lotion_fx.passes import moment_affine, moment_losses, moment_nonlinear
+from lotion_fx.passes import moment_affine, moment_losses, moment_nonlinear, moment_views
 from lotion_fx.passes.contraction import arguments
 from lotion_fx.passes.random_tensor import RULES, Call, Ended, Note, Notes, Random, Rule, mean_of, randoms, weight
 
-RULE_FILES = (moment_affine, moment_nonlinear, moment_losses)
+RULE_FILES = (moment_views, moment_affine, moment_nonlinear, moment_losses)
 """Whose decorators fill `RULES`."""
 
 # ----------------------------------------------------------------------------------------------------- interpretation
@@ -105,23 +105,18 @@ def _apply(rule: Rule, call: Call, args: Any, kwargs: Any) -> Any:
 def _may_alias(node: fx.Node) -> bool:
     """Whether changing this node's tensor in place changes another's: then later uses cannot be told apart."""
     made_fresh = node.op == "call_function" and name_of(node.target) in _FRESH
-    return not made_fresh or any(name_of(user.target) in _VIEWS for user in node.users)
+    return not made_fresh or any(_is_view(user) for user in node.users)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an op may return (a view of) the tensor it is given; an op in place is none, its own user is it."""
+    name, schema = name_of(node.target), getattr(node.target, "_schema", None)
+    if name in ("dropout", "feature_dropout"):  # the tensor itself, in evaluation
+        return True
+    return not name.endswith("_") and (schema is None or any(out.alias_info is not None for out in schema.returns))
 
 
 _FRESH = {"linear", "conv1d", "conv2d", "conv3d", "convolution", "add", "mul", "batch_norm", "layer_norm", "matmul"}
-_VIEWS = {
-    "view",
-    "reshape",
-    "flatten",
-    "transpose",
-    "permute",
-    "t",
-    "slice",
-    "select",
-    "unsqueeze",
-    "squeeze",
-    "expand",
-}
 
 
 def name_of(target: Any) -> str:

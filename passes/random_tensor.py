@@ -4,7 +4,7 @@ of its dependences, and the approximations made on the way. The currency of `pas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,10 @@ class Call:
     op: str
     sources: frozenset[str]
 
+    def named(self, op: str) -> Call:
+        """The same call under the name of an op that it is made of."""
+        return Call(op, self.sources)
+
     def note(self, text: str) -> Notes:
         """An approximation made here, as a rule hands it to `derived`."""
         return (Note(text, self.op, self.sources),)
@@ -123,6 +127,7 @@ class Call:
         return (Note(f"covariance between {what} dropped", self.op, self.sources, sources),) if sources else ()
 
 
+Value = Tensor | Random
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
 
@@ -198,3 +203,16 @@ def joined(*parts: Dims) -> Dims:
 def weight(name: str, mean: Tensor, var: Tensor) -> Random:
     """A weight whose elements are rounded independently: where a stream begins."""
     return Random(mean, var, {name: frozenset(range(mean.dim()))})
+
+
+def var_of(value: Any) -> Any:
+    """The variance of a value, 0 for one that is no `Random`."""
+    if isinstance(value, Random):
+        return value.variance
+    return torch.zeros_like(value) if isinstance(value, Tensor) else 0.0
+
+
+def stretched(x: Random, shape: Sequence[int]) -> Dims:
+    """The independent dimensions after broadcasting: one that is repeated is none."""
+    lead = len(shape) - x.mean.dim()
+    return along(x, lambda held: (i + lead for i in held if x.shape[i] == shape[i + lead]))
