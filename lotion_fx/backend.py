@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,10 +190,28 @@ def uncompiled(model: torch.nn.Module) -> Iterator[None]:
 
 def trace(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
     """A function's graph of ATen ops before dispatch: ``linear``, ``layer_norm``, ``cross_entropy_loss`` are whole."""
-    gm = make_fx(function, pre_dispatch=True)(*args)
+    # A value that Python branches on is taken as it is here; the op that read it is then dead.
+    gm = make_fx(function, pre_dispatch=True, _error_on_data_dependent_ops=False)(*args)
+    gm.graph.eliminate_dead_code()
     gm.graph.set_codegen(fx.graph.CodeGen())  # flat arguments, in the order of the placeholders
     gm.recompile()
     return gm
+
+
+def _lifted(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]]:
+    """A copy of a graph whose constants are its last inputs, and their values; what it changes in place is a copy."""
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.output(graph.graph_copy(gm.graph, copied))
+    values = []
+    last = graph.find_nodes(op="placeholder")[-1]
+    for node in graph.find_nodes(op="get_attr"):
+        value = operator.attrgetter(str(node.target))(gm)
+        values.append(value.detach().clone() if isinstance(value, Tensor) else value)
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"constant_{len(values)}")
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
+    return fx.GraphModule(gm, graph), values
 
 
 @contextlib.contextmanager
@@ -219,8 +238,9 @@ def joint_vectors(
     Returns:
         By placeholder index; without the weights that no loss depends on.
     """
-    attached, probed = attach(gm, plans)
-    leaves = [x.detach().requires_grad_() if i in plans else x for i, x in enumerate(inputs)]
+    lifted, constants = _lifted(gm)
+    attached, probed = attach(lifted, plans)
+    leaves = [x.detach().requires_grad_() if i in plans else x for i, x in enumerate([*inputs, *constants])]
     wanted = [*(_fake_probe(leaves[i], plans[i]) for i in probed), *(leaves[i] for i in probed)]
     run = aot_function(attached, nop, partition_fn=_partition)
     sums: list[Tensor | None] = [None] * len(wanted)
@@ -325,15 +345,15 @@ class Variants:
 
         None where it returns no loss, or has a region that must stay whole: what is checkpointed would be no more.
         """
-        loss = _loss_output(self.gm)
+        losses = _loss_outputs(self.gm)
         nested = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in self.gm.graph.nodes)
-        if loss is None or nested:
+        if not losses or nested:
             return None
         weights = [i for i, plan in plans.items() if plan.moments != "off"]
         diagonal = all(plans[i].moments == "diagonal" for i in weights)
         with torch.no_grad(), _fake_mode_of(self.inputs):
             inputs = [x.detach() if isinstance(x, Tensor) else x for x in self.inputs]
-            streamed = stream(trace(self.gm, inputs), inputs, weights, loss, diagonal, trace)
+            streamed = stream(trace(self.gm, inputs), inputs, weights, losses, diagonal, trace)
         for old, new in zip(*(gm.graph.find_nodes(op="placeholder") for gm in (self.gm, streamed.gm)), strict=False):
             if hasattr(old, "_dynamo_source"):
                 new._dynamo_source = old._dynamo_source
@@ -355,14 +375,15 @@ class _Compiled:
     stream: Mapping[int, Certificate]
 
 
-def _loss_output(gm: fx.GraphModule) -> int | None:
-    """Which of a graph's outputs is a loss: the first floating scalar that requires a gradient."""
+def _loss_outputs(gm: fx.GraphModule) -> list[int]:
+    """Which of a graph's outputs may be a loss: the floating scalars that require a gradient."""
     outputs = tree_leaves(gm.graph.output_node().args[0])
-    for index, node in enumerate(outputs):
-        value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-        if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() and value.requires_grad:
-            return index
-    return None
+    values = [node.meta.get("example_value") if isinstance(node, fx.Node) else None for node in outputs]
+    return [
+        index
+        for index, value in enumerate(values)
+        if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() and value.requires_grad
+    ]
 
 
 def _fake_mode_of(inputs: Sequence[Any]) -> Any:

@@ -6,7 +6,8 @@ Curvature is an estimate, and the second order is not the whole: the predicted i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from lotion_fx.expected import Estimate, estimate
 from lotion_fx.loss_graph import LossFunction
 from lotion_fx.passes.moments import EXACT
-from lotion_fx.state import Weight, smoothings_of, weights_of
+from lotion_fx.state import smoothings_of, weights_of
 from lotion_fx.transform import names_of
 
 LIMIT = 8.0
@@ -66,17 +67,18 @@ def calibrate(
     smoothings = smoothings_of(model)
     if every is not None and not any(s.calibrated is None or s.steps - s.calibrated >= every for s in smoothings):
         return {}
-    for weight in weights_of(model):
-        weight.gains = (1.0, 1.0)
-    measured, forms = _Measured(), ("closed" if smoothings[0].moments == "off" else smoothings[0].moments, "off")
-    estimates: dict[str, list[Estimate]] = {form: [] for form in forms}
-    for batch in batches:
-        for form in forms:
-            estimates[form].append(estimate(model, batch, loss_fn, form))
-        measured.add(estimates[forms[0]][-1], samples, generator)
-    if not measured.batches:
+    batches = list(batches)
+    if not batches:
         raise ValueError("batches: expected at least one batch to measure on, got none")
-    streamed, joint = (_fit(estimates[form], measured, names) for form in forms)
+    forms = ("closed" if smoothings[0].moments == "off" else smoothings[0].moments, "off")
+    measured = _Measured()
+    estimates: dict[str, list[Estimate]] = {form: [] for form in forms}
+    with _plain(model):
+        for batch in batches:
+            for form in forms:
+                estimates[form].append(estimate(model, batch, loss_fn, form))
+            measured.add(estimates[forms[0]][-1], samples, generator)
+        streamed, joint = (_fit(estimates[form], measured) for form in forms)
     for name in streamed:
         names[name].gains = (streamed[name], joint[name])
     for smoothing in smoothings:
@@ -84,17 +86,33 @@ def calibrate(
     return joint
 
 
+@contextlib.contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Inside, terms are what they are: without factors, the user's strength included, which is no estimate's fault."""
+    strengths = [(smoothing, smoothing.strength) for smoothing in smoothings_of(model)]
+    gains = [(weight, weight.gains) for weight in weights_of(model)]
+    try:
+        for smoothing, _ in strengths:
+            smoothing.strength = 1.0
+        for weight, _ in gains:
+            weight.gains = (1.0, 1.0)
+        yield
+    finally:
+        for smoothing, strength in strengths:
+            smoothing.strength = strength
+        for weight, pair in gains:
+            weight.gains = pair
+
+
 @dataclass
 class _Measured:
     """Increases of the loss under sampled rounding, summed over batches."""
 
-    batches: int = 0
     together: float = 0.0
     alone: dict[str, float] = field(default_factory=dict)
     error2: dict[str, float] = field(default_factory=dict)
 
     def add(self, estimate: Estimate, samples: int, generator: torch.Generator | None) -> None:
-        self.batches += 1
         self.together += estimate.sample(list(estimate.weights), samples, generator)[0]
         for name in estimate.weights:
             increase, error = estimate.sample([name], samples, generator)
@@ -102,7 +120,7 @@ class _Measured:
             self.error2[name] = self.error2.get(name, 0.0) + error**2
 
 
-def _fit(estimates: list[Estimate], measured: _Measured, weights: Mapping[str, Weight]) -> dict[str, float]:
+def _fit(estimates: list[Estimate], measured: _Measured) -> dict[str, float]:
     """The factors for one form of the term."""
     first = estimates[0]
     free = [name for name in first.weights if first.certificates[name].kind != EXACT]

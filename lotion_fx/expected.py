@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from lotion_fx import backend, rounding
 from lotion_fx.likelihood import draws, likelihood_of, output_in, sampled_loss
-from lotion_fx.loss_graph import LossFunction, LossGraph, loss_graph
+from lotion_fx.loss_graph import LossFunction, LossGraph, grad_mode_kept, loss_graph
 from lotion_fx.passes import random_tensor
 from lotion_fx.passes.moments import ANALYTIC, EXACT, FISHER, SECOND_ORDER, Certificate, analyse, interpret
 from lotion_fx.passes.probe import HEADER, Code, Layout
@@ -133,7 +133,7 @@ def expected_loss(
         raise ValueError(f"moments={moments!r}: expected one of {', '.join(MOMENTS)}")
     found = estimate(model, batch, loss_fn, moments)
     result = found.result()
-    return found.sampled(result, samples, generator) if samples else result
+    return found.with_samples(result, samples, generator) if samples else result
 
 
 @dataclass
@@ -152,7 +152,8 @@ class Estimate:
     def total(self, shares: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:
         """The expected loss with each weight's noise at a share of its variance; 0 for one that is not named."""
         changed, joint = self._noisy(shares, parameters)
-        loss = interpret(self.graph.gm, self.graph.inputs({**parameters, **changed})).outputs[0]
+        with grad_mode_kept():
+            loss = interpret(self.graph.gm, self.graph.inputs({**parameters, **changed})).outputs[0]
         loss = loss.mean if isinstance(loss, Random) else loss
         return loss + torch.stack(joint).sum() if joint else loss
 
@@ -215,7 +216,7 @@ class Estimate:
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
-    def sampled(self, result: ExpectedLoss, samples: int, generator: torch.Generator | None) -> ExpectedLoss:
+    def with_samples(self, result: ExpectedLoss, samples: int, generator: torch.Generator | None) -> ExpectedLoss:
         """The result with what sampled roundings say beside it."""
         increase, error = self.sample(list(self.weights), samples, generator)
         alone = {}
@@ -265,17 +266,19 @@ def estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments
             raise ValueError(f"model: {name!r} is sharded; expected_loss needs whole weights")
     graph = loss_graph(model, batch, loss_fn)
     at = {name: index for index, name in enumerate(graph.parameters)}
-    with backend.faked(graph.inputs({})) as fakes:
+    with grad_mode_kept(), backend.faked(graph.inputs({})) as fakes:
         new = {at[name]: weight for weight, name in names.items() if weight.uses is None and name in at}
         for index, uses in weight_uses(graph.gm, fakes, list(new)).items():
             new[index].learn(uses)
         weights = {name: weight for weight, name in names.items() if weight.selected and name in at}
+        if not weights:
+            raise ValueError("model: no weight of it is quantized, so nothing is random; see lotion_fx.report(model)")
         certificates: dict[str, Certificate] = {}
         ended = dict.fromkeys(weights, "moments='off'")
         if moments != "off":
             for name in weights:
                 fakes[at[name]] = random_tensor.weight(name, fakes[at[name]], fakes[at[name]])
-            analysis = analyse(graph.gm, fakes, 0, moments == "diagonal")
+            analysis = analyse(graph.gm, fakes, [0], moments == "diagonal")
             certificates, ended = dict(analysis.certificates), dict(analysis.ended)
     curvatures = {}
     if joint := {name: why for name, why in ended.items() if name in weights}:
@@ -283,7 +286,7 @@ def estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments
         for name, why in joint.items():
             found = vectors.get(at[name])
             curvatures[name], kind = _curvature(weights[name], *found) if found else (torch.zeros(()), EXACT)
-            certificates[name] = Certificate(kind, ended=why if found else "it does not reach the loss")
+            certificates[name] = Certificate(kind, ended=why)
     estimated = Estimate(graph, weights, {}, curvatures)
     for name in weights:
         estimated.certificates[name] = _with_strength(certificates[name], name, estimated.strength(name))

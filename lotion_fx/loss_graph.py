@@ -17,7 +17,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lotion_fx import backend
 from lotion_fx.passes.smooth import LATENT
+from lotion_fx.sampling import kept_buffers
 from lotion_fx.state import smoothings_of
+
+
+@contextlib.contextmanager
+def grad_mode_kept() -> Iterator[None]:
+    """Whatever mode a graph with a region without gradients ends in."""
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        yield
+
 
 LossFunction = Callable[..., Tensor]
 
@@ -43,7 +52,8 @@ class LossGraph:
 
     def loss(self, changed: Mapping[str, Any]) -> Tensor:
         """The loss with some parameters replaced."""
-        return self.gm(*self.inputs(changed))[0]
+        with grad_mode_kept():
+            return self.gm(*self.inputs(changed))[0]
 
 
 def loss_graph(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> LossGraph:
@@ -73,7 +83,7 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Lo
             return [loss_of(out), *_prediction(out)]
         inputs, targets = given
         out = called(functional, inputs)
-        return [_scalar(loss_fn(out, targets), "loss_fn"), *_prediction(out)]
+        return [scalar(loss_fn(out, targets), "loss_fn"), *_prediction(out)]
 
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     fixed = list(leaves)
@@ -109,10 +119,10 @@ def called(function: Callable[..., Any], inputs: Any) -> Any:
 def loss_of(out: Any) -> Tensor:
     """The loss in what a model returned: a scalar, ``.loss``, ``["loss"]`` or the first scalar of a tuple."""
     if isinstance(out, Tensor):
-        return _scalar(out, "model")
+        return scalar(out, "model")
     named = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
     if isinstance(named, Tensor):
-        return _scalar(named, "model")
+        return scalar(named, "model")
     for item in out if isinstance(out, (tuple, list)) else ():
         if isinstance(item, Tensor) and item.dim() == 0 and item.is_floating_point():
             return item
@@ -122,7 +132,8 @@ def loss_of(out: Any) -> Tensor:
     )
 
 
-def _scalar(loss: Any, what: str) -> Tensor:
+def scalar(loss: Any, what: str) -> Tensor:
+    """The loss, 0-d; ``what`` made it."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"{what}: expected a scalar loss, got {shape}; reduce it, by its mean for example")
@@ -144,7 +155,8 @@ def as_evaluated(model: nn.Module) -> Iterator[None]:
         smoothing.override = LATENT
     model.eval()
     try:
-        with backend.uncompiled(model), torch.no_grad():
+        # Gradients are on, as a region without them ends in what it began in; the parameters given are detached.
+        with backend.uncompiled(model), kept_buffers(model), torch.enable_grad():
             yield
     finally:
         for module, mode in training.items():

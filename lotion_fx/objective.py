@@ -107,6 +107,8 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
     for smoothing, pairs in mine.items():
         # What a moment stream put into the loss needs no more, unless another graph without the loss used the weight.
         outside = [(w, p) for w, p in pairs if not w.in_loss or (w.probe is not None and w.probe.grad is not None)]
+        for weight, _ in pairs:
+            weight.certificate = weight.certificate if weight.in_loss else None
         if smoothing.has_term and outside:
             _Step(smoothing, optimizer, unscaled_by, pending).run(outside)
         _advance(smoothing, pairs, counts)
@@ -389,8 +391,9 @@ class _Term(torch.autograd.Function):
 def penalty(model: torch.nn.Module) -> Tensor:
     """The term ``strength * 1/2 sum_i h_i sigma_i^2``, 0-d and differentiable, for objectives of one's own.
 
-    It takes the curvature gathered up to the last step: it is 0 before the first, and for a method without term. A
-    step whose backward pass ran through it gets no second term from the optimizer's hook.
+    It takes the curvature gathered up to the last step: it is 0 before the first, for a method without term, and for
+    weights whose term is in the loss itself (``loss_fn``). A step whose backward pass ran through it gets no second
+    term from the optimizer's hook.
 
     Raises:
         ValueError: the model is not under lotion_fx, or its parameters are sharded.

@@ -95,14 +95,20 @@ def _undone(model: nn.Module) -> Iterator[None]:
     """Puts back, at the end, the random number generators and every buffer."""
     devices = sorted({parameter.device for parameter in model.parameters()} - {torch.device("cpu")}, key=str)
     kind = devices[0].type if devices else "cuda"
+    with torch.random.fork_rng(devices, device_type=kind), kept_buffers(model):
+        yield
+
+
+@contextlib.contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Puts every buffer back at the end, as a tensor and in its values."""
     held = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     kept = [(owner, name, b, b._version, b.detach().clone()) for owner, name, b in held if b is not None]
-    with torch.random.fork_rng(devices, device_type=kind):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for owner, name, buffer, version, values in kept:
-                    owner[name] = buffer
-                    if buffer._version != version:
-                        buffer.copy_(values)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for owner, name, buffer, version, values in kept:
+                owner[name] = buffer
+                if buffer._version != version:
+                    buffer.copy_(values)

@@ -18,7 +18,7 @@ from lotion_fx import objective
 from lotion_fx.backend import INNERS, Backend, CompiledCalls, with_own_code
 from lotion_fx.formats import Format, register_format, resolve
 from lotion_fx.likelihood import LIKELIHOODS, likelihood_of
-from lotion_fx.loss_graph import called, loss_of, pair
+from lotion_fx.loss_graph import called, loss_of, pair, scalar
 from lotion_fx.noise import NoiseLaw, resolve_noise
 from lotion_fx.outside import count_terms, hook_owners
 from lotion_fx.passes.probe import Code
@@ -99,8 +99,6 @@ def transform(
         raise ValueError(f"moments={moments!r}: expected one of {', '.join(MOMENTS)}{_near(moments, MOMENTS)}")
     smoothing.moments = moments
     smoothing.loss_fn = _check_loss(loss_fn, smoothing, regions != [model])
-    if loss_fn is not None:  # the moment stream is traced for the shapes it is given
-        compile_options.setdefault("dynamic", False)
     _check_model(model)
     _add_weights(smoothing, model, resolve(fmt), only or {})
     _check_weights(smoothing)
@@ -148,7 +146,7 @@ def training_loss(model: nn.Module, batch: Any) -> Tensor:
         raise ValueError("model: it was transformed without a loss; pass loss_fn= to lotion_fx.transform")
     if smoothing.loss_call is None:
         return loss_of(called(model, batch))
-    return smoothing.loss_call(*pair(batch))
+    return scalar(smoothing.loss_call(*pair(batch)), "loss_fn")
 
 
 def finish(model: nn.Module, *, term: bool = True) -> None:

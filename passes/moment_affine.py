@@ -115,16 +115,15 @@ def _average(call: Call, x: Random, *args: Any, **kwargs: Any) -> Random:
 
 def _window_sizes(call: Call, x: Random, out: Tensor, args: Any, first: int) -> Any:
     if call.op.startswith("adaptive"):
-        count = 1
-        for before, after in zip(x.shape[first:], out.shape[first:], strict=True):
-            if before % after:
-                raise Ended("windows of unequal size")
-            count *= before // after
-        return count
-    kernel, _, padding, ceil_mode, _, divisor = (*args, *(None,) * (6 - len(args)))
+        pairs = list(zip(x.shape[first:], out.shape[first:], strict=True))
+        if any(before % after for before, after in pairs):
+            raise Ended("windows of unequal size")
+        return math.prod(before // after for before, after in pairs)
+    kernel = list(args[0])
+    padding, ceil_mode, _, divisor = (*args[2:], *(None,) * (6 - max(len(args), 2)))[:4]
     if any(padding or ()) or ceil_mode or divisor:
         raise Ended("windows of unequal size")
-    return math.prod(kernel if len(kernel) > 1 else list(kernel) * (x.mean.dim() - first))
+    return math.prod(kernel if len(kernel) > 1 else kernel * (x.mean.dim() - first))
 
 
 # --------------------------------------------------------------------------------------------------------- products
@@ -212,7 +211,7 @@ def linear(call: Call, x: Value, weight: Value, bias: Value | None = None) -> Ra
     For two stacked layers this is MATH's ``Var(y_k) = sum_j [W_kj^2 v_j + sigma_kj^2 (m_j^2 + v_j)]``.
     """
     flat = _with_rows(weight)
-    if _shared(x, flat) or not isinstance(x, Random) or x.mean.dim() == 0:
+    if _shared(x, flat) or not isinstance(x, Random) or len(weight.shape) == 1:
         y = matmul(call, x, flat)
     else:
         y = _linear_of_random(call, x, weight)

@@ -94,12 +94,12 @@ def _cross_entropy(
     options: Any = (weight, ignore_index, label_smoothing)
     loss = _ce(x.mean, target, options, reduction)
     flat = torch.zeros_like(x.mean)
-    label = _ce(flat, target, options, 0) / math.log(x.shape[classes])
+    label = _ce(flat, target, options, 0) / max(math.log(x.shape[classes]), 1e-30)  # of one class nothing is random
     p, v = torch.softmax(x.mean, classes), x.variance
     known = x.cov is not None and classes == x.mean.dim() - 1
     if known:
         assert x.cov is not None
-        quadratic = (p * v).sum(-1) - (p.unsqueeze(-2) @ x.cov @ p.unsqueeze(-1)).flatten(-3)
+        quadratic = (p * v).sum(-1) - (p.unsqueeze(-2) @ x.cov @ p.unsqueeze(-1)).squeeze(-1).squeeze(-1)
     else:
         quadratic = (p * (1 - p) * v).sum(classes)
     extra = 0.5 * label * quadratic.reshape(label.shape)

@@ -224,14 +224,20 @@ def softmax_moments(m: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return mean, p.square() * (own + (p.square() * v).sum(dim, keepdim=True))
 
 
-@rule(aten.softmax, aten._softmax)
-def _softmax(call: Call, x: Random, dim: int, *args: Any, **kwargs: Any) -> Random:
+def _in(x: Random, dtype: torch.dtype | None) -> Random:
+    return x if dtype is None else move(Call("to", x.sources), x, dtype)
+
+
+@rule(aten.softmax)
+def _softmax(call: Call, x: Random, dim: int, dtype: Any = None) -> Random:
+    x = _in(x, dtype)
     return _row(call, x, *softmax_moments(x.mean, x.variance, dim), (dim,))
 
 
-@rule(aten.log_softmax, aten._log_softmax)
-def _log_softmax(call: Call, x: Random, dim: int, *args: Any, **kwargs: Any) -> Random:
+@rule(aten.log_softmax)
+def _log_softmax(call: Call, x: Random, dim: int, dtype: Any = None) -> Random:
     """``log p_i - sum_j p_j (1 - p_j) v_j / 2`` and ``(1 - 2 p_i) v_i + sum_j p_j^2 v_j``."""
+    x = _in(x, dtype)
     v = x.variance
     log_p = torch.log_softmax(x.mean, dim)
     p = log_p.exp()
@@ -345,14 +351,15 @@ def _attention(
     if is_causal:
         length, past = q.shape[-2], k.shape[-2]
         mask = torch.ones(length, past, dtype=torch.bool, device=mean_of(q).device).tril()
+    seen = None
+    if mask is not None and mask.dtype == torch.bool:
+        seen = mask.any(-1, keepdim=True)  # a query that sees no key mixes no value
+        mask = torch.zeros_like(mask, dtype=mean_of(q).dtype).masked_fill(~mask & seen, -math.inf)
     if mask is not None:
-        bias = (
-            torch.zeros_like(mask, dtype=mean_of(q).dtype).masked_fill(~mask, -math.inf)
-            if mask.dtype == torch.bool
-            else mask
-        )
-        scores = add(call.named("add"), scores, bias) if isinstance(scores, Random) else scores + bias
+        scores = add(call.named("add"), scores, mask) if isinstance(scores, Random) else scores + mask
     weights = _softmax(named["softmax"], scores, -1) if isinstance(scores, Random) else torch.softmax(scores, -1)
+    if seen is not None:
+        weights = _scale_and_shift(call, weights, seen.to(mean_of(weights).dtype))
     return _product(named["values"], weights, v)
 
 

@@ -22,10 +22,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from lotion_fx.passes import moment_affine, moment_losses, moment_nonlinear, moment_views
 from lotion_fx.passes.contraction import arguments
-from lotion_fx.passes.random_tensor import RULES, Call, Ended, Note, Notes, Random, Rule, mean_of, randoms, weight
+from lotion_fx.passes.random_tensor import (
+    RULES,
+    Call,
+    Ended,
+    Note,
+    Notes,
+    Random,
+    Rule,
+    mean_of,
+    merged,
+    randoms,
+    weight,
+)
 
 RULE_FILES = (moment_views, moment_affine, moment_nonlinear, moment_losses)
 """Whose decorators fill `RULES`."""
@@ -46,24 +59,29 @@ class Trace:
     paths: dict[str, list[str]] = field(default_factory=dict)
 
 
-class _EndedAt(Exception):
+class EndedAt(Exception):
+    """A stream has ended: whose, at which op and why."""
+
     def __init__(self, sources: frozenset[str], op: str, reason: str) -> None:
         super().__init__(op, reason)
         self.sources, self.op, self.reason = sources, op, reason
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a pre-dispatch ATen graph in which some inputs are random."""
+    """Runs a pre-dispatch ATen graph in which some inputs are random, as far as the losses need."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, losses: Sequence[int]) -> None:
         super().__init__(gm)
         self.trace = Trace()
+        self.needed = _needed(gm.graph, losses)
 
     def run_node(self, node: fx.Node) -> Any:
         if node.op != "call_function":
             return super().run_node(node)
         with self._set_current_node(node):
             args, kwargs = self.fetch_args_kwargs_from_env(node)
+            if node not in self.needed:  # a metric beside the loss
+                args, kwargs = mean_of((args, kwargs))
             given = randoms((args, kwargs))
             if not given:
                 return self.call_function(node.target, args, kwargs)
@@ -71,7 +89,7 @@ class _Interpreter(fx.Interpreter):
             try:
                 out = self._random(node, call, args, kwargs)
             except Ended as ended:
-                raise _EndedAt(call.sources, call.op, str(ended)) from None
+                raise EndedAt(call.sources, call.op, str(ended)) from None
         for value in randoms(out):
             for source in value.sources:
                 path = self.trace.paths.setdefault(source, [])
@@ -92,6 +110,20 @@ class _Interpreter(fx.Interpreter):
             self.env[arguments(node)[0]] = out  # later uses see the changed value
             return out
         raise Ended("no rule for this op")
+
+
+def _needed(graph: fx.Graph, losses: Sequence[int]) -> set[fx.Node]:
+    """The nodes that the losses depend on; what is changed in place counts as changed for them."""
+    outputs = tree_leaves(graph.output_node().args[0])
+    pending = [outputs[index] for index in losses]
+    pending += [node for node in graph.nodes if node.op == "call_function" and name_of(node.target).endswith("_")]
+    needed: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, fx.Node) and node not in needed:
+            needed.add(node)
+            pending += node.all_input_nodes
+    return needed
 
 
 def _apply(rule: Rule, call: Call, args: Any, kwargs: Any) -> Any:
@@ -125,17 +157,18 @@ def name_of(target: Any) -> str:
     return str(packet).rpartition(".")[2] if packet is not None else getattr(target, "__name__", str(target))
 
 
-def interpret(gm: fx.GraphModule, inputs: Sequence[Any]) -> Trace:
+def interpret(gm: fx.GraphModule, inputs: Sequence[Any], losses: Sequence[int] = (0,)) -> Trace:
     """Runs a graph on inputs of which some are `Random`.
 
     Args:
         gm: a pre-dispatch ATen graph, one output list.
         inputs: one tensor, number or `Random` for each placeholder.
+        losses: which outputs are losses. What they do not depend on is computed at the means.
 
     Raises:
-        _EndedAt: at the first op that ends a stream.
+        EndedAt: at the first op that ends a stream.
     """
-    interpreter = _Interpreter(gm)
+    interpreter = _Interpreter(gm, losses)
     out = interpreter.run(*inputs)
     interpreter.trace.outputs = list(out) if isinstance(out, (list, tuple)) else [out]
     return interpreter.trace
@@ -187,8 +220,8 @@ class Analysis:
 _PATIENCE = 8
 
 
-def analyse(gm: fx.GraphModule, inputs: Sequence[Any], loss: int, diagonal: bool = False) -> Analysis:
-    """Finds the weights whose moment stream reaches the loss.
+def analyse(gm: fx.GraphModule, inputs: Sequence[Any], losses: Sequence[int], diagonal: bool = False) -> Analysis:
+    """Finds the weights whose moment stream reaches a loss.
 
     A weight that reaches an op without a rule is taken as fixed and the rest is tried again, so one unknown op costs
     the weights before it and none behind it.
@@ -196,7 +229,7 @@ def analyse(gm: fx.GraphModule, inputs: Sequence[Any], loss: int, diagonal: bool
     Args:
         gm: a pre-dispatch ATen graph.
         inputs: one (fake) tensor or number per placeholder; the candidates as `Random`, one source each.
-        loss: which output is the loss.
+        losses: which outputs are losses: every scalar that may be one.
         diagonal: whether a stream goes on past an op at which covariances are dropped. Without them it can be off by a
             factor, as through a residual connection, where the joint-graph form is not.
     """
@@ -206,12 +239,12 @@ def analyse(gm: fx.GraphModule, inputs: Sequence[Any], loss: int, diagonal: bool
         values = [v.mean if isinstance(v, Random) and v.sources & ended.keys() else v for v in inputs]
         names = [name for value in values if isinstance(value, Random) for name in value.sources]
         try:
-            trace = interpret(gm, values)
-        except _EndedAt as end:
+            trace = interpret(gm, values, losses)
+        except EndedAt as end:
             ended.update(dict.fromkeys(end.sources, f"{end.op}: {end.reason}"))
             continue
-        out = trace.outputs[loss]
-        notes = out.mean_notes if isinstance(out, Random) else ()
+        found = randoms([trace.outputs[index] for index in losses])
+        notes = merged(*(loss.mean_notes for loss in found))
         drops = [] if diagonal else [note for note in notes if note.dropped]
         if drops:
             # Without the first one's weights a later one may drop nothing. A deep graph has no time for that.
@@ -219,7 +252,9 @@ def analyse(gm: fx.GraphModule, inputs: Sequence[Any], loss: int, diagonal: bool
             ended.update({source: str(note) for note in reversed(blamed) for source in note.dropped})
             rounds += 1
             continue
-        return Analysis({n: _certificate(n, trace.paths.get(n, []), notes, list(ended)) for n in names}, ended)
+        reached = frozenset().union(*(loss.sources for loss in found))
+        certificates = {n: _certificate(n, trace.paths.get(n, []), notes, list(ended)) for n in names if n in reached}
+        return Analysis(certificates, ended | dict.fromkeys(set(names) - reached, "it does not reach the loss"))
 
 
 def _certificate(name: str, path: list[str], notes: Notes, fixed: list[str]) -> Certificate:
@@ -252,29 +287,28 @@ def stream(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     weights: Sequence[int],
-    loss: int,
+    losses: Sequence[int],
     diagonal: bool,
     trace: Callable[[Callable[..., Any], Sequence[Any]], fx.GraphModule],
 ) -> Streamed:
-    """Puts a variance stream beside the mean; the loss output becomes the expected loss, any other output its mean.
+    """Puts a variance stream beside the mean; a loss becomes the expected loss, any other output its mean.
 
     Args:
         gm: a pre-dispatch ATen graph with a list or tuple of outputs; left as it is.
         inputs: one (fake) tensor or number per placeholder.
         weights: the inputs that are weights under randomized rounding.
-        loss: which output is the loss.
-        diagonal: see `analyse`.
+        losses, diagonal: see `analyse`.
         trace: makes a graph of a function of tensors.
     """
     names = {str(index): index for index in weights}
     candidates = [_random_weight(i, x, x) if str(i) in names else x for i, x in enumerate(inputs)]
-    analysis = analyse(gm, candidates, loss, diagonal)
+    analysis = analyse(gm, candidates, losses, diagonal)
     certificates = {names[name]: certificate for name, certificate in analysis.certificates.items()}
     variances = {index: len(inputs) + position for position, index in enumerate(certificates)}
 
     def run(*args: Any) -> list[Any]:
         values = [_random_weight(i, x, args[variances[i]]) if i in variances else x for i, x in enumerate(args)]
-        return [mean_of(output) for output in interpret(gm, values[: len(inputs)]).outputs]
+        return [mean_of(output) for output in interpret(gm, values[: len(inputs)], losses).outputs]
 
     traced = trace(run, [*inputs, *(torch.zeros_like(inputs[i]) for i in certificates)])
     return Streamed(traced, variances, certificates)

@@ -161,7 +161,7 @@ def factor(shape: tuple[int, ...], axis: int | None, *, batched: bool = False) -
         return math.prod(shape[:-2]), shape[-2]
     if axis is not None and axis == len(shape) - 1:
         return 1, math.prod(shape[:-1])
-    return 1, shape[0]
+    return 1, shape[0] if shape else 1
 
 
 def _name(func: Any) -> str:

@@ -390,6 +390,57 @@ def test_the_model_is_left_as_it_was():
     assert lotion_fx.report(model)["up.weight"].estimator == "analytic"
 
 
+class Branching(nn.Module):
+    """What plain tracing stumbles over: a branch on values, a region without gradients, buffers, a metric, a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("scale", torch.full((), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        with torch.no_grad():
+            shift = (self.scale * x).mean()
+        h = torch.cumsum(self.norm(self.up(x)), -1)  # no rule: what is before takes the joint-graph form
+        return self.down(h + shift) if x.abs().max().item() > 0 and h.sum() != 0 else h
+
+
+def test_branches_buffers_and_regions_without_gradients():
+    torch.manual_seed(0)
+    model = lotion_fx.transform(Branching(), "int4", inner="aot_eager")
+    x, y = torch.randn(8, 6), torch.randint(4, (8,))
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            result = lotion_fx.expected_loss(model, (x, y), F.cross_entropy, samples=2)
+            assert torch.is_grad_enabled() == (mode is torch.enable_grad)
+    assert {n: c.kind for n, c in result.certificates.items()} == {
+        "up.weight": "analytic",
+        "down.weight": "second order",
+    }
+    assert model.calls == 0
+    with lotion_fx.full_precision(model):
+        model.eval()
+        assert result.loss.item() == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6)
+
+
+def test_a_layer_that_the_loss_does_not_see_is_exactly_nothing():
+    torch.manual_seed(0)
+    model = Normalized()
+    model.unused = nn.Linear(6, 3)
+    lotion_fx.transform(model, "int4", only={"unused.weight": "int4"}, inner="eager")
+    result = lotion_fx.expected_loss(model, (torch.randn(8, 6), torch.randint(4, (8,))), F.cross_entropy)
+    assert str(result.certificates["unused.weight"]) == "exact: it does not reach the loss"
+    assert float(result.terms["unused.weight"]) == 0
+
+
+def test_nothing_quantized_is_said():
+    model = lotion_fx.transform(nn.Sequential(nn.Embedding(5, 3), nn.Flatten()), "int4", inner="eager")
+    with pytest.raises(ValueError, match="no weight of it is quantized"):
+        lotion_fx.expected_loss(model, (torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 3)), F.mse_loss)
+
+
 def test_calibration_meets_what_was_measured_on_other_batches():
     model = trained_lm()
     batches = [lm_batch(seed) for seed in range(100, 106)]
@@ -441,6 +492,21 @@ def test_calibration_leaves_exact_terms_and_waits_its_turn():
         optimizer.step()
         done.append(bool(lotion_fx.calibrate(model, [batch], F.mse_loss, every=2)))
     assert done == [False, True, False, True]
+
+
+def test_calibration_leaves_the_user_s_strength_and_what_it_cannot_redo():
+    model = affine([3, 2], True, 0)
+    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    lotion_fx.transform(model, "int4/tensor", inner="eager", strength=3.0)
+    assert lotion_fx.calibrate(model, [batch], F.mse_loss)["0.weight"] == pytest.approx(1, abs=0.8)
+    result = lotion_fx.expected_loss(model, batch, F.mse_loss)  # in the stream, where it is exact
+    exact = enumerated(model, *batch, "int4/tensor")
+    assert float(result.terms["0.weight"]) == pytest.approx(3 * (exact - result.loss).item(), rel=1e-9)
+    before = lotion_fx.state_dict(model)["weights"]["0.weight"]["gains"]
+    for bad in ([], [batch, "nonsense"]):
+        with pytest.raises(ValueError):
+            lotion_fx.calibrate(model, bad, F.mse_loss)
+    assert lotion_fx.state_dict(model)["weights"]["0.weight"]["gains"] == before
 
 
 @pytest.mark.parametrize(

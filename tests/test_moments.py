@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lotion_fx import backend
 from lotion_fx.passes import random_tensor
-from lotion_fx.passes.moments import analyse, interpret
+from lotion_fx.passes.moments import EndedAt, analyse, interpret
 from lotion_fx.passes.random_tensor import Random
 
 # torch.func's own, at the first call of jacfwd
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 Function = Callable[..., Tensor]
 
@@ -60,6 +60,7 @@ COLUMN = double(3, 1, seed=5)
 C2, C3, C4, C5, C6, M22, M23, M55 = (
     double(*shape, seed=7) for shape in ((2,), (3,), (4,), (5,), (6,), (2, 2), (2, 3), (5, 5))
 )
+TALL, STACK = double(40, 2, seed=7), double(2, 2, 4, seed=7)
 C3P, SIGNAL, THREE = C3.square() + 0.5, double(1, 2, 5), torch.tensor(3.0, dtype=torch.float64)
 
 EXACT: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
@@ -104,6 +105,53 @@ def test_affine_and_bilinear_rules_are_exact(name):
     torch.testing.assert_close(out.var, var, rtol=1e-11, atol=1e-12)
     assert not out.all_notes
     assert out.var is not None and out.var.shape == out.mean.shape
+
+
+def in_place_behind_an_alias(w: Tensor) -> Tensor:
+    h = F.linear(X, w)
+    a = F.dropout(h, 0.5, False)
+    h.mul_(2)
+    return a
+
+
+# Dependences that are easily missed: a weight's own, those of the last two dimensions swapped, of unusual shapes.
+DEPENDENT: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
+    "kernel repeated": (lambda w: F.conv1d(SIGNAL, w.expand(2, 2, 3)), (double(2, 1, 3),)),
+    "kernel flipped": (lambda w: F.conv1d(SIGNAL, torch.cat([w, w.flip(-1)], -1)), (double(2, 2, 2),)),
+    "kernel, a product": (lambda a, b: F.conv1d(SIGNAL, (a @ b).view(2, 2, 2)), (double(2, 1), double(1, 4, seed=1))),
+    "transposed, repeated": (
+        lambda w: F.conv_transpose1d(SIGNAL, w.expand(2, 1, 3), groups=2).sum(1),
+        (double(1, 1, 3),),
+    ),
+    "wide, dependent weight": (lambda a, w: F.linear(a, TALL @ w @ M22), (double(1, 2), M22)),
+    "stack by vector": (lambda w: ((w.expand(2, 2, 4) * STACK) @ C4).sum(0), (double(2, 4),)),
+    "pooling, unbatched": (lambda x: F.avg_pool2d(x, 2, 1).sum((1, 2)), (double(1, 3, 3),)),
+    "pooling, adaptive": (lambda x: F.adaptive_avg_pool1d(x, 2), (double(2, 4),)),
+    "pooling, uneven": (lambda x: F.avg_pool1d(x, 2, 2, ceil_mode=True), (double(1, 2, 5),)),
+    "pooling, divisor": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), (double(1, 1, 2, 4),)),
+    "cast": (lambda w: (w.long() * X).sum(-1), (W,)),
+    "in place behind an alias": (in_place_behind_an_alias, (W,)),
+    "low rank": (lambda b, a: F.linear(X, b @ a), (double(2, 1), double(1, 3, seed=1))),
+    "rows repeated": (lambda w: w[torch.tensor([0, 0, 1])].sum(0), (W,)),
+    "rolled and added": (lambda w: w + w.roll(1, 0), (W,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_a_missed_dependence_would_show(name):
+    """The mean of the squares is that of all outcomes, or a note says that it is not, or the stream has ended."""
+    function, inputs = DEPENDENT[name]
+
+    def loss(*args: Tensor) -> Tensor:
+        return function(*args).square().mean()
+
+    torch.manual_seed(0)
+    try:
+        out, deviations = moments(loss, *inputs)
+    except EndedAt:
+        return
+    exact = torch.isclose(out.mean, all_outcomes(loss, inputs, deviations)[0], rtol=1e-10)
+    assert exact or out.mean_notes
 
 
 SQUARES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
@@ -281,6 +329,14 @@ def test_attention_is_its_parts():
     assert whole.mean.isfinite().all() and whole.var.isfinite().all()
 
 
+def test_a_query_that_sees_no_key_mixes_no_value():
+    q, k, v = (double(1, 2, 3, 2, seed=seed) for seed in range(3))
+    mask = torch.tensor([[False, False, False], [True, False, False], [True, True, True]])
+    out, _ = moments(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask), q, k, v)
+    assert out.mean.isfinite().all() and out.var.isfinite().all()
+    assert (out.mean[..., 0, :] == 0).all() and (out.var[..., 0, :] == 0).all()
+
+
 def test_attention_with_shared_heads():
     q, k, v = double(1, 4, 3, 2), double(1, 2, 3, 2, seed=1), double(1, 2, 3, 2, seed=2)
     torch.manual_seed(0)
@@ -299,7 +355,7 @@ def test_attention_with_shared_heads():
 def certify(function: Function, *weights: Tensor, diagonal: bool = False) -> tuple[dict[str, str], dict[str, str]]:
     gm = backend.trace(lambda *args: [function(*args)], weights)
     values = [random_tensor.weight(str(i), w, torch.full_like(w, 0.01)) for i, w in enumerate(weights)]
-    found = analyse(gm, values, 0, diagonal)
+    found = analyse(gm, values, [0], diagonal)
     return {name: str(certificate) for name, certificate in found.certificates.items()}, dict(found.ended)
 
 
@@ -345,6 +401,24 @@ def test_dependence_of_early_layers_does_not_cost_the_last():
 
     certificates, ended = certify(model, *(double(b, a, seed=a) for a, b in itertools.pairwise(sizes)))
     assert set(ended) == {"0"} and set(certificates) == {"1", "2"}
+
+
+def test_a_metric_beside_the_loss_costs_nothing():
+    def loss_and_metric(w: Tensor) -> list[Tensor]:
+        logits = F.linear(X, w)
+        return [F.cross_entropy(logits, LABELS[:2]), (logits.argmax(-1) == LABELS[:2]).double().mean()]
+
+    gm = backend.trace(loss_and_metric, [W])
+    found = analyse(gm, [random_tensor.weight("w", W, torch.full_like(W, 0.01))], [0])
+    assert set(found.certificates) == {"w"} and not found.ended
+    out = interpret(gm, [random_tensor.weight("w", W, torch.full_like(W, 0.01))]).outputs
+    assert isinstance(out[0], Random) and torch.equal(out[1], loss_and_metric(W)[1])
+
+
+def test_a_scalar_that_the_noise_does_not_reach_is_no_loss_of_its():
+    gm = backend.trace(lambda w, t: [t.exp(), F.linear(X, w)], [W, torch.tensor(1.0)])
+    found = analyse(gm, [random_tensor.weight("w", W, torch.full_like(W, 0.01)), torch.tensor(1.0)], [0])
+    assert not found.certificates and found.ended == {"w": "it does not reach the loss"}
 
 
 def test_changes_in_place_are_followed_or_end_the_stream():

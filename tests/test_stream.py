@@ -162,6 +162,86 @@ def test_a_model_that_returns_its_loss():
     torch.testing.assert_close(model(inputs=x, labels=y).loss, plain)
 
 
+class Scaled(nn.Module):
+    """A model that returns another trained scalar beside its output, as CLIP does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.temperature = mlp(), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(x), self.temperature.exp().squeeze()
+
+
+def test_a_scalar_that_is_no_loss_takes_no_term_away():
+    added = []
+    for options in ({}, {"loss_fn": F.cross_entropy}):
+        torch.manual_seed(0)
+        model = lotion_fx.transform(Scaled(), "int4", inner="aot_eager", **options)
+        logits, scale = model(batch()[0])
+        F.cross_entropy(logits * scale, batch()[1]).backward()
+        before = gradients(model)
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        added.append([now - then for now, then in zip(gradients(model), before, strict=True)])
+    for mine, expected in zip(*added, strict=True):
+        torch.testing.assert_close(mine, expected)
+    assert sum(change.norm() for change in added[0]) > 0
+
+
+class TwoLosses(nn.Module):
+    """Its first scalar is not the whole loss, and the other one drops a covariance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 40), nn.Linear(40, 40), nn.Linear(40, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        h = self.a(x)
+        aux = h.square().mean()
+        return {"aux": aux, "loss": F.cross_entropy(self.c(self.b(h)), y) + aux}
+
+
+def test_every_scalar_may_be_the_loss():
+    torch.manual_seed(0)
+    model = lotion_fx.transform(TwoLosses(), "int4", loss_fn="model", inner="aot_eager")
+    x, y = batch()
+    loss = model(x, y)["loss"]
+    result = lotion_fx.expected_loss(model, (x, y))
+    assert result.certificates["a.weight"].kind == "analytic"
+    joint = sum(float(term) for n, term in result.terms.items() if result.certificates[n].kind == "analytic")
+    assert loss.item() == pytest.approx(result.total.item() - joint, rel=1e-5)
+
+
+def test_batches_of_many_sizes():
+    """More than Dynamo compiles one by one."""
+    model = lotion_fx.transform(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager")
+    for size in range(3, 15):
+        data = torch.randn(size, 6), torch.randint(4, (size,))
+        expected = lotion_fx.expected_loss(model, data, F.cross_entropy).total
+        torch.testing.assert_close(lotion_fx.training_loss(model, data), expected)
+
+
+def test_a_llama_s_loss():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = lotion_fx.transform(transformers.LlamaForCausalLM(config), "int4", loss_fn="model", inner="aot_eager")
+    tokens = torch.randint(64, (2, 8))
+    data = {"input_ids": tokens, "labels": tokens}
+    result = lotion_fx.expected_loss(model, data)
+    assert result.certificates["lm_head.weight"].kind == "second order"
+    assert {c.kind for n, c in result.certificates.items() if n != "lm_head.weight"} == {"analytic"}
+    loss = model(**data).loss
+    alone = float(result.terms["lm_head.weight"])
+    assert loss.item() == pytest.approx(result.loss.item() + alone, rel=1e-4)
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert lotion_fx.report(model)["lm_head.weight"].estimator == "second order"
+
+
 def test_finishing_keeps_the_variance_at_rounded_weights():
     model = lotion_fx.transform(mlp(), "int4/tensor", loss_fn=F.cross_entropy, inner="aot_eager")
     lotion_fx.finish(model)
