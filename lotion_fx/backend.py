@@ -199,14 +199,14 @@ def trace(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
 
 
 def _lifted(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]]:
-    """A copy of a graph whose constants are its last inputs, and their values; what it changes in place is a copy."""
+    """A copy of a graph whose constants are its last inputs, and their values."""
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(gm.graph, copied))
     values = []
     last = graph.find_nodes(op="placeholder")[-1]
     for node in graph.find_nodes(op="get_attr"):
         value = operator.attrgetter(str(node.target))(gm)
-        values.append(value.detach().clone() if isinstance(value, Tensor) else value)
+        values.append(value)
         with graph.inserting_after(last):
             last = graph.placeholder(f"constant_{len(values)}")
         node.replace_all_uses_with(last)

@@ -96,6 +96,10 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Lo
     data = tuple(leaves[i] for i in tensors)
     with as_evaluated(model):
         gm = backend.trace(flat, ({name: p.detach() for name, p in parameters.items()}, list(data)))
+    for node in gm.graph.find_nodes(op="get_attr"):  # a buffer that the graph changes is not the model's
+        value = getattr(gm, node.target)
+        if isinstance(value, Tensor):
+            setattr(gm, node.target, value.detach().clone())
     return LossGraph(gm, parameters, data)
 
 
