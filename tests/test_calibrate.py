@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lotion_fx
 from lotion_fx.examples import quickstart
 
-BATCHES, SAMPLES = 8, 6
+BATCHES, SAMPLES = 6, 5
 
 
 @pytest.fixture(scope="module", params=["nvfp4", "int4", "int4/tensor"])
@@ -57,14 +57,13 @@ def compared(model: nn.Module, batches: list[tuple[Tensor, Tensor]], moments: st
 @pytest.mark.slow
 def test_the_quickstart_s_expected_loss_is_what_is_measured(trained):
     model, batches = trained
-    for moments in ("closed", "off"):
-        alone, together = compared(model, batches[:3], moments)
-        print(moments, together, alone)
-        assert len(alone) == 9
-        assert all(0.5 < ratio < 1.5 for ratio in alone.values()), alone
-        assert 0.65 < together < 1.35
+    alone, together = compared(model, batches[:3], "closed")
+    print("predicted over measured:", f"{together:.3f}", {name: round(ratio, 2) for name, ratio in alone.items()})
+    assert len(alone) == 9
+    assert all(0.5 < ratio < 1.5 for ratio in alone.values()), alone
+    assert 0.65 < together < 1.35
     lotion_fx.calibrate(model, batches[:BATCHES], loss_fn, samples=SAMPLES, generator=torch.Generator().manual_seed(1))
     for moments in ("closed", "off"):
         _, together = compared(model, batches[BATCHES:], moments)
-        print(moments, "calibrated, on other batches", together)
+        print("calibrated, on other batches:", moments, f"{together:.3f}")
         assert 0.9 < together < 1.1
