@@ -196,6 +196,32 @@ def fsdp(
     return result(model)
 
 
+class WithLoss(nn.Module):
+    """A model that returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = make()
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(ids).flatten(0, 1), labels.flatten())
+
+
+def expected(rank: int, world: int, fmt: str, inner: str) -> dict[str, Any]:
+    """The loss in the graph, its head in a moment stream; one process where ``world`` is 1."""
+    inside = lotion_fx.transform(WithLoss(), fmt, loss_fn="model", inner=inner)
+    model = DistributedDataParallel(inside) if world > 1 else inside
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(*(part[rank::world] for part in batch(step))).backward()
+        optimizer.step()
+    return {
+        "parameters": {name: whole(p) for name, p in inside.named_parameters()},
+        "estimator": {row.name: row.estimator for row in lotion_fx.report(inside).rows if row.format},
+    }
+
+
 def main() -> None:
     """``distributed_worker FOLDER RANK WORLD``: runs FOLDER/jobs.pt and leaves FOLDER/NAME.RANK.pt for each job."""
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -204,7 +230,7 @@ def main() -> None:
     for name, (wrapper, options) in torch.load(folder / "jobs.pt").items():
         torch._dynamo.reset()
         try:
-            found = {"ddp": ddp, "fsdp": fsdp}[wrapper](rank, world, **options)
+            found = {"ddp": ddp, "fsdp": fsdp, "expected": expected}[wrapper](rank, world, **options)
         except Exception:
             found = {"error": traceback.format_exc()}
         torch.save(found, folder / f"{name}.{rank}.pt")

@@ -60,7 +60,8 @@ SAMPLED = {  # each rank draws its own labels, so none of these makes the very s
     "fsdp ggn": job("fsdp", curvature="ggn"),
     "fsdp first ggn": job("fsdp", curvature="ggn", before=False),
 }
-GROUPS = (FAST | SAMPLED, SLOW, INDUCTOR)
+EXPECTED = {"ddp expected": ("expected", {"fmt": "int4", "inner": "aot_eager"})}
+GROUPS = (FAST | SAMPLED | EXPECTED, SLOW, INDUCTOR)
 REFUSED = "fsdp flipped"
 slow = [pytest.param(name, marks=pytest.mark.slow) for name in (*SLOW, *INDUCTOR) if name != REFUSED]
 
@@ -128,6 +129,18 @@ def test_two_ranks_make_the_steps_of_one(name):
         assert_close(first["curvature"], reference["curvature"], 10 * tolerance)
     for found in (first, second):
         torch.testing.assert_close(found["logits"], reference["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_expected_loss_under_ddp():
+    """Of the blocks the term comes at the step, of the head in the loss: both once, and as one process has them."""
+    torch._dynamo.reset()
+    reference = distributed_worker.expected(0, 1, **EXPECTED["ddp expected"][1])
+    for found in launched(0)["ddp expected"]:
+        assert "error" not in found, found["error"]
+        assert_close(found["parameters"], reference["parameters"], 1e-5)
+        assert found["estimator"] == reference["estimator"]
+    assert reference["estimator"].pop("model.head.weight") == "second order"
+    assert set(reference["estimator"].values()) == {"analytic"}
 
 
 def test_a_small_bucket_splits_the_graph():
