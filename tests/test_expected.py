@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import lotion_fx
 from lotion_fx import rounding
+from lotion_fx.calibrate import _fit, _Measured
+from lotion_fx.passes.moments import Certificate
 from tests.enumeration import expectation, two_points, unbiased
 from tests.models import LM, ids
 
@@ -455,6 +457,24 @@ def test_calibration_meets_what_was_measured_on_other_batches():
             predicted += (result.total - result.loss).item()
             measured += result.sampled - result.loss.item()
         assert predicted / measured == pytest.approx(1, abs=0.1)
+
+
+class Interacting:
+    """Two weights whose increase is more than the sum of each one's, as `calibrate` asks an estimate for it."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, None] = {"a": None, "b": None}
+        self.certificates = dict.fromkeys(self.weights, Certificate("analytic"))
+
+    def predicted(self, names: list[str], factors: dict[str, float]) -> float:
+        chosen = [factors.get(name, 1.0) for name in names]
+        return sum(chosen) + (math.prod(chosen) if len(chosen) == 2 else 0.0)
+
+
+def test_calibration_meets_the_increase_of_all_together():
+    measured = _Measured(together=5.0, alone={"a": 1.0, "b": 1.0}, error2={"a": 0.0, "b": 0.0})
+    factors = _fit([Interacting()], measured)
+    assert Interacting().predicted(["a", "b"], factors) == pytest.approx(5, rel=0.05)
 
 
 def test_calibration_scales_the_step_s_term_and_is_saved():

@@ -123,6 +123,10 @@ DEPENDENT: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
         lambda w: F.conv_transpose1d(SIGNAL, w.expand(2, 1, 3), groups=2).sum(1),
         (double(1, 1, 3),),
     ),
+    "transposed, channels repeated": (
+        lambda w: F.conv_transpose1d(SIGNAL, w.expand(2, 2, 3)).sum(1),
+        (double(2, 1, 3),),
+    ),
     "wide, dependent weight": (lambda a, w: F.linear(a, TALL @ w @ M22), (double(1, 2), M22)),
     "stack by vector": (lambda w: ((w.expand(2, 2, 4) * STACK) @ C4).sum(0), (double(2, 4),)),
     "pooling, unbatched": (lambda x: F.avg_pool2d(x, 2, 1).sum((1, 2)), (double(1, 3, 3),)),
@@ -303,6 +307,11 @@ def test_a_fixed_element_has_a_finite_gradient():
     assert out.mean.tolist() == [[pytest.approx(0, abs=1e-12), 0.0, 3.0]]
     grads = torch.autograd.grad(out.mean.sum() + out.var.sum(), [mean, var])
     assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_noise_that_enters_by_two_ways_is_independent_along_no_dimension():
+    out, _ = moments(lambda w: w + w.roll(1, 0), W)
+    assert out.dependent(0) == {"0"} and out.dependent(1) == {"0"}
 
 
 # ---------------------------------------------------------------------------------------------------- attention, blocks

@@ -65,6 +65,18 @@ def test_the_step_adds_nothing_to_it():
             torch.testing.assert_close(parameter.detach(), value)
 
 
+def test_without_the_loss_the_term_is_at_the_step_again():
+    model = lotion_fx.transform(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    estimators = []
+    for loss in (lotion_fx.training_loss, lambda model, data: F.cross_entropy(model(data[0]), data[1])) * 2:
+        optimizer.zero_grad()
+        loss(model, batch()).backward()
+        optimizer.step()
+        estimators.append(lotion_fx.report(model)["0.weight"].estimator)
+    assert estimators == ["second order", "analytic"] * 2
+
+
 def test_micro_batches_are_one_batch():
     models = [lotion_fx.transform(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager") for _ in range(2)]
     x, y = batch()
