@@ -36,15 +36,15 @@ class LossGraph:
     """A traced loss.
 
     Args:
-        gm: takes the parameters, then the batch's tensors and numbers; returns ``[loss]``, or ``[loss, prediction]``
-            where the prediction is a tensor.
+        gm: takes the parameters, then the batch's tensors; returns ``[loss]``, or ``[loss, prediction]`` where the
+            prediction is a tensor.
         parameters: the model's own, by name, in the order of the placeholders.
-        data: the batch, flat.
+        data: the batch's tensors, flat.
     """
 
     gm: fx.GraphModule
     parameters: dict[str, Tensor]
-    data: tuple[Any, ...]
+    data: tuple[Tensor, ...]
 
     def inputs(self, changed: Mapping[str, Any]) -> list[Any]:
         """The graph's inputs, some parameters replaced."""
@@ -73,11 +73,14 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Lo
         pair(batch)
     leaves, spec = tree_flatten(batch)
 
-    def run(params: dict[str, Tensor], leaves: list[Any]) -> list[Tensor]:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def run(params: dict[str, Tensor], data: list[Tensor]) -> list[Tensor]:
         def functional(*args: Any, **kwargs: Any) -> Any:
             return torch.func.functional_call(model, params, args, kwargs)
 
-        given = tree_unflatten(leaves, spec)
+        values = iter(data)
+        given = tree_unflatten([next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
         if loss_fn is None:
             out = called(functional, given)
             return [loss_of(out), *_prediction(out)]
@@ -85,22 +88,13 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Lo
         out = called(functional, inputs)
         return [scalar(loss_fn(out, targets), "loss_fn"), *_prediction(out)]
 
-    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    fixed = list(leaves)
-
-    def flat(params: dict[str, Tensor], data: list[Tensor]) -> list[Tensor]:
-        for i, value in zip(tensors, data, strict=True):
-            fixed[i] = value
-        return run(params, fixed)
-
-    data = tuple(leaves[i] for i in tensors)
     with as_evaluated(model):
-        gm = backend.trace(flat, ({name: p.detach() for name, p in parameters.items()}, list(data)))
+        gm = backend.trace(run, ({name: p.detach() for name, p in parameters.items()}, tensors))
     for node in gm.graph.find_nodes(op="get_attr"):  # a buffer that the graph changes is not the model's
         value = getattr(gm, node.target)
         if isinstance(value, Tensor):
             setattr(gm, node.target, value.detach().clone())
-    return LossGraph(gm, parameters, data)
+    return LossGraph(gm, parameters, tuple(tensors))
 
 
 def pair(batch: Any) -> tuple[Any, Any]:
