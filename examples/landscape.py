@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from lotion_fx import rounding
-from lotion_fx.examples.quickstart import _in_a_folder, _known_format
+from lotion_fx.examples.quickstart import _in_a_folder, _known_format, start
 from lotion_fx.formats import Format, resolve
 from lotion_fx.noise import NoiseLaw, resolve_noise
 
@@ -206,6 +206,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    app()
+    start(main)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lotion_fx.examples import testbed
+from lotion_fx.examples import quickstart, testbed
 
 
 class LinearRegression(nn.Module):
@@ -58,4 +58,4 @@ main = testbed.command(
 )
 
 if __name__ == "__main__":
-    testbed.start(main)
+    quickstart.start(main)

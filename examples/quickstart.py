@@ -280,6 +280,13 @@ def _in_a_folder(path: Path | None) -> Path | None:
     return path
 
 
+def start(main: Callable[..., None]) -> None:
+    """Runs a command as a script."""
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+    app.command()(main)
+    app()
+
+
 def main(
     fmt: Annotated[str, typer.Option(callback=_known_format, help="Number format of the Linear weights.")] = "nvfp4",
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds 0, 1, ...")] = 1,
@@ -322,6 +329,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    app()
+    start(main)

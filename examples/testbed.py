@@ -242,10 +242,3 @@ def compare(
         curves[method] = [curve for _, curve in runs]
     typer.echo(grid_table(grid))
     return rows, curves
-
-
-def start(main: Callable[..., None]) -> None:
-    """Runs a command as a script."""
-    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    app()
