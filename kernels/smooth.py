@@ -12,8 +12,8 @@ Each weight is read once and each result written once. A tensor's scale, and the
 second read, for the sum over the block comes before its absmax element's gradient.
 
 A weight is seen as ``[outer, length, inner]`` with blocks along ``length``; a tile holds some blocks and ``INNER``
-columns. On Blackwell E2M1 levels come from ``cvt.rn.satfinite.e2m1x2.f32``, elsewhere from the exponent's bits; no scale
-is ever an fp8 type. ``cvt.rs``, Blackwell's stochastic rounding, is not used: the random bits that it takes resolve a
+columns. On Blackwell E2M1 levels come from ``cvt.rn.satfinite.e2m1x2.f32``, elsewhere from the exponent's bits; a scale
+is never an fp8 type. ``cvt.rs``, Blackwell's stochastic rounding, is not used: the random bits that it takes resolve a
 probability too coarsely to be exact to the law (docs/kernels.md).
 """
 
@@ -305,12 +305,12 @@ class View:
     def of(shape: Sequence[int], fmt: Format, axis: int) -> View:
         """How the kernel sees a contiguous weight of this shape."""
         if fmt.block == "tensor":
-            return View(1, math.prod(shape), 1, LONGEST, False, True)
+            return View(1, math.prod(shape), 1, _piece(math.prod(shape)), False, True)
         axis = axis % len(shape)
         block = fmt.block if isinstance(fmt.block, int) else shape[axis]
         whole = isinstance(fmt.block, int) and block <= LONGEST
         dims = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
-        return View(*dims, block if whole else min(LONGEST, triton.next_power_of_2(shape[axis])), whole, False)
+        return View(*dims, block if whole else _piece(shape[axis]), whole, False)
 
     @property
     def pieces(self) -> int:
@@ -354,6 +354,12 @@ class View:
         """Programs of ``meta["SIZE"]`` elements each."""
         pad, inner = self.constants["PAD"], self.constants["INNER"]
         return triton.cdiv(self.count, meta["SIZE"] // (pad * inner)), triton.cdiv(self.inner, inner)
+
+
+def _piece(length: int) -> int:
+    """How much of a long block a tile holds: a power of two that leaves no rest, unless it were tiny."""
+    dividing = length & -length
+    return LONGEST if dividing < 128 else min(dividing, LONGEST)
 
 
 def supports(w: Tensor, fmt: Format) -> bool:
