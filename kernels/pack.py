@@ -103,17 +103,20 @@ def pack_kernel(
                 )
             else:
                 byte = encode(nearest(even)) | (encode(nearest(odd)) << 4)
-            k2 = tl.arange(0, PAD // 2)[None, :]
-            width = (length + 1) // 2
-            at2 = (piece - row * pieces) * (BLOCK // 2) + k2
-            here = (piece < count) & (k2 < (BLOCK + 1) // 2)
-            if not FLAT:
-                here = here & (at2 < width)
-            tl.store(codes_ptr + (piece * (BLOCK // 2) + k2 if FLAT else row * width + at2), byte, mask=here)
+            if FLAT and PAD == BLOCK:  # one run of bytes, whose stores may be wider than a block's codes
+                run = tl.program_id(0) * (TILES * SIZE // 2) + tile * (SIZE // 2) + tl.arange(0, SIZE // 2)
+                tl.store(codes_ptr + run, tl.reshape(byte, (SIZE // 2,)), mask=run < count * (BLOCK // 2))
+            else:
+                k2 = tl.arange(0, PAD // 2)[None, :]
+                width = (length + 1) // 2
+                at2 = (piece - row * pieces) * (BLOCK // 2) + k2
+                here = (piece < count) & (k2 < (BLOCK + 1) // 2) & (at2 < width)
+                tl.store(codes_ptr + row * width + at2, byte, mask=here)
         else:
             tl.store(codes_ptr + offset, encode(nearest(z)), mask=exists)
-        if WHOLE:
-            tl.store(scales_ptr + piece, encode_scale(stored), mask=piece < count)
+        if WHOLE:  # from one dimension, where neighbouring scales can be stored together
+            first = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+            tl.store(scales_ptr + first, tl.reshape(encode_scale(stored), (ROWS,)), mask=first < count)
 
 
 class Packed(NamedTuple):
@@ -238,7 +241,7 @@ def launch(
 
 CONFIGS = tuple(
     Config({"SIZE": size, "TILES": tiles}, num_warps=warps)
-    for size, tiles, warps in ((4096, 4, 2), (4096, 2, 4), (8192, 2, 4), (2048, 8, 2), (16384, 1, 4))
+    for size, tiles, warps in ((4096, 16, 2), (4096, 32, 2), (4096, 8, 2), (8192, 4, 4))
 )
 
 

@@ -354,7 +354,7 @@ class View:
             "PAD": pad,
             "FLAT": self.inner == 1 and self.length % self.block == 0,
             "SHARED": self.shared,
-            "INNER": min(triton.next_power_of_2(self.inner), 2048 // pad),
+            "INNER": min(triton.next_power_of_2(self.inner), max(1, 2048 // pad)),
         }
 
     @property
@@ -371,7 +371,7 @@ class View:
 def _piece(length: int) -> int:
     """How much of a long block a tile holds: a power of two that leaves no rest, unless it were tiny."""
     dividing = length & -length
-    return LONGEST if dividing < 128 else min(dividing, LONGEST)
+    return 1024 if dividing < 128 else min(dividing, 4096)
 
 
 def supports(w: Tensor, fmt: Format) -> bool:
