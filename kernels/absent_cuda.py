@@ -20,36 +20,32 @@ from unittest import mock
 import torch
 from triton.backends.compiler import GPUTarget
 
-# name, multiprocessors, shared memory of a program in bytes, threads of a multiprocessor, L2 in MiB
-_DEVICES = {
-    80: ("NVIDIA A100-SXM4-80GB", 108, 166912, 2048, 40),
-    86: ("NVIDIA RTX A6000", 84, 101376, 1536, 6),
-    89: ("NVIDIA L40S", 142, 101376, 1536, 96),
-    90: ("NVIDIA H100", 132, 232448, 2048, 50),
-    100: ("NVIDIA B200", 148, 232448, 2048, 126),
-    103: ("NVIDIA B300", 148, 232448, 2048, 126),
-    120: ("NVIDIA GeForce RTX 5090", 170, 101376, 1536, 96),
-}
+from lotion_fx.kernels.targets import TARGETS
 
 
 def properties(arch: int) -> SimpleNamespace:
-    """What ``torch.cuda.get_device_properties`` would say of the architecture's device."""
-    name, multiprocessors, shared, threads, l2 = _DEVICES[arch]
+    """What ``torch.cuda.get_device_properties`` would say of an architecture's device."""
+    target = TARGETS[arch]
     return SimpleNamespace(
-        name=name,
+        name=f"NVIDIA {target.device}",
         major=arch // 10,
         minor=arch % 10,
-        multi_processor_count=multiprocessors,
-        max_threads_per_multi_processor=threads,
+        multi_processor_count=target.multiprocessors,
+        max_threads_per_multi_processor=target.threads,
         max_threads_per_block=1024,
-        regs_per_multiprocessor=65536,
+        regs_per_multiprocessor=target.registers,
         warp_size=32,
-        shared_memory_per_block=49152,
-        shared_memory_per_block_optin=shared,
-        shared_memory_per_multiprocessor=shared + 1024,
-        L2_cache_size=l2 << 20,
+        shared_memory_per_block=48 << 10,
+        shared_memory_per_block_optin=_shared(arch),
+        shared_memory_per_multiprocessor=target.shared << 10,
+        L2_cache_size=target.l2 << 20,
         total_memory=80 << 30,
     )
+
+
+def _shared(arch: int) -> int:
+    """Bytes of shared memory of one program: the system keeps 1 KiB of the multiprocessor's."""
+    return (TARGETS[arch].shared - 1) << 10
 
 
 class Driver:
@@ -58,8 +54,12 @@ class Driver:
     binary_ext = "cubin"
 
     def __init__(self, arch: int) -> None:
-        _, multiprocessors, shared, _, _ = _DEVICES[arch]
-        known = {"max_shared_mem": shared, "max_num_regs": 65536, "multiprocessor_count": multiprocessors, "warpSize": 32}
+        known = {
+            "max_shared_mem": _shared(arch),
+            "max_num_regs": TARGETS[arch].registers,
+            "multiprocessor_count": TARGETS[arch].multiprocessors,
+            "warpSize": 32,
+        }
         self.arch, self.utils = arch, SimpleNamespace(get_device_properties=lambda device: known)
 
     def get_current_target(self) -> GPUTarget:
@@ -169,6 +169,6 @@ CACHES = (
 def _forget() -> None:
     for owner in CACHES:
         for held in list(vars(resolve(owner)).values()):
-            held = getattr(held, "__func__", held)
+            held = held.__func__ if isinstance(held, (staticmethod, classmethod)) else held
             if isinstance(held, functools._lru_cache_wrapper):
                 held.cache_clear()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -23,10 +24,12 @@ import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_export_module
 from torch._inductor import config
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
@@ -121,10 +124,10 @@ def emitted(
         out.backward(torch.ones_like(out))
         torch.optim.SGD(block.parameters(), lr=0.1).step()
 
-    return _training_graphs(lambda: forward(*shape[:2]), arch) + _other_graphs(step, arch)
+    return forward_and_backward(lambda: forward(*shape[:2]), arch) + others(step, arch)
 
 
-def _training_graphs(function: Callable[[], Any], arch: int) -> list[Emitted]:
+def forward_and_backward(function: Callable[[], Any], arch: int) -> list[Emitted]:
     """The forward and backward graphs of a function that is called on CPU, where its compiled parts yield zeros."""
     found: list[Emitted] = []
 
@@ -139,7 +142,7 @@ def _training_graphs(function: Callable[[], Any], arch: int) -> list[Emitted]:
     return found
 
 
-def _other_graphs(function: Callable[[], Any], arch: int) -> list[Emitted]:
+def others(function: Callable[[], Any], arch: int) -> list[Emitted]:
     """The graphs without a gradient in a function that is run on CPU."""
     found: list[Emitted] = []
 
@@ -163,9 +166,11 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any],
     options = {**options, "joint_custom_post_pass": [ToDevice(), *([theirs] if theirs else ())]}
     with (
         absent_cuda(arch),
+        warnings.catch_warnings(),
         config.patch(force_disable_caches=True, compile_threads=1),
-        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True, decompose_custom_triton_ops=False),
     ):
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # the user's choice, not ours
         compile_fx(_with_cuda_attention(gm), inputs, inner_compile=_recorder(found), config_patches=options)
     return found
 
@@ -207,11 +212,25 @@ def _recorder(found: list[Emitted]) -> Callable[..., Any]:
             found.append(Emitted(graph, source, lowering.count_bytes()[0]))
             return SimpleNamespace(call=lambda inputs: None)
 
+        inputs = [_moved(x) for x in inputs]
         _move(gm.graph)
+        gm = _inlined(gm, inputs)
         with mock.patch.object(GraphLowering, "compile_to_module", record):
-            return compile_fx_inner(gm, [_moved(x) for x in inputs], **kwargs)
+            return compile_fx_inner(gm, inputs, **kwargs)
 
     return compile_inner
+
+
+def _inlined(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """The graph with our ``triton_op``s as the kernels that they launch.
+
+    On CPU these ops take their ATen reference, so the trace kept them whole.
+    """
+    ours = [node for node in gm.graph.nodes if getattr(node.target, "namespace", "") == "lotion_fx"]
+    if not ours:
+        return gm
+    with torch.no_grad(), torch._functorch.config.patch(decompose_custom_triton_ops=True):
+        return aot_export_module(gm, inputs, trace_joint=False, decompositions=select_decomp_table())[0]
 
 
 def _with_cuda_attention(gm: fx.GraphModule) -> fx.GraphModule:
@@ -252,7 +271,8 @@ def compile_kernels(source: str, arch: int) -> list[tuple[str, Config, Any]]:
         configuration and Triton's ``CompiledKernel``.
     """
     compiled = []
-    with absent_cuda(arch), config.patch(use_static_triton_launcher=False):
+    with absent_cuda(arch), config.patch(use_static_triton_launcher=False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)  # of kernels that a user wrote
         for name, code in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'", source, re.S):
             tuner = getattr(PyCodeCache.load(code), name)
             for each in tuner.configs:
