@@ -85,10 +85,15 @@ def text(found: list[dict[str, Any]]) -> str:
     return "\n".join([tabulate(lines, headers="keys", disable_numparse=True), *refused])
 
 
+def _short(name: str) -> str:
+    """A name of Inductor's, which lists all that it fused, cut in the middle."""
+    return name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}"
+
+
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
     sizes = " ".join(f"{name}={value}" for name, value in row["config"].items() if not name.startswith("num_"))
     launch = f"{sizes} w{row['config']['num_warps']} s{row['config']['num_stages']}"
-    described = {"kernel": row["kernel"], "arch": row["arch"], "shape": row["shape"], "config": launch}
+    described = {"kernel": _short(row["kernel"]), "arch": row["arch"], "shape": row["shape"], "config": launch}
     if "refused" in row:
         return {**described, "registers": "none"}
     special: Counter[str] = Counter()
