@@ -1,0 +1,330 @@
+"""A linear layer's weight gradient and its curvature, full or factored, from one read of both operands.
+
+Over positions n, with the output's gradient g [N, O] and the input x [N, I], and up to the factor T,
+
+    gradient   sum_n g_n x_n^T                            [O, I]
+    full       h = sum_n g_n^2 (x_n^2)^T                  [O, I]
+    factored   a = sum_n g_n^2 and b = sum_n x_n^2        [O + I]       h ~ a b^T / N
+
+A program makes one tile of the gradient and of h in two float32 accumulators; the squares are made in registers of the
+tiles that the gradient's product reads. Of the factored form, the programs of the first tile column sum a and those of
+the first row b. Every value is summed by one program in a fixed order, without atomics: results are deterministic.
+
+How exact: the gradient is the dtype's own product with a float32 sum; a and b are float32 sums. h's squares are rounded
+to the type of their product, of bfloat16 to bfloat16 and of float16 to TF32, each by half a unit in the last place of
+the operands' dtype. As all summands are positive, h is within one such unit, 2^-7 or 2^-10 of it, whatever the sum; the
+graph's own form rounds the sum to bfloat16 as well. Float32 products follow `torch.get_float32_matmul_precision`: IEEE
+for "highest", else TF32.
+
+Sampling: with ``every`` > 1, h is made of each ``every``-th run of `RUN` positions, beginning with run ``phase``, and
+multiplied by N over the number of positions in those. Where ``every * RUN`` divides N, its mean over all phases is h
+itself; so a phase that moves on from step to step leaves h unbiased wherever large inputs stand, such as at the start
+of a sequence.
+
+Source: LOTION, Kwun et al. 2025, arXiv 2510.08757, for what h is for; the contraction of squares is this project's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from lotion_fx.kernels.work import Config, Work
+from lotion_fx.rounding import compute_dtype
+
+RUN = 64  # positions that are sampled together: a multiple of every config's BK
+
+
+@triton.jit
+def _load(pointer, first, k, stride, columns, positions, width):
+    """A tile of a row-major operand from position ``first`` on, zeros outside."""
+    inside = (first + k < positions) & (columns < width)
+    return tl.load(pointer + first.to(tl.int64) * stride + (k * stride + columns), mask=inside, other=0.0)
+
+
+@triton.jit
+def _square(tile, PRECISION: tl.constexpr):
+    """The square as an operand, rounded to the type of its product."""
+    if tile.dtype == tl.float16:
+        tile = tile.to(tl.float32)
+    square = tile * tile
+    if square.dtype == tl.float32 and PRECISION == "tf32":
+        # The tensor core cuts the last 13 bits off, which would make every square too small.
+        square = ((square.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return square
+
+
+@triton.jit
+def _sum_of_squares(tile, AXIS: tl.constexpr):
+    tile = tile.to(tl.float32)
+    return tl.sum(tile * tile, AXIS)
+
+
+@triton.jit
+def curvature_kernel(
+    g,
+    x,
+    gradient,
+    curvature,
+    positions,
+    outputs,
+    inputs,
+    g_stride,
+    x_stride,
+    phase,
+    FULL: tl.constexpr,
+    EVERY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SQUARES: tl.constexpr,
+    RUN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # Programs that run at the same time share GROUP tile rows, so that their operands stay in the cache.
+    columns = tl.cdiv(inputs, BN)
+    group, within = tl.program_id(0) // (GROUP * columns), tl.program_id(0) % (GROUP * columns)
+    height = tl.minimum(tl.cdiv(outputs, BM) - group * GROUP, GROUP)
+    row, column = group * GROUP + within % height, within // height
+    m, n, k = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
+    sum_gx, sum_h = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    sum_a, sum_b = tl.zeros((BM,), tl.float32), tl.zeros((BN,), tl.float32)
+
+    TILES: tl.constexpr = RUN // BK
+    runs = tl.cdiv(positions, RUN)
+    sampled = (runs - phase + EVERY - 1) // EVERY
+    for i in range(sampled * TILES):
+        first = (i // TILES * EVERY + phase) * RUN + i % TILES * BK
+        tile_g = _load(g, first, k[None, :], g_stride, m[:, None], positions, outputs)
+        tile_x = _load(x, first, k[:, None], x_stride, n[None, :], positions, inputs)
+        sum_gx = tl.dot(tile_g, tile_x, sum_gx, input_precision=PRECISION)
+        if FULL:
+            square_g, square_x = _square(tile_g, SQUARES), _square(tile_x, SQUARES)
+            sum_h = tl.dot(square_g, square_x, sum_h, input_precision=SQUARES)
+        else:
+            if column == 0:
+                sum_a += _sum_of_squares(tile_g, 1)
+            if row == 0:
+                sum_b += _sum_of_squares(tile_x, 0)
+    if EVERY > 1:
+        for i in range((runs - sampled) * TILES):
+            skipped = i // TILES  # of the runs left out; each ``EVERY - 1`` of them stand around a sampled one
+            run = skipped + (skipped - phase + EVERY - 1) // (EVERY - 1)
+            first = run * RUN + i % TILES * BK
+            tile_g = _load(g, first, k[None, :], g_stride, m[:, None], positions, outputs)
+            tile_x = _load(x, first, k[:, None], x_stride, n[None, :], positions, inputs)
+            sum_gx = tl.dot(tile_g, tile_x, sum_gx, input_precision=PRECISION)
+
+    tile = (row * BM).to(tl.int64) * inputs + (tl.arange(0, BM)[:, None] * inputs + n[None, :])
+    inside = (m < outputs)[:, None] & (n < inputs)[None, :]
+    tl.store(gradient + tile, sum_gx.to(gradient.dtype.element_ty), mask=inside)
+    if FULL:
+        missing = tl.where((runs - 1) % EVERY == phase, runs * RUN - positions, 0)
+        count = tl.maximum(sampled * RUN - missing, 1)
+        tl.store(curvature + tile, sum_h * (positions.to(tl.float32) / count), mask=inside)
+    else:
+        if column == 0:
+            tl.store(curvature + m, sum_a, mask=m < outputs)
+        if row == 0:
+            tl.store(curvature + outputs + n, sum_b, mask=n < inputs)
+
+
+def _precision(dtype: torch.dtype) -> tuple[str, str]:
+    """How the products of operands and of squares take float32."""
+    own = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return own, "tf32" if dtype == torch.float16 else own
+
+
+def shape_class(outputs: int, inputs: int, dtype: torch.dtype) -> str:
+    """The row of the tuning table: float32's tiles are smaller, and so are those of a weight that has few of them."""
+    width = "float32" if dtype == torch.float32 else "half"
+    return f"{width}, {'small' if outputs * inputs <= SMALL else 'large'}"
+
+
+SMALL = 2**22  # weights; below it 128 x 128 tiles would not fill every multiprocessor twice
+
+
+def launch(
+    g: Tensor,
+    x: Tensor,
+    gradient: Tensor,
+    curvature: Tensor,
+    kind: str,
+    every: int = 1,
+    phase: int = 0,
+    config: Config | None = None,
+    kernel: Any = curvature_kernel,
+) -> None:
+    """Runs the kernel on the device of its tensors.
+
+    Args:
+        g, x: as in `curvature_linear`, the last dimension contiguous.
+        gradient, curvature: the outputs, contiguous; overwritten.
+        config: one of `CONFIGS`; by default the first that fits.
+        kernel: `curvature_kernel`, wrapped where a compiler traces the launch.
+    """
+    (positions, outputs), inputs = g.shape, x.shape[1]
+    config = config or CONFIGS[shape_class(outputs, inputs, g.dtype)][0]
+    precision, squares = _precision(g.dtype)
+    bm, bn = config.constants["BM"], config.constants["BN"]
+    kernel[(triton.cdiv(outputs, bm) * triton.cdiv(inputs, bn),)](
+        g,
+        x,
+        gradient,
+        curvature,
+        positions,
+        outputs,
+        inputs,
+        g.stride(0),
+        x.stride(0),
+        phase,
+        FULL=kind == "full",
+        EVERY=every,
+        PRECISION=precision,
+        SQUARES=squares,
+        RUN=RUN,
+        **config.constants,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+@triton_op("lotion_fx::curvature_linear", mutates_args=())
+def curvature_linear(g: Tensor, x: Tensor, kind: str, every: int = 1, phase: int = 0) -> tuple[Tensor, Tensor]:
+    """The gradient of a linear layer's weight and its curvature, without the factor T.
+
+    Args:
+        g: gradient of the loss with respect to the output, [N, O]; bfloat16, float16 or float32.
+        x: the input, [N, I], of the same dtype.
+        kind: ``"full"`` or ``"factored"``.
+        every: how many runs of `RUN` positions there are to one that the full curvature is made of.
+        phase: the first of those runs, less than ``every``.
+
+    Returns:
+        The gradient g^T x [O, I] in g's dtype; and, in float32, h [O, I] or a and b joined [O + I].
+
+    Raises:
+        ValueError: the shapes or dtypes do not match, or kind, every or phase is none of the above.
+    """
+    _check(g, x, kind, every, phase)
+    if g.device.type == "cpu":
+        return reference(g, x, kind, every, phase)
+    g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
+    outputs, inputs = g.shape[1], x.shape[1]
+    gradient = g.new_empty(outputs, inputs)
+    shape = (outputs, inputs) if kind == "full" else (outputs + inputs,)
+    curvature = g.new_empty(shape, dtype=torch.float32)
+    launch(g, x, gradient, curvature, kind, every, phase, kernel=wrap_triton(curvature_kernel))
+    return gradient, curvature
+
+
+def _check(g: Tensor, x: Tensor, kind: str, every: int, phase: int) -> None:
+    if g.dim() != 2 or x.dim() != 2 or g.shape[0] != x.shape[0] or g.dtype != x.dtype:
+        raise ValueError(
+            f"g is {g.dtype} {tuple(g.shape)} and x {x.dtype} {tuple(x.shape)}: expected [N, O] and [N, I] of one "
+            "dtype; flatten leading dimensions into N"
+        )
+    if kind not in ("full", "factored"):
+        raise ValueError(f"kind={kind!r}: expected 'full' or 'factored'")
+    if every < 1 or not 0 <= phase < every:
+        raise ValueError(f"every={every!r}, phase={phase!r}: expected 0 <= phase < every")
+    if kind == "factored" and every != 1:
+        raise ValueError(f"every={every!r} with kind='factored': expected 1, since its sums take all positions")
+
+
+def reference(g: Tensor, x: Tensor, kind: str, every: int = 1, phase: int = 0) -> tuple[Tensor, Tensor]:
+    """`curvature_linear` in ATen, squares in float32 (float64 for float64 operands)."""
+    gradient = g.t() @ x
+    g, x = (t.to(compute_dtype(t)).square() for t in (g, x))
+    if kind == "factored":
+        return gradient, torch.cat([g.sum(0), x.sum(0)])
+    if every > 1:
+        run = torch.arange(len(g), device=g.device) // RUN
+        chosen = (run % every == phase).to(g.dtype)
+        g = g * (chosen * (len(g) / chosen.sum().clamp(min=1)))[:, None]
+    return gradient, g.t() @ x
+
+
+_HALF = tuple(
+    Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, warps, stages)
+    for bm, bn, bk, warps, stages in (
+        (128, 128, 32, 8, 3),
+        (128, 128, 64, 8, 3),
+        (64, 128, 32, 4, 4),
+        (64, 128, 64, 4, 3),
+        (64, 64, 64, 4, 4),
+    )
+)
+_FLOAT32 = tuple(
+    Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, warps, stages)
+    for bm, bn, bk, warps, stages in ((64, 64, 16, 4, 3), (64, 64, 32, 4, 3), (64, 128, 16, 8, 3))
+)
+CONFIGS = {
+    "half, large": _HALF,
+    "half, small": _HALF[::-1],
+    "float32, large": _FLOAT32,
+    "float32, small": _FLOAT32,
+}
+
+_PRODUCT = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA", 120: "HMMA"}
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_LINEARS = ((4096, 768, 768), (4096, 3072, 768), (8192, 4096, 4096), (8192, 14336, 4096), (8192, 28672, 8192))
+
+
+def works(arch: int) -> list[Work]:
+    """What to compile for an architecture: N, O, I of a 150M, an 8B and a 70B model's layers."""
+    full = [_work(arch, shape, torch.bfloat16, "full") for shape in _LINEARS]
+    factored = [_work(arch, shape, torch.bfloat16, "factored") for shape in _LINEARS]
+    sampled = [_work(arch, shape, torch.bfloat16, "full", every=4) for shape in _LINEARS[3:]]
+    others = [_work(arch, _LINEARS[1], dtype, kind) for dtype in (torch.float16, torch.float32) for kind in _KINDS]
+    return [*full, *factored, *sampled, *others]
+
+
+_KINDS = ("full", "factored")
+
+
+def _work(arch: int, shape: tuple[int, int, int], dtype: torch.dtype, kind: str, every: int = 1) -> Work:
+    positions, outputs, inputs = shape
+    full, size, name = kind == "full", dtype.itemsize, _TYPES[dtype]
+    precision, squares = ("ieee", "tf32" if dtype == torch.float16 else "ieee")
+    written = outputs * inputs * size + 4 * (outputs * inputs if full else outputs + inputs)
+    constants = {"FULL": full, "EVERY": every, "PRECISION": precision, "SQUARES": squares, "RUN": RUN}
+    scalars = ("positions", "outputs", "inputs", "g_stride", "x_stride", "phase")
+
+    def tiles(config: Config) -> tuple[int, int]:
+        return triton.cdiv(outputs, config.constants["BM"]), triton.cdiv(inputs, config.constants["BN"])
+
+    def bytes_moved(config: Config) -> int:
+        down, across = tiles(config)
+        return positions * size * (outputs * across + inputs * down) + written
+
+    # A product in TF32 runs at half of bfloat16's rate; IEEE float32 on no tensor core.
+    flops = 2 * positions * outputs * inputs
+    of_squares = full * flops * (2 if dtype == torch.float16 else 1) // every
+    return Work(
+        kernel=f"curvature/{kind}",
+        shape=f"{positions}x{outputs}x{inputs} {name}{f' every {every}' if every > 1 else ''}",
+        fn=curvature_kernel,
+        signature={
+            "g": f"*{name}",
+            "x": f"*{name}",
+            "gradient": f"*{name}",
+            "curvature": "*fp32",
+            **dict.fromkeys(scalars, "i32"),
+        },
+        constants=constants,
+        configs=CONFIGS[shape_class(outputs, inputs, dtype)],
+        programs=lambda config: tiles(config)[0] * tiles(config)[1],
+        bytes=bytes_moved,
+        minimum_bytes=positions * size * (outputs + inputs) + written,
+        tensor_flops={} if dtype == torch.float32 else {"bf16": flops + of_squares},
+        iterations=lambda config: triton.cdiv(positions, config.constants["BK"]),
+        requires={} if dtype == torch.float32 else {arch: (_PRODUCT[arch], "LDGSTS")},
+        aligned=scalars,
+    )
