@@ -34,29 +34,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from lotion_fx.kernels.operands import precisions, square
+from lotion_fx.kernels.tiles import load, place, store
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.rounding import compute_dtype
 
 RUN = 64  # positions that are sampled together: a multiple of every config's BK
-
-
-@triton.jit
-def _load(pointer, first, k, stride, columns, positions, width):
-    """A tile of a row-major operand from position ``first`` on, zeros outside."""
-    inside = (first + k < positions) & (columns < width)
-    return tl.load(pointer + first.to(tl.int64) * stride + (k * stride + columns), mask=inside, other=0.0)
-
-
-@triton.jit
-def _square(tile, PRECISION: tl.constexpr):
-    """The square as an operand, rounded to the type of its product."""
-    if tile.dtype == tl.float16:
-        tile = tile.to(tl.float32)
-    square = tile * tile
-    if square.dtype == tl.float32 and PRECISION == "tf32":
-        # The tensor core cuts the last 13 bits off, which would make every square too small.
-        square = ((square.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return square
 
 
 @triton.jit
@@ -87,11 +70,7 @@ def curvature_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    # Programs that run at the same time share GROUP tile rows, so that their operands stay in the cache.
-    columns = tl.cdiv(inputs, BN)
-    group, within = tl.program_id(0) // (GROUP * columns), tl.program_id(0) % (GROUP * columns)
-    height = tl.minimum(tl.cdiv(outputs, BM) - group * GROUP, GROUP)
-    row, column = group * GROUP + within % height, within // height
+    row, column = place(tl.cdiv(outputs, BM), tl.cdiv(inputs, BN), GROUP)
     m, n, k = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
     sum_gx, sum_h = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     sum_a, sum_b = tl.zeros((BM,), tl.float32), tl.zeros((BN,), tl.float32)
@@ -101,12 +80,11 @@ def curvature_kernel(
     sampled = (runs - phase + EVERY - 1) // EVERY
     for i in range(sampled * TILES):
         first = (i // TILES * EVERY + phase) * RUN + i % TILES * BK
-        tile_g = _load(g, first, k[None, :], g_stride, m[:, None], positions, outputs)
-        tile_x = _load(x, first, k[:, None], x_stride, n[None, :], positions, inputs)
+        tile_g = load(g, first, k[None, :], m[:, None], g_stride, positions, outputs)
+        tile_x = load(x, first, k[:, None], n[None, :], x_stride, positions, inputs)
         sum_gx = tl.dot(tile_g, tile_x, sum_gx, input_precision=PRECISION)
         if FULL:
-            square_g, square_x = _square(tile_g, SQUARES), _square(tile_x, SQUARES)
-            sum_h = tl.dot(square_g, square_x, sum_h, input_precision=SQUARES)
+            sum_h = tl.dot(square(tile_g, SQUARES), square(tile_x, SQUARES), sum_h, input_precision=SQUARES)
         else:
             if column == 0:
                 sum_a += _sum_of_squares(tile_g, 1)
@@ -117,28 +95,21 @@ def curvature_kernel(
             skipped = i // TILES  # of the runs left out; each ``EVERY - 1`` of them stand around a sampled one
             run = skipped + (skipped - phase + EVERY - 1) // (EVERY - 1)
             first = run * RUN + i % TILES * BK
-            tile_g = _load(g, first, k[None, :], g_stride, m[:, None], positions, outputs)
-            tile_x = _load(x, first, k[:, None], x_stride, n[None, :], positions, inputs)
+            tile_g = load(g, first, k[None, :], m[:, None], g_stride, positions, outputs)
+            tile_x = load(x, first, k[:, None], n[None, :], x_stride, positions, inputs)
             sum_gx = tl.dot(tile_g, tile_x, sum_gx, input_precision=PRECISION)
 
-    tile = (row * BM).to(tl.int64) * inputs + (tl.arange(0, BM)[:, None] * inputs + n[None, :])
-    inside = (m < outputs)[:, None] & (n < inputs)[None, :]
-    tl.store(gradient + tile, sum_gx.to(gradient.dtype.element_ty), mask=inside)
+    down, across = tl.arange(0, BM)[:, None], n[None, :]
+    store(gradient, row * BM, down, across, outputs, inputs, sum_gx)
     if FULL:
         missing = tl.where((runs - 1) % EVERY == phase, runs * RUN - positions, 0)
         count = tl.maximum(sampled * RUN - missing, 1)
-        tl.store(curvature + tile, sum_h * (positions.to(tl.float32) / count), mask=inside)
+        store(curvature, row * BM, down, across, outputs, inputs, sum_h * (positions.to(tl.float32) / count))
     else:
         if column == 0:
             tl.store(curvature + m, sum_a, mask=m < outputs)
         if row == 0:
             tl.store(curvature + outputs + n, sum_b, mask=n < inputs)
-
-
-def _precision(dtype: torch.dtype) -> tuple[str, str]:
-    """How the products of operands and of squares take float32."""
-    own = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return own, "tf32" if dtype == torch.float16 else own
 
 
 def shape_class(outputs: int, inputs: int, dtype: torch.dtype) -> str:
@@ -171,7 +142,7 @@ def launch(
     """
     (positions, outputs), inputs = g.shape, x.shape[1]
     config = config or CONFIGS[shape_class(outputs, inputs, g.dtype)][0]
-    precision, squares = _precision(g.dtype)
+    precision, squares = precisions(g.dtype)
     bm, bn = config.constants["BM"], config.constants["BN"]
     kernel[(triton.cdiv(outputs, bm) * triton.cdiv(inputs, bn),)](
         g,
@@ -263,7 +234,7 @@ _HALF = tuple(
 )
 _FLOAT32 = tuple(
     Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, warps, stages)
-    for bm, bn, bk, warps, stages in ((64, 64, 16, 4, 3), (64, 64, 32, 4, 3), (64, 128, 16, 8, 3))
+    for bm, bn, bk, warps, stages in ((64, 64, 16, 4, 3), (64, 64, 16, 8, 3), (64, 128, 16, 8, 3))
 )
 CONFIGS = {
     "half, large": _HALF,
