@@ -26,6 +26,8 @@ Source: LOTION, Kwun et al. 2025, arXiv 2510.08757, for what h is for; the contr
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +37,9 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from lotion_fx.kernels.operands import precisions, square
+from lotion_fx.kernels.smooth import arch_of
 from lotion_fx.kernels.tiles import load, place, store
+from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.rounding import compute_dtype
 
@@ -112,10 +116,14 @@ def curvature_kernel(
             tl.store(curvature + outputs + n, sum_b, mask=n < inputs)
 
 
-def shape_class(outputs: int, inputs: int, dtype: torch.dtype) -> str:
-    """The row of the tuning table: float32's tiles are smaller, and so are those of a weight that has few of them."""
-    width = "float32" if dtype == torch.float32 else "half"
-    return f"{width}, {'small' if outputs * inputs <= SMALL else 'large'}"
+def shape_class(outputs: int, inputs: int, dtype: torch.dtype, precision: str) -> str:
+    """The row of the tuning table: how products are made, and whether there are few tiles.
+
+    Args:
+        precision: the first of `precisions`.
+    """
+    kind = precision if dtype == torch.float32 else "half"
+    return f"{kind}, {'small' if outputs * inputs <= SMALL else 'large'}"
 
 
 SMALL = 2**22  # weights; below it 128 x 128 tiles would not fill every multiprocessor twice
@@ -129,22 +137,31 @@ def launch(
     kind: str,
     every: int = 1,
     phase: int = 0,
+    *,
+    arch: int,
     config: Config | None = None,
-    kernel: Any = curvature_kernel,
+    wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> None:
-    """Runs the kernel on the device of its tensors.
+    """Runs the kernel where the tensors are.
 
     Args:
-        g, x: as in `curvature_linear`, the last dimension contiguous.
+        g, x, kind, every, phase: as in `curvature_linear`, the operands' last dimension contiguous.
         gradient, curvature: the outputs, contiguous; overwritten.
-        config: one of `CONFIGS`; by default the first that fits.
-        kernel: `curvature_kernel`, wrapped where a compiler traces the launch.
+        arch: compute capability of the device, 80 for ``sm_80``.
+        config: one of `CONFIGS`; by default the tuning table's choice.
+        wrap: `torch.library.wrap_triton` inside a `triton_op`.
     """
     (positions, outputs), inputs = g.shape, x.shape[1]
-    config = config or CONFIGS[shape_class(outputs, inputs, g.dtype)][0]
     precision, squares = precisions(g.dtype)
-    bm, bn = config.constants["BM"], config.constants["BN"]
-    kernel[(triton.cdiv(outputs, bm) * triton.cdiv(inputs, bn),)](
+    row = shape_class(outputs, inputs, g.dtype, precision)
+    kernel, tile = curvature_kernel, {}
+    if config is None:
+        kernel, tile = launchable(
+            kernel, f"curvature/{kind}", row, arch, CONFIGS[row], key=("positions", "outputs", "inputs")
+        )
+    else:
+        tile = options(config)
+    wrap(kernel)[lambda meta: (triton.cdiv(outputs, meta["BM"]) * triton.cdiv(inputs, meta["BN"]),)](
         g,
         x,
         gradient,
@@ -160,9 +177,7 @@ def launch(
         PRECISION=precision,
         SQUARES=squares,
         RUN=RUN,
-        **config.constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **tile,
     )
 
 
@@ -191,7 +206,7 @@ def curvature_linear(g: Tensor, x: Tensor, kind: str, every: int = 1, phase: int
     gradient = g.new_empty(outputs, inputs)
     shape = (outputs, inputs) if kind == "full" else (outputs + inputs,)
     curvature = g.new_empty(shape, dtype=torch.float32)
-    launch(g, x, gradient, curvature, kind, every, phase, kernel=wrap_triton(curvature_kernel))
+    launch(g, x, gradient, curvature, kind, every, phase, arch=arch_of(g.device), wrap=wrap_triton)
     return gradient, curvature
 
 
@@ -222,25 +237,24 @@ def reference(g: Tensor, x: Tensor, kind: str, every: int = 1, phase: int = 0) -
     return gradient, g.t() @ x
 
 
-_HALF = tuple(
-    Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, warps, stages)
-    for bm, bn, bk, warps, stages in (
-        (128, 128, 32, 8, 3),
-        (128, 128, 64, 8, 3),
-        (64, 128, 32, 4, 4),
-        (64, 128, 64, 4, 3),
-        (64, 64, 64, 4, 4),
+def _configs(*rows: tuple[int, int, int, int, int]) -> tuple[Config, ...]:
+    return tuple(
+        Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, warps, stages) for bm, bn, bk, warps, stages in rows
     )
+
+
+_HALF = _configs(
+    (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (64, 128, 32, 4, 4), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4)
 )
-_FLOAT32 = tuple(
-    Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, warps, stages)
-    for bm, bn, bk, warps, stages in ((64, 64, 16, 4, 3), (64, 64, 16, 8, 3), (64, 128, 16, 8, 3))
-)
+_TF32 = _configs((128, 64, 32, 8, 3), (64, 64, 32, 4, 3))
+_IEEE = _configs((64, 64, 16, 4, 3), (64, 64, 16, 8, 3), (64, 128, 16, 8, 3))
 CONFIGS = {
     "half, large": _HALF,
     "half, small": _HALF[::-1],
-    "float32, large": _FLOAT32,
-    "float32, small": _FLOAT32,
+    "tf32, large": _TF32,
+    "tf32, small": _TF32[::-1],
+    "ieee, large": _IEEE,
+    "ieee, small": _IEEE,
 }
 
 _PRODUCT = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA", 120: "HMMA"}
@@ -248,25 +262,27 @@ _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _LINEARS = ((4096, 768, 768), (4096, 3072, 768), (8192, 4096, 4096), (8192, 14336, 4096), (8192, 28672, 8192))
 
 
-def works(arch: int) -> list[Work]:
-    """What to compile for an architecture: N, O, I of a 150M, an 8B and a 70B model's layers."""
-    full = [_work(arch, shape, torch.bfloat16, "full") for shape in _LINEARS]
-    factored = [_work(arch, shape, torch.bfloat16, "factored") for shape in _LINEARS]
-    sampled = [_work(arch, shape, torch.bfloat16, "full", every=4) for shape in _LINEARS[3:]]
-    others = [_work(arch, _LINEARS[1], dtype, kind) for dtype in (torch.float16, torch.float32) for kind in _KINDS]
-    return [*full, *factored, *sampled, *others]
-
-
 _KINDS = ("full", "factored")
 
 
-def _work(arch: int, shape: tuple[int, int, int], dtype: torch.dtype, kind: str, every: int = 1) -> Work:
-    positions, outputs, inputs = shape
-    full, size, name = kind == "full", dtype.itemsize, _TYPES[dtype]
-    precision, squares = ("ieee", "tf32" if dtype == torch.float16 else "ieee")
+def works(arch: int) -> list[Work]:
+    """What to compile for an architecture: N, O, I of a 150M, an 8B and a 70B model's layers."""
+    found = [_work(arch, shape, torch.bfloat16, kind) for kind in _KINDS for shape in _LINEARS]
+    found += [_work(arch, shape, torch.bfloat16, "full", every=4) for shape in _LINEARS[3:]]
+    found += [_work(arch, _LINEARS[1], torch.float16, kind) for kind in _KINDS]
+    return found + [_work(arch, _LINEARS[1], torch.float32, kind, p) for kind in _KINDS for p in ("ieee", "tf32")]
+
+
+def _work(
+    arch: int, shape: tuple[int, int, int], dtype: torch.dtype, kind: str, precision: str = "ieee", every: int = 1
+) -> Work:
+    (positions, outputs, inputs), size, name = shape, dtype.itemsize, _TYPES[dtype]
+    full, tensor_cores = kind == "full", dtype != torch.float32 or precision == "tf32"
+    squares = "tf32" if dtype == torch.float16 else precision
     written = outputs * inputs * size + 4 * (outputs * inputs if full else outputs + inputs)
-    constants = {"FULL": full, "EVERY": every, "PRECISION": precision, "SQUARES": squares, "RUN": RUN}
     scalars = ("positions", "outputs", "inputs", "g_stride", "x_stride", "phase")
+    row = shape_class(outputs, inputs, dtype, precision)
+    noted = [name, "tf32" * (precision == "tf32"), f"every {every}" * (every > 1)]
 
     def tiles(config: Config) -> tuple[int, int]:
         return triton.cdiv(outputs, config.constants["BM"]), triton.cdiv(inputs, config.constants["BN"])
@@ -275,27 +291,27 @@ def _work(arch: int, shape: tuple[int, int, int], dtype: torch.dtype, kind: str,
         down, across = tiles(config)
         return positions * size * (outputs * across + inputs * down) + written
 
-    # A product in TF32 runs at half of bfloat16's rate; IEEE float32 on no tensor core.
-    flops = 2 * positions * outputs * inputs
-    of_squares = full * flops * (2 if dtype == torch.float16 else 1) // every
+    # In units of bfloat16 products, which take half of the time of TF32's.
+    of_operands = 2 if dtype == torch.float32 else 1
+    of_squares = full * (2 if squares == "tf32" else 1) / every
+    flops = round(2 * math.prod(shape) * (of_operands + of_squares))
     return Work(
         kernel=f"curvature/{kind}",
-        shape=f"{positions}x{outputs}x{inputs} {name}{f' every {every}' if every > 1 else ''}",
+        shape=f"{positions}x{outputs}x{inputs} {' '.join(filter(None, noted))}",
         fn=curvature_kernel,
         signature={
-            "g": f"*{name}",
-            "x": f"*{name}",
-            "gradient": f"*{name}",
+            **dict.fromkeys(("g", "x", "gradient"), f"*{name}"),
             "curvature": "*fp32",
             **dict.fromkeys(scalars, "i32"),
         },
-        constants=constants,
-        configs=CONFIGS[shape_class(outputs, inputs, dtype)],
-        programs=lambda config: tiles(config)[0] * tiles(config)[1],
+        constants={"FULL": full, "EVERY": every, "PRECISION": precision, "SQUARES": squares, "RUN": RUN},
+        configs=CONFIGS[row],
+        programs=lambda config: math.prod(tiles(config)),
         bytes=bytes_moved,
         minimum_bytes=positions * size * (outputs + inputs) + written,
-        tensor_flops={} if dtype == torch.float32 else {"bf16": flops + of_squares},
+        tensor_flops={"bf16": flops} if tensor_cores else {},
         iterations=lambda config: triton.cdiv(positions, config.constants["BK"]),
-        requires={} if dtype == torch.float32 else {arch: (_PRODUCT[arch], "LDGSTS")},
-        aligned=scalars,
+        requires={arch: (_PRODUCT[arch], "LDGSTS")} if tensor_cores else {},
+        aligned=scalars[1:],
+        shape_class=row,
     )

@@ -21,6 +21,7 @@ Source: LOTION, Kwun et al. 2025, arXiv 2510.08757, section 3, for the variance;
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ from lotion_fx.kernels.device_code import (
 )
 from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.operands import operand, precisions, square
+from lotion_fx.kernels.smooth import amaxes, arch_of
 from lotion_fx.kernels.tiles import load, place, store
+from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.noise import RANDOMIZED, NoiseLaw, resolve_noise
 
@@ -191,15 +194,6 @@ def in_registers(fmt: Format, positions: int, dtype: torch.dtype) -> bool:
     return positions <= FEW and dtype != torch.float32 and whole_blocks
 
 
-def known_amax(weight: Tensor, fmt: Format, amax_tensor: Tensor | None = None) -> Tensor | None:
-    """What a tile does not show, float32: a channel's absmax [O] or the tensor's [1]; None for plain blocks."""
-    if fmt.block == "channel":
-        return weight.abs().amax(1).float()
-    if fmt.block == "tensor" or fmt.law.two_level:
-        return (weight.abs().amax() if amax_tensor is None else amax_tensor).float().reshape(1)
-    return None
-
-
 def shape_class(positions: int, dtype: torch.dtype, random: bool) -> str:
     """The row of the tuning table: a random input's third product needs registers, and float32's products many."""
     if dtype == torch.float32:
@@ -213,28 +207,27 @@ FEW = 256  # positions: one row of tiles, so that each weight's variance is made
 def launch(
     x: Tensor,
     weight: Tensor,
-    amax: Tensor | None,
     y: Tensor,
     v: Tensor,
     fmt: Format,
     law: NoiseLaw = RANDOMIZED,
     bias: Tensor | None = None,
     u: Tensor | None = None,
-    config: Config | None = None,
-    kernel: Any = None,
+    *,
+    amax: Tensor | None = None,
+    **how: Any,
 ) -> None:
-    """Runs the kernel that makes variances in registers, on the device of its tensors.
+    """Runs the kernel that makes variances in registers, where the tensors are.
 
     Args:
-        x, weight, bias, u: as in `variance_linear`, the last dimensions contiguous.
-        amax: `known_amax`.
+        x, weight, bias, u, amax: as in `variance_linear`, the last dimensions contiguous.
         y, v: the outputs, contiguous; overwritten.
-        config: one of `CONFIGS`; by default the first that fits.
-        kernel: `variance_linear_kernel` specialized, wrapped where a compiler traces the launch.
+        how: ``arch``, the compute capability, 80 for ``sm_80``; ``config``, one of `CONFIGS`, by default the tuning
+            table's choice; ``wrap``, `torch.library.wrap_triton` inside a `triton_op`.
     """
-    config = config or CONFIGS["registers"][shape_class(len(x), x.dtype, u is not None)][0]
-    kernel = kernel or specialized(variance_linear_kernel, fmt, law)
-    _run(kernel, config, x, u, weight, bias, weight if amax is None else amax, y, v, (), _format_constants(fmt))
+    amax = amaxes(weight, fmt, -1) if amax is None else amax.to(torch.float32)
+    kernel, of_weight = specialized(variance_linear_kernel, fmt, law), weight if amax is None else amax
+    _run(kernel, "registers", (x, weight, bias, u), of_weight, y, v, (), _format_constants(fmt), **how)
 
 
 def launch_given(
@@ -245,12 +238,10 @@ def launch_given(
     v: Tensor,
     bias: Tensor | None = None,
     u: Tensor | None = None,
-    config: Config | None = None,
-    kernel: Any = variance_given_kernel,
+    **how: Any,
 ) -> None:
     """Runs the kernel that reads the weight's variances [O, I], the last dimension contiguous; the rest as `launch`."""
-    config = config or CONFIGS["given"][shape_class(len(x), x.dtype, u is not None)][0]
-    _run(kernel, config, x, u, weight, bias, variances, y, v, (variances.stride(0),), {})
+    _run(variance_given_kernel, "given", (x, weight, bias, u), variances, y, v, (variances.stride(0),), {}, **how)
 
 
 def _format_constants(fmt: Format) -> dict[str, Any]:
@@ -261,22 +252,29 @@ def _format_constants(fmt: Format) -> dict[str, Any]:
 
 def _run(
     kernel: Any,
-    config: Config,
-    x: Tensor,
-    u: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
+    which: str,
+    layer: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     of_weight: Tensor,
     y: Tensor,
     v: Tensor,
     strides: tuple[int, ...],
     constants: dict[str, Any],
+    *,
+    arch: int,
+    config: Config | None = None,
+    wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> None:
+    x, weight, bias, u = layer
     (positions, inputs), outputs = x.shape, len(weight)
     precision, squares = precisions(x.dtype)
-    tiles = triton.cdiv(positions, config.constants["BM"]) * triton.cdiv(outputs, config.constants["BN"])
+    if config is None:
+        row = shape_class(positions, x.dtype, u is not None)
+        key = ("positions", "outputs", "inputs")
+        kernel, tile = launchable(kernel, f"variance_linear/{which}", row, arch, CONFIGS[which][row], key=key)
+    else:
+        tile = options(config)
     # An argument that is not read is given a tensor that is there.
-    kernel[(tiles,)](
+    wrap(kernel)[lambda meta: (triton.cdiv(positions, meta["BM"]) * triton.cdiv(outputs, meta["BN"]),)](
         x,
         x if u is None else u,
         weight,
@@ -296,9 +294,7 @@ def _run(
         BIAS=bias is not None,
         PRECISION=precision,
         SQUARES=squares,
-        **config.constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **tile,
     )
 
 
@@ -321,7 +317,7 @@ def variance_linear(
         bias: [O], fixed.
         u: variance of the input, [N, I] in x's dtype, independent from input to input and of the weight; None for a
             fixed input.
-        amax: absmax of the whole weight, where this is a shard; formats with a scale for the tensor take it.
+        amax: what `kernels.smooth.amaxes` gives, where it is known or the weight is a shard.
 
     Returns:
         y and v, [N, O] in x's dtype.
@@ -332,14 +328,14 @@ def variance_linear(
     _check(x, weight, None, bias, u)
     form, law = resolve(fmt), resolve_noise(noise)
     if x.device.type == "cpu" or not in_registers(form, len(x), x.dtype):
-        variances = rounding.variance(weight, form, law=law, amax_tensor=amax)
+        amax_tensor = None if form.block == "channel" else amax
+        variances = rounding.variance(weight, form, law=law, amax_tensor=amax_tensor)
         if x.dtype == torch.bfloat16:
             variances = variances.to(x.dtype)
         return variance_linear_given(x, weight, variances, bias, u)
     x, weight, u = (_rows(t) for t in (x, weight, u))
     y, v = x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))
-    kernel = wrap_triton(specialized(variance_linear_kernel, form, law))
-    launch(x, weight, known_amax(weight, form, amax), y, v, form, law, bias, u, kernel=kernel)
+    launch(x, weight, y, v, form, law, bias, u, amax=amax, arch=arch_of(x.device), wrap=wrap_triton)
     return y, v
 
 
@@ -364,7 +360,7 @@ def variance_linear_given(
         return reference(x, weight, variances, bias, u)
     x, weight, variances, u = (_rows(t) for t in (x, weight, variances, u))
     y, v = x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))
-    launch_given(x, weight, variances, y, v, bias, u, kernel=wrap_triton(variance_given_kernel))
+    launch_given(x, weight, variances, y, v, bias, u, arch=arch_of(x.device), wrap=wrap_triton)
     return y, v
 
 
@@ -494,7 +490,8 @@ def _work(
         else {"bf16": 2 * math.prod(shape) * (1 + (1 + random) * (1 + (dtype == torch.float16)))},
         iterations=lambda config: triton.cdiv(inputs, config.constants["BK"]),
         requires={} if dtype == torch.float32 else {arch: (_PRODUCT[arch], "LDGSTS")},
-        aligned=scalars,
+        aligned=scalars[1:],
+        shape_class=shape_class(positions, dtype, random),
     )
 
 

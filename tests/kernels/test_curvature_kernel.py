@@ -36,7 +36,7 @@ def run(
     gradient = torch.full((outputs, inputs), torch.nan, dtype=g.dtype, device=g.device)
     shape = (outputs, inputs) if kind == "full" else (outputs + inputs,)
     curvature = torch.full(shape, torch.nan, device=g.device)
-    launch(g, x, gradient, curvature, kind, every, phase, config)
+    launch(g, x, gradient, curvature, kind, every, phase, arch=80, config=config)
     return gradient, curvature
 
 
@@ -140,7 +140,7 @@ def test_moves_the_bytes_it_says(device: str, kind: str, every: int) -> None:
     from tests.gpu_less.interpreter import counted_traffic
 
     g, x, _ = operands(device, torch.bfloat16, 150, 140, 70)
-    work = _work(80, (150, 140, 70), torch.bfloat16, kind, every)
+    work = _work(80, (150, 140, 70), torch.bfloat16, kind, every=every)
     for config in (work.configs[0], SMALL):
         with counted_traffic() as traffic:
             run(g, x, kind, every, config=config)
@@ -178,6 +178,6 @@ def test_refuses() -> None:
 
 
 def test_shape_classes() -> None:
-    assert shape_class(768, 768, torch.bfloat16) == "half, small"
-    assert shape_class(14336, 4096, torch.float16) == "half, large"
-    assert shape_class(768, 768, torch.float32) == "float32, small"
+    assert shape_class(768, 768, torch.bfloat16, "ieee") == "half, small"
+    assert shape_class(14336, 4096, torch.float16, "tf32") == "half, large"
+    assert shape_class(768, 768, torch.float32, "tf32") == "tf32, small"

@@ -14,14 +14,13 @@ from lotion_fx.kernels.variance_linear import (
     FEW,
     _work,
     in_registers,
-    known_amax,
     launch,
     launch_given,
     variance_linear,
     variance_linear_given,
 )
 from lotion_fx.kernels.work import Config
-from lotion_fx.noise import D, NoiseLaw, resolve_noise
+from lotion_fx.noise import RANDOMIZED, D, NoiseLaw, resolve_noise
 
 # What a float32 value loses as an operand: none, or half a unit in the last place of x's dtype.
 UNIT = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -91,18 +90,8 @@ def run(
 ) -> None:
     law = resolve_noise(noise) if isinstance(noise, str) else noise
     b, u = case.bias if bias else None, case.u if random else None
-    launch(
-        case.x,
-        case.w,
-        known_amax(case.w, fmt),
-        case.y,
-        case.v,
-        fmt,
-        law,
-        b,
-        u,
-        config or CONFIGS["registers"]["few"][0],
-    )
+    config = config or CONFIGS["registers"]["few"][0]
+    launch(case.x, case.w, case.y, case.v, fmt, law, b, u, arch=80, config=config)
     case.check(variance_of(case, fmt, law), bias, random)
 
 
@@ -145,7 +134,7 @@ def test_every_configuration(device: str, which: str) -> None:
             run(case, fmt, bias=True, random=True, config=config)
         else:
             variances = variance_of(case, fmt, resolve_noise("randomized")).bfloat16()
-            launch_given(case.x, case.w, variances, case.y, case.v, case.bias, case.u, config)
+            launch_given(case.x, case.w, variances, case.y, case.v, case.bias, case.u, arch=80, config=config)
             case.check(variances, bias=True, random=True)
 
 
@@ -154,7 +143,7 @@ def test_every_configuration(device: str, which: str) -> None:
 def test_given_variances(device: str, dtype: torch.dtype, random: bool) -> None:
     case = Case(device, dtype, 100, 70, 50)
     variances = case.w.float().square() / 9
-    launch_given(case.x, case.w, variances, case.y, case.v, None, case.u if random else None)
+    launch_given(case.x, case.w, variances, case.y, case.v, None, case.u if random else None, arch=80)
     case.check(variances, bias=False, random=random)
 
 
@@ -180,7 +169,7 @@ def test_absmax_of_a_shard(device: str) -> None:
         fmt = resolve(name)
         case = Case(device, torch.float32, 20, 40, 64)
         amax = case.w.abs().amax() * 3
-        launch(case.x, case.w, known_amax(case.w, fmt, amax), case.y, case.v, fmt)
+        launch(case.x, case.w, case.y, case.v, fmt, amax=amax, arch=80)
         case.check(rounding.variance(case.w.cpu(), fmt, amax_tensor=amax.cpu()).to(device), bias=False, random=False)
 
 
@@ -197,11 +186,10 @@ def test_moves_the_bytes_it_says(device: str, fmt: str | None, random: bool) -> 
     with counted_traffic() as traffic:
         if fmt is None:
             variances = case.w.square()
-            launch_given(case.x, case.w, variances, case.y, case.v, case.bias, u, config)
+            launch_given(case.x, case.w, variances, case.y, case.v, case.bias, u, arch=80, config=config)
         else:
             form = resolve(fmt)
-            amax = known_amax(case.w, form)
-            launch(case.x, case.w, amax, case.y, case.v, form, bias=case.bias, u=u, config=config)
+            launch(case.x, case.w, case.y, case.v, form, RANDOMIZED, case.bias, u, arch=80, config=config)
     assert traffic.loaded + traffic.stored == work.bytes(config) > work.minimum_bytes
 
 
