@@ -1,0 +1,359 @@
+"""``y = x W^T + b`` on a packed weight, decoded inside of the product: W4A16 and W8A16, on every architecture.
+
+With ``q`` the levels that the codes stand for, ``s`` the scales of blocks of ``B`` along ``k`` and ``t`` the tensor's:
+
+    y[m, n] = t sum_k x[m, k] (q[n, k] s[n, k // B])        where the weight takes the scale ("weight")
+    y[m, n] = sum_b s[n, b] sum_{k in b} x[m, k] q[n, k]    where a block's partial sum does ("block")
+    y[m, n] = s[n] sum_k x[m, k] q[n, k]                    where the sum does: one scale a channel or a tensor ("sum")
+
+The operand that the tensor cores multiply, ``q s`` or ``q``, is exact in ``x``'s dtype in all three, so that nothing is
+rounded but the float32 sum and the result. That decides between them: an E2M1 level times an E4M3 scale has 6
+significant bits and fits bfloat16 and float16, an E8M0 scale fits bfloat16's exponent but not float16's, a float32 scale
+fits neither. (A dequantized bfloat16 weight, which other kernels multiply, is a rounding away from the trained one.)
+
+Bits are decoded by integer shifts: Ampere has no type for them. Patterns that no format encodes, E4M3's NaN for one, are
+not looked for. The codes' layout is `lotion_fx.kernels.pack`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from lotion_fx.formats import Format, Integer, Minifloat, PowerOfTwo, resolve
+from lotion_fx.rounding import from_blocks, to_blocks
+
+from .work import Config, Work
+
+__all__ = ["dequantized", "launch", "packed_linear", "works"]
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+
+@triton.jit
+def minifloat(code, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+    """A small float as a ``T``: its fields moved to where ``T`` has them, then the exponent rebased by a product.
+
+    The product is by a power of two, exact, and right for subnormals, which thus need no case of their own.
+    """
+    WIDTH: tl.constexpr = T.primitive_bitwidth
+    bits = code.to(tl.uint16 if WIDTH == 16 else tl.uint32)
+    sign = (bits >> (BITS - 1)) << (WIDTH - 1)
+    magnitude = (bits & (2 ** (BITS - 1) - 1)) << (T.fp_mantissa_width - MANTISSA)
+    REBASE: tl.constexpr = 2.0 ** (T.exponent_bias - BIAS)
+    return (sign | magnitude).to(T, bitcast=True) * REBASE
+
+
+@triton.jit
+def offset_binary(code, T: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr):
+    """``code - ZERO`` as a ``T``: written into the mantissa of a ``2^m``, from which ``2^m + ZERO`` is then taken."""
+    # Through float32 where T's mantissa is too short for a code.
+    V: tl.constexpr = T if T.fp_mantissa_width >= BITS else tl.float32
+    bits = code.to(tl.uint16 if V.primitive_bitwidth == 16 else tl.uint32)
+    POWER: tl.constexpr = (V.exponent_bias + V.fp_mantissa_width) << V.fp_mantissa_width
+    SHIFT: tl.constexpr = 2.0**V.fp_mantissa_width + ZERO
+    return ((bits | POWER).to(V, bitcast=True) - SHIFT).to(T)
+
+
+@triton.jit
+def power_of_two(code, T: tl.constexpr):
+    """An E8M0 scale as a ``T`` with an exponent of 8 bits. Code 0, ``2^-127``, is a subnormal there."""
+    bits = code.to(tl.uint16 if T.primitive_bitwidth == 16 else tl.uint32)
+    SUBNORMAL: tl.constexpr = 1 << (T.fp_mantissa_width - 1)
+    return tl.where(bits == 0, SUBNORMAL, bits << T.fp_mantissa_width).to(bits.dtype).to(T, bitcast=True)
+
+
+@triton.jit
+def levels(code, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, ZERO: tl.constexpr):
+    """The levels of a grid; ``MANTISSA`` is -1 for integers, and ``ZERO`` the exponent's bias or the code of 0."""
+    if MANTISSA < 0:
+        return offset_binary(code, T, BITS, ZERO)
+    else:
+        return minifloat(code, T, BITS, MANTISSA, ZERO)
+
+
+@triton.jit
+def decoded_scale(code, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+    """A stored block scale: float32 as it is (``BITS`` 32), E8M0 (``MANTISSA`` -1) or a small float."""
+    if BITS == 32:
+        return code
+    elif MANTISSA < 0:
+        return power_of_two(code, T)
+    else:
+        return minifloat(code, T, BITS, MANTISSA, BIAS)
+
+
+# --------------------------------------------------------------------------------------------------------------- kernel
+
+
+@triton.jit
+def packed_linear_kernel(
+    x,
+    codes,
+    scales,
+    tensor_scale,
+    bias,
+    y,
+    M,
+    N,
+    K,
+    code_width,
+    scale_width,
+    LEVEL_BITS: tl.constexpr,
+    LEVEL_MANTISSA: tl.constexpr,
+    LEVEL_ZERO: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    SCALE_MANTISSA: tl.constexpr,
+    SCALE_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLACE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    T: tl.constexpr = x.dtype.element_ty
+    PER_BYTE: tl.constexpr = 2 if LEVEL_BITS <= 4 else 1
+    # Consecutive programs take a square of tiles, whose operands stay in the second-level cache.
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    pm, pn = tl.swizzle2d(tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n, tiles_m, tiles_n, 8)
+    m, n = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
+    in_m, in_n = m < M, n < N
+    x_rows = x + m.to(tl.int64)[:, None] * K
+    code_rows = codes + n.to(tl.int64)[:, None] * code_width
+    scale_rows = scales + n.to(tl.int64) * scale_width
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        # Bounded by the row's width rather than by K: a multiple of 16 stays one, which makes the loads wide. What is
+        # decoded past K is finite and meets a zero.
+        byte = start // PER_BYTE + tl.arange(0, BK // PER_BYTE)
+        activation = tl.load(x_rows + k[None], mask=in_m[:, None] & (k < K)[None], other=0.0)
+        code = tl.load(code_rows + byte[None], mask=in_n[:, None] & (byte < code_width)[None], other=0)
+        if PER_BYTE == 2:
+            code = tl.reshape(tl.join(code & 15, code >> 4), (BN, BK))
+        weight = levels(code, T, LEVEL_BITS, LEVEL_MANTISSA, LEVEL_ZERO)
+        if PLACE == "weight":
+            b = start // BLOCK + tl.arange(0, BK // BLOCK)
+            stored = tl.load(scale_rows[:, None] + b[None], mask=in_n[:, None] & (b < scale_width)[None], other=0)
+            scale = decoded_scale(stored, T, SCALE_BITS, SCALE_MANTISSA, SCALE_BIAS)
+            weight = tl.reshape(weight, (BN, BK // BLOCK, BLOCK)) * scale[:, :, None]
+            weight = tl.reshape(weight, (BN, BK))
+        if PLACE == "block":
+            stored = tl.load(scale_rows + start // BLOCK, mask=in_n, other=0)
+            scale = decoded_scale(stored, tl.float32, SCALE_BITS, SCALE_MANTISSA, SCALE_BIAS)
+            total += tl.dot(activation, tl.trans(weight), input_precision="ieee") * scale[None]
+        else:
+            total = tl.dot(activation, tl.trans(weight), total, input_precision="ieee")
+    if PLACE == "sum":
+        stored = tl.load(scale_rows, mask=in_n, other=0)
+        total *= decoded_scale(stored, tl.float32, SCALE_BITS, SCALE_MANTISSA, SCALE_BIAS)[None]
+    if tensor_scale is not None:
+        total *= tl.load(tensor_scale)
+    if bias is not None:
+        total += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None]
+    tl.store(y + m.to(tl.int64)[:, None] * N + n[None], total.to(T), mask=in_m[:, None] & in_n[None])
+
+
+# ---------------------------------------------------------------------------------------------------- a format's numbers
+
+
+def place(fmt: Format, dtype: torch.dtype) -> str:
+    """What a block's scale multiplies: the "weight", the "block"'s partial sum or the "sum" (see the module)."""
+    if not isinstance(fmt.block, int):
+        return "sum"
+    stored = getattr(fmt.law, "type", None)
+    if isinstance(stored, PowerOfTwo):
+        return "weight" if dtype != torch.float16 else "block"
+    if isinstance(stored, Minifloat) and isinstance(fmt.grid, Minifloat) and _products_fit(fmt.grid, stored, dtype):
+        return "weight"
+    return "block"
+
+
+def _products_fit(a: Minifloat, b: Minifloat, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds the product of any two numbers of these types, exactly."""
+    limits = torch.finfo(dtype)
+    return (
+        2.0 ** -(a.mantissa_bits + b.mantissa_bits + 1) >= limits.eps
+        and a.max * b.max <= limits.max
+        and a.smallest * b.smallest >= limits.smallest_normal * limits.eps
+    )
+
+
+def constants(fmt: Format, dtype: torch.dtype) -> dict[str, Any]:
+    """The kernel's ``tl.constexpr`` arguments that a format and the activations' dtype decide.
+
+    Raises:
+        NotImplementedError: the levels are a codebook, or blocks are not a power of two of 16 or more weights.
+    """
+    grid, stored = fmt.grid, getattr(fmt.law, "type", None)
+    if isinstance(grid, Minifloat):
+        level = grid.mantissa_bits, grid.bias
+    elif isinstance(grid, Integer):
+        level = -1, int(grid.encode(torch.zeros(1)))
+    else:
+        raise NotImplementedError(f"fmt={fmt.name!r}: expected integer or minifloat levels, got {grid!r}; dequantize")
+    block = fmt.block if isinstance(fmt.block, int) else 0
+    if block & (block - 1) or 0 < block < 16:
+        raise NotImplementedError(
+            f"fmt={fmt.name!r}: expected blocks of 16, 32, 64, ... weights, got {block}; dequantize"
+        )
+    return {
+        "LEVEL_BITS": grid.bits,
+        "LEVEL_MANTISSA": level[0],
+        "LEVEL_ZERO": level[1],
+        "SCALE_BITS": fmt.law.bits,
+        "SCALE_MANTISSA": stored.mantissa_bits if isinstance(stored, Minifloat) else -1,
+        "SCALE_BIAS": stored.bias if isinstance(stored, Minifloat) else 0,
+        "BLOCK": block,
+        "PLACE": place(fmt, dtype),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ reference
+
+
+def dequantized(codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, fmt: Format, features: int) -> Tensor:
+    """The float32 weight [N, K] that packed codes and scales stand for.
+
+    Args:
+        codes: uint8 [N, ceil(K/2)] for formats of up to 4 bits, low nibble first, else [N, K].
+        scales: of blocks, [N, blocks], or of the tensor, [1, 1]: uint8 bits, or float32 where the format has that.
+        tensor_scale: float32, one element, of two-level formats.
+        fmt: the format.
+        features: K.
+    """
+    if fmt.grid.bits <= 4:
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    level = fmt.grid.decode(codes[:, :features])
+    stored = getattr(fmt.law, "type", None)
+    scale = stored.decode(scales) if stored else scales.float()
+    if tensor_scale is not None:
+        scale = scale * tensor_scale
+    blocks = to_blocks(level, fmt)
+    return from_blocks(blocks * scale.reshape(*blocks.shape[:-1], 1), fmt, -1, level.shape)
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product in float32 (float64 for float64 activations), rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ launching
+
+
+def candidates(fmt: Format, dtype: torch.dtype, rows: int) -> tuple[Config, ...]:
+    """The tiles to choose among, the best guess first: ``rows`` up to 16 is a decoding step, more is a prefill."""
+    where = constants(fmt, dtype)
+    few = rows <= 16
+
+    def config(bm: int, bn: int, bk: int, warps: int, stages: int) -> Config:
+        if where["PLACE"] == "block":  # a tile's product is one block's, or a part of it
+            bk = min(bk, where["BLOCK"])
+        return Config(
+            {"BM": bm, "BN": bn, "BK": max(bk, where["BLOCK"] if where["PLACE"] == "weight" else 0)}, warps, stages
+        )
+
+    if few:
+        return config(16, 32, 128, 2, 4), config(16, 64, 128, 4, 4)
+    return config(128, 128, 64, 8, 3), config(64, 128, 64, 4, 3)
+
+
+def launch(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor | None,
+    bias: Tensor | None,
+    fmt: Format,
+    config: Config | None = None,
+    kernel: Any = packed_linear_kernel,
+) -> Tensor:
+    """Run the kernel where the tensors are; the arguments are `packed_linear`'s, ``x`` [M, K]."""
+    (rows, features), outputs = x.shape, codes.shape[0]
+    y = x.new_empty(rows, outputs)
+    if y.numel() == 0:
+        return y
+    config = config or candidates(fmt, x.dtype, rows)[0]
+    tiles = triton.cdiv(rows, config.constants["BM"]) * triton.cdiv(outputs, config.constants["BN"])
+    kernel[(tiles,)](
+        x.contiguous(),
+        codes,
+        scales,
+        tensor_scale,
+        bias,
+        y,
+        rows,
+        outputs,
+        features,
+        codes.shape[1],
+        # One scale for all rows: a step of 0 from row to row.
+        scales.shape[1] if scales.shape[0] == outputs else 0,
+        **constants(fmt, x.dtype),
+        **config.constants,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y
+
+
+def _check(
+    x: Tensor, codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, bias: Tensor | None, fmt: Format
+) -> None:
+    features = x.shape[-1]
+    width = -(-features // 2) if fmt.grid.bits <= 4 else features
+    if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] != width:
+        raise ValueError(
+            f"codes: got {codes.dtype} {list(codes.shape)}, expected uint8 [outputs, {width}] for {features} inputs "
+            f"in {fmt.name}"
+        )
+    blocks = -(-features // fmt.block) if isinstance(fmt.block, int) else 1
+    rows = 1 if fmt.block == "tensor" else codes.shape[0]
+    stored = torch.uint8 if hasattr(fmt.law, "type") else torch.float32
+    if scales.dtype != stored or scales.shape != (rows, blocks):
+        raise ValueError(
+            f"scales: got {scales.dtype} {list(scales.shape)}, expected {stored} {[rows, blocks]} for {features} inputs "
+            f"in {fmt.name}"
+        )
+    if (tensor_scale is not None) != fmt.law.two_level:
+        raise ValueError(f"tensor_scale={tensor_scale!r}: {fmt.name} has {'one' if fmt.law.two_level else 'none'}")
+    if bias is not None and bias.shape != codes.shape[:1]:
+        raise ValueError(f"bias: got {list(bias.shape)}, expected [{codes.shape[0]}]")
+
+
+@triton_op("lotion_fx::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, bias: Tensor | None, fmt: str
+) -> Tensor:
+    """``y = x W^T + b`` for a packed ``W`` [N, K].
+
+    Args:
+        x: activations [..., K]; bfloat16, float16 or float32.
+        codes: uint8 [N, ceil(K/2)] for formats of up to 4 bits, the low nibble being the even element, else [N, K].
+        scales: of blocks, [N, blocks], or of the tensor, [1, 1]: uint8 E4M3 or E8M0 bits, or float32.
+        tensor_scale: float32, one element: of two-level formats, else None.
+        bias: [N] or None.
+        fmt: the format's name.
+
+    Returns:
+        [..., N] in ``x``'s dtype.
+
+    Raises:
+        ValueError: a shape or a dtype is not the format's.
+        NotImplementedError: on a device, the levels are a codebook or the blocks no power of two of 16 or more.
+    """
+    format = resolve(fmt)
+    _check(x, codes, scales, tensor_scale, bias, format)
+    if x.device.type == "cpu":
+        return _reference(x, dequantized(codes, scales, tensor_scale, format, x.shape[-1]), bias)
+    flat = x.reshape(-1, x.shape[-1])
+    y = launch(flat, codes, scales, tensor_scale, bias, format, kernel=wrap_triton(packed_linear_kernel))
+    return y.reshape(*x.shape[:-1], codes.shape[0])
