@@ -6,18 +6,18 @@ With ``q`` the levels that the codes stand for, ``s`` the scales of blocks of ``
     y[m, n] = sum_b s[n, b] sum_{k in b} x[m, k] q[n, k]    where a block's partial sum does ("block")
     y[m, n] = s[n] sum_k x[m, k] q[n, k]                    where the sum does: one scale a channel or a tensor ("sum")
 
-The operand that the tensor cores multiply, ``q s`` or ``q``, is exact in ``x``'s dtype in all three, so that nothing is
-rounded but the float32 sum and the result. That decides between them: an E2M1 level times an E4M3 scale has 6
-significant bits and fits bfloat16 and float16, an E8M0 scale fits bfloat16's exponent but not float16's, a float32 scale
-fits neither. (A dequantized bfloat16 weight, which other kernels multiply, is a rounding away from the trained one.)
+What the tensor cores multiply, ``q s`` or ``q``, is exact in ``x``'s dtype in all three, so that nothing is rounded but
+the float32 sum and the result. That decides between them: an E2M1 level times an E4M3 scale has 6 significant bits and
+fits bfloat16 and float16, an E8M0 scale fits bfloat16's exponent but not float16's, a float32 scale fits neither. (A
+dequantized bfloat16 weight, which other kernels multiply, is a rounding away from the trained one.)
 
-Bits are decoded by integer shifts: Ampere has no type for them. Patterns that no format encodes, E4M3's NaN for one, are
-not looked for. The codes' layout is `lotion_fx.kernels.pack`'s.
+Bits are decoded by integer shifts: Ampere has no type for them. Patterns that no format encodes, E4M3's NaN for one,
+are not looked for. The codes' layout is that of `lotion_fx.kernels.pack`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from torch.library import triton_op, wrap_triton
 from lotion_fx.formats import Format, Integer, Minifloat, PowerOfTwo, resolve
 from lotion_fx.rounding import from_blocks, to_blocks
 
-from .work import Config, Work
+from .work import Config
 
 __all__ = ["dequantized", "launch", "packed_linear", "works"]
 
@@ -39,56 +39,66 @@ __all__ = ["dequantized", "launch", "packed_linear", "works"]
 
 
 @triton.jit
-def minifloat(code, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
-    """A small float as a ``T``: its fields moved to where ``T`` has them, then the exponent rebased by a product.
+def fields(word, T: tl.constexpr, LANES: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr):
+    """The bits of ``T``s made from codes, in a uint32 that holds one code in its low bits or two in those of its halves.
 
-    The product is by a power of two, exact, and right for subnormals, which thus need no case of their own.
+    A small float's sign and magnitude move to where ``T`` has them. The value, subnormals included, is then a power of
+    two too small (the biases differ), which the caller makes good. An integer (``MANTISSA`` -1) is written into the
+    mantissa of a ``2^m``.
+
+    Args:
+        LANES: 1, or 0x00010001 for two codes.
     """
-    WIDTH: tl.constexpr = T.primitive_bitwidth
-    bits = code.to(tl.uint16 if WIDTH == 16 else tl.uint32)
-    sign = (bits >> (BITS - 1)) << (WIDTH - 1)
-    magnitude = (bits & (2 ** (BITS - 1) - 1)) << (T.fp_mantissa_width - MANTISSA)
-    REBASE: tl.constexpr = 2.0 ** (T.exponent_bias - BIAS)
-    return (sign | magnitude).to(T, bitcast=True) * REBASE
-
-
-@triton.jit
-def offset_binary(code, T: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr):
-    """``code - ZERO`` as a ``T``: written into the mantissa of a ``2^m``, from which ``2^m + ZERO`` is then taken."""
-    # Through float32 where T's mantissa is too short for a code.
-    V: tl.constexpr = T if T.fp_mantissa_width >= BITS else tl.float32
-    bits = code.to(tl.uint16 if V.primitive_bitwidth == 16 else tl.uint32)
-    POWER: tl.constexpr = (V.exponent_bias + V.fp_mantissa_width) << V.fp_mantissa_width
-    SHIFT: tl.constexpr = 2.0**V.fp_mantissa_width + ZERO
-    return ((bits | POWER).to(V, bitcast=True) - SHIFT).to(T)
-
-
-@triton.jit
-def power_of_two(code, T: tl.constexpr):
-    """An E8M0 scale as a ``T`` with an exponent of 8 bits. Code 0, ``2^-127``, is a subnormal there."""
-    bits = code.to(tl.uint16 if T.primitive_bitwidth == 16 else tl.uint32)
-    SUBNORMAL: tl.constexpr = 1 << (T.fp_mantissa_width - 1)
-    return tl.where(bits == 0, SUBNORMAL, bits << T.fp_mantissa_width).to(bits.dtype).to(T, bitcast=True)
-
-
-@triton.jit
-def levels(code, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, ZERO: tl.constexpr):
-    """The levels of a grid; ``MANTISSA`` is -1 for integers, and ``ZERO`` the exponent's bias or the code of 0."""
+    M: tl.constexpr = T.fp_mantissa_width
     if MANTISSA < 0:
-        return offset_binary(code, T, BITS, ZERO)
+        CODE: tl.constexpr = LANES * (2**BITS - 1)
+        POWER: tl.constexpr = LANES * ((T.exponent_bias + M) << M)
+        return (word & CODE) | POWER
     else:
-        return minifloat(code, T, BITS, MANTISSA, ZERO)
+        SIGN: tl.constexpr = LANES << (T.primitive_bitwidth - 1)
+        MAGNITUDE: tl.constexpr = LANES * (2 ** (BITS - 1) - 1) << (M - MANTISSA)
+        return ((word << (T.primitive_bitwidth - BITS)) & SIGN) | ((word << (M - MANTISSA)) & MAGNITUDE)
 
 
 @triton.jit
-def decoded_scale(code, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
-    """A stored block scale: float32 as it is (``BITS`` 32), E8M0 (``MANTISSA`` -1) or a small float."""
-    if BITS == 32:
-        return code
-    elif MANTISSA < 0:
-        return power_of_two(code, T)
+def as_float(bits, T: tl.constexpr):
+    return bits.to(tl.uint16 if T.primitive_bitwidth == 16 else tl.uint32).to(T, bitcast=True)
+
+
+@triton.jit
+def levels(byte, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, ZERO: tl.constexpr, BK: tl.constexpr):
+    """The levels [BN, BK] that bytes of one or two codes stand for; minifloats a power of two too small (see `fields`).
+
+    Args:
+        ZERO: an integer grid's code of 0.
+    """
+    # Integers of more bits than T's mantissa has go through float32.
+    V: tl.constexpr = tl.float32 if MANTISSA < 0 and T.fp_mantissa_width < BITS else T
+    if BITS <= 4 and V.primitive_bitwidth == 16:
+        # Both codes of a byte at once, the low one in the low half of a register: half of the work.
+        bits = fields(byte.to(tl.uint32) * 0x1001, V, 0x00010001, BITS, MANTISSA)
+        value = tl.reshape(tl.join(as_float(bits, V), as_float(bits >> 16, V)), (byte.shape[0], BK))
     else:
-        return minifloat(code, T, BITS, MANTISSA, BIAS)
+        code = tl.reshape(tl.join(byte & 15, byte >> 4), (byte.shape[0], BK)) if BITS <= 4 else byte
+        value = as_float(fields(code.to(tl.uint32), V, 1, BITS, MANTISSA), V)
+    if MANTISSA < 0:
+        SHIFT: tl.constexpr = 2.0**V.fp_mantissa_width + ZERO
+        value = (value - SHIFT).to(T)
+    return value
+
+
+@triton.jit
+def decoded_scale(stored, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+    """A stored block scale as a ``T``: float32 (``BITS`` 32), E8M0 (``MANTISSA`` -1) or a small float."""
+    if BITS == 32:
+        return stored
+    elif MANTISSA < 0:
+        # Where T has an exponent of 8 bits. Code 0, 2^-127, is a subnormal there.
+        code = stored.to(tl.uint32)
+        return as_float(tl.where(code == 0, 1 << (T.fp_mantissa_width - 1), code << T.fp_mantissa_width), T)
+    else:
+        REBASE: tl.constexpr = 2.0 ** (T.exponent_bias - BIAS)
+        return as_float(fields(stored.to(tl.uint32), T, 1, BITS, MANTISSA), T) * REBASE
 
 
 # --------------------------------------------------------------------------------------------------------------- kernel
@@ -115,6 +125,9 @@ def packed_linear_kernel(
     SCALE_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
     PLACE: tl.constexpr,
+    LEVEL_EXPONENT: tl.constexpr,
+    SCALE_EXPONENT: tl.constexpr,
+    SUM_EXPONENT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -137,13 +150,15 @@ def packed_linear_kernel(
         byte = start // PER_BYTE + tl.arange(0, BK // PER_BYTE)
         activation = tl.load(x_rows + k[None], mask=in_m[:, None] & (k < K)[None], other=0.0)
         code = tl.load(code_rows + byte[None], mask=in_n[:, None] & (byte < code_width)[None], other=0)
-        if PER_BYTE == 2:
-            code = tl.reshape(tl.join(code & 15, code >> 4), (BN, BK))
-        weight = levels(code, T, LEVEL_BITS, LEVEL_MANTISSA, LEVEL_ZERO)
+        weight = levels(code, T, LEVEL_BITS, LEVEL_MANTISSA, LEVEL_ZERO, BK)
+        if LEVEL_EXPONENT:
+            weight *= 2.0**LEVEL_EXPONENT
         if PLACE == "weight":
             b = start // BLOCK + tl.arange(0, BK // BLOCK)
             stored = tl.load(scale_rows[:, None] + b[None], mask=in_n[:, None] & (b < scale_width)[None], other=0)
             scale = decoded_scale(stored, T, SCALE_BITS, SCALE_MANTISSA, SCALE_BIAS)
+            if SCALE_EXPONENT:
+                scale *= 2.0**SCALE_EXPONENT
             weight = tl.reshape(weight, (BN, BK // BLOCK, BLOCK)) * scale[:, :, None]
             weight = tl.reshape(weight, (BN, BK))
         if PLACE == "block":
@@ -155,6 +170,8 @@ def packed_linear_kernel(
     if PLACE == "sum":
         stored = tl.load(scale_rows, mask=in_n, other=0)
         total *= decoded_scale(stored, tl.float32, SCALE_BITS, SCALE_MANTISSA, SCALE_BIAS)[None]
+    if SUM_EXPONENT:
+        total *= 2.0**SUM_EXPONENT
     if tensor_scale is not None:
         total *= tl.load(tensor_scale)
     if bias is not None:
@@ -162,14 +179,14 @@ def packed_linear_kernel(
     tl.store(y + m.to(tl.int64)[:, None] * N + n[None], total.to(T), mask=in_m[:, None] & in_n[None])
 
 
-# ---------------------------------------------------------------------------------------------------- a format's numbers
+# --------------------------------------------------------------------------------------------------- a format's numbers
 
 
 def place(fmt: Format, dtype: torch.dtype) -> str:
     """What a block's scale multiplies: the "weight", the "block"'s partial sum or the "sum" (see the module)."""
+    stored = getattr(fmt.law, "type", None)
     if not isinstance(fmt.block, int):
         return "sum"
-    stored = getattr(fmt.law, "type", None)
     if isinstance(stored, PowerOfTwo):
         return "weight" if dtype != torch.float16 else "block"
     if isinstance(stored, Minifloat) and isinstance(fmt.grid, Minifloat) and _products_fit(fmt.grid, stored, dtype):
@@ -177,14 +194,27 @@ def place(fmt: Format, dtype: torch.dtype) -> str:
     return "block"
 
 
-def _products_fit(a: Minifloat, b: Minifloat, dtype: torch.dtype) -> bool:
-    """Whether a dtype holds the product of any two numbers of these types, exactly."""
-    limits = torch.finfo(dtype)
+def _products_fit(level: Minifloat, scale: Minifloat, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds the product of any level and scale, taken down by what `_exponents` leaves to the sum."""
+    limits, down = torch.finfo(dtype), 2.0 ** -_exponents(level, scale, dtype)[2]
     return (
-        2.0 ** -(a.mantissa_bits + b.mantissa_bits + 1) >= limits.eps
-        and a.max * b.max <= limits.max
-        and a.smallest * b.smallest >= limits.smallest_normal * limits.eps
+        2.0 ** -(level.mantissa_bits + scale.mantissa_bits + 1) >= limits.eps
+        and level.max * scale.max * down <= limits.max
+        and level.smallest * scale.smallest * down >= limits.smallest_normal * limits.eps
     )
+
+
+def _exponents(level: Minifloat, scale: Minifloat | None, dtype: torch.dtype) -> tuple[int, int, int]:
+    """How the power of two that decoded levels lack is shared out: to the level, to the block's scale, to the sum.
+
+    A scale in the dtype takes what it can hold, which spares a product a weight; the sum takes the rest.
+    """
+    limits = torch.finfo(dtype)
+    lacking = 1 - round(math.log2(limits.smallest_normal)) - level.bias
+    if scale is None:
+        return lacking, 0, 0
+    held = min(lacking, math.floor(math.log2(limits.max / scale.max)))
+    return 0, held, lacking - held
 
 
 def constants(fmt: Format, dtype: torch.dtype) -> dict[str, Any]:
@@ -193,27 +223,30 @@ def constants(fmt: Format, dtype: torch.dtype) -> dict[str, Any]:
     Raises:
         NotImplementedError: the levels are a codebook, or blocks are not a power of two of 16 or more weights.
     """
-    grid, stored = fmt.grid, getattr(fmt.law, "type", None)
-    if isinstance(grid, Minifloat):
-        level = grid.mantissa_bits, grid.bias
-    elif isinstance(grid, Integer):
-        level = -1, int(grid.encode(torch.zeros(1)))
-    else:
-        raise NotImplementedError(f"fmt={fmt.name!r}: expected integer or minifloat levels, got {grid!r}; dequantize")
+    grid, stored, where = fmt.grid, getattr(fmt.law, "type", None), place(fmt, dtype)
     block = fmt.block if isinstance(fmt.block, int) else 0
     if block & (block - 1) or 0 < block < 16:
         raise NotImplementedError(
             f"fmt={fmt.name!r}: expected blocks of 16, 32, 64, ... weights, got {block}; dequantize"
         )
+    scale = stored if isinstance(stored, Minifloat) else None
+    if isinstance(grid, Minifloat):
+        mantissa, zero = grid.mantissa_bits, 0
+        exponents = _exponents(grid, scale if where == "weight" else None, dtype)
+    elif isinstance(grid, Integer):
+        mantissa, zero, exponents = -1, int(grid.encode(torch.zeros(1))), (0, 0, 0)
+    else:
+        raise NotImplementedError(f"fmt={fmt.name!r}: expected integer or minifloat levels, got {grid!r}; dequantize")
     return {
         "LEVEL_BITS": grid.bits,
-        "LEVEL_MANTISSA": level[0],
-        "LEVEL_ZERO": level[1],
+        "LEVEL_MANTISSA": mantissa,
+        "LEVEL_ZERO": zero,
         "SCALE_BITS": fmt.law.bits,
-        "SCALE_MANTISSA": stored.mantissa_bits if isinstance(stored, Minifloat) else -1,
-        "SCALE_BIAS": stored.bias if isinstance(stored, Minifloat) else 0,
+        "SCALE_MANTISSA": scale.mantissa_bits if scale else -1,
+        "SCALE_BIAS": scale.bias if scale else 0,
         "BLOCK": block,
-        "PLACE": place(fmt, dtype),
+        "PLACE": where,
+        **dict(zip(("LEVEL_EXPONENT", "SCALE_EXPONENT", "SUM_EXPONENT"), exponents, strict=True)),
     }
 
 
