@@ -18,6 +18,8 @@ are not looked for. The codes' layout is that of `lotion_fx.kernels.pack`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,9 +30,10 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from lotion_fx.formats import Format, Integer, Minifloat, PowerOfTwo, resolve
+from lotion_fx.kernels.targets import TARGETS, target_of
+from lotion_fx.kernels.tuning import launchable
+from lotion_fx.kernels.work import Config, Work
 from lotion_fx.rounding import from_blocks, to_blocks
-
-from .work import Config
 
 __all__ = ["dequantized", "launch", "packed_linear", "works"]
 
@@ -40,7 +43,7 @@ __all__ = ["dequantized", "launch", "packed_linear", "works"]
 
 @triton.jit
 def fields(word, T: tl.constexpr, LANES: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr):
-    """The bits of ``T``s made from codes, in a uint32 that holds one code in its low bits or two in those of its halves.
+    """The bits of ``T``s made from codes, in a uint32 that holds one code in its low bits, or two in its halves'.
 
     A small float's sign and magnitude move to where ``T`` has them. The value, subnormals included, is then a power of
     two too small (the biases differ), which the caller makes good. An integer (``MANTISSA`` -1) is written into the
@@ -282,22 +285,44 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------ launching
 
+# Rows of x up to which a step is a decoding one: the height of a tensor core's tile.
+FEW = 16
+_DECODE = (
+    Config({"BM": 16, "BN": 32, "BK": 128}, 2, 4),
+    Config({"BM": 16, "BN": 64, "BK": 128}, 4, 4),
+    Config({"BM": 16, "BN": 64, "BK": 128}, 2, 4),
+    Config({"BM": 16, "BN": 128, "BK": 128}, 4, 3),
+)
+_PREFILL = (
+    Config({"BM": 64, "BN": 128, "BK": 64}, 4, 3),
+    Config({"BM": 64, "BN": 128, "BK": 128}, 4, 2),
+    Config({"BM": 64, "BN": 256, "BK": 64}, 8, 2),
+    Config({"BM": 128, "BN": 128, "BK": 128}, 8, 2),
+    Config({"BM": 128, "BN": 256, "BK": 64}, 8, 3),
+)
 
-def candidates(fmt: Format, dtype: torch.dtype, rows: int) -> tuple[Config, ...]:
-    """The tiles to choose among, the best guess first: ``rows`` up to 16 is a decoding step, more is a prefill."""
-    where = constants(fmt, dtype)
-    few = rows <= 16
 
-    def config(bm: int, bn: int, bk: int, warps: int, stages: int) -> Config:
-        if where["PLACE"] == "block":  # a tile's product is one block's, or a part of it
-            bk = min(bk, where["BLOCK"])
-        return Config(
-            {"BM": bm, "BN": bn, "BK": max(bk, where["BLOCK"] if where["PLACE"] == "weight" else 0)}, warps, stages
-        )
+def candidates(where: Mapping[str, Any], rows: int) -> tuple[Config, ...]:
+    """The tiles to choose among for so many rows of ``x``.
 
-    if few:
-        return config(16, 32, 128, 2, 4), config(16, 64, 128, 4, 4)
-    return config(128, 128, 64, 8, 3), config(64, 128, 64, 4, 3)
+    Args:
+        where: the `constants` of the format.
+    """
+    fitted = []
+    for config in _DECODE if rows <= FEW else _PREFILL:
+        depth = config.constants["BK"]
+        if where["PLACE"] == "weight":  # a tile holds whole blocks
+            depth = max(depth, where["BLOCK"])
+        if where["PLACE"] == "block":  # a block holds whole tiles
+            depth = min(depth, where["BLOCK"])
+        fitted.append(replace(config, constants={**config.constants, "BK": depth}))
+    return tuple(fitted)
+
+
+def classified(where: Mapping[str, Any], rows: int) -> tuple[str, str]:
+    """The names of the kernel and of the shape's class in the tuning table."""
+    block = where["BLOCK"] if where["PLACE"] == "block" else ""
+    return f"packed_linear/{where['PLACE']}{block}x{where['LEVEL_BITS']}", "decode" if rows <= FEW else "prefill"
 
 
 def launch(
@@ -308,16 +333,26 @@ def launch(
     bias: Tensor | None,
     fmt: Format,
     config: Config | None = None,
-    kernel: Any = packed_linear_kernel,
 ) -> Tensor:
-    """Run the kernel where the tensors are; the arguments are `packed_linear`'s, ``x`` [M, K]."""
+    """Runs the kernel where the tensors are: `packed_linear` for ``x`` [M, K].
+
+    Args:
+        config: the tile; the tuning table's choice if None.
+    """
     (rows, features), outputs = x.shape, codes.shape[0]
     y = x.new_empty(rows, outputs)
     if y.numel() == 0:
         return y
-    config = config or candidates(fmt, x.dtype, rows)[0]
-    tiles = triton.cdiv(rows, config.constants["BM"]) * triton.cdiv(outputs, config.constants["BN"])
-    kernel[(tiles,)](
+    where = constants(fmt, x.dtype)
+    arch = target_of(x.device).arch if x.is_cuda else min(TARGETS)
+    kernel, chosen = launchable(
+        packed_linear_kernel,
+        *classified(where, rows),
+        arch,
+        candidates(where, rows) if config is None else (config,),
+        key=("M", "N", "K"),
+    )
+    wrap_triton(kernel)[lambda meta: (tiles(rows, outputs, meta),)](
         x.contiguous(),
         codes,
         scales,
@@ -330,12 +365,14 @@ def launch(
         codes.shape[1],
         # One scale for all rows: a step of 0 from row to row.
         scales.shape[1] if scales.shape[0] == outputs else 0,
-        **constants(fmt, x.dtype),
-        **config.constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **where,
+        **chosen,
     )
     return y
+
+
+def tiles(rows: int, outputs: int, constants: Mapping[str, Any]) -> int:
+    return triton.cdiv(rows, constants["BM"]) * triton.cdiv(outputs, constants["BN"])
 
 
 def _check(
@@ -353,8 +390,8 @@ def _check(
     stored = torch.uint8 if hasattr(fmt.law, "type") else torch.float32
     if scales.dtype != stored or scales.shape != (rows, blocks):
         raise ValueError(
-            f"scales: got {scales.dtype} {list(scales.shape)}, expected {stored} {[rows, blocks]} for {features} inputs "
-            f"in {fmt.name}"
+            f"scales: got {scales.dtype} {list(scales.shape)}, expected {stored} {[rows, blocks]} for {features} "
+            f"inputs in {fmt.name}"
         )
     if (tensor_scale is not None) != fmt.law.two_level:
         raise ValueError(f"tensor_scale={tensor_scale!r}: {fmt.name} has {'one' if fmt.law.two_level else 'none'}")
@@ -387,6 +424,67 @@ def packed_linear(
     _check(x, codes, scales, tensor_scale, bias, format)
     if x.device.type == "cpu":
         return _reference(x, dequantized(codes, scales, tensor_scale, format, x.shape[-1]), bias)
-    flat = x.reshape(-1, x.shape[-1])
-    y = launch(flat, codes, scales, tensor_scale, bias, format, kernel=wrap_triton(packed_linear_kernel))
+    y = launch(x.reshape(-1, x.shape[-1]), codes, scales, tensor_scale, bias, format)
     return y.reshape(*x.shape[:-1], codes.shape[0])
+
+
+# --------------------------------------------------------------------------------------------------- what is compiled
+
+# Outputs and inputs of the layers of a 150M, an 8B and a 70B model.
+SHAPES = ((3072, 768), (768, 3072), (14336, 4096), (1024, 4096), (4096, 14336), (28672, 8192), (8192, 28672))
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+def works(arch: int) -> list[Work]:
+    """What is compiled and audited for an architecture: one row and 4096 rows of ``x``."""
+    listed = [("nvfp4", dtype, shape) for dtype in TYPES for shape in SHAPES]
+    others = ("mxfp4", "int4", "int4/128", "int4/channel", "int8", "mxfp8_e4m3")
+    listed += [(name, torch.bfloat16, (14336, 4096)) for name in others] + [("mxfp4", torch.float16, (14336, 4096))]
+    return [_work(resolve(name), dtype, rows, *shape, arch) for name, dtype, shape in listed for rows in (1, 16, 4096)]
+
+
+def _work(fmt: Format, dtype: torch.dtype, rows: int, outputs: int, features: int, arch: int) -> Work:
+    where = constants(fmt, dtype)
+    kernel, shape_class = classified(where, rows)
+    width = features // 2 if fmt.grid.bits <= 4 else features
+    blocks = features // fmt.block if isinstance(fmt.block, int) else 1
+    scale_bytes = fmt.law.bits // 8
+    weight = outputs * (width + blocks * scale_bytes)
+    # Where a scale a channel multiplies the sum, its row has one scale, which is no multiple of 16.
+    aligned = ("N", "K", "code_width", *(("scale_width",) if blocks % 16 == 0 else ()))
+
+    def moved(config: Config) -> int:
+        across, down = triton.cdiv(outputs, config.constants["BN"]), triton.cdiv(rows, config.constants["BM"])
+        # A tile within a block reads the block's scale anew.
+        again = triton.cdiv(features, config.constants["BK"]) / blocks if where["PLACE"] == "block" else 1
+        read = down * outputs * (width + int(blocks * again) * scale_bytes) + across * rows * features * dtype.itemsize
+        return read + rows * outputs * dtype.itemsize + 4 * across * down * fmt.law.two_level
+
+    return Work(
+        kernel=kernel,
+        shape=f"{rows}x{outputs}x{features} {TYPES[dtype][1:]} {fmt.name}",
+        fn=packed_linear_kernel,
+        signature={
+            "x": TYPES[dtype],
+            "codes": "*u8",
+            "scales": "*u8" if hasattr(fmt.law, "type") else "*fp32",
+            **({"tensor_scale": "*fp32"} if fmt.law.two_level else {}),
+            "y": TYPES[dtype],
+            **dict.fromkeys(("M", "N", "K", "code_width", "scale_width"), "i32"),
+        },
+        constants={**where, "bias": None, **({} if fmt.law.two_level else {"tensor_scale": None})},
+        configs=candidates(where, rows),
+        programs=lambda config: tiles(rows, outputs, config.constants),
+        bytes=moved,
+        minimum_bytes=weight + (rows * features + rows * outputs) * dtype.itemsize + 4 * fmt.law.two_level,
+        tensor_flops={"bf16": 2 * rows * outputs * features},
+        iterations=lambda config: triton.cdiv(features, config.constants["BK"]),
+        requires=dict.fromkeys((80, 86, 89, 120), ("LDGSTS", "HMMA"))
+        | (
+            dict.fromkeys((90, 100, 103), ("LDGSTS", "HMMA"))
+            if rows <= FEW
+            else {90: ("LDGSTS", "HGMMA"), 100: ("LDGSTS", "UTCHMMA"), 103: ("LDGSTS", "UTCHMMA")}
+        ),
+        aligned=aligned,
+        shape_class=shape_class,
+    )
