@@ -90,6 +90,19 @@ class Evidence:
         """The instructions of `SPECIAL`, by full name."""
         return {name: n for name, n in sorted(self.opcodes.items()) if base(name) in SPECIAL}
 
+    def summary(self) -> dict[str, Any]:
+        """What tables and baselines record."""
+        return {
+            "registers": self.registers,
+            "spills": self.spills,
+            "shared": self.shared,
+            "tensor_memory": self.tensor_memory,
+            "occupancy": round(self.occupancy, 3),
+            "vector128": round(self.vector128, 3),
+            "sass": self.sass,
+            "instructions": self.special,
+        }
+
     def lost(self, required: tuple[str, ...]) -> list[str]:
         """Those prefixes of SASS names that no instruction has."""
         return [prefix for prefix in required if not any(name.startswith(prefix) for name in self.opcodes)]
@@ -277,7 +290,7 @@ def _parts(code: list[Instruction]) -> tuple[Counter[str], Counter[str]]:
     flow = nx.DiGraph(_edges(code))
     reached = nx.descendants(flow, 0) | {0}
     cycles = [part for part in nx.strongly_connected_components(flow.subgraph(reached)) if len(part) > 1]
-    largest = max(cycles, key=len, default=set())
+    largest: set[int] = max(cycles, key=len, default=set())
     others = set().union(*cycles) - largest
     once = Counter(code[i][1] for i in reached - largest - others)
     loop = Counter(code[i][1] for i in largest)
