@@ -69,12 +69,8 @@ def as_float(bits, T: tl.constexpr):
 
 
 @triton.jit
-def levels(byte, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, ZERO: tl.constexpr, BK: tl.constexpr):
-    """The levels [BN, BK] that bytes of one or two codes stand for; minifloats a power of two too small (see `fields`).
-
-    Args:
-        ZERO: an integer grid's code of 0.
-    """
+def levels(byte, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, BK: tl.constexpr):
+    """The levels [rows, BK] that bytes of one or two codes hold; minifloats a power of two too small (see `fields`)."""
     # Integers of more bits than T's mantissa has go through float32.
     V: tl.constexpr = tl.float32 if MANTISSA < 0 and T.fp_mantissa_width < BITS else T
     if BITS <= 4 and V.primitive_bitwidth == 16:
@@ -85,13 +81,13 @@ def levels(byte, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, ZE
         code = tl.reshape(tl.join(byte & 15, byte >> 4), (byte.shape[0], BK)) if BITS <= 4 else byte
         value = as_float(fields(code.to(tl.uint32), V, 1, BITS, MANTISSA), V)
     if MANTISSA < 0:
-        SHIFT: tl.constexpr = 2.0**V.fp_mantissa_width + ZERO
+        SHIFT: tl.constexpr = 2.0**V.fp_mantissa_width + 2.0 ** (BITS - 1)
         value = (value - SHIFT).to(T)
     return value
 
 
 @triton.jit
-def decoded_scale(stored, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+def decoded_scale(stored, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr):
     """A stored block scale as a ``T``: float32 (``BITS`` 32), E8M0 (``MANTISSA`` -1) or a small float."""
     if BITS == 32:
         return stored
@@ -100,8 +96,33 @@ def decoded_scale(stored, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.cons
         code = stored.to(tl.uint32)
         return as_float(tl.where(code == 0, 1 << (T.fp_mantissa_width - 1), code << T.fp_mantissa_width), T)
     else:
-        REBASE: tl.constexpr = 2.0 ** (T.exponent_bias - BIAS)
-        return as_float(fields(stored.to(tl.uint32), T, 1, BITS, MANTISSA), T) * REBASE
+        BIAS: tl.constexpr = 2 ** (BITS - MANTISSA - 2) - 1
+        return as_float(fields(stored.to(tl.uint32), T, 1, BITS, MANTISSA), T) * 2.0 ** (T.exponent_bias - BIAS)
+
+
+@triton.jit
+def scaled_levels(
+    byte,
+    stored,
+    T: tl.constexpr,
+    LEVEL_BITS: tl.constexpr,
+    LEVEL_MANTISSA: tl.constexpr,
+    LEVEL_EXPONENT: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    SCALE_MANTISSA: tl.constexpr,
+    SCALE_EXPONENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Levels times their blocks' scales [BN, BK], from codes and from stored scales [BN, BK/BLOCK]."""
+    level = levels(byte, T, LEVEL_BITS, LEVEL_MANTISSA, BK)
+    if LEVEL_EXPONENT:
+        level *= 2.0**LEVEL_EXPONENT
+    scale = decoded_scale(stored, T, SCALE_BITS, SCALE_MANTISSA)
+    if SCALE_EXPONENT:
+        scale *= 2.0**SCALE_EXPONENT
+    blocks = tl.reshape(level, (level.shape[0], BK // BLOCK, BLOCK))
+    return tl.reshape(blocks * scale[:, :, None], (level.shape[0], BK))
 
 
 # --------------------------------------------------------------------------------------------------------------- kernel
@@ -122,15 +143,13 @@ def packed_linear_kernel(
     scale_width,
     LEVEL_BITS: tl.constexpr,
     LEVEL_MANTISSA: tl.constexpr,
-    LEVEL_ZERO: tl.constexpr,
+    LEVEL_EXPONENT: tl.constexpr,
     SCALE_BITS: tl.constexpr,
     SCALE_MANTISSA: tl.constexpr,
-    SCALE_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PLACE: tl.constexpr,
-    LEVEL_EXPONENT: tl.constexpr,
     SCALE_EXPONENT: tl.constexpr,
     SUM_EXPONENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLACE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -153,26 +172,35 @@ def packed_linear_kernel(
         byte = start // PER_BYTE + tl.arange(0, BK // PER_BYTE)
         activation = tl.load(x_rows + k[None], mask=in_m[:, None] & (k < K)[None], other=0.0)
         code = tl.load(code_rows + byte[None], mask=in_n[:, None] & (byte < code_width)[None], other=0)
-        weight = levels(code, T, LEVEL_BITS, LEVEL_MANTISSA, LEVEL_ZERO, BK)
-        if LEVEL_EXPONENT:
-            weight *= 2.0**LEVEL_EXPONENT
         if PLACE == "weight":
             b = start // BLOCK + tl.arange(0, BK // BLOCK)
             stored = tl.load(scale_rows[:, None] + b[None], mask=in_n[:, None] & (b < scale_width)[None], other=0)
-            scale = decoded_scale(stored, T, SCALE_BITS, SCALE_MANTISSA, SCALE_BIAS)
-            if SCALE_EXPONENT:
-                scale *= 2.0**SCALE_EXPONENT
-            weight = tl.reshape(weight, (BN, BK // BLOCK, BLOCK)) * scale[:, :, None]
-            weight = tl.reshape(weight, (BN, BK))
+            weight = scaled_levels(
+                code,
+                stored,
+                T,
+                LEVEL_BITS,
+                LEVEL_MANTISSA,
+                LEVEL_EXPONENT,
+                SCALE_BITS,
+                SCALE_MANTISSA,
+                SCALE_EXPONENT,
+                BLOCK,
+                BK,
+            )
+        else:
+            weight = levels(code, T, LEVEL_BITS, LEVEL_MANTISSA, BK)
+            if LEVEL_EXPONENT:
+                weight *= 2.0**LEVEL_EXPONENT
         if PLACE == "block":
             stored = tl.load(scale_rows + start // BLOCK, mask=in_n, other=0)
-            scale = decoded_scale(stored, tl.float32, SCALE_BITS, SCALE_MANTISSA, SCALE_BIAS)
+            scale = decoded_scale(stored, tl.float32, SCALE_BITS, SCALE_MANTISSA)
             total += tl.dot(activation, tl.trans(weight), input_precision="ieee") * scale[None]
         else:
             total = tl.dot(activation, tl.trans(weight), total, input_precision="ieee")
     if PLACE == "sum":
         stored = tl.load(scale_rows, mask=in_n, other=0)
-        total *= decoded_scale(stored, tl.float32, SCALE_BITS, SCALE_MANTISSA, SCALE_BIAS)[None]
+        total *= decoded_scale(stored, tl.float32, SCALE_BITS, SCALE_MANTISSA)[None]
     if SUM_EXPONENT:
         total *= 2.0**SUM_EXPONENT
     if tensor_scale is not None:
@@ -234,22 +262,22 @@ def constants(fmt: Format, dtype: torch.dtype) -> dict[str, Any]:
         )
     scale = stored if isinstance(stored, Minifloat) else None
     if isinstance(grid, Minifloat):
-        mantissa, zero = grid.mantissa_bits, 0
+        mantissa = grid.mantissa_bits
         exponents = _exponents(grid, scale if where == "weight" else None, dtype)
     elif isinstance(grid, Integer):
-        mantissa, zero, exponents = -1, int(grid.encode(torch.zeros(1))), (0, 0, 0)
+        mantissa, exponents = -1, (0, 0, 0)
     else:
         raise NotImplementedError(f"fmt={fmt.name!r}: expected integer or minifloat levels, got {grid!r}; dequantize")
     return {
         "LEVEL_BITS": grid.bits,
         "LEVEL_MANTISSA": mantissa,
-        "LEVEL_ZERO": zero,
+        "LEVEL_EXPONENT": exponents[0],
         "SCALE_BITS": fmt.law.bits,
         "SCALE_MANTISSA": scale.mantissa_bits if scale else -1,
-        "SCALE_BIAS": scale.bias if scale else 0,
+        "SCALE_EXPONENT": exponents[1],
+        "SUM_EXPONENT": exponents[2],
         "BLOCK": block,
         "PLACE": where,
-        **dict(zip(("LEVEL_EXPONENT", "SCALE_EXPONENT", "SUM_EXPONENT"), exponents, strict=True)),
     }
 
 
@@ -277,7 +305,7 @@ def dequantized(codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, fmt:
     return from_blocks(blocks * scale.reshape(*blocks.shape[:-1], 1), fmt, -1, level.shape)
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product in float32 (float64 for float64 activations), rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
@@ -375,15 +403,15 @@ def tiles(rows: int, outputs: int, constants: Mapping[str, Any]) -> int:
     return triton.cdiv(rows, constants["BM"]) * triton.cdiv(outputs, constants["BN"])
 
 
-def _check(
-    x: Tensor, codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, bias: Tensor | None, fmt: Format
+def check(
+    features: int, codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, bias: Tensor | None, fmt: Format
 ) -> None:
-    features = x.shape[-1]
+    """Raises `ValueError` where a packed weight has not the shapes and dtypes of ``features`` inputs in its format."""
     width = -(-features // 2) if fmt.grid.bits <= 4 else features
     if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] != width:
         raise ValueError(
-            f"codes: got {codes.dtype} {list(codes.shape)}, expected uint8 [outputs, {width}] for {features} inputs "
-            f"in {fmt.name}"
+            f"codes: got {codes.dtype} {list(codes.shape)}, expected torch.uint8 [outputs, {width}] for {features} "
+            f"inputs in {fmt.name}"
         )
     blocks = -(-features // fmt.block) if isinstance(fmt.block, int) else 1
     rows = 1 if fmt.block == "tensor" else codes.shape[0]
@@ -421,9 +449,9 @@ def packed_linear(
         NotImplementedError: on a device, the levels are a codebook or the blocks no power of two of 16 or more.
     """
     format = resolve(fmt)
-    _check(x, codes, scales, tensor_scale, bias, format)
+    check(x.shape[-1], codes, scales, tensor_scale, bias, format)
     if x.device.type == "cpu":
-        return _reference(x, dequantized(codes, scales, tensor_scale, format, x.shape[-1]), bias)
+        return product(x, dequantized(codes, scales, tensor_scale, format, x.shape[-1]), bias)
     y = launch(x.reshape(-1, x.shape[-1]), codes, scales, tensor_scale, bias, format)
     return y.reshape(*x.shape[:-1], codes.shape[0])
 
