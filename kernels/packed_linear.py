@@ -134,6 +134,7 @@ def packed_linear_kernel(
     codes,
     scales,
     tensor_scale,
+    row_scales,
     bias,
     y,
     M,
@@ -205,9 +206,11 @@ def packed_linear_kernel(
         total *= 2.0**SUM_EXPONENT
     if tensor_scale is not None:
         total *= tl.load(tensor_scale)
+    if row_scales is not None:
+        total *= tl.load(row_scales + m, mask=in_m, other=0.0)[:, None]
     if bias is not None:
         total += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None]
-    tl.store(y + m.to(tl.int64)[:, None] * N + n[None], total.to(T), mask=in_m[:, None] & in_n[None])
+    tl.store(y + m.to(tl.int64)[:, None] * N + n[None], total.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None])
 
 
 # --------------------------------------------------------------------------------------------------- a format's numbers
@@ -315,36 +318,32 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 # Rows of x up to which a step is a decoding one: the height of a tensor core's tile.
 FEW = 16
-_DECODE = (
-    Config({"BM": 16, "BN": 32, "BK": 128}, 2, 4),
-    Config({"BM": 16, "BN": 64, "BK": 128}, 4, 4),
-    Config({"BM": 16, "BN": 64, "BK": 128}, 2, 4),
-    Config({"BM": 16, "BN": 128, "BK": 128}, 4, 3),
-)
-_PREFILL = (
-    Config({"BM": 64, "BN": 128, "BK": 64}, 4, 3),
-    Config({"BM": 64, "BN": 128, "BK": 128}, 4, 2),
-    Config({"BM": 64, "BN": 256, "BK": 64}, 8, 2),
+_DECODE = (Config({"BM": 16, "BN": 32, "BK": 128}, 2, 4), Config({"BM": 16, "BN": 64, "BK": 128}, 4, 4))
+_PREFILL = (Config({"BM": 64, "BN": 128, "BK": 64}, 4, 3), Config({"BM": 64, "BN": 128, "BK": 128}, 4, 2))
+# Where products read their operands from shared memory and not from registers, a tile can be larger before it spills.
+_PREFILL_FROM_SHARED = (
+    _PREFILL[0],
     Config({"BM": 128, "BN": 128, "BK": 128}, 8, 2),
     Config({"BM": 128, "BN": 256, "BK": 64}, 8, 3),
 )
+FROM_SHARED = (90, 100, 103)
 
 
-def candidates(where: Mapping[str, Any], rows: int) -> tuple[Config, ...]:
-    """The tiles to choose among for so many rows of ``x``.
+def candidates(where: Mapping[str, Any], rows: int, arch: int) -> tuple[Config, ...]:
+    """The tiles to choose among for so many rows of ``x``; none of them spills.
 
     Args:
         where: the `constants` of the format.
     """
-    fitted = []
-    for config in _DECODE if rows <= FEW else _PREFILL:
-        depth = config.constants["BK"]
-        if where["PLACE"] == "weight":  # a tile holds whole blocks
-            depth = max(depth, where["BLOCK"])
-        if where["PLACE"] == "block":  # a block holds whole tiles
-            depth = min(depth, where["BLOCK"])
-        fitted.append(replace(config, constants={**config.constants, "BK": depth}))
-    return tuple(fitted)
+    block, blockwise = where["BLOCK"], where["PLACE"] == "block"
+    prefill = _PREFILL_FROM_SHARED if arch in FROM_SHARED and not blockwise else _PREFILL
+    listed = _DECODE if rows <= FEW else prefill
+
+    def fitted(depth: int) -> int:
+        # A block holds whole tiles, or a tile whole blocks.
+        return min(depth, block) if blockwise else max(depth, block)
+
+    return tuple(replace(c, constants={**c.constants, "BK": fitted(c.constants["BK"])}) for c in listed)
 
 
 def classified(where: Mapping[str, Any], rows: int) -> tuple[str, str]:
@@ -360,15 +359,20 @@ def launch(
     tensor_scale: Tensor | None,
     bias: Tensor | None,
     fmt: Format,
+    *,
+    row_scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """Runs the kernel where the tensors are: `packed_linear` for ``x`` [M, K].
 
     Args:
+        row_scales: float32 [M], what each row of the result is multiplied by before the bias.
+        dtype: of the result; ``x``'s if None.
         config: the tile; the tuning table's choice if None.
     """
     (rows, features), outputs = x.shape, codes.shape[0]
-    y = x.new_empty(rows, outputs)
+    y = x.new_empty((rows, outputs), dtype=dtype)
     if y.numel() == 0:
         return y
     where = constants(fmt, x.dtype)
@@ -377,7 +381,7 @@ def launch(
         packed_linear_kernel,
         *classified(where, rows),
         arch,
-        candidates(where, rows) if config is None else (config,),
+        (config,) if config else candidates(where, rows, arch),
         key=("M", "N", "K"),
     )
     wrap_triton(kernel)[lambda meta: (tiles(rows, outputs, meta),)](
@@ -385,6 +389,7 @@ def launch(
         codes,
         scales,
         tensor_scale,
+        row_scales,
         bias,
         y,
         rows,
@@ -458,61 +463,62 @@ def packed_linear(
 
 # --------------------------------------------------------------------------------------------------- what is compiled
 
-# Outputs and inputs of the layers of a 150M, an 8B and a 70B model.
+# Outputs and inputs of layers of a 150M, an 8B and a 70B model.
 SHAPES = ((3072, 768), (768, 3072), (14336, 4096), (1024, 4096), (4096, 14336), (28672, 8192), (8192, 28672))
+ROWS = (1, FEW, 4096)
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
 def works(arch: int) -> list[Work]:
-    """What is compiled and audited for an architecture: one row and 4096 rows of ``x``."""
-    listed = [("nvfp4", dtype, shape) for dtype in TYPES for shape in SHAPES]
-    others = ("mxfp4", "int4", "int4/128", "int4/channel", "int8", "mxfp8_e4m3")
-    listed += [(name, torch.bfloat16, (14336, 4096)) for name in others] + [("mxfp4", torch.float16, (14336, 4096))]
-    return [_work(resolve(name), dtype, rows, *shape, arch) for name, dtype, shape in listed for rows in (1, 16, 4096)]
+    """What is compiled and audited for an architecture: one row, 16 and 4096 rows of ``x``."""
+    listed = [("nvfp4", torch.bfloat16, shape) for shape in SHAPES]
+    others = (("nvfp4", torch.float16), ("mxfp4", torch.bfloat16), ("int4", torch.bfloat16), ("int8", torch.bfloat16))
+    listed += [(*other, (14336, 4096)) for other in others]
+    return [work(resolve(name), dtype, rows, *shape, arch) for name, dtype, shape in listed for rows in ROWS]
 
 
-def _work(fmt: Format, dtype: torch.dtype, rows: int, outputs: int, features: int, arch: int) -> Work:
+def work(
+    fmt: Format, dtype: torch.dtype, rows: int, outputs: int, features: int, arch: int, *, row_scales: bool = False
+) -> Work:
+    """The kernel on one shape, whose numbers of inputs and outputs are multiples of 16 and of the block."""
     where = constants(fmt, dtype)
     kernel, shape_class = classified(where, rows)
     width = features // 2 if fmt.grid.bits <= 4 else features
     blocks = features // fmt.block if isinstance(fmt.block, int) else 1
-    scale_bytes = fmt.law.bits // 8
-    weight = outputs * (width + blocks * scale_bytes)
-    # Where a scale a channel multiplies the sum, its row has one scale, which is no multiple of 16.
-    aligned = ("N", "K", "code_width", *(("scale_width",) if blocks % 16 == 0 else ()))
+    absent = {"bias": None, **({} if fmt.law.two_level else {"tensor_scale": None})}
+    absent |= {} if row_scales else {"row_scales": None}
+    from_shared = arch in FROM_SHARED and rows > FEW
 
     def moved(config: Config) -> int:
         across, down = triton.cdiv(outputs, config.constants["BN"]), triton.cdiv(rows, config.constants["BM"])
         # A tile within a block reads the block's scale anew.
-        again = triton.cdiv(features, config.constants["BK"]) / blocks if where["PLACE"] == "block" else 1
-        read = down * outputs * (width + int(blocks * again) * scale_bytes) + across * rows * features * dtype.itemsize
-        return read + rows * outputs * dtype.itemsize + 4 * across * down * fmt.law.two_level
+        tiles_in_row = triton.cdiv(features, config.constants["BK"])
+        scales = outputs * (tiles_in_row if where["PLACE"] == "block" else blocks) * fmt.law.bits // 8
+        once = rows * outputs * dtype.itemsize + 4 * (across * down * fmt.law.two_level + across * rows * row_scales)
+        return down * (outputs * width + scales) + across * rows * features * dtype.itemsize + once
 
+    weight = outputs * (width + blocks * fmt.law.bits // 8) + 4 * fmt.law.two_level
     return Work(
         kernel=kernel,
-        shape=f"{rows}x{outputs}x{features} {TYPES[dtype][1:]} {fmt.name}",
+        shape=f"{rows}x{outputs}x{features} {TYPES[dtype][1:]} {fmt.name}{' W4A4' if row_scales else ''}",
         fn=packed_linear_kernel,
         signature={
-            "x": TYPES[dtype],
-            "codes": "*u8",
-            "scales": "*u8" if hasattr(fmt.law, "type") else "*fp32",
-            **({"tensor_scale": "*fp32"} if fmt.law.two_level else {}),
-            "y": TYPES[dtype],
-            **dict.fromkeys(("M", "N", "K", "code_width", "scale_width"), "i32"),
+            name: kind
+            for name, kind in {
+                **{"x": TYPES[dtype], "codes": "*u8", "scales": "*u8" if fmt.law.bits == 8 else "*fp32"},
+                **{"tensor_scale": "*fp32", "row_scales": "*fp32", "y": TYPES[dtype]},
+                **dict.fromkeys(("M", "N", "K", "code_width", "scale_width"), "i32"),
+            }.items()
+            if name not in absent
         },
-        constants={**where, "bias": None, **({} if fmt.law.two_level else {"tensor_scale": None})},
-        configs=candidates(where, rows),
+        constants={**where, **absent},
+        configs=candidates(where, rows, arch),
         programs=lambda config: tiles(rows, outputs, config.constants),
         bytes=moved,
-        minimum_bytes=weight + (rows * features + rows * outputs) * dtype.itemsize + 4 * fmt.law.two_level,
+        minimum_bytes=weight + rows * (features + outputs) * dtype.itemsize + 4 * rows * row_scales,
         tensor_flops={"bf16": 2 * rows * outputs * features},
         iterations=lambda config: triton.cdiv(features, config.constants["BK"]),
-        requires=dict.fromkeys((80, 86, 89, 120), ("LDGSTS", "HMMA"))
-        | (
-            dict.fromkeys((90, 100, 103), ("LDGSTS", "HMMA"))
-            if rows <= FEW
-            else {90: ("LDGSTS", "HGMMA"), 100: ("LDGSTS", "UTCHMMA"), 103: ("LDGSTS", "UTCHMMA")}
-        ),
-        aligned=aligned,
+        requires={arch: ("LDGSTS", ("HGMMA" if arch == 90 else "UTCHMMA") if from_shared else "HMMA")},
+        aligned=("N", "K", "code_width", *(("scale_width",) if blocks % 16 == 0 else ())),
         shape_class=shape_class,
     )

@@ -25,16 +25,8 @@ from torch.library import triton_op, wrap_triton
 from lotion_fx.formats import Format, resolve
 from lotion_fx.kernels.device_code import TWO_LEVEL, block_scale, encode, encode_scale, nearest, specialized, template
 from lotion_fx.kernels.division import inverse, quotient
-from lotion_fx.kernels.packed_linear import (
-    SHAPES,
-    TYPES,
-    check,
-    constants,
-    dequantized,
-    product,
-    scaled_levels,
-    tiles,
-)
+from lotion_fx.kernels.packed_linear import FEW, SHAPES, TYPES, check, dequantized, launch, product, tiles
+from lotion_fx.kernels.packed_linear import work as packed_work
 from lotion_fx.kernels.targets import TARGETS, Target, target_of
 from lotion_fx.kernels.tuning import launchable
 from lotion_fx.kernels.work import Config, Work
@@ -198,15 +190,8 @@ def scaled_product_kernel(
     N,
     width,
     blocks,
-    LEVEL_BITS: tl.constexpr,
-    LEVEL_MANTISSA: tl.constexpr,
-    LEVEL_EXPONENT: tl.constexpr,
-    SCALE_BITS: tl.constexpr,
-    SCALE_MANTISSA: tl.constexpr,
-    SCALE_EXPONENT: tl.constexpr,
-    SUM_EXPONENT: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_SCALED: tl.constexpr,
+    E4M3: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -217,43 +202,12 @@ def scaled_product_kernel(
     in_m, in_n = m < M, n < N
     total = tl.zeros((BM, BN), tl.float32)
     for start in range(0, width * 2, BK):
-        xc, xs = operand(x_codes, x_scales, m, in_m, start, width, blocks, BLOCK, BK)
-        wc, ws = operand(codes, scales, n, in_n, start, width, blocks, BLOCK, BK)
-        if BLOCK_SCALED:
-            if SCALE_MANTISSA >= 0:
-                # As uint8 they would be taken for E8M0, in blocks of 32.
-                xs, ws = xs.to(tl.float8e4nv, bitcast=True), ws.to(tl.float8e4nv, bitcast=True)
-            total = tl.dot_scaled(xc, xs, "e2m1", tl.trans(wc), ws, "e2m1", total)
-        else:
-            left = scaled_levels(
-                xc,
-                xs,
-                tl.bfloat16,
-                LEVEL_BITS,
-                LEVEL_MANTISSA,
-                LEVEL_EXPONENT,
-                SCALE_BITS,
-                SCALE_MANTISSA,
-                SCALE_EXPONENT,
-                BLOCK,
-                BK,
-            )
-            right = scaled_levels(
-                wc,
-                ws,
-                tl.bfloat16,
-                LEVEL_BITS,
-                LEVEL_MANTISSA,
-                LEVEL_EXPONENT,
-                SCALE_BITS,
-                SCALE_MANTISSA,
-                SCALE_EXPONENT,
-                BLOCK,
-                BK,
-            )
-            total = tl.dot(left, tl.trans(right), total)
-    if SUM_EXPONENT and not BLOCK_SCALED:
-        total *= 2.0 ** (2 * SUM_EXPONENT)
+        left, left_scale = operand(x_codes, x_scales, m, in_m, start, width, blocks, BLOCK, BK)
+        right, right_scale = operand(codes, scales, n, in_n, start, width, blocks, BLOCK, BK)
+        if E4M3:  # as uint8 they would be taken for E8M0, in blocks of 32
+            left_scale = left_scale.to(tl.float8e4nv, bitcast=True)
+            right_scale = right_scale.to(tl.float8e4nv, bitcast=True)
+        total = tl.dot_scaled(left, left_scale, "e2m1", tl.trans(right), right_scale, "e2m1", total)
     total *= tl.load(row_scales + m, mask=in_m, other=0.0)[:, None]
     if tensor_scale is not None:
         total *= tl.load(tensor_scale)
@@ -269,21 +223,28 @@ def block_scaled(target: Target) -> bool:
 
 
 # The first of each is launched where the tuning table has none.
-_ROWS = (Config({"SIZE": 1024}, 4, 1), Config({"SIZE": 512}, 4, 1), Config({"SIZE": 2048}, 4, 1))
-_CONFIGS = {
-    True: (
-        Config({"BM": 64, "BN": 64, "BK": 128}, 4, 3),
-        Config({"BM": 64, "BN": 128, "BK": 128}, 4, 3),
-        Config({"BM": 128, "BN": 128, "BK": 128}, 8, 3),
-        Config({"BM": 128, "BN": 128, "BK": 256}, 4, 3),
-        Config({"BM": 128, "BN": 256, "BK": 128}, 8, 3),
-    ),
-    False: (
-        Config({"BM": 64, "BN": 64, "BK": 128}, 4, 2),
-        Config({"BM": 64, "BN": 128, "BK": 64}, 4, 3),
-        Config({"BM": 128, "BN": 128, "BK": 64}, 8, 3),
-    ),
-}
+_ROWS = (Config({"SIZE": 1024}, 4, 1), Config({"SIZE": 2048}, 4, 1))
+# ``tcgen05.mma`` takes tiles of 128 rows; smaller ones, and Triton decodes them.
+_TCGEN05 = (
+    Config({"BM": 128, "BN": 128, "BK": 256}, 4, 3),
+    Config({"BM": 128, "BN": 64, "BK": 256}, 4, 3),
+    Config({"BM": 128, "BN": 256, "BK": 128}, 8, 3),
+)
+_OMMA = (
+    Config({"BM": 64, "BN": 64, "BK": 128}, 4, 3),
+    Config({"BM": 64, "BN": 64, "BK": 256}, 4, 2),
+    Config({"BM": 64, "BN": 128, "BK": 128}, 4, 3),
+)
+
+
+def candidates(target: Target) -> tuple[Config, ...]:
+    """The tiles to choose among on an architecture with block-scaled products; none of them spills."""
+    return _TCGEN05 if target.supports("tcgen05") else _OMMA
+
+
+def classified(fmt: Format, rows: int) -> tuple[str, str]:
+    """The names of the kernel and of the shape's class in the tuning table."""
+    return f"scaled_linear/product_{fmt.block}", "decode" if rows <= FEW else "prefill"
 
 
 @triton_op("lotion_fx::scaled_product", mutates_args=())
@@ -321,7 +282,16 @@ def scaled_product(
     if x_codes.device.type == "cpu":
         left = dequantized(x_codes, x_scales, row_scales[:, None], format, features)
         return product(left, dequantized(codes, scales, tensor_scale, format, features), bias).to(dtype)
-    return launch_product(x_codes, x_scales, row_scales, codes, scales, tensor_scale, bias, format, dtype)
+    packed = codes, scales, tensor_scale, bias, format
+    if block_scaled(target_of(x_codes.device)):
+        return launch_product(x_codes, x_scales, row_scales, *packed, dtype)
+    x = decoded_rows(x_codes, x_scales, format)
+    return launch(x, *packed, row_scales=row_scales, dtype=dtype)
+
+
+def decoded_rows(codes: Tensor, scales: Tensor, fmt: Format) -> Tensor:
+    """Levels times block scales, without the rows' scales: bfloat16, exactly."""
+    return dequantized(codes, scales, None, fmt, 2 * codes.shape[1]).bfloat16()
 
 
 def launch_product(
@@ -334,20 +304,18 @@ def launch_product(
     bias: Tensor | None,
     fmt: Format,
     dtype: torch.dtype,
-    *,
-    native: bool | None = None,
 ) -> Tensor:
-    """Runs the kernel where the tensors are.
-
-    Args:
-        native: whether to multiply by block-scaled instructions; by default if they are there.
-    """
-    target, (rows, width), outputs = _target(x_codes), x_codes.shape, codes.shape[0]
-    native = block_scaled(target) if native is None else native
+    """Runs the block-scaled kernel where the tensors are."""
+    (rows, width), outputs = x_codes.shape, codes.shape[0]
+    target = target_of(x_codes.device) if x_codes.is_cuda else TARGETS[120]
     y = x_codes.new_empty((rows, outputs), dtype=dtype)
     if y.numel():
         kernel, chosen = launchable(
-            scaled_product_kernel, *classified(fmt, native), target.arch, _CONFIGS[native], key=("M", "N", "width")
+            scaled_product_kernel,
+            *classified(fmt, rows),
+            target.arch,
+            candidates(target),
+            key=("M", "N", "width"),
         )
         wrap_triton(kernel)[lambda meta: (tiles(rows, outputs, meta),)](
             x_codes,
@@ -362,21 +330,11 @@ def launch_product(
             outputs,
             width,
             x_scales.shape[1],
-            **_product_constants(fmt, native),
+            BLOCK=fmt.block,
+            E4M3=fmt.law.two_level,
             **chosen,
         )
     return y
-
-
-def classified(fmt: Format, native: bool) -> tuple[str, str]:
-    """The names of the kernel and of the shape's class in the tuning table."""
-    return "scaled_linear/product", f"{'two' if fmt.law.two_level else 'one'} level{'' if native else ', decoded'}"
-
-
-def _product_constants(fmt: Format, native: bool) -> dict[str, Any]:
-    where = constants(fmt, torch.bfloat16)
-    assert where.pop("PLACE") == "weight"
-    return {**where, "BLOCK_SCALED": native}
 
 
 def scaled_linear(
@@ -392,13 +350,16 @@ def scaled_linear(
 
 
 def works(arch: int) -> list[Work]:
-    """What is compiled and audited for an architecture: 4096 rows of ``x``, and 16."""
+    """What is compiled and audited for an architecture: 16 and 4096 rows of ``x``."""
     target = TARGETS[arch]
-    listed = [("nvfp4", rows, shape) for shape in SHAPES for rows in (16, 4096)]
-    listed += [("mxfp4", rows, (14336, 4096)) for rows in (16, 4096)]
+    listed = [("nvfp4", rows, shape) for shape in SHAPES for rows in (FEW, 4096)]
+    listed += [("mxfp4", rows, (14336, 4096)) for rows in (FEW, 4096)]
     inputs = sorted({(name, rows, features) for name, rows, (_, features) in listed})
-    return [_rows_work(resolve(name), rows, features, target) for name, rows, features in inputs] + [
-        _product_work(resolve(name), rows, *shape, target) for name, rows, shape in listed
+    rounding = [_rows_work(resolve(name), rows, features, target) for name, rows, features in inputs]
+    if block_scaled(target):
+        return rounding + [_product_work(resolve(name), rows, *shape, target) for name, rows, shape in listed]
+    return rounding + [
+        packed_work(resolve(name), torch.bfloat16, rows, *shape, arch, row_scales=True) for name, rows, shape in listed
     ]
 
 
@@ -429,8 +390,7 @@ def _rows_work(fmt: Format, rows: int, features: int, target: Target) -> Work:
 
 
 def _product_work(fmt: Format, rows: int, outputs: int, features: int, target: Target) -> Work:
-    native = block_scaled(target)
-    kernel, shape_class = classified(fmt, native)
+    kernel, shape_class = classified(fmt, rows)
     width, blocks = features // 2, features // int(fmt.block)
     two_level = fmt.law.two_level
 
@@ -449,21 +409,16 @@ def _product_work(fmt: Format, rows: int, outputs: int, features: int, target: T
             **{"y": TYPES[torch.bfloat16], **dict.fromkeys(("M", "N", "width", "blocks"), "i32")},
         },
         constants={
-            **_product_constants(fmt, native),
-            "bias": None,
+            **{"BLOCK": fmt.block, "E4M3": two_level, "bias": None},
             **({} if two_level else {"tensor_scale": None}),
         },
-        configs=_CONFIGS[native],
+        configs=candidates(target),
         programs=lambda config: tiles(rows, outputs, config.constants),
         bytes=moved,
         minimum_bytes=(width + blocks) * (rows + outputs) + 4 * (rows + two_level) + 2 * rows * outputs,
-        tensor_flops={"fp4" if native else "bf16": 2 * rows * outputs * features},
+        tensor_flops={"fp4": 2 * rows * outputs * features},
         iterations=lambda config: triton.cdiv(features, config.constants["BK"]),
-        requires={
-            **dict.fromkeys((80, 86, 89), ("LDGSTS", "HMMA")),
-            **{90: ("LDGSTS", "HGMMA"), 120: ("LDGSTS", "OMMA")},
-            **dict.fromkeys((100, 103), ("LDGSTS", "UTCOMMA")),
-        },
+        requires={target.arch: ("LDGSTS", "UTCOMMA" if target.supports("tcgen05") else "OMMA")},
         aligned=("N", "width", *(("blocks",) if blocks % 16 == 0 else ())),
         shape_class=shape_class,
     )
