@@ -31,7 +31,7 @@ from torch.library import triton_op, wrap_triton
 
 from lotion_fx.formats import Format, Integer, Minifloat, PowerOfTwo, resolve
 from lotion_fx.kernels.targets import TARGETS, target_of
-from lotion_fx.kernels.tuning import launchable
+from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.rounding import from_blocks, to_blocks
 
@@ -292,7 +292,7 @@ def dequantized(codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, fmt:
 
     Args:
         codes: uint8 [N, ceil(K/2)] for formats of up to 4 bits, low nibble first, else [N, K].
-        scales: of blocks, [N, blocks], or of the tensor, [1, 1]: uint8 bits, or float32 where the format has that.
+        scales: of blocks, [N, blocks], or of the tensor, [1]: uint8 bits, or float32 where the format has that.
         tensor_scale: float32, one element, of two-level formats.
         fmt: the format.
         features: K.
@@ -377,13 +377,10 @@ def launch(
         return y
     where = constants(fmt, x.dtype)
     arch = target_of(x.device).arch if x.is_cuda else min(TARGETS)
-    kernel, chosen = launchable(
-        packed_linear_kernel,
-        *classified(where, rows),
-        arch,
-        (config,) if config else candidates(where, rows, arch),
-        key=("M", "N", "K"),
-    )
+    kernel, chosen = packed_linear_kernel, options(config or candidates(where, rows, arch)[0])
+    if config is None:
+        names, tried = classified(where, rows), candidates(where, rows, arch)
+        kernel, chosen = launchable(kernel, *names, arch, tried, key=("M", "N", "K"))
     wrap_triton(kernel)[lambda meta: (tiles(rows, outputs, meta),)](
         x.contiguous(),
         codes,
@@ -396,8 +393,7 @@ def launch(
         outputs,
         features,
         codes.shape[1],
-        # One scale for all rows: a step of 0 from row to row.
-        scales.shape[1] if scales.shape[0] == outputs else 0,
+        0 if fmt.block == "tensor" else scales.shape[1],
         **where,
         **chosen,
     )
@@ -419,12 +415,12 @@ def check(
             f"inputs in {fmt.name}"
         )
     blocks = -(-features // fmt.block) if isinstance(fmt.block, int) else 1
-    rows = 1 if fmt.block == "tensor" else codes.shape[0]
+    shape = [1] if fmt.block == "tensor" else [codes.shape[0], blocks]
     stored = torch.uint8 if hasattr(fmt.law, "type") else torch.float32
-    if scales.dtype != stored or scales.shape != (rows, blocks):
+    if scales.dtype != stored or list(scales.shape) != shape:
         raise ValueError(
-            f"scales: got {scales.dtype} {list(scales.shape)}, expected {stored} {[rows, blocks]} for {features} "
-            f"inputs in {fmt.name}"
+            f"scales: got {scales.dtype} {list(scales.shape)}, expected {stored} {shape} for {features} inputs "
+            f"in {fmt.name}"
         )
     if (tensor_scale is not None) != fmt.law.two_level:
         raise ValueError(f"tensor_scale={tensor_scale!r}: {fmt.name} has {'one' if fmt.law.two_level else 'none'}")
@@ -441,7 +437,7 @@ def packed_linear(
     Args:
         x: activations [..., K]; bfloat16, float16 or float32.
         codes: uint8 [N, ceil(K/2)] for formats of up to 4 bits, the low nibble being the even element, else [N, K].
-        scales: of blocks, [N, blocks], or of the tensor, [1, 1]: uint8 E4M3 or E8M0 bits, or float32.
+        scales: of blocks, [N, blocks], or of the tensor, [1]: uint8 bits of E4M3 or E8M0, or float32.
         tensor_scale: float32, one element: of two-level formats, else None.
         bias: [N] or None.
         fmt: the format's name.

@@ -28,7 +28,7 @@ from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.packed_linear import FEW, SHAPES, TYPES, check, dequantized, launch, product, tiles
 from lotion_fx.kernels.packed_linear import work as packed_work
 from lotion_fx.kernels.targets import TARGETS, Target, target_of
-from lotion_fx.kernels.tuning import launchable
+from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.rounding import to_blocks
 
@@ -135,11 +135,14 @@ def quantize_rows(x: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
     return launch_rows(x, format)
 
 
-def launch_rows(x: Tensor, fmt: Format, *, e2m1_cvt: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def launch_rows(
+    x: Tensor, fmt: Format, *, e2m1_cvt: bool | None = None, config: Config | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the kernel where ``x`` is.
 
     Args:
         e2m1_cvt: whether to use the hardware's conversion to E2M1; by default if it is there.
+        config: the tile; the tuning table's choice if None.
     """
     (rows, features), target = x.shape, _target(x)
     where = _rows_constants(fmt, target.supports("e2m1") if e2m1_cvt is None else e2m1_cvt)
@@ -147,9 +150,9 @@ def launch_rows(x: Tensor, fmt: Format, *, e2m1_cvt: bool | None = None) -> tupl
     scales = x.new_empty((rows, -(-features // where["BLOCK"])), dtype=torch.uint8)
     of_rows = row_scales(x, fmt)
     if x.numel():
-        kernel, chosen = launchable(
-            specialized(quantize_rows_kernel, fmt), "scaled_linear/rows", fmt.name, target.arch, _ROWS, key=("K",)
-        )
+        kernel, chosen = specialized(quantize_rows_kernel, fmt), options(config or _ROWS[0])
+        if config is None:
+            kernel, chosen = launchable(kernel, "scaled_linear/rows", fmt.name, target.arch, _ROWS, key=("K",))
         wrap_triton(kernel)[lambda meta: (rows, triton.cdiv(features, meta["SIZE"]))](
             x.contiguous(), of_rows, codes, scales, features, codes.shape[1], scales.shape[1], **where, **chosen
         )
@@ -304,19 +307,23 @@ def launch_product(
     bias: Tensor | None,
     fmt: Format,
     dtype: torch.dtype,
+    *,
+    config: Config | None = None,
 ) -> Tensor:
-    """Runs the block-scaled kernel where the tensors are."""
+    """Runs the block-scaled kernel where the tensors are: `scaled_product`.
+
+    Args:
+        config: the tile; the tuning table's choice if None.
+    """
+    fmt = supported(fmt)
     (rows, width), outputs = x_codes.shape, codes.shape[0]
     target = target_of(x_codes.device) if x_codes.is_cuda else TARGETS[120]
     y = x_codes.new_empty((rows, outputs), dtype=dtype)
     if y.numel():
-        kernel, chosen = launchable(
-            scaled_product_kernel,
-            *classified(fmt, rows),
-            target.arch,
-            candidates(target),
-            key=("M", "N", "width"),
-        )
+        kernel, chosen = scaled_product_kernel, options(config or candidates(target)[0])
+        if config is None:
+            names = classified(fmt, rows)
+            kernel, chosen = launchable(kernel, *names, target.arch, candidates(target), key=("M", "N", "width"))
         wrap_triton(kernel)[lambda meta: (tiles(rows, outputs, meta),)](
             x_codes,
             x_scales,
@@ -355,15 +362,15 @@ def works(arch: int) -> list[Work]:
     listed = [("nvfp4", rows, shape) for shape in SHAPES for rows in (FEW, 4096)]
     listed += [("mxfp4", rows, (14336, 4096)) for rows in (FEW, 4096)]
     inputs = sorted({(name, rows, features) for name, rows, (_, features) in listed})
-    rounding = [_rows_work(resolve(name), rows, features, target) for name, rows, features in inputs]
+    rounding = [rows_work(resolve(name), rows, features, target) for name, rows, features in inputs]
     if block_scaled(target):
-        return rounding + [_product_work(resolve(name), rows, *shape, target) for name, rows, shape in listed]
+        return rounding + [product_work(resolve(name), rows, *shape, target) for name, rows, shape in listed]
     return rounding + [
         packed_work(resolve(name), torch.bfloat16, rows, *shape, arch, row_scales=True) for name, rows, shape in listed
     ]
 
 
-def _rows_work(fmt: Format, rows: int, features: int, target: Target) -> Work:
+def rows_work(fmt: Format, rows: int, features: int, target: Target) -> Work:
     where = _rows_constants(fmt, target.supports("e2m1"))
 
     def pieces(config: Config) -> int:
@@ -389,7 +396,7 @@ def _rows_work(fmt: Format, rows: int, features: int, target: Target) -> Work:
     )
 
 
-def _product_work(fmt: Format, rows: int, outputs: int, features: int, target: Target) -> Work:
+def product_work(fmt: Format, rows: int, outputs: int, features: int, target: Target) -> Work:
     kernel, shape_class = classified(fmt, rows)
     width, blocks = features // 2, features // int(fmt.block)
     two_level = fmt.law.two_level
