@@ -98,9 +98,7 @@ def test_products_take_flops_over_the_rate():
 def test_instructions_take_their_pipes_cycles(opcode, a_clock, pipe):
     prediction = predict(work(108, 0, 0), CONFIG, evidence(resident=1, once={opcode: 1000}), A100)
     assert prediction.bound_by == pipe
-    cycles = 4 * 1000 / a_clock
-    issue = 4 * 1000 / 4 if pipe != "issue" else 0  # nothing overlaps in the one program
-    assert prediction.us - START == pytest.approx((cycles + issue) / 1410)
+    assert prediction.us - START == pytest.approx(4 * 1000 / a_clock / 1410)
 
 
 def test_a_loops_instructions_count_as_often_as_it_runs():
@@ -116,11 +114,13 @@ def test_one_program_too_many_takes_a_wave_of_its_own():
     assert predict(one_more, CONFIG, evidence(), A100).us - START == pytest.approx(full * 17 / 16)
 
 
-def test_more_resident_programs_overlap_more():
-    both = work(WAVE, 10**9, 10**9)
-    loads = {"LDG.E.128": 64}
-    few, many = (predict(both, CONFIG, evidence(resident, loads), A100).us for resident in (1, 16))
-    assert many < few
+@pytest.mark.parametrize("resident", [1, 2, 16])
+def test_what_does_not_overlap_is_a_programs_share(resident):
+    programs = 108 * resident
+    both = work(programs, 0, programs * 10**5, flops=programs * 10**8)  # memory and products
+    memory, products = programs * 1e5 / (2039e3 * ACHIEVABLE), programs * 1e8 / 312e6
+    us = predict(both, CONFIG, evidence(resident, {"LDG.E.128": 12}), A100).us - START
+    assert us == pytest.approx(max(memory, products) + min(memory, products) / resident, rel=0.01)
 
 
 def test_the_roofline_is_the_larger_of_both():
