@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from lotion_fx.formats import Format, Integer, Minifloat, PowerOfTwo, resolve
+from lotion_fx.kernels.pack import Packed, unpack
 from lotion_fx.kernels.targets import TARGETS, target_of
 from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
-from lotion_fx.rounding import from_blocks, to_blocks
 
-__all__ = ["dequantized", "launch", "packed_linear", "works"]
+__all__ = ["launch", "packed_linear", "works"]
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding
@@ -287,27 +287,6 @@ def constants(fmt: Format, dtype: torch.dtype) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ reference
 
 
-def dequantized(codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, fmt: Format, features: int) -> Tensor:
-    """The float32 weight [N, K] that packed codes and scales stand for.
-
-    Args:
-        codes: uint8 [N, ceil(K/2)] for formats of up to 4 bits, low nibble first, else [N, K].
-        scales: of blocks, [N, blocks], or of the tensor, [1]: uint8 bits, or float32 where the format has that.
-        tensor_scale: float32, one element, of two-level formats.
-        fmt: the format.
-        features: K.
-    """
-    if fmt.grid.bits <= 4:
-        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
-    level = fmt.grid.decode(codes[:, :features])
-    stored = getattr(fmt.law, "type", None)
-    scale = stored.decode(scales) if stored else scales.float()
-    if tensor_scale is not None:
-        scale = scale * tensor_scale
-    blocks = to_blocks(level, fmt)
-    return from_blocks(blocks * scale.reshape(*blocks.shape[:-1], 1), fmt, -1, level.shape)
-
-
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product in float32 (float64 for float64 activations), rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -452,7 +431,7 @@ def packed_linear(
     format = resolve(fmt)
     check(x.shape[-1], codes, scales, tensor_scale, bias, format)
     if x.device.type == "cpu":
-        return product(x, dequantized(codes, scales, tensor_scale, format, x.shape[-1]), bias)
+        return product(x, unpack(Packed(codes, scales, tensor_scale), format, x.shape[-1]), bias)
     y = launch(x.reshape(-1, x.shape[-1]), codes, scales, tensor_scale, bias, format)
     return y.reshape(*x.shape[:-1], codes.shape[0])
 

@@ -25,7 +25,8 @@ from torch.library import triton_op, wrap_triton
 from lotion_fx.formats import Format, resolve
 from lotion_fx.kernels.device_code import TWO_LEVEL, block_scale, encode, encode_scale, nearest, specialized, template
 from lotion_fx.kernels.division import inverse, quotient
-from lotion_fx.kernels.packed_linear import FEW, SHAPES, TYPES, check, dequantized, launch, product, tiles
+from lotion_fx.kernels.pack import E2M1_PAIRS, Packed, unpack
+from lotion_fx.kernels.packed_linear import FEW, SHAPES, TYPES, check, launch, product, tiles
 from lotion_fx.kernels.packed_linear import work as packed_work
 from lotion_fx.kernels.targets import TARGETS, Target, target_of
 from lotion_fx.kernels.tuning import launchable, options
@@ -55,13 +56,6 @@ def supported(fmt: Format) -> Format:
 
 # ---------------------------------------------------------------------------------------------------------- activations
 
-# Two float32 in grid units to one byte of E2M1 codes, ties to even, past the grid to the last level.
-E2M1_PAIR = tl.constexpr("""{
-    .reg .b8 code;
-    cvt.rn.satfinite.e2m1x2.f32 code, $2, $1;
-    cvt.u32.u8 $0, code;
-}""")
-
 
 @template
 def quantize_rows_kernel(
@@ -73,7 +67,6 @@ def quantize_rows_kernel(
     width,
     blocks,
     BLOCK: tl.constexpr,
-    TO_ZERO: tl.constexpr,  # what rounds to 0, in grid units
     E2M1_CVT: tl.constexpr,
     SIZE: tl.constexpr,
 ):
@@ -88,15 +81,14 @@ def quantize_rows_kernel(
     tl.store(scales + row * blocks + block[:, None], encode_scale(s), mask=(block < blocks)[:, None])
     s = s * ts if TWO_LEVEL else s
     one_over_p, m, r, t = inverse(s)
-    z = quotient(w, one_over_p, m, r, t)
+    even, odd = tl.split(tl.reshape(quotient(w, one_over_p, m, r, t), (SIZE // 2, 2)))
     if E2M1_CVT:
-        # The conversion keeps the sign of what rounds to 0, and the format has one code of 0.
-        low, high = tl.split(tl.reshape(tl.where(tl.abs(z) <= TO_ZERO, 0.0, z), (SIZE // 2, 2)))
-        pair = tl.inline_asm_elementwise(E2M1_PAIR, "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1)
+        pair = tl.inline_asm_elementwise(
+            E2M1_PAIRS, "=r,r,r,r,r,r,r,r,r", [even, odd], dtype=tl.uint8, is_pure=True, pack=4
+        )
     else:
-        low, high = tl.split(tl.reshape(encode(nearest(z)), (SIZE // 2, 2)))
-        pair = low | (high << 4)
-    tl.store(codes + row * width + byte, pair.to(tl.uint8), mask=byte < width)
+        pair = encode(nearest(even)) | (encode(nearest(odd)) << 4)
+    tl.store(codes + row * width + byte, pair, mask=byte < width)
 
 
 def row_scales(x: Tensor, fmt: Format) -> Tensor:
@@ -145,22 +137,27 @@ def launch_rows(
         config: the tile; the tuning table's choice if None.
     """
     (rows, features), target = x.shape, _target(x)
-    where = _rows_constants(fmt, target.supports("e2m1") if e2m1_cvt is None else e2m1_cvt)
+    converts = target.supports("e2m1") if e2m1_cvt is None else e2m1_cvt
     codes = x.new_empty((rows, -(-features // 2)), dtype=torch.uint8)
-    scales = x.new_empty((rows, -(-features // where["BLOCK"])), dtype=torch.uint8)
+    scales = x.new_empty((rows, -(-features // int(fmt.block))), dtype=torch.uint8)
     of_rows = row_scales(x, fmt)
     if x.numel():
         kernel, chosen = specialized(quantize_rows_kernel, fmt), options(config or _ROWS[0])
         if config is None:
             kernel, chosen = launchable(kernel, "scaled_linear/rows", fmt.name, target.arch, _ROWS, key=("K",))
         wrap_triton(kernel)[lambda meta: (rows, triton.cdiv(features, meta["SIZE"]))](
-            x.contiguous(), of_rows, codes, scales, features, codes.shape[1], scales.shape[1], **where, **chosen
+            x.contiguous(),
+            of_rows,
+            codes,
+            scales,
+            features,
+            codes.shape[1],
+            scales.shape[1],
+            BLOCK=fmt.block,
+            E2M1_CVT=converts,
+            **chosen,
         )
     return codes, scales, of_rows
-
-
-def _rows_constants(fmt: Format, e2m1_cvt: bool) -> dict[str, Any]:
-    return {"BLOCK": fmt.block, "TO_ZERO": fmt.grid.finest / 2, "E2M1_CVT": e2m1_cvt}
 
 
 def _target(x: Tensor) -> Target:
@@ -283,8 +280,8 @@ def scaled_product(
     features = 2 * x_codes.shape[1]
     check(features, codes, scales, tensor_scale, bias, format)
     if x_codes.device.type == "cpu":
-        left = dequantized(x_codes, x_scales, row_scales[:, None], format, features)
-        return product(left, dequantized(codes, scales, tensor_scale, format, features), bias).to(dtype)
+        left = unpack(Packed(x_codes, x_scales, row_scales[:, None]), format, features)
+        return product(left, unpack(Packed(codes, scales, tensor_scale), format, features), bias).to(dtype)
     packed = codes, scales, tensor_scale, bias, format
     if block_scaled(target_of(x_codes.device)):
         return launch_product(x_codes, x_scales, row_scales, *packed, dtype)
@@ -294,7 +291,7 @@ def scaled_product(
 
 def decoded_rows(codes: Tensor, scales: Tensor, fmt: Format) -> Tensor:
     """Levels times block scales, without the rows' scales: bfloat16, exactly."""
-    return dequantized(codes, scales, None, fmt, 2 * codes.shape[1]).bfloat16()
+    return unpack(Packed(codes, scales, None), fmt, 2 * codes.shape[1]).bfloat16()
 
 
 def launch_product(
@@ -371,12 +368,12 @@ def works(arch: int) -> list[Work]:
 
 
 def rows_work(fmt: Format, rows: int, features: int, target: Target) -> Work:
-    where = _rows_constants(fmt, target.supports("e2m1"))
+    block = int(fmt.block)
 
     def pieces(config: Config) -> int:
         return triton.cdiv(features, config.constants["SIZE"])
 
-    moved = rows * (2 * features + features // 2 + features // where["BLOCK"])
+    moved = rows * (2 * features + features // 2 + features // block)
     return Work(
         kernel="scaled_linear/rows",
         shape=f"{rows}x{features} bf16 {fmt.name}",
@@ -385,7 +382,7 @@ def rows_work(fmt: Format, rows: int, features: int, target: Target) -> Work:
             **{"x": "*bf16", "row_scales": "*fp32", "codes": "*u8", "scales": "*u8"},
             **dict.fromkeys(("K", "width", "blocks"), "i32"),
         },
-        constants=where,
+        constants={"BLOCK": block, "E2M1_CVT": target.supports("e2m1")},
         configs=_ROWS,
         programs=lambda config: rows * pieces(config),
         bytes=lambda config: moved + 4 * rows * pieces(config),

@@ -11,7 +11,8 @@ from torch import Tensor
 from lotion_fx import rounding
 from lotion_fx.formats import Float32Scale, Format, Minifloat, PowerOfTwoScale, codebook, resolve
 from lotion_fx.kernels import packed_linear as module
-from lotion_fx.kernels.packed_linear import candidates, constants, dequantized, launch, packed_linear, place, work
+from lotion_fx.kernels.pack import Packed, unpack
+from lotion_fx.kernels.packed_linear import candidates, constants, launch, packed_linear, place, work
 from tests.gpu_less.interpreter import INTERPRETING, counted_traffic
 from tests.kernels.packing import excess, packed, poisoned
 
@@ -50,7 +51,7 @@ def test_it_is_the_product_with_the_rounded_weight(
         x = torch.randn(rows, features, generator=generator).to(dtype)
         bias = torch.randn(outputs, generator=generator).to(dtype) if rows > 16 else None
         codes, scales, tensor_scale = packed(w, fmt)
-        assert torch.equal(dequantized(codes, scales, tensor_scale, fmt, features), rounding.rtn(w, fmt))
+        assert torch.equal(unpack(Packed(codes, scales, tensor_scale), fmt, features), rounding.rtn(w, fmt))
         arguments = [None if t is None else t.to(device) for t in (x, codes, scales, tensor_scale, bias)]
         y = launch(*arguments, fmt).cpu()
         assert y.dtype == dtype
@@ -87,7 +88,7 @@ def test_every_code_at_every_scale_is_decoded_exactly(name: str, dtype: torch.dt
     codes, scales = every_code(fmt)
     features = codes.shape[1] * (2 if fmt.grid.bits <= 4 else 1)
     tensor_scale = torch.tensor(0.25) if fmt.law.two_level else None
-    weight = dequantized(codes, scales, tensor_scale, fmt, features)
+    weight = unpack(Packed(codes, scales, tensor_scale), fmt, features)
     x = torch.eye(features, dtype=dtype)  # of each sum, one term is not 0
     arguments = [None if t is None else t.to(device) for t in (x, codes, scales, tensor_scale)]
     y = launch(*arguments, None, fmt, dtype=torch.float32).cpu().T

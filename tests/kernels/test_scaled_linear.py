@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lotion_fx import rounding
 from lotion_fx.formats import Format, PowerOfTwoScale, resolve
-from lotion_fx.kernels.packed_linear import dequantized, launch
+from lotion_fx.kernels.pack import Packed, unpack
+from lotion_fx.kernels.packed_linear import launch
 from lotion_fx.kernels.scaled_linear import (
     block_scaled,
     candidates,
@@ -61,7 +62,7 @@ def test_rows_are_rounded_one_by_one(
     for rows, features in ((5, 33), (4, 1500)):
         x = activations(rows, features, generator).to(dtype)
         expected = quantize_rows(x, name)
-        levels = dequantized(expected[0], expected[1], expected[2][:, None], fmt, features)
+        levels = unpack(Packed(expected[0], expected[1], expected[2][:, None]), fmt, features)
         assert torch.equal(levels, torch.stack([rounding.rtn(row.float(), fmt) for row in x]))
         for got, wanted in zip(launch_rows(x.to(device), fmt, e2m1_cvt=e2m1_cvt), expected, strict=True):
             assert torch.equal(got.cpu(), wanted)
