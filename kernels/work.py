@@ -1,4 +1,4 @@
-"""What a kernel does on one shape: all that compiling it without a device, counting its traffic and predicting its time take."""
+"""What a kernel does on one shape: all it takes to compile it without a device, count its traffic, predict its time."""
 
 from __future__ import annotations
 

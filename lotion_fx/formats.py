@@ -61,6 +61,16 @@ def power_of_two_below(x: Tensor) -> Tensor:
     return (x.view(integer) & exponent_mask).view(x.dtype)
 
 
+def reciprocal_of_power(x: Tensor) -> Tensor:
+    """``1 / x`` of powers of two from ``2^-126`` to ``2^126``, read from the exponent bits: exact, and no division.
+
+    Args:
+        x: float32 or float64, any shape.
+    """
+    integer, mantissa, bias, _ = _FLOAT_LAYOUT[x.dtype]
+    return ((2 * bias << mantissa) - x.view(integer)).view(x.dtype)
+
+
 def _divide(x: Tensor, divisor: float) -> Tensor:
     # CUDA's eager division by a scalar multiplies by the rounded reciprocal; by a tensor it divides. One result
     # on every device needs the tensor.
@@ -185,7 +195,7 @@ class Minifloat(Grid):
     """A small float: sign, exponent with bias ``2^(E-1) - 1``, mantissa, subnormals. Codes are its bit patterns.
 
     With ``2^e`` the power of two at or below ``|z|``, neighbouring levels are ``step = max(2^e, 2^emin) 2^-M``
-    apart. ``z / step`` is a division by a power of two, hence exact, so that ``floor``, ``ceil`` and ``round``
+    apart. ``z / step``, a division by a power of two, is exact, so that ``floor``, ``ceil`` and ``round``
     (half to even) of it give the neighbours and the nearest level exactly, ties to the even mantissa.
 
     Args:
@@ -220,6 +230,11 @@ class Minifloat(Grid):
         return 2.0 ** (1 - self.bias - self.mantissa_bits)
 
     @property
+    def largest_pattern(self) -> float:
+        """What the bit pattern of all ones would stand for if it were a number."""
+        return 2.0 ** (2**self.exponent_bits - 1 - self.bias) * (2 - 2.0**-self.mantissa_bits)
+
+    @property
     def levels(self) -> tuple[float, ...]:
         codes = torch.arange(2 ** (self.bits - 1), dtype=torch.uint8)
         positive = [x for x in self.decode(codes).tolist() if 0 < x <= self.max]
@@ -237,13 +252,13 @@ class Minifloat(Grid):
     def neighbours(self, z: Tensor) -> tuple[Tensor, Tensor]:
         z = self.clamp(z)
         step = self.step(z)
-        k = z / step
+        k = z * reciprocal_of_power(step)
         return k.floor() * step, k.ceil() * step
 
     def nearest(self, z: Tensor) -> Tensor:
         z = self.clamp(z)
         step = self.step(z)
-        return _positive_zero((z / step).round() * step)
+        return _positive_zero((z * reciprocal_of_power(step)).round() * step)
 
     def encode(self, level: Tensor) -> Tensor:
         _, float32_mantissa, float32_bias, _ = _FLOAT_LAYOUT[torch.float32]
@@ -263,7 +278,8 @@ class Minifloat(Grid):
         rebase = (float32_bias - self.bias) << self.mantissa_bits
         normal = ((magnitude + rebase) << (float32_mantissa - self.mantissa_bits)).view(torch.float32)
         value = torch.where(magnitude >= 2**self.mantissa_bits, normal, magnitude * self.smallest)
-        value = torch.where(value > self.max, torch.nan, value)
+        if self.max < self.largest_pattern:
+            value = torch.where(value > self.max, torch.nan, value)
         return torch.where((code.to(torch.int32) & sign) != 0, -value, value)
 
 

@@ -1,0 +1,62 @@
+"""The quotient is torch's float32 quotient, bit for bit, on random and on the hardest operands."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lotion_fx.kernels.division import inverse, quotient
+
+
+@triton.jit
+def divide(w, s, z, n, SIZE: tl.constexpr):
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    one_over_p, m, r, t = inverse(tl.load(s + i, mask=i < n, other=1.0))
+    tl.store(z + i, quotient(tl.load(w + i, mask=i < n, other=0.0), one_over_p, m, r, t), mask=i < n)
+
+
+def divided(w: Tensor, s: Tensor, device: str) -> Tensor:
+    z = torch.full_like(w, torch.nan, device=device)
+    size = 2**17
+    divide[(triton.cdiv(w.numel(), size),)](w.to(device), s.to(device), z, w.numel(), SIZE=size)
+    return z.cpu()
+
+
+def mantissas(n: int, g: torch.Generator) -> Tensor:
+    return 1 + torch.randint(0, 2**23, (n,), generator=g).float() * 2.0**-23
+
+
+@pytest.fixture
+def seed() -> int:
+    return int(torch.seed() % 2**31)
+
+
+def test_random_operands(device: str, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    n = 2**20
+    s = mantissas(n, g) * torch.exp2(torch.randint(-126, 127, (n,), generator=g).float())
+    w = s * mantissas(n, g) * torch.exp2(torch.randint(-60, 10, (n,), generator=g).float())
+    w = torch.where(torch.rand(n, generator=g) < 0.5, -w, w)
+    keep = w.isfinite() & (w.abs() > 2.0**-120 * s)
+    assert keep.sum() > n / 2
+    assert torch.equal(divided(w[keep], s[keep], device), w[keep] / s[keep]), f"seed {seed}"
+
+
+def test_quotients_next_to_a_tie(device: str, seed: int) -> None:
+    """``w`` is the float nearest to ``s`` times a midpoint between two floats, or one of its neighbours."""
+    g = torch.Generator().manual_seed(seed)
+    n = 2**18
+    s = mantissas(n, g)
+    s[: n // 2] = 2 - torch.randint(1, 5000, (n // 2,), generator=g).float() * 2.0**-23
+    middle = mantissas(n, g).double() + 2.0**-24
+    exact = (s.double() * middle).float()
+    for w in (exact, torch.nextafter(exact, torch.tensor(9.0)), torch.nextafter(exact, torch.tensor(-9.0))):
+        assert torch.equal(divided(w, s, device), w / s), f"seed {seed}"
+
+
+def test_levels_and_zeros_are_exact(device: str) -> None:
+    s = torch.tensor([3.1e-3, 7.7, 2.0**-126, 1.9999999, 1.0]).repeat_interleave(7)
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 3.0, 6.0, -4.0]).repeat(5)
+    w = s * levels
+    assert torch.equal(divided(w, s, device), w / s)
