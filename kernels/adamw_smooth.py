@@ -8,9 +8,9 @@ Per weight w with gradient g, moments m and v, and per block of it with scale s 
     v  = beta2 v + (1 - beta2) g'^2
     w  = keep w - step m / (sqrt(v) + eps)
 
-It reads w, g, m and v and writes w, m and v, as AdamW does without the term; g stays as it is. A two-level format's scale
-takes the absmax of the whole weight, which is known before the pass from the one before: the largest updated weight is a
-by-product.
+It reads w, g, m and v and writes w, m and v, as AdamW does without the term; g stays as it is. Blocks are whole, of a
+power of two, and consecutive in memory. A two-level format's scale takes the absmax of the whole weight, which must be
+known before the pass: that of the updated weight is a by-product, for the pass that follows.
 
 Source: Loshchilov and Hutter 2019, arXiv 1711.05101 (AdamW); LOTION, arXiv 2510.08757 (the term).
 """
@@ -18,24 +18,117 @@ Source: Loshchilov and Hutter 2019, arXiv 1711.05101 (AdamW); LOTION, arXiv 2510
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from lotion_fx import rounding
-from lotion_fx.formats import Format, resolve
-from lotion_fx.noise import resolve_noise
+from lotion_fx.formats import resolve
+from lotion_fx.kernels.device_code import (
+    HAS_THIRD,
+    Q_MAX,
+    TWO_LEVEL,
+    above,
+    below,
+    block_scale,
+    clamp,
+    neighbours,
+    smallest_amax,
+    specialized,
+    template,
+    tensor_scale,
+    variance_slopes,
+)
+from lotion_fx.kernels.division import inverse, quotient
+from lotion_fx.kernels.work import Config, Work
+from lotion_fx.noise import RANDOMIZED, resolve_noise
 
 # Columns of `factors`: what differs from weight to weight.
 FACTORS = ("of_moment", "of_square", "unscale", "keep", "step", "eps")
 
+CONFIGS = (
+    Config({"TILE": 2048}, num_warps=4),
+    Config({"TILE": 1024}, num_warps=4),
+    Config({"TILE": 4096}, num_warps=8),
+    Config({"TILE": 4096}, num_warps=4),
+)
 
-def fits(weight: Tensor, fmt: Format, axis: int) -> bool:
-    """Whether the pass takes a weight: whole blocks, of a power of two up to 128, along the contiguous last axis."""
-    block = fmt.block
-    if not isinstance(block, int) or block > 128 or block & (block - 1):
-        return False
-    return axis == weight.dim() - 1 and weight.is_contiguous() and weight.shape[-1] % block == 0
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@template
+def term_slope(w, h, ts):
+    """``d/dw sum_i h_i sigma_i^2`` of whole blocks, `rounding.variance_vjp`; w and h float32 [blocks, block]."""
+    magnitude = tl.abs(w)
+    amax = tl.max(magnitude, 1, keep_dims=True)
+    s = block_scale(amax, ts)
+    if TWO_LEVEL:
+        s = s * ts
+    one_over_p, m, r, t = inverse(s)
+    z = clamp(quotient(w, one_over_p, m, r, t))
+    lo, hi = neighbours(z)
+    third = lo
+    if HAS_THIRD:
+        third = tl.where(z - lo < hi - z, below(lo), above(hi))
+    by_w, by_s = variance_slopes(z, lo, hi, third)
+    at_amax = magnitude == amax
+    by_scale = s * tl.sum(h * by_s, 1, keep_dims=True)
+    count = tl.sum(at_amax.to(tl.float32), 1, keep_dims=True)
+    share = tl.where(amax >= smallest_amax(ts), tl.div_rn(by_scale, Q_MAX * count), 0.0)
+    return by_w * s * h + tl.where(at_amax, tl.where(w < 0, -share, share), 0.0)
+
+
+@template
+def adamw_smooth_kernel(
+    table,  # int64 [n, 6]: addresses of w, g, m and v, elements, first program
+    factors,  # float32 [n, 6]: FACTORS
+    owner,  # int32 [programs]: the weight of each program
+    amax,  # float32 [n]
+    amax_after,  # int32 [n]: bits of a float32, 0 before
+    beta1,
+    rest1,  # 1 - beta1, which float32 could not subtract without loss
+    beta2,
+    rest2,
+    WEIGHT: tl.constexpr,  # dtypes of w and g, and of m and v
+    MOMENT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of the addresses, in bytes
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    program = tl.program_id(0)
+    n = tl.load(owner + program)
+    row, of = table + n * 6, factors + n * 6
+    w_at = tl.multiple_of(tl.load(row).to(tl.pointer_type(WEIGHT)), ALIGNMENT)
+    g_at = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), ALIGNMENT)
+    m_at = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENT)), ALIGNMENT)
+    v_at = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENT)), ALIGNMENT)
+    start = (program - tl.load(row + 5)) * TILE
+    left = tl.multiple_of(tl.load(row + 4) - start, BLOCK)
+    i = tl.arange(0, TILE // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = i < left
+    w = tl.load(w_at + start + i, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(g_at + start + i, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(m_at + start + i, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(v_at + start + i, mask=inside, other=0.0).to(tl.float32)
+    ts = 1.0
+    if TWO_LEVEL:
+        ts = tensor_scale(tl.load(amax + n))
+    h = tl.load(of) * v + tl.load(of + 1) * g * g
+    g = tl.load(of + 2) * (g + term_slope(w, h, ts))
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    down = tl.div_rn(tl.load(of + 4) * m, tl.sqrt_rn(v) + tl.load(of + 5))
+    w = (tl.load(of + 3) * w - down).to(WEIGHT)
+    tl.store(m_at + start + i, m.to(MOMENT), mask=inside)
+    tl.store(v_at + start + i, v.to(MOMENT), mask=inside)
+    tl.store(w_at + start + i, w, mask=inside)
+    if TWO_LEVEL:
+        largest = tl.max(tl.where(inside, tl.abs(w.to(tl.float32)), 0.0))
+        tl.atomic_max(amax_after + n, largest.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @torch.library.custom_op("lotion_fx::adamw_smooth", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
@@ -58,7 +151,7 @@ def adamw_smooth(
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: n contiguous tensors each, float32, bfloat16 or float16, of one dtype per
-            list and on one device.
+            list, on one device. The last dimension holds whole blocks.
         factors: float32 [n, 6], `FACTORS` of each weight.
         amax: float32 [n], the absmax of each weight, for a two-level format; else empty.
         found_inf: 0-d, not 0 where the gradients overflowed, upon which nothing is written.
@@ -90,12 +183,69 @@ def reference(
         return amax.clone()
     law, form = resolve_noise(noise), resolve(fmt)
     for i, (w, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        of_moment, of_square, unscale, keep, step, eps = factors[i].to(rounding.compute_dtype(w))
-        g, before = grad.to(keep.dtype), w.to(keep.dtype)
-        h = of_moment * v + of_square * g.square()
+        dtype = rounding.compute_dtype(w)
+        of_moment, of_square, unscale, keep, step, eps = factors[i].to(dtype)
+        before, g, first, second = (t.to(dtype) for t in (w, grad, m, v))
+        h = of_moment * second + of_square * g.square()
         largest = amax[i] if form.law.two_level else None
         g = unscale * (g + rounding.variance_vjp(before, h, form, law=law, amax_tensor=largest))
-        m.copy_(beta1 * m + (1 - beta1) * g)
-        v.copy_(beta2 * v + (1 - beta2) * g.square())
-        w.copy_(keep * before - step * m / (v.sqrt() + eps))
+        first = beta1 * first + (1 - beta1) * g
+        second = beta2 * second + (1 - beta2) * g.square()
+        m.copy_(first)
+        v.copy_(second)
+        w.copy_(keep * before - step * first / (second.sqrt() + eps))
     return torch.stack([w.abs().amax().float() for w in params]) if form.law.two_level else amax.clone()
+
+
+def launch(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    factors: Tensor,
+    amax: Tensor,
+    found_inf: Tensor | None,
+    fmt: str,
+    noise: str,
+    beta1: float,
+    beta2: float,
+    config: Config = CONFIGS[0],
+) -> Tensor:
+    """`adamw_smooth` by the kernel, in one launch on whatever device the tensors are."""
+    tile, device, form = config.constants["TILE"], params[0].device, resolve(fmt)
+    programs = tuple(triton.cdiv(p.numel(), tile) for p in params)
+    first = accumulate(programs, initial=0)
+    columns = ([t.data_ptr() for t in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs))
+    rows = list(zip(*columns, (p.numel() for p in params), first, strict=False))
+    table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+    if found_inf is not None:
+        table[:, 4] *= found_inf == 0  # no elements, so nothing is written
+    element = max(params[0].element_size(), exp_avgs[0].element_size())
+    aligned = all(address % 16 == 0 for row in rows for address in row[:4])
+    after = torch.zeros(amax.shape, dtype=torch.int32, device=device)
+    specialized(adamw_smooth_kernel, form, resolve_noise(noise))[(sum(programs),)](
+        table,
+        factors,
+        _owners(programs, device),
+        amax,
+        after,
+        beta1,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        WEIGHT=_TRITON[params[0].dtype],
+        MOMENT=_TRITON[exp_avgs[0].dtype],
+        ALIGNMENT=16 if aligned else element,
+        BLOCK=form.block,
+        TILE=tile,
+        num_warps=config.num_warps,
+    )
+    largest = after.view(torch.float32)
+    return largest if found_inf is None else torch.where(found_inf == 0, largest, amax)
+
+
+@lru_cache(maxsize=8)
+def _owners(programs: tuple[int, ...], device: torch.device) -> Tensor:
+    """The weight of each program: the same from step to step."""
+    owner = torch.arange(len(programs), dtype=torch.int32)
+    return owner.repeat_interleave(torch.tensor(programs)).to(device)

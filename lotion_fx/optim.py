@@ -9,36 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from itertools import compress
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
-from lotion_fx.kernels.adamw_smooth import adamw_smooth, fits
+from lotion_fx.formats import Format
 from lotion_fx.objective import Term
 from lotion_fx.state import Weight
 
 __all__ = ["AdamW"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of a weight, its gradient and its two moments: what `torch.optim.AdamW(fused=True)` takes, but for float64.
+_DTYPES = {(dtype,) * 4 for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES |= {(torch.float32,) * 2 + (torch.bfloat16,) * 2}
 
 
 class AdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW`, its arguments, its state and its results, with the term made in the pass of the update.
+    """`torch.optim.AdamW`, its arguments, state and results, with the term made in the pass that updates the weight.
 
-    The pass takes the weights on a GPU that are smoothed under ``curvature="fisher"``, whose format has blocks of a power
-    of two up to 128 that divide the last dimension and run along it, in float32, or in bfloat16 or float16 with moments
-    of the same dtype (float32 weights may have bfloat16 moments). All others, among them sharded ones, and groups with ``amsgrad``,
-    ``differentiable``, ``foreach=True``, ``fused=False`` or tensors as ``betas``, are updated by torch, and what of them is smoothed has its
-    term from the hook as with any other optimizer.
+    The pass takes weights on a GPU that are smoothed under ``curvature="fisher"`` in a format with blocks of a power of
+    two, up to 128, that run along the last dimension and divide it. They are contiguous, not sharded, and float32,
+    bfloat16 or float16, like their gradients and moments; moments may be bfloat16 where weights are float32. Everything
+    else is updated by torch, with the term from the hook as under any other optimizer: other parameters, and groups
+    with ``amsgrad``, ``differentiable``, ``foreach=True``, ``fused=False`` or tensors as ``betas``.
 
-    Two things differ from torch's: ``.grad`` never receives the term, nor is it unscaled where a GradScaler leaves that
-    to ``fused=True``; and a weight that changed in place through ``.data``, which keeps no count of changes, has its
-    tensor-wide scale (NVFP4) corrected one step later.
+    What differs from torch's with the hook: ``.grad`` never receives the term, nor is it unscaled where a GradScaler
+    leaves that to ``fused=True``. After the first step, as after later ones, `report` and `penalty` read the curvature
+    from the second moment, to which the term's gradient belongs. And NVFP4's tensor-wide scale is known from the pass
+    before: a weight changed in place through ``.data``, which counts no changes, has it corrected one step later.
     """
 
-    devices = ("cuda",)  # where the pass runs
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)  # where the pass runs
 
     @cached_property
     def terms(self) -> dict[Tensor, Term]:
@@ -50,37 +53,45 @@ class AdamW(torch.optim.AdamW):
         """The absmax of weights after the last pass, and of which contents."""
         return {}
 
+    @cached_property
+    def _groups(self) -> dict[Tensor, dict[str, Any]]:
+        """The group of each parameter, see `_group_of`."""
+        return {}
+
+    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
+        group = self._groups.get(parameter)
+        if not any(known is group for known in self.param_groups):  # one was added, or a state was loaded
+            self._groups.update({p: group for group in self.param_groups for p in group["params"]})
+        return self._groups[parameter]
+
     def can_take(self, parameter: Tensor, weight: Weight) -> bool:
         """Whether the pass makes this weight's term in the step under way."""
-        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        group = self._group_of(parameter)
         if group["amsgrad"] or group["differentiable"] or group["foreach"] or group["fused"] is False:
             return False
-        if isinstance(parameter, DTensor) or parameter.device.type not in self.devices:
-            return False
         if any(isinstance(beta, Tensor) for beta in group["betas"]):
+            return False
+        if type(parameter) not in (Tensor, nn.Parameter) or parameter.device.type not in self.devices:
             return False
         assert parameter.grad is not None and weight.format is not None
         state = self.state.get(parameter, {})
         moments = [state.get(name, parameter) for name in ("exp_avg", "exp_avg_sq")]
-        dtypes = [t.dtype for t in (parameter, parameter.grad, *moments)]
-        mixed = dtypes == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
-        if not (mixed or (len(set(dtypes)) == 1 and parameter.dtype in _DTYPES)):
+        tensors = [parameter, parameter.grad, *moments]
+        if not all(t.layout == torch.strided and t.is_contiguous() for t in tensors):
             return False
-        dense = all(t.layout == torch.strided and t.is_contiguous() for t in (parameter.grad, *moments))
-        return dense and fits(parameter, weight.format, weight.axis)
+        return tuple(t.dtype for t in tensors) in _DTYPES and _fits(parameter, weight.format, weight.axis)
 
-    def _init_group(
-        self, group: dict[str, Any], params_with_grad: list[Tensor], *lists: list[Tensor]
-    ) -> bool:
-        """Updates the weights whose term was handed over, and leaves the rest in the lists for torch's own update."""
-        has_complex = super()._init_group(group, params_with_grad, *lists)
-        taken = [p in self.terms for p in params_with_grad]
+    # The one private method of torch's that is touched: its step asks it for what to update, group by group.
+    def _init_group(self, group: dict[str, Any], params: list[Tensor], *lists: list[Tensor]) -> bool:
+        """Updates the weights whose term was handed over; the lists get the rest, for torch's own update."""
+        has_complex = super()._init_group(group, params, *lists)
+        taken = [p in self.terms for p in params]
         kinds: dict[Any, list[Tensor]] = {}
-        for p in (p for p, mine in zip(params_with_grad, taken, strict=True) if mine):
+        for p in compress(params, taken):
             kinds.setdefault(self._kind(p), []).append(p)
         for alike in kinds.values():
             self._update(group, alike)
-        for one in (params_with_grad, *lists):
+        for one in (params, *lists):
             one[:] = [x for x, mine in zip(one, taken, strict=False) if not mine]
         return has_complex
 
@@ -92,6 +103,10 @@ class AdamW(torch.optim.AdamW):
     def _update(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
         """One launch of the pass, over weights of one kind."""
         states, terms = [self.state[p] for p in params], [self.terms.pop(p) for p in params]
+        from lotion_fx.kernels.adamw_smooth import (
+            adamw_smooth,
+        )  # here because it needs Triton, which not all systems have
+
         weight, found_inf = terms[0].weight, getattr(self, "found_inf", None)
         assert weight.format is not None
         steps = [state["step"] for state in states]
@@ -141,8 +156,18 @@ class AdamW(torch.optim.AdamW):
 
     def _amax_of(self, parameter: Tensor) -> Tensor:
         """The absmax of a weight, 0-d float32, from the last pass unless something else changed the weight since."""
-        known, contents = self._amax.get(parameter, (None, None))
-        return known if contents == _contents(parameter) else parameter.detach().abs().amax().float()
+        known = self._amax.get(parameter)
+        if known is not None and known[1] == _contents(parameter):
+            return known[0]
+        return parameter.detach().abs().amax().float()
+
+
+def _fits(weight: Tensor, fmt: Format, axis: int) -> bool:
+    """Whether the pass takes this weight in this format."""
+    block = fmt.block
+    if not isinstance(block, int) or block > 128 or block & (block - 1):
+        return False
+    return axis == weight.dim() - 1 and weight.shape[-1] % block == 0
 
 
 def _contents(parameter: Tensor) -> tuple[int, int]:
