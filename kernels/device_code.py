@@ -12,9 +12,9 @@ Values are float32, ``z = w / s`` in grid units, codes uint8; each function is e
     noise    draw(z, lo, hi, third)  mean  mean_slopes  variance  variance_slopes          (each gives a tuple)
     numbers  Q_MAX  TWO_LEVEL  HAS_THIRD (does the law use a third level?)
 
-``ts`` is the tensor's scale; laws with one level ignore it. The functions are bound through the kernel's globals, not as
-``tl.constexpr`` arguments, because those are what Inductor carries into the source it emits. `kernels.division` has the
-quotient ``w / s``, for Triton's ``/`` does not round as IEEE division does.
+``ts`` is the tensor's scale; laws with one level ignore it. The functions are bound through the kernel's globals, not
+as ``tl.constexpr`` arguments, because those are what Inductor carries into the source it emits. `kernels.division` has
+the quotient ``w / s``, for Triton's ``/`` does not round as IEEE division does.
 
 No bit of a code may depend on whether the compiler contracts ``a * b + c``: what decides a code holds no such sum.
 """

@@ -43,15 +43,25 @@ def test_random_operands(device: str, seed: int) -> None:
     assert torch.equal(divided(w[keep], s[keep], device), w[keep] / s[keep]), f"seed {seed}"
 
 
-def test_quotients_next_to_a_tie(device: str, seed: int) -> None:
-    """``w`` is the float nearest to ``s`` times a midpoint between two floats, or one of its neighbours."""
+def test_quotients_as_near_to_a_tie_as_there_are(device: str, seed: int) -> None:
+    """``w / s`` is a midpoint between two floats give or take ``1 / S``, with S the odd mantissa of ``s``.
+
+    Of a midpoint M (25 bits, odd) the product M S is a 24-bit mantissa shifted left, plus or minus 1, where M is the
+    inverse of plus or minus S modulo 2^25.
+    """
     g = torch.Generator().manual_seed(seed)
-    n = 2**18
-    s = mantissas(n, g)
-    s[: n // 2] = 2 - torch.randint(1, 5000, (n // 2,), generator=g).float() * 2.0**-23
-    middle = mantissas(n, g).double() + 2.0**-24
-    exact = (s.double() * middle).float()
-    for w in (exact, torch.nextafter(exact, torch.tensor(9.0)), torch.nextafter(exact, torch.tensor(-9.0))):
+    mantissa = 2**23 + 2 * torch.randint(0, 2**22, (2**18,), generator=g) + 1
+    inverse_mod = mantissa  # Newton's iteration: each step doubles the bits, the first has 3
+    for _ in range(4):
+        inverse_mod = inverse_mod * (2 - mantissa * inverse_mod) % 2**25
+    assert bool((mantissa * inverse_mod % 2**25 == 1).all())
+    for sign in (1, -1):
+        middle = sign * inverse_mod % 2**25
+        product = middle * mantissa - sign
+        shifted = product >> 25
+        keep = (middle >= 2**24) & (product % 2**25 == 0) & (shifted >= 2**23) & (shifted < 2**24)
+        assert keep.sum() > 1000
+        w, s = shifted[keep].float(), mantissa[keep].float()
         assert torch.equal(divided(w, s, device), w / s), f"seed {seed}"
 
 

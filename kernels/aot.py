@@ -1,0 +1,299 @@
+"""Kernels compiled for an architecture on a machine without one, and what their machine code shows.
+
+Triton's wheel brings NVIDIA's assemblers and disassembler, and these need no device. What is read from their output is
+evidence, not a measurement: registers, spills, memory, vector widths and instructions are those of the cubin that would
+run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import networkx as nx
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import ASTSource
+from triton.errors import TritonError
+
+from lotion_fx.kernels.targets import TARGETS
+from lotion_fx.kernels.work import Config, Work
+
+# Prefixes of the SASS names that tell how a kernel was lowered: matrix products, asynchronous and tensor-map copies,
+# matrix and tensor memory, conversions and transcendentals, atomics.
+SPECIAL = (
+    *("HMMA", "IMMA", "QMMA", "OMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA", "UTCCP"),
+    *("LDGSTS", "UTMALDG", "UTMASTG", "UBLKCP", "LDSM", "STSM", "LDTM", "STTM"),
+    *("F2FP", "F2F", "F2I", "I2F", "MUFU", "REDUX", "RED", "ATOM"),
+)
+_GLOBAL = ("LDG", "STG", "LDGSTS")
+_TENSOR_MAP = ("UTMALDG", "UTMASTG", "UBLKCP")
+_LOCAL = ("LDL", "STL")
+
+
+class Refused(RuntimeError):
+    """A kernel does not compile, or does not fit, for an architecture; the message says why."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the machine code of one kernel, config and architecture shows.
+
+    Args:
+        arch: compute capability, 80 for ``sm_80``.
+        warps: of one program.
+        registers: of one thread.
+        spills: bytes that a thread stores to and loads from local memory for want of registers (``ptxas -v``).
+        local: instructions that touch local memory (LDL, STL); more than zero also where an array was indexed.
+        shared: bytes of shared memory of one program.
+        tensor_memory: columns of tensor memory of one program.
+        resident: programs that a multiprocessor holds at a time.
+        occupancy: their share of the threads that it could hold.
+        vector128: share of instructions that move 128 bits or more a thread among those that load from or store to
+            global memory; copies by tensor map count as wide. 1 for a kernel without any.
+        opcodes: how often each SASS instruction stands in the code, by full name.
+        once: those of them that run once, by full name.
+        loop: those of the largest loop.
+    """
+
+    arch: int
+    warps: int
+    registers: int
+    spills: int
+    local: int
+    shared: int
+    tensor_memory: int
+    resident: int
+    occupancy: float
+    vector128: float
+    opcodes: Mapping[str, int]
+    once: Mapping[str, int]
+    loop: Mapping[str, int]
+
+    @property
+    def sass(self) -> int:
+        """Instructions in the code, without the padding."""
+        return sum(self.opcodes.values())
+
+    @property
+    def special(self) -> dict[str, int]:
+        """The instructions of `SPECIAL`, by full name."""
+        return {name: n for name, n in sorted(self.opcodes.items()) if base(name) in SPECIAL}
+
+    def lost(self, required: tuple[str, ...]) -> list[str]:
+        """Those prefixes of SASS names that no instruction has."""
+        return [prefix for prefix in required if not any(name.startswith(prefix) for name in self.opcodes)]
+
+
+def base(opcode: str) -> str:
+    """``LDG`` of ``LDG.E.128``."""
+    return opcode.split(".", 1)[0]
+
+
+def width(opcode: str) -> int:
+    """Bits that one thread moves by a load or store, ``LDG.E.128``; 32 where its name carries none."""
+    if base(opcode) in ("LDSM", "STSM"):  # ends in the number of registers, 1 of them unsaid
+        matrices = opcode.rsplit(".", 1)[-1]
+        return 32 * int(matrices) if matrices in ("2", "4") else 32
+    found = re.search(r"\.[US]?(8|16|64|128|256)(?:\.|$)", opcode)
+    return int(found[1]) if found else 32
+
+
+def audit(work: Work, config: Config, arch: int) -> Evidence:
+    """Compiles a kernel for an architecture and reads its machine code.
+
+    Args:
+        work: the kernel and its arguments.
+        config: tile sizes, warps and stages.
+        arch: a key of `TARGETS`.
+
+    Raises:
+        Refused: an instruction or type is missing, or a multiprocessor cannot hold one program. It names which.
+    """
+    constants = {**work.constants, **config.constants}
+    found = _audited(
+        work.fn,
+        tuple(work.signature.items()),
+        tuple(constants.items()),
+        work.aligned,
+        config.num_warps,
+        config.num_stages,
+        arch,
+    )
+    if isinstance(found, str):
+        raise Refused(f"{work.kernel} [{describe(config)}] for sm_{arch}: {found}")
+    return found
+
+
+def describe(config: Config) -> str:
+    """``ROWS=4 warps=8 stages=3``."""
+    sizes = " ".join(f"{name}={value}" for name, value in config.constants.items())
+    return f"{sizes} warps={config.num_warps} stages={config.num_stages}".strip()
+
+
+@cache
+def _audited(
+    fn: Any,
+    signature: tuple[tuple[str, str], ...],
+    constants: tuple[tuple[str, Any], ...],
+    aligned: tuple[str, ...],
+    warps: int,
+    stages: int,
+    arch: int,
+) -> Evidence | str:
+    """The evidence, or why there is none; shapes that differ in nothing here share one compilation."""
+    try:
+        kernel = _compiled(fn, dict(signature), dict(constants), aligned, warps, stages, arch)
+    except TritonError as error:
+        return _missing(str(error))
+    return _evidence(kernel, arch)
+
+
+def _compiled(
+    fn: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: tuple[str, ...],
+    warps: int,
+    stages: int,
+    arch: int,
+) -> Any:
+    names = fn.arg_names
+    types = {name: "constexpr" if name in constants else signature[name] for name in names}
+    sixteen = [i for i, name in enumerate(names) if types[name].startswith("*") or name in aligned]
+    source = ASTSource(
+        fn=fn,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in sixteen},
+    )
+    # On a ptxas error Triton prints the whole PTX.
+    with contextlib.redirect_stdout(io.StringIO()):
+        return triton.compile(
+            source,
+            target=GPUTarget("cuda", arch, 32),
+            # Said outright, as Triton warns that its default will change.
+            options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
+        )
+
+
+def _missing(message: str) -> str:
+    """The instruction or type that an error of Triton or ptxas complains about, else its last line."""
+    for pattern in (r"(?:Instruction|Feature|Modifier) '[^']+' not supported", r"type \w+ not supported"):
+        if found := re.search(pattern, message):
+            return found[0]
+    return message.strip().splitlines()[-1]
+
+
+def _evidence(kernel: Any, arch: int) -> Evidence | str:
+    target = TARGETS[arch]
+    registers, spills = _registers(kernel.asm["ptx"], arch)
+    # Warp specialization launches more warps than the config names.
+    threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
+    assert threads is not None, "Triton always states the size of a block"
+    warps = int(threads[1]) // 32
+    shared, tensor_memory = kernel.metadata.shared, kernel.metadata.tmem_size
+    resident = target.resident(warps, registers, shared, tensor_memory)
+    if not resident:
+        return (
+            f"a multiprocessor cannot hold one program of {warps} warps, {registers} registers, {shared} bytes of "
+            f"shared memory and {tensor_memory} columns of tensor memory"
+        )
+    code = _disassembled(kernel.asm["cubin"])
+    opcodes = Counter(opcode for _, opcode, _ in code if opcode != "NOP")
+    once, loop = _parts(code)
+    wide, moves = _widths(opcodes)
+    return Evidence(
+        arch=arch,
+        warps=warps,
+        registers=registers,
+        spills=spills,
+        local=sum(n for name, n in opcodes.items() if base(name) in _LOCAL),
+        shared=shared,
+        tensor_memory=tensor_memory,
+        resident=resident,
+        occupancy=resident * warps * 32 / target.threads,
+        vector128=wide / moves if moves else 1.0,
+        opcodes=opcodes,
+        once=once,
+        loop=loop,
+    )
+
+
+def _widths(opcodes: Mapping[str, int]) -> tuple[int, int]:
+    """How many instructions move 128 bits or more from or to global memory, and how many move any."""
+    maps = sum(n for name, n in opcodes.items() if base(name) in _TENSOR_MAP)
+    moves = {name: n for name, n in opcodes.items() if base(name) in _GLOBAL}
+    return maps + sum(n for name, n in moves.items() if width(name) >= 128), maps + sum(moves.values())
+
+
+def _registers(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers and bytes spilled, which only the assembler's log tells apart from other local memory."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        command = [get_ptxas(arch).path, "-v", "--regAllocOptLevel=2", f"-arch={sm_arch_from_capability(arch)}"]
+        command += [source.name, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    # A kernel that calls a function has a line of each kind for both.
+    registers, stored, loaded = (
+        max(map(int, re.findall(pattern, log)), default=0)
+        for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
+    )
+    return registers, stored + loaded
+
+
+Instruction = tuple[str, str, str]  # its address in hexadecimal, name, and operands; a guard belongs to the operands
+
+
+def _disassembled(cubin: bytes) -> list[Instruction]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        # The error stream holds notes on the format of the file alone.
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", text)
+    return [(address.lstrip("0") or "0", name, f"{guard}{rest}".strip()) for address, guard, name, rest in lines]
+
+
+def _parts(code: list[Instruction]) -> tuple[Counter[str], Counter[str]]:
+    """Instructions that run once, and those of the largest loop.
+
+    A loop is a strongly connected component of the flow graph, so that a wait which the assembler moved behind the end
+    counts in the loop that waits. Subroutines, which only the slow path of a division calls, count in neither; nor do
+    waits in a loop of their own.
+    """
+    flow = nx.DiGraph(_edges(code))
+    reached = nx.descendants(flow, 0) | {0}
+    cycles = [part for part in nx.strongly_connected_components(flow.subgraph(reached)) if len(part) > 1]
+    largest = max(cycles, key=len, default=set())
+    others = set().union(*cycles) - largest
+    once = Counter(code[i][1] for i in reached - largest - others)
+    loop = Counter(code[i][1] for i in largest)
+    del once["NOP"], loop["NOP"]
+    return once, loop
+
+
+def _edges(code: list[Instruction]) -> Iterator[tuple[int, int]]:
+    """From each instruction to those that may run next."""
+    at = {address: i for i, (address, _, _) in enumerate(code)}
+    for i, (_, name, operands) in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)$", operands) if base(name) == "BRA" else None
+        if target:
+            yield i, at[target[1].lstrip("0") or "0"]
+        # A branch may also be guarded by a uniform predicate among its operands.
+        ends = base(name) in ("EXIT", "RET", "BRX") and not operands.startswith("@")
+        always = target is not None and operands == target[0]
+        if not (ends or always) and i + 1 < len(code):
+            yield i, i + 1
