@@ -27,59 +27,45 @@ import triton.language as tl
 from torch import Tensor
 
 from lotion_fx import rounding
-from lotion_fx.formats import resolve
+from lotion_fx.formats import Format, resolve
 from lotion_fx.kernels.device_code import (
-    HAS_THIRD,
-    Q_MAX,
     TWO_LEVEL,
-    above,
-    below,
     block_scale,
     clamp,
     neighbours,
-    smallest_amax,
     specialized,
     template,
     tensor_scale,
     variance_slopes,
 )
 from lotion_fx.kernels.division import inverse, quotient
+from lotion_fx.kernels.smooth import at_amax, third_level
+from lotion_fx.kernels.tuning import choose
 from lotion_fx.kernels.work import Config, Work
-from lotion_fx.noise import RANDOMIZED, resolve_noise
+from lotion_fx.noise import resolve_noise
 
 # Columns of `factors`: what differs from weight to weight.
 FACTORS = ("of_moment", "of_square", "unscale", "keep", "step", "eps")
 
-CONFIGS = (
-    Config({"TILE": 2048}, num_warps=4),
-    Config({"TILE": 1024}, num_warps=4),
-    Config({"TILE": 4096}, num_warps=8),
-    Config({"TILE": 4096}, num_warps=4),
+CONFIGS = tuple(
+    Config({"TILE": tile}, num_warps=warps) for tile, warps in ((512, 2), (256, 1), (512, 1), (1024, 4), (2048, 4))
 )
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @template
-def term_slope(w, h, ts):
+def term_slope(w, h, inside, ts):
     """``d/dw sum_i h_i sigma_i^2`` of whole blocks, `rounding.variance_vjp`; w and h float32 [blocks, block]."""
-    magnitude = tl.abs(w)
-    amax = tl.max(magnitude, 1, keep_dims=True)
+    amax = tl.max(tl.abs(w), 1, keep_dims=True)
     s = block_scale(amax, ts)
-    if TWO_LEVEL:
-        s = s * ts
+    s = s * ts if TWO_LEVEL else s
     one_over_p, m, r, t = inverse(s)
     z = clamp(quotient(w, one_over_p, m, r, t))
     lo, hi = neighbours(z)
-    third = lo
-    if HAS_THIRD:
-        third = tl.where(z - lo < hi - z, below(lo), above(hi))
-    by_w, by_s = variance_slopes(z, lo, hi, third)
-    at_amax = magnitude == amax
-    by_scale = s * tl.sum(h * by_s, 1, keep_dims=True)
-    count = tl.sum(at_amax.to(tl.float32), 1, keep_dims=True)
-    share = tl.where(amax >= smallest_amax(ts), tl.div_rn(by_scale, Q_MAX * count), 0.0)
-    return by_w * s * h + tl.where(at_amax, tl.where(w < 0, -share, share), 0.0)
+    by_w, by_s = variance_slopes(z, lo, hi, third_level(z, lo, hi))
+    count = tl.sum((tl.abs(w) == amax).to(tl.float32), 1, keep_dims=True)
+    return h * by_w * s + at_amax(w, amax, inside, s * tl.sum(h * by_s, 1, keep_dims=True), count, ts)
 
 
 @template
@@ -114,11 +100,9 @@ def adamw_smooth_kernel(
     g = tl.load(g_at + start + i, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(m_at + start + i, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(v_at + start + i, mask=inside, other=0.0).to(tl.float32)
-    ts = 1.0
-    if TWO_LEVEL:
-        ts = tensor_scale(tl.load(amax + n))
+    ts = tensor_scale(tl.load(amax + n)) if TWO_LEVEL else 1.0
     h = tl.load(of) * v + tl.load(of + 1) * g * g
-    g = tl.load(of + 2) * (g + term_slope(w, h, ts))
+    g = tl.load(of + 2) * (g + term_slope(w, h, inside, ts))
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g
     down = tl.div_rn(tl.load(of + 4) * m, tl.sqrt_rn(v) + tl.load(of + 5))
@@ -161,8 +145,11 @@ def adamw_smooth(
     Returns:
         The absmax of each updated weight, float32 [n]; empty unless the format is two-level.
     """
-    run = reference if params[0].device.type == "cpu" else launch
-    return run(params, grads, exp_avgs, exp_avg_sqs, factors, amax, found_inf, fmt, noise, beta1, beta2)
+    arguments = (params, grads, exp_avgs, exp_avg_sqs, factors, amax, found_inf, fmt, noise, beta1, beta2)
+    if params[0].device.type == "cpu":
+        return reference(*arguments)
+    major, minor = torch.cuda.get_device_capability(params[0].device)
+    return launch(*arguments, choose("adamw_smooth", "", 10 * major + minor))
 
 
 def reference(
@@ -249,3 +236,59 @@ def _owners(programs: tuple[int, ...], device: torch.device) -> Tensor:
     """The weight of each program: the same from step to step."""
     owner = torch.arange(len(programs), dtype=torch.int32)
     return owner.repeat_interleave(torch.tensor(programs)).to(device)
+
+
+# --------------------------------------------------------------------------------------------------- without a device
+
+# Layers, and the matrices of one.
+_MODELS = {
+    "150M": (12, [(768, 768)] * 4 + [(3072, 768), (768, 3072)]),
+    "8B": (32, [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]),
+    "70B": (80, [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28672, 8192)] * 2 + [(8192, 28672)]),
+}
+
+
+def works(arch: int) -> list[Work]:
+    """What the kernel does in a step of all layers of a 150M, an 8B and a 70B model, whichever the architecture."""
+    return [
+        _work(model, name, dtype)
+        for model in _MODELS
+        for name, dtype in (("nvfp4", "fp32"), ("mxfp4", "fp32"), ("int4", "fp32"), ("nvfp4", "bf16"))
+    ]
+
+
+def _work(model: str, name: str, dtype: str) -> Work:
+    layers, shapes = _MODELS[model]
+    fmt, elements = resolve(name), [rows * cols for rows, cols in shapes]
+    size, wide = {"fp32": (4, tl.float32), "bf16": (2, tl.bfloat16)}[dtype]
+
+    def programs(config: Config) -> int:
+        return layers * sum(triton.cdiv(n, config.constants["TILE"]) for n in elements)
+
+    return Work(
+        kernel="adamw_smooth",
+        shape=f"{model} {dtype} {name}",
+        fn=specialized(adamw_smooth_kernel, fmt),
+        signature={
+            **{"table": "*i64", "factors": "*fp32", "owner": "*i32", "amax": "*fp32", "amax_after": "*i32"},
+            **dict.fromkeys(("beta1", "rest1", "beta2", "rest2"), "fp32"),
+        },
+        constants={"WEIGHT": wide, "MOMENT": wide, "ALIGNMENT": 16, "BLOCK": fmt.block},
+        configs=CONFIGS,
+        programs=programs,
+        bytes=lambda config: traffic(layers * sum(elements), programs(config), size, size, fmt),
+        minimum_bytes=traffic(layers * sum(elements), layers * len(shapes), size, size, fmt),
+    )
+
+
+def traffic(elements: int, programs: int, size: int, moment_size: int, fmt: Format) -> int:
+    """Bytes that the kernel's loads and stores move.
+
+    Args:
+        elements: of all weights.
+        programs: of a launch.
+        size, moment_size: bytes of an element of w and g, and of m and v.
+        fmt: a two-level one reads and updates an absmax in each program.
+    """
+    tables = 4 + 6 * 8 + len(FACTORS) * 4 + (3 * 4 if fmt.law.two_level else 0)
+    return elements * (3 * size + 4 * moment_size) + programs * tables
