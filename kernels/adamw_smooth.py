@@ -17,6 +17,7 @@ Source: Loshchilov and Hutter 2019, arXiv 1711.05101 (AdamW); LOTION, arXiv 2510
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -47,9 +48,7 @@ from lotion_fx.noise import resolve_noise
 # Columns of `factors`: what differs from weight to weight.
 FACTORS = ("of_moment", "of_square", "unscale", "keep", "step", "eps")
 
-CONFIGS = tuple(
-    Config({"TILE": tile}, num_warps=warps) for tile, warps in ((512, 2), (256, 1), (512, 1), (1024, 4), (2048, 4))
-)
+CONFIGS = tuple(Config({"TILE": tile}, num_warps=warps) for tile, warps in ((512, 2), (256, 1), (512, 1), (1024, 4)))
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -61,8 +60,9 @@ def term_slope(w, h, inside, ts):
     s = block_scale(amax, ts)
     s = s * ts if TWO_LEVEL else s
     one_over_p, m, r, t = inverse(s)
-    z = clamp(quotient(w, one_over_p, m, r, t))
+    z = quotient(w, one_over_p, m, r, t)
     lo, hi = neighbours(z)
+    z = clamp(z)  # as `neighbours` begins, which makes one operation of the two
     by_w, by_s = variance_slopes(z, lo, hi, third_level(z, lo, hi))
     count = tl.sum((tl.abs(w) == amax).to(tl.float32), 1, keep_dims=True)
     return h * by_w * s + at_amax(w, amax, inside, s * tl.sum(h * by_s, 1, keep_dims=True), count, ts)
@@ -207,8 +207,6 @@ def launch(
     table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
     if found_inf is not None:
         table[:, 4] *= found_inf == 0  # no elements, so nothing is written
-    element = max(params[0].element_size(), exp_avgs[0].element_size())
-    aligned = all(address % 16 == 0 for row in rows for address in row[:4])
     after = torch.zeros(amax.shape, dtype=torch.int32, device=device)
     specialized(adamw_smooth_kernel, form, resolve_noise(noise))[(sum(programs),)](
         table,
@@ -222,7 +220,7 @@ def launch(
         1 - beta2,
         WEIGHT=_TRITON[params[0].dtype],
         MOMENT=_TRITON[exp_avgs[0].dtype],
-        ALIGNMENT=16 if aligned else element,
+        ALIGNMENT=math.gcd(16, *(address for row in rows for address in row[:4])),
         BLOCK=form.block,
         TILE=tile,
         num_warps=config.num_warps,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from lotion_fx import rounding
 from lotion_fx.formats import Format, codebook, register_format, resolve
 from lotion_fx.kernels import adamw_smooth as kernel
 from lotion_fx.kernels.adamw_smooth import launch, reference, traffic
+from lotion_fx.kernels.device_code import specialized
 from lotion_fx.kernels.work import Config
 from lotion_fx.noise import D, register_noise, resolve_noise
 from tests.gpu_less.interpreter import INTERPRETING, counted_traffic
@@ -157,9 +161,23 @@ def test_tiles_of_any_size(tile: int, device: str, seed: int) -> None:
     check(Case(resolve("nvfp4"), device, seed, shapes=((5, 80), (1, 16), (11, 48))), Config({"TILE": tile}))
 
 
-@pytest.mark.parametrize("offset", [1, 2])
-def test_memory_that_is_not_aligned(offset: int, device: str, seed: int) -> None:
-    check(Case(resolve("int4/8"), device, seed, offset=offset))
+@pytest.mark.parametrize(("offset", "bytes"), [(0, 16), (1, 2), (2, 4), (4, 8)])
+def test_alignment(offset: int, bytes: int, device: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is told what all addresses are multiples of: more would fault on a GPU, less would load narrowly."""
+    told = []
+
+    class Spy:
+        def __init__(self, *args: Any) -> None:
+            self.kernel = specialized(*args)
+
+        def __getitem__(self, grid: Any) -> Callable[..., Any]:
+            return lambda *args, **options: [told.append(options["ALIGNMENT"]), self.kernel[grid](*args, **options)]
+
+    monkeypatch.setattr(kernel, "specialized", Spy)
+    case = Case(resolve("int4/8"), device, seed, offset=offset, moment=torch.bfloat16)
+    launch(*case.arguments(), LARGE)
+    case.check_guards()
+    assert told == [bytes]
 
 
 MIXED = [
