@@ -90,6 +90,19 @@ class Evidence:
         """The instructions of `SPECIAL`, by full name."""
         return {name: n for name, n in sorted(self.opcodes.items()) if base(name) in SPECIAL}
 
+    def summary(self) -> dict[str, Any]:
+        """What tables and baselines record."""
+        return {
+            "registers": self.registers,
+            "spills": self.spills,
+            "shared": self.shared,
+            "tensor_memory": self.tensor_memory,
+            "occupancy": round(self.occupancy, 3),
+            "vector128": round(self.vector128, 3),
+            "sass": self.sass,
+            "instructions": self.special,
+        }
+
     def lost(self, required: tuple[str, ...]) -> list[str]:
         """Those prefixes of SASS names that no instruction has."""
         return [prefix for prefix in required if not any(name.startswith(prefix) for name in self.opcodes)]
@@ -197,7 +210,7 @@ def _missing(message: str) -> str:
 
 def _evidence(kernel: Any, arch: int) -> Evidence | str:
     target = TARGETS[arch]
-    registers, spills = _registers(kernel.asm["ptx"], arch)
+    registers, code = _disassembled(kernel.asm["cubin"])
     # Warp specialization launches more warps than the config names.
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
     assert threads is not None, "Triton always states the size of a block"
@@ -209,16 +222,17 @@ def _evidence(kernel: Any, arch: int) -> Evidence | str:
             f"a multiprocessor cannot hold one program of {warps} warps, {registers} registers, {shared} bytes of "
             f"shared memory and {tensor_memory} columns of tensor memory"
         )
-    code = _disassembled(kernel.asm["cubin"])
     opcodes = Counter(opcode for _, opcode, _ in code if opcode != "NOP")
+    local = sum(n for name, n in opcodes.items() if base(name) in _LOCAL)
     once, loop = _parts(code)
     wide, moves = _widths(opcodes)
     return Evidence(
         arch=arch,
         warps=warps,
         registers=registers,
-        spills=spills,
-        local=sum(n for name, n in opcodes.items() if base(name) in _LOCAL),
+        # Spills touch local memory.
+        spills=_spills(kernel.asm["ptx"], arch) if local else 0,
+        local=local,
         shared=shared,
         tensor_memory=tensor_memory,
         resident=resident,
@@ -237,34 +251,31 @@ def _widths(opcodes: Mapping[str, int]) -> tuple[int, int]:
     return maps + sum(n for name, n in moves.items() if width(name) >= 128), maps + sum(moves.values())
 
 
-def _registers(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers and bytes spilled, which only the assembler's log tells apart from other local memory."""
+def _spills(ptx: str, arch: int) -> int:
+    """Bytes that a thread stores to and loads from local memory for want of registers, by the assembler's log."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
         source.flush()
         command = [get_ptxas(arch).path, "-v", "--regAllocOptLevel=2", f"-arch={sm_arch_from_capability(arch)}"]
         command += [source.name, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    # A kernel that calls a function has a line of each kind for both.
-    registers, stored, loaded = (
-        max(map(int, re.findall(pattern, log)), default=0)
-        for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
-    )
-    return registers, stored + loaded
+    return sum(map(int, re.findall(r"(\d+) bytes spill", log)))
 
 
 Instruction = tuple[str, str, str]  # its address in hexadecimal, name, and operands; a guard belongs to the operands
 
 
-def _disassembled(cubin: bytes) -> list[Instruction]:
+def _disassembled(cubin: bytes) -> tuple[int, list[Instruction]]:
+    """Registers of a thread, and the code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         # The error stream holds notes on the format of the file alone.
-        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = max(map(int, re.findall(r"REG:(\d+)", text)))
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", text)
-    return [(address.lstrip("0") or "0", name, f"{guard}{rest}".strip()) for address, guard, name, rest in lines]
+    return registers, [(at.lstrip("0") or "0", name, f"{guard}{rest}".strip()) for at, guard, name, rest in lines]
 
 
 def _parts(code: list[Instruction]) -> tuple[Counter[str], Counter[str]]:
@@ -277,7 +288,7 @@ def _parts(code: list[Instruction]) -> tuple[Counter[str], Counter[str]]:
     flow = nx.DiGraph(_edges(code))
     reached = nx.descendants(flow, 0) | {0}
     cycles = [part for part in nx.strongly_connected_components(flow.subgraph(reached)) if len(part) > 1]
-    largest = max(cycles, key=len, default=set())
+    largest: set[int] = max(cycles, key=len, default=set())
     others = set().union(*cycles) - largest
     once = Counter(code[i][1] for i in reached - largest - others)
     loop = Counter(code[i][1] for i in largest)

@@ -1,7 +1,7 @@
 """A predicted time for a compiled kernel, to choose among its configs. A prediction, never a measurement.
 
 The grid of ``P`` programs runs in waves of up to ``M R``: ``M`` multiprocessors that hold ``R`` programs each. In a
-wave of ``n`` programs the busiest multiprocessor has ``k = ceil(n / M)``, and these resources are each busy for
+wave of ``n`` programs the busiest multiprocessor has ``k = ceil(n / M)``, and these resources are busy for
 
     memory   n / P * minimum_bytes / min(0.9 bandwidth, n * in flight / 1 us)
     cache    n / P * bytes / (M * 47 B a clock)
@@ -10,8 +10,9 @@ wave of ``n`` programs the busiest multiprocessor has ``k = ceil(n / M)``, and t
     fp32, int32, special, shared: k * warps * instructions of that pipe * 32 / lanes / clock
 
 where a program's instructions are those that run once plus the loop's times its iterations, and 'in flight' are the
-bytes of its loads that wait together: all those outside a loop, or those of ``stages - 1`` iterations. The wave takes
-the longest of these, plus the rest of them divided by what overlaps, ``k`` programs times the stages of a loop:
+bytes of its loads that wait together: all those outside a loop, or those of ``stages - 1`` iterations. A program moves
+data, then computes: of data (memory, cache), products (tensor) and instructions (the rest), each the longest of its
+resources, the wave takes the longest, plus the others divided by what overlaps, ``k`` programs times a loop's stages:
 
     T(n) = max + (sum - max) / (k * stages),         time = 2 us + floor(P / M R) T(M R) + T(P mod M R)
 
@@ -80,9 +81,11 @@ def predict(work: Work, config: Config, evidence: Evidence, target: Target) -> P
         if times and n:
             busy = _busy(work, config, evidence, target, n)
             overlap = -(-n // target.multiprocessors) * (config.num_stages if evidence.loop else 1)
-            longest = max(busy, key=lambda name: busy[name])
-            us += times * (busy[longest] + (sum(busy.values()) - busy[longest]) / overlap)
-            bound_by = longest if bound_by == "launch" else bound_by
+            one_after_another = [max(times_of.values()) for times_of in busy]
+            longest = max(one_after_another)
+            us += times * (longest + (sum(one_after_another) - longest) / overlap)
+            if bound_by == "launch":
+                bound_by = next(name for part in busy for name, time in part.items() if time == longest)
     return Prediction(us, bound_by, roofline(work, target) / us)
 
 
@@ -97,19 +100,18 @@ def _tensor(work: Work, target: Target) -> float:
     return sum(flops / rates.get(kind, rates["bf16"]) / 1e6 for kind, flops in work.tensor_flops.items())
 
 
-def _busy(work: Work, config: Config, evidence: Evidence, target: Target, n: int) -> dict[str, float]:
-    """Microseconds for which ``n`` programs that run together keep each resource busy."""
+def _busy(work: Work, config: Config, evidence: Evidence, target: Target, n: int) -> tuple[dict[str, float], ...]:
+    """Microseconds for which ``n`` programs keep each resource busy: those of data, of products, of instructions."""
     programs = work.programs(config)
     k = -(-n // target.multiprocessors)
     memory, waiting = _memory(evidence, config, target, n)
-    busy = {
+    data = {
         waiting: n / programs * work.minimum_bytes / memory,
         "cache": n / programs * work.bytes(config) / (target.multiprocessors * CACHE * target.clock * 1e3),
-        "tensor": k / programs * target.multiprocessors * _tensor(work, target),
     }
-    for pipe, cycles in _cycles(executed(evidence, work.iterations(config)), target).items():
-        busy[pipe] = k * evidence.warps * cycles / target.clock / 1e3
-    return busy
+    products = {"tensor": k / programs * target.multiprocessors * _tensor(work, target)}
+    cycles = _cycles(executed(evidence, work.iterations(config)), target)
+    return data, products, {pipe: k * evidence.warps * each / target.clock / 1e3 for pipe, each in cycles.items()}
 
 
 def _memory(evidence: Evidence, config: Config, target: Target, n: int) -> tuple[float, str]:

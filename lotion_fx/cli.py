@@ -25,6 +25,7 @@ def build() -> typer.Typer:
     import typer
 
     from lotion_fx.examples import landscape, linear_regression, quickstart, two_layer
+    from lotion_fx.kernels import table
 
     app = typer.Typer(
         help="Quantization-aware training by LOTION.",
@@ -37,4 +38,5 @@ def build() -> typer.Typer:
     app.command("linear-regression")(linear_regression.main)
     app.command("two-layer")(two_layer.main)
     app.command("landscape")(landscape.main)
+    app.command("kernels")(table.main)
     return app
