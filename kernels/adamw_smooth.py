@@ -40,7 +40,7 @@ from lotion_fx.kernels.device_code import (
     variance_slopes,
 )
 from lotion_fx.kernels.division import inverse, quotient
-from lotion_fx.kernels.smooth import at_amax, third_level
+from lotion_fx.kernels.smooth import arch_of, at_amax, third_level
 from lotion_fx.kernels.tuning import choose
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.noise import resolve_noise
@@ -148,8 +148,8 @@ def adamw_smooth(
     arguments = (params, grads, exp_avgs, exp_avg_sqs, factors, amax, found_inf, fmt, noise, beta1, beta2)
     if params[0].device.type == "cpu":
         return reference(*arguments)
-    major, minor = torch.cuda.get_device_capability(params[0].device)
-    return launch(*arguments, choose("adamw_smooth", "", 10 * major + minor))
+    with torch.cuda.device(params[0].device):
+        return launch(*arguments, choose("adamw_smooth", "", arch_of(params[0].device)))
 
 
 def reference(

@@ -383,3 +383,43 @@ def test_torch_still_asks_init_group_for_what_to_update():
     optimizer._init_group(optimizer.param_groups[0], *lists)
     assert [len(one) for one in lists] == [1, 1, 1, 1, 0, 1]
     assert "_init_group" in torch.optim.Adam.step.__wrapped__.__code__.co_names
+
+
+def test_a_subclass_of_parameter_is_not_taken(on_cpu):
+    class Own(nn.Parameter):
+        pass
+
+    model, _ = make(lotion_fx.optim.AdamW)
+    for cls in (nn.Parameter, Own):
+        weight = cls(torch.zeros(2, 8))
+        weight.grad = torch.zeros(2, 8)
+        optimizer = lotion_fx.optim.AdamW([weight])
+        assert optimizer.can_take(weight, registry[model.head.weight]) is (cls is nn.Parameter)
+
+
+def test_curvature_of_another_optimizer_s_steps_goes_on(on_cpu):
+    """As under torch's: its average holds what SGD's steps saw, and the second moment takes over in the step after."""
+    runs = []
+    for cls in (torch.optim.AdamW, lotion_fx.optim.AdamW):
+        model, optimizer = make(cls)
+        plain(model, torch.optim.SGD(model.parameters(), lr=1e-2), 0)
+        for step in range(1, 4):
+            plain(model, optimizer, step)
+        runs.append((model, optimizer))
+    assert_same(*runs)
+    assert len(on_cpu) == 2
+
+
+def test_a_loaded_group_decides(on_cpu):
+    model, optimizer = make(lotion_fx.optim.AdamW)
+    weight = model.head.weight
+    weight.grad = torch.zeros_like(weight)
+    assert optimizer.can_take(weight, registry[weight])
+    state = optimizer.state_dict()
+    state["param_groups"][0]["foreach"] = True
+    optimizer.load_state_dict(state)
+    assert not optimizer.can_take(weight, registry[weight])
+    late = nn.Parameter(torch.zeros(2, 8))
+    late.grad = torch.zeros_like(late)
+    optimizer.add_param_group({"params": [late], "foreach": None})
+    assert optimizer.can_take(late, registry[weight])
