@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -60,7 +60,7 @@ class Evidence:
         resident: programs that a multiprocessor holds at a time.
         occupancy: their share of the threads that it could hold.
         vector128: share of instructions that move 128 bits or more a thread among those that load from or store to
-            global memory; copies by tensor map count as wide. 1 for a kernel without any.
+            global memory, a loop's as often as it runs; copies by tensor map count as wide. 1 for a kernel without any.
         opcodes: how often each SASS instruction stands in the code, by full name.
         once: those of them that run once, by full name.
         loop: those of the largest loop.
@@ -145,7 +145,7 @@ def audit(work: Work, config: Config, arch: int) -> Evidence:
     )
     if isinstance(found, str):
         raise Refused(f"{work.kernel} [{describe(config)}] for sm_{arch}: {found}")
-    return found
+    return replace(found, vector128=_wide_share(found, max(1, work.iterations(config))))
 
 
 def describe(config: Config) -> str:
@@ -225,7 +225,6 @@ def _evidence(kernel: Any, arch: int) -> Evidence | str:
     opcodes = Counter(opcode for _, opcode, _ in code if opcode != "NOP")
     local = sum(n for name, n in opcodes.items() if base(name) in _LOCAL)
     once, loop = _parts(code)
-    wide, moves = _widths(opcodes)
     return Evidence(
         arch=arch,
         warps=warps,
@@ -237,11 +236,18 @@ def _evidence(kernel: Any, arch: int) -> Evidence | str:
         tensor_memory=tensor_memory,
         resident=resident,
         occupancy=resident * warps * 32 / target.threads,
-        vector128=wide / moves if moves else 1.0,
+        vector128=1.0,  # `audit` knows how often the loop runs
         opcodes=opcodes,
         once=once,
         loop=loop,
     )
+
+
+def _wide_share(evidence: Evidence, iterations: int) -> float:
+    """`Evidence.vector128`, the loop's instructions counted as often as the loop runs."""
+    (once_wide, once), (loop_wide, loop) = _widths(evidence.once), _widths(evidence.loop)
+    moves = once + iterations * loop
+    return (once_wide + iterations * loop_wide) / moves if moves else 1.0
 
 
 def _widths(opcodes: Mapping[str, int]) -> tuple[int, int]:
