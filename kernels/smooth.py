@@ -30,7 +30,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from lotion_fx import rounding
 from lotion_fx.formats import Format, resolve
 from lotion_fx.kernels.device_code import (
     HAS_THIRD,
@@ -159,7 +158,7 @@ def curvature(h_ptr, cols_ptr, offset, exists, first, count, rows, cols, BLOCK: 
 def at_amax(w, amax, exists, total, count, ts):
     """``total``, the derivative by each block's scale, moved to its ``count`` absmax elements: ``total ds/dw``."""
     follows = amax >= smallest_amax(ts)
-    share = tl.where(follows, tl.div_rn(total, Q_MAX * count), 0.0)
+    share = tl.where(follows, tl.div_rn(total, count * Q_MAX), 0.0)
     return tl.where(exists & (tl.abs(w) == amax), tl.where(w < 0, -share, share), 0.0)
 
 
