@@ -123,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.exit(1, "no CUDA device here; --device cpu --quick runs the plumbing, `lotion-fx kernels` predicts times\n")
+        parser.exit(1, "no CUDA device; --device cpu --quick runs the plumbing, `lotion-fx kernels` predicts times\n")
     bandwidth = None
     if device.type == "cuda":
         from lotion_fx.kernels.targets import target_of

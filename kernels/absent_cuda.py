@@ -150,7 +150,9 @@ def absent_cuda(arch: int) -> Iterator[None]:
         for each in MOCKS:
             owner, replacement = resolve(each.owner), each.make(arch)
             bound = isinstance(owner, type) and callable(replacement) and each.kind != "method"
-            stack.enter_context(mock.patch.object(owner, each.name, staticmethod(replacement) if bound else replacement))
+            stack.enter_context(
+                mock.patch.object(owner, each.name, staticmethod(replacement) if bound else replacement)
+            )
         _forget()
         yield
 

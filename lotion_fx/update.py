@@ -67,10 +67,9 @@ class Spec:
         key = (source, weight.format, weight.axis, smoothing.noise, layout, span, smoothing.decay, tensors)
         if weight.spec is None or weight.spec[0] != key:
             assert weight.format is not None
-            arch, (held, grad) = lower.arch_of(args[0].device), args[:2]
-            kernel = arch is not None and grad.is_contiguous()
-            kernel = kernel and lower.prefers_kernel("term", held, weight.format, weight.axis, arch)
-            spec = Spec(*key, kernel)
+            fmt, axis, arch, (held, grad) = weight.format, weight.axis, lower.arch_of(args[0].device), args[:2]
+            kernel = arch is not None and grad.is_contiguous() and lower.prefers_kernel("term", held, fmt, axis, arch)
+            spec = Spec(source, fmt, axis, smoothing.noise, layout, span, smoothing.decay, tensors, kernel)
             weight.spec = key, _specs.setdefault(key, spec)
         return weight.spec[1]
 
@@ -144,6 +143,7 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
         _add_by_kernel(spec, weight, grad, h, moved, 0.5 * gain, amax)
         return
     h = dense(moved, layout, spec.span) if moved is not None else h
+    assert h is not None
     term = rounding.variance_vjp(weight, h.view(weight.shape), spec.fmt, spec.axis, law=spec.noise, amax_tensor=amax)
     grad.add_((0.5 * gain * term).to(grad.dtype))
 

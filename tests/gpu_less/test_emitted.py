@@ -1,7 +1,5 @@
 """The source that Inductor emits for a device that is not there holds the kernels that it should."""
 
-
-
 import pytest
 import torch
 import triton
