@@ -154,7 +154,7 @@ def launch(
     (positions, outputs), inputs = g.shape, x.shape[1]
     precision, squares = precisions(g.dtype)
     row = shape_class(outputs, inputs, g.dtype, precision)
-    kernel, tile = curvature_kernel, {}
+    kernel, tile = curvature_kernel, dict[str, Any]()
     if config is None:
         kernel, tile = launchable(
             kernel, f"curvature/{kind}", row, arch, CONFIGS[row], key=("positions", "outputs", "inputs")

@@ -558,16 +558,16 @@ def smooth(
     """
     format, law = resolve(fmt), resolve_noise(noise)
     if w.device.type == "cpu":
-        known = {"law": law, "amax_tensor": amax} if format.block != "channel" else {"law": law}
+        whole = amax if format.block != "channel" else None
         results = []
         if rtn:
-            results.append(rounding.rtn(w, format, axis, amax_tensor=known.get("amax_tensor")))
+            results.append(rounding.rtn(w, format, axis, amax_tensor=whole))
         if rr:
             assert seed is not None
             uniform = philox(seed, w.numel()).reshape(w.shape)
-            results.append(rounding.rr(w, format, axis, uniform=uniform, **known))
+            results.append(rounding.rr(w, format, axis, law=law, uniform=uniform, amax_tensor=whole))
         if variance:
-            results.append(rounding.variance(w, format, axis, **known))
+            results.append(rounding.variance(w, format, axis, law=law, amax_tensor=whole))
         return results
     w = w.contiguous()
     out = Outputs(

@@ -446,8 +446,8 @@ def _work(
 ) -> Work:
     """One shape N, O, I, all operands of one dtype; variances are read where there is no format."""
     (positions, outputs, inputs), name, size = shape, _TYPES[dtype], dtype.itemsize
-    scalars = ("positions", "outputs", "inputs", "x_stride", "u_stride", "w_stride")
-    constants = {"RANDOM": random, "BIAS": bias, "PRECISION": "ieee"}
+    scalars: tuple[str, ...] = ("positions", "outputs", "inputs", "x_stride", "u_stride", "w_stride")
+    constants: dict[str, Any] = {"RANDOM": random, "BIAS": bias, "PRECISION": "ieee"}
     constants["SQUARES"] = "tf32" if dtype == torch.float16 else "ieee"
     which, fn, of_weight, variance_size, amax = "given", variance_given_kernel, "variances", size, "none"
     of_weight_type = f"*{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
