@@ -41,6 +41,7 @@ from torch.utils._pytree import tree_leaves
 from lotion_fx.formats import registered
 from lotion_fx.noise import registered_noises
 from lotion_fx.passes.curvature import resolve_curvature
+from lotion_fx.passes.lower import arch_of, lower
 from lotion_fx.passes.moments import Certificate, Streamed, stream
 from lotion_fx.passes.smooth import Plan, attach, insert_variances, smooth, variance
 from lotion_fx.passes.usage import Use, weight_uses
@@ -332,6 +333,10 @@ class Variants:
         variances = streamed.variances if streamed else {}
         if variances:
             insert_variances(gm, variances, plans)
+        if plans:
+            arch = arch_of(self.inputs[next(iter(plans))].device)
+            if arch is not None:
+                lower(gm, arch)
         for node in gm.graph.nodes:
             if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
                 node._dynamo_source = None
