@@ -11,9 +11,9 @@ wave of ``n`` programs the busiest multiprocessor has ``k = ceil(n / M)``, and t
 
 where a program's instructions are those that run once plus the loop's times its iterations, and 'in flight' are the
 bytes of its loads that wait together: all those outside a loop, or those of the ``stages - 1`` iterations by which
-asynchronous copies run ahead; ``stages`` is 1 without such copies, and one iteration's loads wait. A program moves data,
-then computes: of data (memory, cache), products (tensor) and instructions (the rest), each the longest of its resources,
-the wave takes the longest, plus the others divided by what overlaps, ``k`` programs times a loop's stages:
+asynchronous copies run ahead; ``stages`` is 1 without such copies, and one iteration's loads wait. A program moves
+data, then computes: of data (memory, cache), products (tensor) and instructions (the rest), each the longest of its
+resources, the wave takes the longest, plus the others divided by what overlaps, ``k`` programs times ``stages``:
 
     T(n) = max + (sum - max) / (k * stages),         time = 2 us + floor(P / M R) T(M R) + T(P mod M R)
 
