@@ -142,6 +142,7 @@ def packed_linear_kernel(
     K,
     code_width,
     scale_width,
+    span,  # of K that one program adds up
     LEVEL_BITS: tl.constexpr,
     LEVEL_MANTISSA: tl.constexpr,
     LEVEL_EXPONENT: tl.constexpr,
@@ -166,7 +167,8 @@ def packed_linear_kernel(
     code_rows = codes + n.to(tl.int64)[:, None] * code_width
     scale_rows = scales + n.to(tl.int64) * scale_width
     total = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, K, BK):
+    first = tl.program_id(1) * span
+    for start in range(first, tl.minimum(first + span, K), BK):
         k = start + tl.arange(0, BK)
         # Bounded by the row's width rather than by K: a multiple of 16 stays one, which makes the loads wide. What is
         # decoded past K is finite and meets a zero.
@@ -210,7 +212,8 @@ def packed_linear_kernel(
         total *= tl.load(row_scales + m, mask=in_m, other=0.0)[:, None]
     if bias is not None:
         total += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None]
-    tl.store(y + m.to(tl.int64)[:, None] * N + n[None], total.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None])
+    row = tl.program_id(1) * M + m.to(tl.int64)
+    tl.store(y + row[:, None] * N + n[None], total.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None])
 
 
 # --------------------------------------------------------------------------------------------------- a format's numbers
@@ -351,32 +354,50 @@ def launch(
         config: the tile; the tuning table's choice if None.
     """
     (rows, features), outputs = x.shape, codes.shape[0]
-    y = x.new_empty((rows, outputs), dtype=dtype)
+    dtype, span = dtype or x.dtype, span_of(rows, outputs, features)
+    parts = triton.cdiv(features, span)
+    y = x.new_empty((parts, rows, outputs), dtype=dtype if parts == 1 else torch.float32)
     if y.numel() == 0:
-        return y
+        return y.new_empty((rows, outputs), dtype=dtype)
     where = constants(fmt, x.dtype)
     arch = target_of(x.device).arch if x.is_cuda else min(TARGETS)
     kernel, chosen = packed_linear_kernel, options(config or candidates(where, rows, arch)[0])
     if config is None:
         names, tried = classified(where, rows), candidates(where, rows, arch)
         kernel, chosen = launchable(kernel, *names, arch, tried, key=("M", "N", "K"))
-    wrap_triton(kernel)[lambda meta: (tiles(rows, outputs, meta),)](
+    wrap_triton(kernel)[lambda meta: (tiles(rows, outputs, meta), parts)](
         x.contiguous(),
         codes,
         scales,
         tensor_scale,
         row_scales,
-        bias,
+        bias if parts == 1 else None,
         y,
         rows,
         outputs,
         features,
         codes.shape[1],
         0 if fmt.block == "tensor" else scales.shape[1],
+        span,
         **where,
         **chosen,
     )
-    return y
+    if parts == 1:
+        return y[0]
+    total = y.sum(0)
+    return (total if bias is None else total + bias).to(dtype)
+
+
+def span_of(rows: int, outputs: int, features: int) -> int:
+    """How much of K one program adds up: all of it, but for a few rows and so few outputs that devices would idle.
+
+    Then K is split until there are 512 programs or its parts are down to 1024; their sums are added after the kernel.
+    """
+    split = min(512 // triton.cdiv(outputs, 32), features // 1024) if rows <= FEW else 1
+    return triton.cdiv(triton.cdiv(features, max(split, 1)), _SPAN) * _SPAN
+
+
+_SPAN = 1024  # a multiple of what any tile and block takes of K
 
 
 def tiles(rows: int, outputs: int, constants: Mapping[str, Any]) -> int:
@@ -463,13 +484,16 @@ def work(
     absent = {"bias": None, **({} if fmt.law.two_level else {"tensor_scale": None})}
     absent |= {} if row_scales else {"row_scales": None}
     from_shared = arch in FROM_SHARED and rows > FEW
+    span = span_of(rows, outputs, features)
+    parts = triton.cdiv(features, span)
 
     def moved(config: Config) -> int:
         across, down = triton.cdiv(outputs, config.constants["BN"]), triton.cdiv(rows, config.constants["BM"])
-        # A tile within a block reads the block's scale anew.
-        tiles_in_row = triton.cdiv(features, config.constants["BK"])
-        scales = outputs * (tiles_in_row if where["PLACE"] == "block" else blocks) * fmt.law.bits // 8
-        once = rows * outputs * dtype.itemsize + 4 * (across * down * fmt.law.two_level + across * rows * row_scales)
+        # A tile within a block reads the block's scale anew, and each part of a split sum a channel's.
+        again = {"weight": blocks, "block": triton.cdiv(features, config.constants["BK"]), "sum": parts}
+        scales = outputs * again[where["PLACE"]] * fmt.law.bits // 8
+        once = rows * outputs * (dtype.itemsize if parts == 1 else 4 * parts)
+        once += 4 * parts * across * (down * fmt.law.two_level + rows * row_scales)
         return down * (outputs * width + scales) + across * rows * features * dtype.itemsize + once
 
     weight = outputs * (width + blocks * fmt.law.bits // 8) + 4 * fmt.law.two_level
@@ -481,19 +505,20 @@ def work(
             name: kind
             for name, kind in {
                 **{"x": TYPES[dtype], "codes": "*u8", "scales": "*u8" if fmt.law.bits == 8 else "*fp32"},
-                **{"tensor_scale": "*fp32", "row_scales": "*fp32", "y": TYPES[dtype]},
-                **dict.fromkeys(("M", "N", "K", "code_width", "scale_width"), "i32"),
+                **{"tensor_scale": "*fp32", "row_scales": "*fp32"},
+                **{"y": TYPES[dtype] if parts == 1 else "*fp32"},
+                **dict.fromkeys(("M", "N", "K", "code_width", "scale_width", "span"), "i32"),
             }.items()
             if name not in absent
         },
         constants={**where, **absent},
         configs=candidates(where, rows, arch),
-        programs=lambda config: tiles(rows, outputs, config.constants),
+        programs=lambda config: parts * tiles(rows, outputs, config.constants),
         bytes=moved,
         minimum_bytes=weight + rows * (features + outputs) * dtype.itemsize + 4 * rows * row_scales,
         tensor_flops={"bf16": 2 * rows * outputs * features},
-        iterations=lambda config: triton.cdiv(features, config.constants["BK"]),
+        iterations=lambda config: triton.cdiv(min(span, features), config.constants["BK"]),
         requires={arch: ("LDGSTS", ("HGMMA" if arch == 90 else "UTCHMMA") if from_shared else "HMMA")},
-        aligned=("N", "K", "code_width", *(("scale_width",) if blocks % 16 == 0 else ())),
+        aligned=("N", "K", "code_width", "span", *(("scale_width",) if blocks % 16 == 0 else ())),
         shape_class=shape_class,
     )

@@ -12,7 +12,7 @@ from lotion_fx import rounding
 from lotion_fx.formats import Float32Scale, Format, Minifloat, PowerOfTwoScale, codebook, resolve
 from lotion_fx.kernels import packed_linear as module
 from lotion_fx.kernels.pack import Packed, unpack
-from lotion_fx.kernels.packed_linear import candidates, constants, launch, packed_linear, place, work
+from lotion_fx.kernels.packed_linear import candidates, constants, launch, packed_linear, place, span_of, work
 from tests.gpu_less.interpreter import INTERPRETING, counted_traffic
 from tests.kernels.packing import excess, packed, poisoned
 
@@ -114,6 +114,18 @@ def test_every_candidate_tile_gives_the_same(
         assert excess(y, *exact(x, rounding.rtn(w, fmt))).max() <= 1e-6, config
 
 
+@pytest.mark.parametrize("name", ("nvfp4", "int4/128", "int8"))
+def test_a_long_sum_of_few_rows_is_split(name: str, generator: torch.Generator, device: str, poisoned: None) -> None:
+    fmt, features = resolve(name), 2500
+    assert span_of(3, 45, features) == 2048  # and 452 remain
+    assert span_of(17, 45, features) >= features
+    w, x = torch.randn(45, features, generator=generator), torch.randn(3, features, generator=generator).bfloat16()
+    bias = torch.randn(45, generator=generator).bfloat16()
+    y = launch(*[None if t is None else t.to(device) for t in (x, *packed(w, fmt), bias)], fmt).cpu()
+    assert y.dtype == torch.bfloat16
+    assert excess(y, *exact(x, rounding.rtn(w, fmt), bias)).max() <= 1e-6
+
+
 def test_rows_are_scaled_before_the_bias(generator: torch.Generator, device: str) -> None:
     fmt = resolve("nvfp4")
     w, x = torch.randn(20, 48, generator=generator), torch.randn(5, 48, generator=generator).bfloat16()
@@ -130,14 +142,19 @@ def test_rows_are_scaled_before_the_bias(generator: torch.Generator, device: str
 )
 def test_the_bytes_that_are_predicted_are_the_bytes_that_move(name: str, dtype: torch.dtype, rows: int) -> None:
     fmt = resolve(name)
-    described = work(fmt, dtype, rows, 272, 256, 80)
-    arguments = (torch.randn(rows, 256).to(dtype), *packed(torch.randn(272, 256), fmt), None)
+    features = 2048 if rows == 1 else 256  # split in two parts, or not at all
+    described = work(fmt, dtype, rows, 272, features, 80)
+    arguments = (torch.randn(rows, features).to(dtype), *packed(torch.randn(272, features), fmt), None)
     for config in described.configs:
         with counted_traffic() as traffic:
             launch(*arguments, fmt, config=config)
         assert traffic.loaded + traffic.stored == described.bytes(config)
     one_tile = replace(described.configs[0], constants={"BM": 32, "BN": 512, "BK": described.constants["BLOCK"] or 256})
-    assert described.bytes(one_tile) == described.minimum_bytes
+    more = 0
+    if rows == 1:  # two results of float32 for one of 2 bytes, and what multiplies the sum is read twice
+        again = 4 * fmt.law.two_level + (272 * 4 if described.constants["PLACE"] == "sum" else 0)
+        more = 272 * (4 * 2 - 2) + again
+    assert described.bytes(one_tile) == described.minimum_bytes + more
 
 
 def test_what_takes_the_scale() -> None:
