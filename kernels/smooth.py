@@ -29,7 +29,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lotion_fx import rounding
 from lotion_fx.formats import Format, resolve
 from lotion_fx.kernels.device_code import (
     HAS_THIRD,
