@@ -18,6 +18,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 from lotion_fx.kernels.targets import TARGETS
@@ -82,7 +84,7 @@ class Mock:
     Args:
         owner: module, or module and class, that holds the name.
         name: attribute of the owner.
-        kind: what it must be for the mock to mean anything: ``"function"``, ``"staticmethod"``, ``"value"``.
+        kind: what it is: ``"function"``, ``"static method"``, ``"method"``, ``"class"`` or ``"value"``.
         why: who asks, and what for.
         make: the replacement, for an architecture.
     """
@@ -94,40 +96,70 @@ class Mock:
     make: Callable[[int], Any]
 
 
+def _properties(arch: int) -> Callable[..., Any]:
+    return lambda device=None: properties(arch)
+
+
 def _always(value: Any) -> Callable[[int], Callable[..., Any]]:
     return lambda arch: lambda *args, **kwargs: value
 
 
+class _OnCpu(TorchDispatchMode):
+    """Makes on CPU what is asked for on the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **{name: "cpu" if name == "device" else value for name, value in (kwargs or {}).items()})
+
+
+_deduce_value = UniformValueConstantFolder._deduce_value
+
+
+def _deduced_on_cpu(self: UniformValueConstantFolder, node: torch.fx.Node) -> Any:
+    with _OnCpu():
+        return _deduce_value(self, node)
+
+
+def _unguarded_copy(arch: int) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: torch.ops.aten.copy_.default(self, *args, **kwargs)
+
+
 CUDA, INTERFACE = "torch.cuda", "torch._dynamo.device_interface:CudaInterface"
 MOCKS = (
-    Mock(CUDA, "is_available", "function", "every gate in front of CUDA code", _always(True)),
-    Mock(CUDA, "device_count", "function", "", _always(1)),
-    Mock(CUDA, "current_device", "function", "", _always(0)),
-    Mock(CUDA, "get_device_properties", "function", "", lambda arch: lambda device=None: properties(arch)),
-    Mock(CUDA, "get_device_capability", "function", "", lambda arch: lambda device=None: (arch // 10, arch % 10)),
-    Mock(CUDA, "get_device_name", "function", "", lambda arch: lambda device=None: properties(arch).name),
-    Mock(CUDA, "is_bf16_supported", "function", "", _always(True)),
-    Mock(CUDA, "is_tf32_supported", "function", "", _always(True)),
-    Mock(CUDA, "synchronize", "function", "", _always(None)),
-    Mock(CUDA, "set_device", "function", "", _always(None)),
-    Mock(CUDA, "_lazy_init", "function", "", _always(None)),
-    Mock(CUDA, "mem_get_info", "function", "", _always((70 << 30, 80 << 30))),
-    Mock(CUDA, "get_rng_state", "function", "", _always(torch.zeros(16, dtype=torch.uint8))),
-    Mock(CUDA, "set_rng_state", "function", "", _always(None)),
-    Mock(CUDA, "device", "class", "", lambda arch: contextlib.nullcontext),
-    Mock(INTERFACE, "is_available", "function", "", _always(True)),
-    Mock(INTERFACE, "get_device_properties", "function", "", lambda arch: lambda device=None: properties(arch)),
-    Mock(INTERFACE, "current_device", "function", "", _always(0)),
-    Mock(INTERFACE, "device_count", "function", "", _always(1)),
-    Mock(INTERFACE, "exchange_device", "function", "", _always(0)),
-    Mock(INTERFACE, "maybe_exchange_device", "function", "", _always(0)),
-    Mock(INTERFACE, "synchronize", "function", "", _always(None)),
-    Mock(INTERFACE, "set_device", "function", "", _always(None)),
-    Mock(INTERFACE, "get_raw_stream", "function", "", _always(0)),
-    Mock("torch:Tensor", "copy_", "method", "", lambda arch: lambda *args: torch.ops.aten.copy_.default(*args)),
-    Mock("torch.version", "cuda", "value", "", lambda arch: "13.0"),
-    Mock("triton.runtime.driver:driver", "_active", "value", "", Driver),
-    Mock("torch._inductor.runtime.triton_helpers", "set_driver_to_gpu", "function", "", _always(None)),
+    Mock(CUDA, "is_available", "function", "everything that is for a device asks it first", _always(True)),
+    Mock(CUDA, "current_device", "function", "the wrapper's code names the device", _always(0)),
+    Mock(CUDA, "device_count", "function", "the properties of all devices are asked for", _always(1)),
+    Mock(CUDA, "device", "class", "lowering enters the device", lambda arch: contextlib.nullcontext),
+    Mock(CUDA, "get_device_properties", "function", "Triton's presence depends on the architecture", _properties),
+    Mock(CUDA, "get_rng_state", "function", "tracing keeps the device's generator as it was", _always(torch.zeros(16))),
+    Mock(CUDA, "set_rng_state", "function", "tracing puts the device's generator back", _always(None)),
+    Mock(INTERFACE, "get_device_properties", "static method", "splits, tiles and the target depend on it", _properties),
+    Mock(
+        "torch._dynamo.device_interface",
+        "caching_worker_device_properties",
+        "value",
+        "another architecture's properties may be in it, and would stay",
+        lambda arch: {"cuda": [properties(arch)]},
+    ),
+    Mock(
+        "torch:Tensor", "copy_", "method", "its binding asks a build without CUDA for a device guard", _unguarded_copy
+    ),
+    Mock("torch.version", "cuda", "value", "without it the device is taken for AMD's", lambda arch: "13.0"),
+    Mock(
+        "torch._inductor.fx_passes.joint_graph:UniformValueConstantFolder",
+        "_deduce_value",
+        "method",
+        "it folds constants by making them on the device",
+        lambda arch: _deduced_on_cpu,
+    ),
+    Mock("torch._inductor.runtime.triton_helpers", "set_driver_to_gpu", "function", "it loads libcuda", _always(None)),
+    Mock("triton.runtime.driver:driver", "_active", "value", "Triton asks its driver for the target", Driver),
+)
+# Where functools caches hold what was learned about the device before.
+CACHES = (
+    "torch.utils._triton",
+    "torch._inductor.utils",
+    "torch._inductor.codecache:CacheBase",
+    "torch._inductor.runtime.hints:DeviceProperties",
 )
 
 
@@ -148,24 +180,11 @@ def absent_cuda(arch: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(_forget)
         for each in MOCKS:
-            owner, replacement = resolve(each.owner), each.make(arch)
-            bound = isinstance(owner, type) and callable(replacement) and each.kind != "method"
-            stack.enter_context(
-                mock.patch.object(owner, each.name, staticmethod(replacement) if bound else replacement)
-            )
+            made = each.make(arch)
+            made = staticmethod(made) if each.kind == "static method" else made
+            stack.enter_context(mock.patch.object(resolve(each.owner), each.name, made))
         _forget()
         yield
-
-
-# Where Inductor keeps what it learned about the device in functools caches.
-CACHES = (
-    "torch._inductor.utils",
-    "torch._inductor.codegen.triton",
-    "torch._inductor.runtime.hints",
-    "torch._inductor.runtime.hints:DeviceProperties",
-    "torch._inductor.codecache:CacheBase",
-    "torch.utils._triton",
-)
 
 
 def _forget() -> None:

@@ -3,10 +3,10 @@
 One training step of the block runs on CPU, through `lotion_fx.transform` itself. Every graph that the step hands to
 Inductor is compiled with the options that it came with, but as if its tensors were on the device:
 
-    traced on CPU -> curvature pass, Inductor's joint passes -> *moved to CUDA* -> partition, post-grad passes, source
+    traced on CPU -> *moved to CUDA* -> curvature pass -> Inductor's passes, partition, lowering -> Triton source
 
-So what is read here is what a user of that architecture gets, but for what Inductor's joint passes know of the device,
-which is the padding of matrix products of odd sizes.
+So what is read here is what a user of that architecture gets, but for what Inductor decides by measuring: to pad matrix
+products of odd sizes.
 """
 
 from __future__ import annotations
@@ -72,11 +72,13 @@ class Emitted:
         source: the wrapper module in Python, the source of its Triton kernels inside.
         bytes: what its kernels read and write by Inductor's own count, matrix products and other library kernels
             included.
+        fused_bytes: those of the kernels that Inductor generates alone.
     """
 
     graph: str
     source: str
     bytes: int
+    fused_bytes: int
 
     @property
     def triton_launches(self) -> list[str]:
@@ -88,6 +90,11 @@ class Emitted:
         """The library's kernel of each other call."""
         return re.findall(r"^ +(?:\w+ = )?(extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", self.source, re.M)
 
+    @property
+    def workspace_sums(self) -> int:
+        """How many vectors a kernel with reductions of both orders leaves as partial sums for ATen to add."""
+        return len(re.findall(r"workspace_\w+\[.*\]\.view\(.*\)\.sum\(dim=0\)", self.source))
+
 
 def emitted(
     arch: int,
@@ -97,16 +104,18 @@ def emitted(
     dtype: torch.dtype = torch.float32,
     shape: tuple[int, int, int] = (8, 1024, 768),
     heads: int = 12,
+    step: bool = True,
     **settings: Any,
 ) -> list[Emitted]:
     """What Inductor emits for one training step of a block: forward, backward and step.
 
     Args:
         arch: compute capability times ten, 80 to 120.
-        method, fmt, settings: `lotion_fx.transform`'s; method None leaves the block plain, and there is no step.
+        method, fmt, settings: `lotion_fx.transform`'s; method None leaves the block plain, and has no step.
         dtype: of the matrix products, ``torch.bfloat16`` by autocast; weights and the residual stream are float32.
         shape: batch, length and width of the block's input.
         heads: of the attention.
+        step: whether to emit the step as well.
     """
     block = Block(shape[2], heads)
     if method is None:
@@ -119,12 +128,13 @@ def emitted(
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             return block(x)
 
-    def step() -> None:  # the same graph for any number of tokens
+    def train() -> None:  # the update is the same for any number of tokens
         out = forward(1, 16)
         out.backward(torch.ones_like(out))
         torch.optim.SGD(block.parameters(), lr=0.1).step()
 
-    return forward_and_backward(lambda: forward(*shape[:2]), arch) + others(step, arch)
+    training = forward_and_backward(lambda: forward(*shape[:2]), arch)
+    return training + (others(train, arch) if step and method is not None else [])
 
 
 def forward_and_backward(function: Callable[[], Any], arch: int) -> list[Emitted]:
@@ -133,8 +143,9 @@ def forward_and_backward(function: Callable[[], Any], arch: int) -> list[Emitted
 
     def emit(gm: fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
         found.extend(compile_for(arch, copy.deepcopy(gm), inputs, config_patches)[1])
-        results = [node.meta["example_value"].shape for node in gm.graph.output_node().args[0]]
-        return lambda *args: [torch.zeros(()).expand(shape) for shape in results]
+        results: Any = gm.graph.output_node().args[0]
+        shapes = [node.meta["example_value"].shape for node in results]
+        return lambda *args: [torch.zeros(()).expand(shape) for shape in shapes]
 
     torch._dynamo.reset()
     with mock.patch.object(backend, "compile_fx", emit):
@@ -180,12 +191,13 @@ def compile_for(
         The compiled function, and what it is made of.
     """
     found: list[Emitted] = []
-    theirs = options.get("joint_custom_post_pass")
-    options = {**options, "joint_custom_post_pass": [ToDevice(), *([theirs] if theirs else ())]}
+    passes = options.get("joint_custom_pre_pass", [])
+    passes = passes if isinstance(passes, list) else [passes]
+    options = {**options, "joint_custom_pre_pass": [ToDevice(), *passes]}
     with (
         absent_cuda(arch),
         warnings.catch_warnings(),
-        config.patch(force_disable_caches=True, compile_threads=1),
+        config.patch(force_disable_caches=True, compile_threads=1, shape_padding=False),
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True, decompose_custom_triton_ops=False),
     ):
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # the user's choice, not ours
@@ -229,7 +241,9 @@ def _recorder(found: list[Emitted], load: Loader) -> Callable[..., Any]:
 
         def record(lowering: GraphLowering) -> SimpleNamespace:
             source = lowering.codegen()[0].value
-            found.append(Emitted(graph, source, lowering.count_bytes()[0]))
+            nodes = {node: node.get_read_write_buffers_sizes() for node in lowering.scheduler.nodes}
+            fused = sum(size for node, size in nodes.items() if not node.is_extern())
+            found.append(Emitted(graph, source, sum(nodes.values()), fused))
             return SimpleNamespace(call=load(source))
 
         inputs = [_moved(x) for x in inputs]
@@ -250,7 +264,8 @@ def _inlined(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     if not ours:
         return gm
     with torch.no_grad(), torch._functorch.config.patch(decompose_custom_triton_ops=True):
-        return aot_export_module(gm, inputs, trace_joint=False, decompositions=select_decomp_table())[0]
+        exported: Any = aot_export_module(gm, inputs, trace_joint=False, decompositions=select_decomp_table())[0]
+    return exported
 
 
 def _with_cuda_attention(gm: fx.GraphModule) -> fx.GraphModule:

@@ -17,7 +17,8 @@ def test_a_training_step_is_emitted_and_compiles(arch):
     graphs = emitted(arch, "lotion", "nvfp4", **SMALL)
     assert [each.graph for each in graphs] == ["forward", "backward", "step"]
     for each in graphs:
-        assert each.triton_launches and f"cc={arch}" in each.source and "cpu" not in each.library_calls
+        assert each.triton_launches and f"cc={arch}" in each.source
+        assert "empty_strided_cpu(" not in each.source and "_for_cpu" not in each.source
         assert each.bytes > 0
     forward, backward, step = graphs
     # Forward and both gradients of four matrix products, and the attention.
@@ -34,19 +35,10 @@ def test_a_training_step_is_emitted_and_compiles(arch):
 
 
 def test_what_is_emitted_is_what_a_user_of_bf16_gets():
-    forward, backward, _ = emitted(90, "lotion", "int4/64", dtype=torch.bfloat16, **SMALL)
+    forward, backward = emitted(90, "ste", "nvfp4", dtype=torch.bfloat16, step=False, **SMALL)
     assert "_scaled_dot_product_flash_attention.default" in forward.source
     assert "_scaled_dot_product_flash_attention_backward.default" in backward.source
-
-
-def test_the_options_are_the_backend_s():
-    """A code depends on w / s: the division must be rounded, as it is where the backend compiles."""
-    forward = emitted(80, "ste", "nvfp4", **SMALL)[0]
-    assert "div_rn" in forward.source
-
-
-def test_a_plain_block_has_no_step():
-    assert [each.graph for each in emitted(80, None, **SMALL)] == ["forward", "backward"]
+    assert "div_rn" in forward.source, "a code depends on w / s: the backend's options are not Inductor's own"
 
 
 def test_nothing_is_left_behind():
