@@ -53,6 +53,28 @@ def _sum_of_squares(tile, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _load_g(g, first, k, m, stride, positions, outputs, TRANSPOSE: tl.constexpr):
+    """A tile of g: [BK, BM] as it lies in memory where TRANSPOSE, else [BM, BK]."""
+    if TRANSPOSE:
+        tile = load(g, first, k[:, None], m[None, :], stride, positions, outputs)
+    else:
+        tile = load(g, first, k[None, :], m[:, None], stride, positions, outputs)
+    return tile
+
+
+@triton.jit
+def _left(tile, TRANSPOSE: tl.constexpr):
+    """A tile of g as a product's left operand [BM, BK].
+
+    Fifth-generation tensor cores otherwise take squares from tensor memory, which then has no room for large tiles;
+    older ones do not copy asynchronously what is transposed.
+    """
+    if TRANSPOSE:
+        tile = tl.trans(tile)
+    return tile
+
+
+@triton.jit
 def curvature_kernel(
     g,
     x,
@@ -73,6 +95,7 @@ def curvature_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
 ):
     row, column = place(tl.cdiv(outputs, BM), tl.cdiv(inputs, BN), GROUP)
     m, n, k = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -84,14 +107,15 @@ def curvature_kernel(
     sampled = (runs - phase + EVERY - 1) // EVERY
     for i in range(sampled * TILES):
         first = (i // TILES * EVERY + phase) * RUN + i % TILES * BK
-        tile_g = load(g, first, k[None, :], m[:, None], g_stride, positions, outputs)
+        tile_g = _load_g(g, first, k, m, g_stride, positions, outputs, TRANSPOSE)
         tile_x = load(x, first, k[:, None], n[None, :], x_stride, positions, inputs)
-        sum_gx = tl.dot(tile_g, tile_x, sum_gx, input_precision=PRECISION)
+        sum_gx = tl.dot(_left(tile_g, TRANSPOSE), tile_x, sum_gx, input_precision=PRECISION)
         if FULL:
-            sum_h = tl.dot(square(tile_g, SQUARES), square(tile_x, SQUARES), sum_h, input_precision=SQUARES)
+            square_g = _left(square(tile_g, SQUARES), TRANSPOSE)
+            sum_h = tl.dot(square_g, square(tile_x, SQUARES), sum_h, input_precision=SQUARES)
         else:
             if column == 0:
-                sum_a += _sum_of_squares(tile_g, 1)
+                sum_a += _sum_of_squares(tile_g, 0 if TRANSPOSE else 1)
             if row == 0:
                 sum_b += _sum_of_squares(tile_x, 0)
     if EVERY > 1:
@@ -99,9 +123,9 @@ def curvature_kernel(
             skipped = i // TILES  # of the runs left out; each ``EVERY - 1`` of them stand around a sampled one
             run = skipped + (skipped - phase + EVERY - 1) // (EVERY - 1)
             first = run * RUN + i % TILES * BK
-            tile_g = load(g, first, k[None, :], m[:, None], g_stride, positions, outputs)
+            tile_g = _load_g(g, first, k, m, g_stride, positions, outputs, TRANSPOSE)
             tile_x = load(x, first, k[:, None], n[None, :], x_stride, positions, inputs)
-            sum_gx = tl.dot(tile_g, tile_x, sum_gx, input_precision=PRECISION)
+            sum_gx = tl.dot(_left(tile_g, TRANSPOSE), tile_x, sum_gx, input_precision=PRECISION)
 
     down, across = tl.arange(0, BM)[:, None], n[None, :]
     store(gradient, row * BM, down, across, outputs, inputs, sum_gx)
@@ -116,14 +140,16 @@ def curvature_kernel(
             tl.store(curvature + outputs + n, sum_b, mask=n < inputs)
 
 
-def shape_class(outputs: int, inputs: int, dtype: torch.dtype, precision: str) -> str:
-    """The row of the tuning table: how products are made, and whether there are few tiles.
+def shape_class(outputs: int, inputs: int, dtype: torch.dtype, precision: str, every: int) -> str:
+    """The row of the tuning table: how products are made, whether there are few tiles, and whether there are two loops.
 
     Args:
         precision: the first of `precisions`.
+        every: as in `curvature_linear`.
     """
-    kind = precision if dtype == torch.float32 else "half"
-    return f"{kind}, {'small' if outputs * inputs <= SMALL else 'large'}"
+    if dtype == torch.float32:
+        return precision
+    return "sampled" if every > 1 else "small" if outputs * inputs <= SMALL else "large"
 
 
 SMALL = 2**22  # weights; below it 128 x 128 tiles would not fill every multiprocessor twice
@@ -153,8 +179,8 @@ def launch(
     """
     (positions, outputs), inputs = g.shape, x.shape[1]
     precision, squares = precisions(g.dtype)
-    row = shape_class(outputs, inputs, g.dtype, precision)
-    kernel, tile = curvature_kernel, dict[str, Any]()
+    row = shape_class(outputs, inputs, g.dtype, precision, every)
+    kernel: Any = curvature_kernel
     if config is None:
         kernel, tile = launchable(
             kernel, f"curvature/{kind}", row, arch, CONFIGS[row], key=("positions", "outputs", "inputs")
@@ -237,24 +263,26 @@ def reference(g: Tensor, x: Tensor, kind: str, every: int = 1, phase: int = 0) -
     return gradient, g.t() @ x
 
 
-def _configs(*rows: tuple[int, int, int, int, int]) -> tuple[Config, ...]:
+def _configs(*rows: tuple[int, int, int, int, int, int]) -> tuple[Config, ...]:
+    names = ("BM", "BN", "BK", "TRANSPOSE")
     return tuple(
-        Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, warps, stages) for bm, bn, bk, warps, stages in rows
+        Config({**dict(zip(names, sizes, strict=True)), "GROUP": 8}, warps, stages) for *sizes, warps, stages in rows
     )
 
 
-_HALF = _configs(
-    (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (64, 128, 32, 4, 4), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4)
+_LARGE = _configs(
+    (64, 128, 32, 0, 4, 4),
+    (128, 64, 64, 0, 4, 4),
+    (128, 128, 64, 0, 8, 4),
+    (128, 128, 32, 0, 8, 3),
+    (256, 128, 32, 1, 8, 3),
 )
-_TF32 = _configs((128, 64, 32, 8, 3), (64, 64, 32, 4, 3))
-_IEEE = _configs((64, 64, 16, 4, 3), (64, 64, 16, 8, 3), (64, 128, 16, 8, 3))
 CONFIGS = {
-    "half, large": _HALF,
-    "half, small": _HALF[::-1],
-    "tf32, large": _TF32,
-    "tf32, small": _TF32[::-1],
-    "ieee, large": _IEEE,
-    "ieee, small": _IEEE,
+    "large": _LARGE,
+    "small": _configs((64, 128, 32, 0, 4, 4), (64, 64, 64, 0, 4, 4), (64, 128, 64, 0, 4, 3)),
+    "sampled": _LARGE[:4],
+    "tf32": _configs((64, 64, 32, 0, 4, 3), (128, 64, 32, 0, 8, 3)),
+    "ieee": _configs((64, 64, 16, 0, 4, 3), (64, 64, 16, 0, 8, 3), (64, 128, 16, 0, 8, 3)),
 }
 
 _PRODUCT = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA", 120: "HMMA"}
@@ -281,7 +309,7 @@ def _work(
     squares = "tf32" if dtype == torch.float16 else precision
     written = outputs * inputs * size + 4 * (outputs * inputs if full else outputs + inputs)
     scalars = ("positions", "outputs", "inputs", "g_stride", "x_stride", "phase")
-    row = shape_class(outputs, inputs, dtype, precision)
+    row = shape_class(outputs, inputs, dtype, precision, every)
     noted = [name, "tf32" * (precision == "tf32"), f"every {every}" * (every > 1)]
 
     def tiles(config: Config) -> tuple[int, int]:

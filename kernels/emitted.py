@@ -201,7 +201,7 @@ def compile_for(
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True, decompose_custom_triton_ops=False),
     ):
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # the user's choice, not ours
-        function = compile_fx(
+        function: Any = compile_fx(
             _with_cuda_attention(gm), inputs, inner_compile=_recorder(found, load), config_patches=options
         )
     return function, found

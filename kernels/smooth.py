@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from lotion_fx import rounding
 from lotion_fx.formats import Format, resolve
 from lotion_fx.kernels.device_code import (
     HAS_THIRD,

@@ -449,15 +449,15 @@ def _work(
     scalars: tuple[str, ...] = ("positions", "outputs", "inputs", "x_stride", "u_stride", "w_stride")
     constants: dict[str, Any] = {"RANDOM": random, "BIAS": bias, "PRECISION": "ieee"}
     constants["SQUARES"] = "tf32" if dtype == torch.float16 else "ieee"
-    which, fn, of_weight, variance_size, amax = "given", variance_given_kernel, "variances", size, "none"
-    of_weight_type = f"*{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
     if fmt is None:
-        scalars += ("s_stride",)
+        which, fn, of_weight, amax = "given", variance_given_kernel, "variances", "none"
         variance_size = 2 if dtype == torch.bfloat16 else 4
+        of_weight_type = "*bf16" if dtype == torch.bfloat16 else "*fp32"
+        scalars += ("s_stride",)
     else:
-        form = resolve(fmt)
-        which, fn, of_weight, variance_size = "registers", specialized(variance_linear_kernel, form), "amax", 0
-        constants |= _format_constants(form)
+        which, fn, of_weight = "registers", specialized(variance_linear_kernel, resolve(fmt)), "amax"
+        variance_size = 0
+        constants |= _format_constants(resolve(fmt))
         amax = constants["AMAX"]
         of_weight_type = f"*{name}" if amax == "none" else "*fp32"
 
