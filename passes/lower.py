@@ -77,6 +77,25 @@ def lower(gm: fx.GraphModule, arch: int) -> int:
     return count
 
 
+def lower_products(graph: fx.Graph, arch: int) -> int:
+    """Fuses weight gradients with their full curvature in a joint graph, where one kernel beats the library's two.
+
+    Args:
+        graph: after `passes.curvature.resolve_curvature`; changed in place.
+        arch: compute capability of the device that it will run on.
+
+    Returns:
+        How many pairs became one call.
+    """
+    from lotion_fx.passes.lower_curvature import match_full_curvature
+
+    def wanted(g: fx.Node, x: fx.Node) -> bool:
+        (positions, outputs), inputs = _value(g).shape, _value(x).shape[1]
+        return prefers_fused_products(positions, outputs, inputs, _value(x).dtype, arch)
+
+    return match_full_curvature(graph, wanted)
+
+
 def _value(node: fx.Node) -> Tensor:
     meta = node.meta
     return meta["example_value"] if "example_value" in meta else meta["val"]
@@ -106,6 +125,32 @@ def prefers_kernel(result: str, weight: Tensor, fmt: Format, axis: int, arch: in
     ours, theirs = (cost(result, weight, fmt, axis) for cost in (kernel_cost, inductor_cost))
     elements = weight.numel()
     return ours.microseconds(elements, arch) < MARGIN * theirs.microseconds(elements, arch)
+
+
+# The share of the tensor rate that `lotion-fx kernels` predicts of `kernels.curvature` on 8192 x 4096 x 4096, and that
+# a library's product is taken to reach.
+_FUSED = {80: 0.70, 86: 0.80, 89: 0.76, 90: 0.65, 100: 0.37, 103: 0.37, 120: 0.79}
+_LIBRARY = 0.80
+
+
+def prefers_fused_products(positions: int, outputs: int, inputs: int, dtype: torch.dtype, arch: int) -> bool:
+    """Whether a gradient and its full curvature in one kernel beat two products and the squares between them.
+
+    Args:
+        positions, outputs, inputs: N, O and I of ``g`` [N, O] and ``x`` [N, I].
+        dtype: of both; bfloat16 and float16 have tensor cores everywhere.
+        arch: compute capability.
+    """
+    from lotion_fx.kernels.targets import nearest
+
+    target = nearest(arch)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    flops = 4 * positions * outputs * inputs
+    squares = 2 * dtype.itemsize * positions * (outputs + inputs)  # read once more, and written
+    product = flops / (target.tensor["bf16"] * 1e6)
+    theirs = product / _LIBRARY + squares / (target.bandwidth * 1e3)
+    return product / _FUSED[target.arch] < MARGIN * theirs
 
 
 # Instructions of a thread for each element, in the machine code of bfloat16 int4 weights for sm_100: of the kernel, and

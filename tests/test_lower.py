@@ -104,3 +104,37 @@ def test_costs_are_per_element() -> None:
     assert inductor_cost("rtn", w, resolve("int4"), 0).bytes == 6.25
     assert kernel_cost("rtn", w, resolve("nvfp4"), 0).bytes == 6
     assert kernel_cost("term", w.float(), resolve("int4"), -1).bytes == 12
+
+
+def test_products_are_fused_where_that_is_faster() -> None:
+    """Ampere's desktop cards and few features: the squares cost more than the library's lead; not on Blackwell."""
+    assert lower.prefers_fused_products(8192, 4096, 4096, torch.bfloat16, 86)
+    assert not lower.prefers_fused_products(8192, 4096, 4096, torch.bfloat16, 80)
+    assert lower.prefers_fused_products(4096, 768, 768, torch.bfloat16, 80)
+    assert not any(lower.prefers_fused_products(4096, n, n, torch.bfloat16, 100) for n in (1024, 4096))
+    assert not lower.prefers_fused_products(8192, 4096, 4096, torch.float32, 86)
+
+
+def test_only_wanted_products_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the joint graph of a transformed model, and with the same result."""
+    found: list[int] = []
+    for wanted in (False, True):
+        torch._dynamo.reset()
+        monkeypatch.setattr(lower, "prefers_fused_products", lambda *args, wanted=wanted: wanted)
+        monkeypatch.setattr(backend, "arch_of", lambda device: 86)
+
+        def counting(graph: torch.fx.Graph, arch: int) -> int:
+            found.append(lower.lower_products(graph, arch))
+            return found[-1]
+
+        monkeypatch.setattr(backend, "lower_products", counting)
+        _trained_by_pass("full")
+    assert found[0] == 0 and found[1] == 2
+
+
+def _trained_by_pass(curvature: str) -> None:
+    """`aot_eager` runs the same pass on the joint graph by its partition function."""
+    torch.manual_seed(3)
+    model = MLP()
+    lotion_fx.transform(model, "int4", curvature=curvature, inner="aot_eager")
+    model(torch.randn(16, next(model.parameters()).shape[1])).square().mean().backward()
