@@ -445,7 +445,8 @@ def launch(
     if out.grad is not None and not view.whole:
         parts = w.new_empty((2, view.outer, view.pieces, view.inner), dtype=torch.float32)
         kernel = wrap(specialized(sums_kernel, fmt, law))
-        kernel[view.grid({"SIZE": 2048, "TILES": 1})](w_ptr=w, amax_ptr=amax, parts_ptr=parts, SIZE=2048, **common)
+        size = max(2048, view.constants["PAD"])
+        kernel[view.grid({"SIZE": size, "TILES": 1})](w_ptr=w, amax_ptr=amax, parts_ptr=parts, SIZE=size, **common)
         sums = parts.sum((1, 2, 3) if view.shared else 2)
     kernel, tile = launchable(
         specialized(smooth_kernel, fmt, law),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ FORMATS = [
     codebook((-1.5, -0.25, 0.0, 0.1, 0.75), block=24, name="lopsided"),
 ]
 ODD = [((32, 128), -1), ((33, 100), -1), ((64, 48), 0), ((5, 37, 3, 3), 1), ((3, 40, 70), 1), ((1500,), 0), ((1, 1), 1)]
-HUMP = (D * (1 - D) * (1 - 2 * D)) ** 2
+HUMP = sympy.Piecewise((D**2 * (1 - 2 * D) ** 2, 2 * D < 1), ((1 - D) ** 2 * (2 * D - 1) ** 2, True))
 WIDE = NoiseLaw("wide in kernels", D - HUMP, 2 * HUMP)  # with a third level
 ARCHS = (80, 100)  # by the exponent's bits, and by Blackwell's conversion
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
