@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -133,19 +135,35 @@ def audit(work: Work, config: Config, arch: int) -> Evidence:
     Raises:
         Refused: an instruction or type is missing, or a multiprocessor cannot hold one program. It names which.
     """
-    constants = {**work.constants, **config.constants}
-    found = _audited(
-        work.fn,
-        tuple(work.signature.items()),
-        tuple(constants.items()),
-        work.aligned,
-        config.num_warps,
-        config.num_stages,
-        arch,
-    )
+    with _quiet():
+        found = _audited(*_arguments(work, config, arch))
     if isinstance(found, str):
         raise Refused(f"{work.kernel} [{describe(config)}] for sm_{arch}: {found}")
     return replace(found, vector128=_wide_share(found, max(1, work.iterations(config))))
+
+
+def compile_all(kernels: Iterable[tuple[Work, Config, int]]) -> None:
+    """Compiles kernels on all processors at once, each distinct one once, for `audit` to find.
+
+    Args:
+        kernels: each with a config and an architecture.
+    """
+    distinct = dict.fromkeys(_arguments(*kernel) for kernel in kernels)
+    with _quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in [pool.submit(_audited, *arguments) for arguments in distinct]:
+            done.result()
+
+
+def _arguments(work: Work, config: Config, arch: int) -> tuple[Any, ...]:
+    """All that decides what is compiled, as `_audited` takes it."""
+    constants = {**work.constants, **config.constants}
+    types = tuple(work.signature.items()), tuple(constants.items()), work.aligned
+    return work.fn, *types, config.num_warps, config.num_stages, arch
+
+
+def _quiet() -> contextlib.AbstractContextManager[Any]:
+    """On an error of ptxas Triton prints the whole PTX."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def describe(config: Config) -> str:
@@ -190,14 +208,12 @@ def _compiled(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in sixteen},
     )
-    # On a ptxas error Triton prints the whole PTX.
-    with contextlib.redirect_stdout(io.StringIO()):
-        return triton.compile(
-            source,
-            target=GPUTarget("cuda", arch, 32),
-            # Said outright, as Triton warns that its default will change.
-            options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
-        )
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        # Said outright, as Triton warns that its default will change.
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
+    )
 
 
 def _missing(message: str) -> str:

@@ -152,7 +152,7 @@ def pack(w: Tensor, fmt: str | Format) -> Packed:
         raise ValueError(f"fmt={format.name!r}: another format has this name; register_format yours under its own")
     amax = amaxes(w, format, -1)
     codes, scales = torch.ops.lotion_fx.pack(w, format.name, amax)
-    return Packed(codes, scales, format.law.tensor_scale(amax, format.grid) if format.law.two_level else None)
+    return Packed(codes, scales, None if amax is None else format.law.tensor_scale(amax, format.grid))
 
 
 def unpack(packed: Packed, fmt: str | Format, length: int) -> Tensor:

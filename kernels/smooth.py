@@ -159,7 +159,7 @@ def curvature(h_ptr, cols_ptr, offset, exists, first, count, rows, cols, BLOCK: 
 def at_amax(w, amax, exists, total, count, ts):
     """``total``, the derivative by each block's scale, moved to its ``count`` absmax elements: ``total ds/dw``."""
     follows = amax >= smallest_amax(ts)
-    share = tl.where(follows, tl.div_rn(total, Q_MAX * count), 0.0)
+    share = tl.where(follows, tl.div_rn(total, count * Q_MAX), 0.0)
     return tl.where(exists & (tl.abs(w) == amax), tl.where(w < 0, -share, share), 0.0)
 
 
@@ -558,16 +558,16 @@ def smooth(
     """
     format, law = resolve(fmt), resolve_noise(noise)
     if w.device.type == "cpu":
-        known = {"law": law, "amax_tensor": amax} if format.block != "channel" else {"law": law}
+        whole = amax if format.block != "channel" else None
         results = []
         if rtn:
-            results.append(rounding.rtn(w, format, axis, amax_tensor=known.get("amax_tensor")))
+            results.append(rounding.rtn(w, format, axis, amax_tensor=whole))
         if rr:
             assert seed is not None
             uniform = philox(seed, w.numel()).reshape(w.shape)
-            results.append(rounding.rr(w, format, axis, uniform=uniform, **known))
+            results.append(rounding.rr(w, format, axis, law=law, uniform=uniform, amax_tensor=whole))
         if variance:
-            results.append(rounding.variance(w, format, axis, **known))
+            results.append(rounding.variance(w, format, axis, law=law, amax_tensor=whole))
         return results
     w = w.contiguous()
     out = Outputs(
@@ -607,8 +607,17 @@ def add_term(
         term = rounding.variance_vjp(w, full, format, axis, law=law, amax_tensor=whole)
         grad.add_((factor * term).to(grad.dtype))
         return
-    known = {"law": law, "amax": amax, "curvature": curvature, "wrap": wrap_triton}
-    launch(w.contiguous(), format, axis, Outputs(grad=grad), arch=arch_of(w.device), **known)
+    launch(
+        w.contiguous(),
+        format,
+        axis,
+        Outputs(grad=grad),
+        law=law,
+        amax=amax,
+        curvature=curvature,
+        arch=arch_of(w.device),
+        wrap=wrap_triton,
+    )
 
 
 def arch_of(device: torch.device) -> int:
