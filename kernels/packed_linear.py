@@ -127,6 +127,8 @@ def scaled_levels(
 
 # --------------------------------------------------------------------------------------------------------------- kernel
 
+CHUNK = tl.constexpr(1024)  # what a split sum is split into; a multiple of any tile and block
+
 
 @triton.jit
 def packed_linear_kernel(
@@ -142,7 +144,7 @@ def packed_linear_kernel(
     K,
     code_width,
     scale_width,
-    span,  # of K that one program adds up
+    chunks,  # of K that one program adds up
     LEVEL_BITS: tl.constexpr,
     LEVEL_MANTISSA: tl.constexpr,
     LEVEL_EXPONENT: tl.constexpr,
@@ -167,8 +169,9 @@ def packed_linear_kernel(
     code_rows = codes + n.to(tl.int64)[:, None] * code_width
     scale_rows = scales + n.to(tl.int64) * scale_width
     total = tl.zeros((BM, BN), tl.float32)
-    first = tl.program_id(1) * span
-    for start in range(first, tl.minimum(first + span, K), BK):
+    # A multiple of CHUNK, as the compiler can see: else it would load a block's scale at a time.
+    first = tl.program_id(1) * chunks * CHUNK
+    for start in range(first, tl.minimum(first + chunks * CHUNK, K), BK):
         k = start + tl.arange(0, BK)
         # Bounded by the row's width rather than by K: a multiple of 16 stays one, which makes the loads wide. What is
         # decoded past K is finite and meets a zero.
@@ -224,11 +227,16 @@ def place(fmt: Format, dtype: torch.dtype) -> str:
     stored = getattr(fmt.law, "type", None)
     if not isinstance(fmt.block, int):
         return "sum"
+    if fmt.block > _LONGEST:
+        return "block"
     if isinstance(stored, PowerOfTwo):
         return "weight" if dtype != torch.float16 else "block"
     if isinstance(stored, Minifloat) and isinstance(fmt.grid, Minifloat) and _products_fit(fmt.grid, stored, dtype):
         return "weight"
     return "block"
+
+
+_LONGEST = 128  # of the blocks that a tile holds whole
 
 
 def _products_fit(level: Minifloat, scale: Minifloat, dtype: torch.dtype) -> bool:
@@ -354,8 +362,8 @@ def launch(
         config: the tile; the tuning table's choice if None.
     """
     (rows, features), outputs = x.shape, codes.shape[0]
-    dtype, span = dtype or x.dtype, span_of(rows, outputs, features)
-    parts = triton.cdiv(features, span)
+    dtype, chunks = dtype or x.dtype, chunks_of(rows, outputs, features)
+    parts = triton.cdiv(features, chunks * CHUNK.value)
     y = x.new_empty((parts, rows, outputs), dtype=dtype if parts == 1 else torch.float32)
     if y.numel() == 0:
         return y.new_empty((rows, outputs), dtype=dtype)
@@ -378,7 +386,7 @@ def launch(
         features,
         codes.shape[1],
         0 if fmt.block == "tensor" else scales.shape[1],
-        span,
+        chunks,
         **where,
         **chosen,
     )
@@ -388,16 +396,14 @@ def launch(
     return (total if bias is None else total + bias).to(dtype)
 
 
-def span_of(rows: int, outputs: int, features: int) -> int:
-    """How much of K one program adds up: all of it, but for a few rows and so few outputs that devices would idle.
+def chunks_of(rows: int, outputs: int, features: int) -> int:
+    """How many chunks of K one program adds up: all, but for a few rows and so few outputs that devices would idle.
 
-    Then K is split until there are 512 programs or its parts are down to 1024; their sums are added after the kernel.
+    Then K is split until there are 512 programs, or a chunk for each; their sums are added after the kernel.
     """
-    split = min(512 // triton.cdiv(outputs, 32), features // 1024) if rows <= FEW else 1
-    return triton.cdiv(triton.cdiv(features, max(split, 1)), _SPAN) * _SPAN
-
-
-_SPAN = 1024  # a multiple of what any tile and block takes of K
+    chunks = triton.cdiv(features, CHUNK.value)
+    split = min(512 // triton.cdiv(outputs, 32), chunks) if rows <= FEW else 1
+    return triton.cdiv(chunks, max(split, 1))
 
 
 def tiles(rows: int, outputs: int, constants: Mapping[str, Any]) -> int:
@@ -484,8 +490,8 @@ def work(
     absent = {"bias": None, **({} if fmt.law.two_level else {"tensor_scale": None})}
     absent |= {} if row_scales else {"row_scales": None}
     from_shared = arch in FROM_SHARED and rows > FEW
-    span = span_of(rows, outputs, features)
-    parts = triton.cdiv(features, span)
+    added = chunks_of(rows, outputs, features) * CHUNK.value
+    parts = triton.cdiv(features, added)
 
     def moved(config: Config) -> int:
         across, down = triton.cdiv(outputs, config.constants["BN"]), triton.cdiv(rows, config.constants["BM"])
@@ -507,7 +513,7 @@ def work(
                 **{"x": TYPES[dtype], "codes": "*u8", "scales": "*u8" if fmt.law.bits == 8 else "*fp32"},
                 **{"tensor_scale": "*fp32", "row_scales": "*fp32"},
                 **{"y": TYPES[dtype] if parts == 1 else "*fp32"},
-                **dict.fromkeys(("M", "N", "K", "code_width", "scale_width", "span"), "i32"),
+                **dict.fromkeys(("M", "N", "K", "code_width", "scale_width", "chunks"), "i32"),
             }.items()
             if name not in absent
         },
@@ -517,8 +523,8 @@ def work(
         bytes=moved,
         minimum_bytes=weight + rows * (features + outputs) * dtype.itemsize + 4 * rows * row_scales,
         tensor_flops={"bf16": 2 * rows * outputs * features},
-        iterations=lambda config: triton.cdiv(min(span, features), config.constants["BK"]),
+        iterations=lambda config: triton.cdiv(min(added, features), config.constants["BK"]),
         requires={arch: ("LDGSTS", ("HGMMA" if arch == 90 else "UTCHMMA") if from_shared else "HMMA")},
-        aligned=("N", "K", "code_width", "span", *(("scale_width",) if blocks % 16 == 0 else ())),
+        aligned=("N", "K", "code_width", *(("scale_width",) if blocks % 16 == 0 else ())),
         shape_class=shape_class,
     )

@@ -12,7 +12,7 @@ from lotion_fx import rounding
 from lotion_fx.formats import Float32Scale, Format, Minifloat, PowerOfTwoScale, codebook, resolve
 from lotion_fx.kernels import packed_linear as module
 from lotion_fx.kernels.pack import Packed, unpack
-from lotion_fx.kernels.packed_linear import candidates, constants, launch, packed_linear, place, span_of, work
+from lotion_fx.kernels.packed_linear import candidates, chunks_of, constants, launch, packed_linear, place, work
 from tests.gpu_less.interpreter import INTERPRETING, counted_traffic
 from tests.kernels.packing import excess, packed, poisoned
 
@@ -117,8 +117,8 @@ def test_every_candidate_tile_gives_the_same(
 @pytest.mark.parametrize("name", ("nvfp4", "int4/128", "int8"))
 def test_a_long_sum_of_few_rows_is_split(name: str, generator: torch.Generator, device: str, poisoned: None) -> None:
     fmt, features = resolve(name), 2500
-    assert span_of(3, 45, features) == 2048  # and 452 remain
-    assert span_of(17, 45, features) >= features
+    assert chunks_of(3, 45, features) == 1  # of 1024, and the last of 452
+    assert chunks_of(17, 45, features) == 3
     w, x = torch.randn(45, features, generator=generator), torch.randn(3, features, generator=generator).bfloat16()
     bias = torch.randn(45, generator=generator).bfloat16()
     y = launch(*[None if t is None else t.to(device) for t in (x, *packed(w, fmt), bias)], fmt).cpu()
@@ -170,9 +170,10 @@ def test_what_takes_the_scale() -> None:
     assert place(squared, torch.float16) == "block"
 
 
-def test_a_format_of_ones_own(generator: torch.Generator, device: str) -> None:
-    fmt = Format("own", Minifloat(3, 0, 16.0), 64, PowerOfTwoScale())
-    w, x = torch.randn(40, 200, generator=generator), torch.randn(9, 200, generator=generator).bfloat16()
+@pytest.mark.parametrize("block", (64, 256))
+def test_a_format_of_ones_own(block: int, generator: torch.Generator, device: str) -> None:
+    fmt = Format("own", Minifloat(3, 0, 16.0), block, PowerOfTwoScale())
+    w, x = torch.randn(40, 600, generator=generator), torch.randn(9, 600, generator=generator).bfloat16()
     y = launch(*[None if t is None else t.to(device) for t in (x, *packed(w, fmt), None)], fmt).cpu()
     assert excess(y, *exact(x, rounding.rtn(w, fmt))).max() <= 1e-6
 
