@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -60,7 +62,7 @@ class Evidence:
         resident: programs that a multiprocessor holds at a time.
         occupancy: their share of the threads that it could hold.
         vector128: share of instructions that move 128 bits or more a thread among those that load from or store to
-            global memory; copies by tensor map count as wide. 1 for a kernel without any.
+            global memory, a loop's as often as it runs; copies by tensor map count as wide. 1 for a kernel without any.
         opcodes: how often each SASS instruction stands in the code, by full name.
         once: those of them that run once, by full name.
         loop: those of the largest loop.
@@ -133,19 +135,35 @@ def audit(work: Work, config: Config, arch: int) -> Evidence:
     Raises:
         Refused: an instruction or type is missing, or a multiprocessor cannot hold one program. It names which.
     """
-    constants = {**work.constants, **config.constants}
-    found = _audited(
-        work.fn,
-        tuple(work.signature.items()),
-        tuple(constants.items()),
-        work.aligned,
-        config.num_warps,
-        config.num_stages,
-        arch,
-    )
+    with _quiet():
+        found = _audited(*_arguments(work, config, arch))
     if isinstance(found, str):
         raise Refused(f"{work.kernel} [{describe(config)}] for sm_{arch}: {found}")
-    return found
+    return replace(found, vector128=_wide_share(found, max(1, work.iterations(config))))
+
+
+def compile_all(kernels: Iterable[tuple[Work, Config, int]]) -> None:
+    """Compiles kernels on all processors at once, each distinct one once, for `audit` to find.
+
+    Args:
+        kernels: each with a config and an architecture.
+    """
+    distinct = dict.fromkeys(_arguments(*kernel) for kernel in kernels)
+    with _quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in [pool.submit(_audited, *arguments) for arguments in distinct]:
+            done.result()
+
+
+def _arguments(work: Work, config: Config, arch: int) -> tuple[Any, ...]:
+    """All that decides what is compiled, as `_audited` takes it."""
+    constants = {**work.constants, **config.constants}
+    types = tuple(work.signature.items()), tuple(constants.items()), work.aligned
+    return work.fn, *types, config.num_warps, config.num_stages, arch
+
+
+def _quiet() -> contextlib.AbstractContextManager[Any]:
+    """On an error of ptxas Triton prints the whole PTX."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def describe(config: Config) -> str:
@@ -190,14 +208,12 @@ def _compiled(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in sixteen},
     )
-    # On a ptxas error Triton prints the whole PTX.
-    with contextlib.redirect_stdout(io.StringIO()):
-        return triton.compile(
-            source,
-            target=GPUTarget("cuda", arch, 32),
-            # Said outright, as Triton warns that its default will change.
-            options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
-        )
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        # Said outright, as Triton warns that its default will change.
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
+    )
 
 
 def _missing(message: str) -> str:
@@ -225,7 +241,6 @@ def _evidence(kernel: Any, arch: int) -> Evidence | str:
     opcodes = Counter(opcode for _, opcode, _ in code if opcode != "NOP")
     local = sum(n for name, n in opcodes.items() if base(name) in _LOCAL)
     once, loop = _parts(code)
-    wide, moves = _widths(opcodes)
     return Evidence(
         arch=arch,
         warps=warps,
@@ -237,11 +252,18 @@ def _evidence(kernel: Any, arch: int) -> Evidence | str:
         tensor_memory=tensor_memory,
         resident=resident,
         occupancy=resident * warps * 32 / target.threads,
-        vector128=wide / moves if moves else 1.0,
+        vector128=1.0,  # `audit` knows how often the loop runs
         opcodes=opcodes,
         once=once,
         loop=loop,
     )
+
+
+def _wide_share(evidence: Evidence, iterations: int) -> float:
+    """`Evidence.vector128`, the loop's instructions counted as often as the loop runs."""
+    (once_wide, once), (loop_wide, loop) = _widths(evidence.once), _widths(evidence.loop)
+    moves = once + iterations * loop
+    return (once_wide + iterations * loop_wide) / moves if moves else 1.0
 
 
 def _widths(opcodes: Mapping[str, int]) -> tuple[int, int]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lotion_fx.kernels import tuning
-from lotion_fx.kernels.aot import Refused, audit
+from lotion_fx.kernels.aot import Refused, audit, compile_all
 from lotion_fx.kernels.cost import predict
 from lotion_fx.kernels.targets import TARGETS
 from lotion_fx.kernels.work import Config, Work
@@ -62,19 +62,20 @@ def _entry(works: Sequence[Work], config: Config, arch: int) -> dict[str, Any]:
     return entry
 
 
-def tune(works: Mapping[int, Sequence[Work]]) -> dict[str, Any]:
-    """The table's content with new entries for some kernels; the others stay as they are.
+def tune(works: Sequence[Work], arch: int) -> dict[str, Any]:
+    """The table's content with new entries of an architecture for some kernels; the others stay as they are.
 
     Args:
-        works: the kernels on their shapes, by architecture.
+        works: the kernels on their shapes.
+        arch: a key of `TARGETS`.
     """
+    compile_all((work, config, arch) for work in works for config in work.configs)
     tuned = json.loads(json.dumps(dict(tuning.table())))
-    for arch, of_arch in works.items():
-        classes: dict[tuple[str, str], list[Work]] = {}
-        for work in of_arch:
-            classes.setdefault((work.kernel, work.shape_class), []).append(work)
-        for (kernel, shape_class), group in classes.items():
-            tuned.setdefault(kernel, {}).setdefault(shape_class, {})[TARGETS[arch].name] = rank(group, arch)
+    classes: dict[tuple[str, str], list[Work]] = {}
+    for work in works:
+        classes.setdefault((work.kernel, work.shape_class), []).append(work)
+    for (kernel, shape_class), group in classes.items():
+        tuned.setdefault(kernel, {}).setdefault(shape_class, {})[TARGETS[arch].name] = rank(group, arch)
     return tuned
 
 

@@ -52,7 +52,7 @@ from lotion_fx.kernels.device_code import (
 )
 from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.targets import nearest as target
-from lotion_fx.kernels.tuning import choose, launchable, options
+from lotion_fx.kernels.tuning import launchable
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.noise import RANDOMIZED, NoiseLaw, resolve_noise
 
@@ -105,6 +105,7 @@ def uniforms(seed, offset, FOUR: tl.constexpr):
 
 @triton.jit
 def places(
+    first,
     count,
     pieces,
     length,
@@ -115,32 +116,33 @@ def places(
     INNER: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """Where a tile [ROWS, PAD, INNER] lies: offsets, which of them exist, and each row's place in [outer, inner].
+    """Where the tile [ROWS, PAD, INNER] from piece ``first`` on lies.
 
     There are ``count`` pieces of ``BLOCK`` elements, ``pieces`` of them along ``length``; FLAT where they follow each
-    other in memory.
+    other in memory. Gives the elements' offsets, which of them exist, each row's place in [outer, inner], which exist.
     """
-    piece = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    piece = first + tl.arange(0, ROWS)[:, None, None]
     k = tl.arange(0, PAD)[None, :, None]
     exists = piece < count
     if PAD != BLOCK:
         exists = exists & (k < BLOCK)
     if FLAT:
-        return piece * BLOCK + k, exists & (k >= 0), piece // pieces
+        return piece * BLOCK + k, exists & (k >= 0), piece // pieces, piece < count
     i = tl.program_id(1) * INNER + tl.arange(0, INNER)[None, None, :]
     at = (piece % pieces) * BLOCK + k
     row = piece // pieces
-    return (row * length + at) * inner + i, exists & (at < length) & (i < inner), row * inner + i
+    known = (piece < count) & (i < inner)
+    return (row * length + at) * inner + i, exists & known & (at < length), row * inner + i, known
 
 
 @triton.jit
-def curvature(h_ptr, cols_ptr, offset, exists, count, rows, cols, BLOCK: tl.constexpr, FACTORED: tl.constexpr):
+def curvature(h_ptr, cols_ptr, offset, exists, first, count, rows, cols, BLOCK: tl.constexpr, FACTORED: tl.constexpr):
     """h at each element, 0 outside: dense, or the product of its row's and its column's factor.
 
     FACTORED is 2 where a block lies in one row, so that a row is found once a block; 1 elsewhere; 0 if dense.
     """
     if FACTORED == 2:
-        start = (tl.program_id(0) * offset.shape[0] + tl.arange(0, offset.shape[0])[:, None, None]) * BLOCK
+        start = (first + tl.arange(0, offset.shape[0])[:, None, None]) * BLOCK
         row = start // cols
         h = tl.load(h_ptr + row, mask=start < count * BLOCK, other=0.0)
         column = (start - row * cols) + tl.arange(0, offset.shape[1])[None, :, None]
@@ -157,7 +159,7 @@ def curvature(h_ptr, cols_ptr, offset, exists, count, rows, cols, BLOCK: tl.cons
 def at_amax(w, amax, exists, total, count, ts):
     """``total``, the derivative by each block's scale, moved to its ``count`` absmax elements: ``total ds/dw``."""
     follows = amax >= smallest_amax(ts)
-    share = tl.where(follows, tl.div_rn(total, Q_MAX * count), 0.0)
+    share = tl.where(follows, tl.div_rn(total, count * Q_MAX), 0.0)
     return tl.where(exists & (tl.abs(w) == amax), tl.where(w < 0, -share, share), 0.0)
 
 
@@ -193,47 +195,52 @@ def smooth_kernel(
     E2M1_CVT: tl.constexpr,
     INNER: tl.constexpr,
     SIZE: tl.constexpr,  # elements of a tile
+    TILES: tl.constexpr,  # of a program
 ):
     ROWS: tl.constexpr = SIZE // (PAD * INNER)
-    offset, exists, like = places(count, pieces, length, inner, BLOCK, PAD, ROWS, INNER, FLAT)
-    w = tl.load(w_ptr + offset, mask=exists, other=0.0).to(tl.float32)
-    like = like * 0 if SHARED else like
-    amax = tl.max(tl.abs(w), 1, keep_dims=True) if WHOLE else tl.load(amax_ptr + like)
     ts = tensor_scale(tl.load(amax_ptr)) if TWO_LEVEL else 1.0
-    s = block_scale(amax, ts)
-    s = s * ts if TWO_LEVEL else s
-    one_over_p, m, r, t = inverse(s)
-    z = quotient(w, one_over_p, m, r, t)
-    if RTN:
-        rtn = nearest_level(z, E2M1_CVT) * s
-        tl.store(rtn_ptr + offset, rtn.to(rtn_ptr.dtype.element_ty), mask=exists)
-    if RR or VARIANCE or TERM:
-        lo, hi = neighbours(z)
-        third = third_level(z, lo, hi)
-    if RR:
-        u = uniforms(tl.load(seed_ptr), offset, FLAT and PAD == BLOCK and BLOCK % 4 == 0)
-        up, beyond = draw(z, lo, hi, third)
-        level = tl.where(u * (hi - lo) < up, hi, lo)
-        if HAS_THIRD:
-            level = tl.where((1 - u) * (hi - lo) < beyond, third, level)
-        tl.store(rr_ptr + offset, (level * s).to(rr_ptr.dtype.element_ty), mask=exists)
-    if VARIANCE or TERM:
-        z = clamp(z)
-    if VARIANCE:
-        (v,) = variance(z, lo, hi, third)
-        tl.store(variance_ptr + offset, v * s * s, mask=exists)
-    if TERM:
-        h = curvature(h_ptr, cols_ptr, offset, exists, count, rows, cols, BLOCK, FACTORED)
-        by_w, by_s = variance_slopes(z, lo, hi, third)
-        if WHOLE:
-            total = tl.sum(h * by_s, 1, keep_dims=True)
-            at = tl.sum((exists & (tl.abs(w) == amax)).to(tl.float32), 1, keep_dims=True)
-        else:
-            total = tl.load(sums_ptr + like)
-            at = tl.load(sums_ptr + (1 if SHARED else (count // pieces) * inner) + like)
-        term = h * by_w * s + at_amax(w, amax, exists, s * total, tl.maximum(at, 1.0), ts)
-        grad = tl.load(grad_ptr + offset, mask=exists, other=0.0).to(tl.float32) + tl.load(factor_ptr) * term
-        tl.store(grad_ptr + offset, grad.to(grad_ptr.dtype.element_ty), mask=exists)
+    seed = tl.load(seed_ptr) if RR else 0
+    factor = tl.load(factor_ptr) if TERM else 1.0
+    for tile in range(TILES):
+        first = (tl.program_id(0) * TILES + tile) * ROWS
+        offset, exists, like, known = places(first, count, pieces, length, inner, BLOCK, PAD, ROWS, INNER, FLAT)
+        w = tl.load(w_ptr + offset, mask=exists, other=0.0).to(tl.float32)
+        like = like * 0 if SHARED else like
+        amax = tl.max(tl.abs(w), 1, keep_dims=True) if WHOLE else tl.load(amax_ptr + like, mask=known, other=1.0)
+        s = block_scale(amax, ts)
+        s = s * ts if TWO_LEVEL else s
+        one_over_p, m, r, t = inverse(s)
+        z = quotient(w, one_over_p, m, r, t)
+        if RTN:
+            rtn = nearest_level(z, E2M1_CVT) * s
+            tl.store(rtn_ptr + offset, rtn.to(rtn_ptr.dtype.element_ty), mask=exists)
+        if RR or VARIANCE or TERM:
+            lo, hi = neighbours(z)
+            third = third_level(z, lo, hi)
+        if RR:
+            u = uniforms(seed, offset, FLAT and PAD == BLOCK and BLOCK % 4 == 0)
+            up, beyond = draw(z, lo, hi, third)
+            level = tl.where(u * (hi - lo) < up, hi, lo)
+            if HAS_THIRD:
+                level = tl.where((1 - u) * (hi - lo) < beyond, third, level)
+            tl.store(rr_ptr + offset, (level * s).to(rr_ptr.dtype.element_ty), mask=exists)
+        if VARIANCE or TERM:
+            z = clamp(z)
+        if VARIANCE:
+            (v,) = variance(z, lo, hi, third)
+            tl.store(variance_ptr + offset, v * s * s, mask=exists)
+        if TERM:
+            h = curvature(h_ptr, cols_ptr, offset, exists, first, count, rows, cols, BLOCK, FACTORED)
+            by_w, by_s = variance_slopes(z, lo, hi, third)
+            if WHOLE:
+                total = tl.sum(h * by_s, 1, keep_dims=True)
+                at = tl.sum((exists & (tl.abs(w) == amax)).to(tl.float32), 1, keep_dims=True)
+            else:
+                total = tl.load(sums_ptr + like, mask=known, other=0.0)
+                at = tl.load(sums_ptr + (1 if SHARED else (count // pieces) * inner) + like, mask=known, other=1.0)
+            term = h * by_w * s + at_amax(w, amax, exists, s * total, tl.maximum(at, 1.0), ts)
+            grad = tl.load(grad_ptr + offset, mask=exists, other=0.0).to(tl.float32) + factor * term
+            tl.store(grad_ptr + offset, grad.to(grad_ptr.dtype.element_ty), mask=exists)
 
 
 @template
@@ -259,15 +266,16 @@ def sums_kernel(
 ):
     """Each piece's part of its long block's sum of ``h dv/ds``, and how many absmax elements it holds."""
     ROWS: tl.constexpr = SIZE // (PAD * INNER)
-    offset, exists, like = places(count, pieces, length, inner, BLOCK, PAD, ROWS, INNER, FLAT)
+    first = tl.program_id(0) * ROWS
+    offset, exists, like, known = places(first, count, pieces, length, inner, BLOCK, PAD, ROWS, INNER, FLAT)
     w = tl.load(w_ptr + offset, mask=exists, other=0.0).to(tl.float32)
-    amax = tl.load(amax_ptr + (like * 0 if SHARED else like))
+    amax = tl.load(amax_ptr + (like * 0 if SHARED else like), mask=known, other=1.0)
     one_over_p, m, r, t = inverse(block_scale(amax, 1.0))
     z = quotient(w, one_over_p, m, r, t)
     lo, hi = neighbours(z)
     _, by_s = variance_slopes(clamp(z), lo, hi, third_level(z, lo, hi))
-    h = curvature(h_ptr, cols_ptr, offset, exists, count, rows, cols, BLOCK, FACTORED)
-    piece = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    h = curvature(h_ptr, cols_ptr, offset, exists, first, count, rows, cols, BLOCK, FACTORED)
+    piece = first + tl.arange(0, ROWS)[:, None]
     i = tl.program_id(1) * INNER + tl.arange(0, INNER)[None, :]
     to = piece * inner + i
     kept = (piece < count) & (i < inner)
@@ -277,10 +285,18 @@ def sums_kernel(
 
 # ----------------------------------------------------------------------------------------------------------- launching
 
-# Of blocks that follow each other in memory, and of blocks whose elements lie a row apart: there a warp takes many
-# columns and finds the absmax in its own registers.
-CONFIGS = tuple(Config({"SIZE": size}, num_warps=warps) for size, warps in ((2048, 4), (4096, 4), (8192, 8), (1024, 2)))
-STRIDED = tuple(Config({"SIZE": size}, num_warps=warps) for size, warps in ((2048, 1), (4096, 2), (4096, 4)))
+
+def _configs(*sizes: tuple[int, int, int]) -> tuple[Config, ...]:
+    return tuple(Config({"SIZE": size, "TILES": tiles}, num_warps=warps) for size, tiles, warps in sizes)
+
+
+# By shape class. A program takes several tiles, so that what they share is loaded and computed once. Where a block's
+# elements lie a row apart ("strided") one warp takes many columns and finds the absmax in its own registers.
+CANDIDATES = {
+    "flat": _configs((1024, 8, 2), (1024, 16, 2), (2048, 8, 4), (2048, 16, 4)),
+    "long": _configs((4096, 2, 2), (4096, 4, 2), (4096, 4, 4)),
+    "strided": _configs((2048, 1, 1), (2048, 4, 1), (4096, 1, 2)),
+}
 
 
 @dataclass(frozen=True)
@@ -338,28 +354,24 @@ class View:
             "PAD": pad,
             "FLAT": self.inner == 1 and self.length % self.block == 0,
             "SHARED": self.shared,
-            "INNER": min(triton.next_power_of_2(self.inner), 2048 // pad),
+            "INNER": min(triton.next_power_of_2(self.inner), max(1, 2048 // pad)),
         }
 
     @property
     def shape_class(self) -> str:
         """The kind of shape for which one config is chosen."""
-        return "flat" if self.inner == 1 else "strided"
-
-    @property
-    def configs(self) -> tuple[Config, ...]:
-        return CONFIGS if self.inner == 1 else STRIDED
+        return "strided" if self.inner > 1 else "flat" if self.whole else "long"
 
     def grid(self, meta: Mapping[str, int]) -> tuple[int, int]:
-        """Programs of ``meta["SIZE"]`` elements each."""
+        """Programs of ``meta["TILES"]`` tiles of ``meta["SIZE"]`` elements each."""
         pad, inner = self.constants["PAD"], self.constants["INNER"]
-        return triton.cdiv(self.count, meta["SIZE"] // (pad * inner)), triton.cdiv(self.inner, inner)
+        return triton.cdiv(self.count, meta["TILES"] * (meta["SIZE"] // (pad * inner))), triton.cdiv(self.inner, inner)
 
 
 def _piece(length: int) -> int:
     """How much of a long block a tile holds: a power of two that leaves no rest, unless it were tiny."""
     dividing = length & -length
-    return LONGEST if dividing < 128 else min(dividing, LONGEST)
+    return 1024 if dividing < 128 else min(dividing, 4096)
 
 
 def supports(w: Tensor, fmt: Format) -> bool:
@@ -432,16 +444,15 @@ def launch(
     name, sums = _name(out), None
     if out.grad is not None and not view.whole:
         parts = w.new_empty((2, view.outer, view.pieces, view.inner), dtype=torch.float32)
-        config = choose(name, view.shape_class, arch, view.configs)
         kernel = wrap(specialized(sums_kernel, fmt, law))
-        kernel[view.grid(config.constants)](w_ptr=w, amax_ptr=amax, parts_ptr=parts, **common, **options(config))
+        kernel[view.grid({"SIZE": 2048, "TILES": 1})](w_ptr=w, amax_ptr=amax, parts_ptr=parts, SIZE=2048, **common)
         sums = parts.sum((1, 2, 3) if view.shared else 2)
     kernel, tile = launchable(
         specialized(smooth_kernel, fmt, law),
         name,
         view.shape_class,
         arch,
-        view.configs,
+        CANDIDATES[view.shape_class],
         key=("count", "inner"),
         writes=("grad_ptr",) if out.grad is not None else (),
     )
@@ -547,16 +558,16 @@ def smooth(
     """
     format, law = resolve(fmt), resolve_noise(noise)
     if w.device.type == "cpu":
-        known = {"law": law, "amax_tensor": amax} if format.block != "channel" else {"law": law}
+        whole = amax if format.block != "channel" else None
         results = []
         if rtn:
-            results.append(rounding.rtn(w, format, axis, amax_tensor=known.get("amax_tensor")))
+            results.append(rounding.rtn(w, format, axis, amax_tensor=whole))
         if rr:
             assert seed is not None
             uniform = philox(seed, w.numel()).reshape(w.shape)
-            results.append(rounding.rr(w, format, axis, uniform=uniform, **known))
+            results.append(rounding.rr(w, format, axis, law=law, uniform=uniform, amax_tensor=whole))
         if variance:
-            results.append(rounding.variance(w, format, axis, **known))
+            results.append(rounding.variance(w, format, axis, law=law, amax_tensor=whole))
         return results
     w = w.contiguous()
     out = Outputs(
@@ -596,8 +607,17 @@ def add_term(
         term = rounding.variance_vjp(w, full, format, axis, law=law, amax_tensor=whole)
         grad.add_((factor * term).to(grad.dtype))
         return
-    known = {"law": law, "amax": amax, "curvature": curvature, "wrap": wrap_triton}
-    launch(w.contiguous(), format, axis, Outputs(grad=grad), arch=arch_of(w.device), **known)
+    launch(
+        w.contiguous(),
+        format,
+        axis,
+        Outputs(grad=grad),
+        law=law,
+        amax=amax,
+        curvature=curvature,
+        arch=arch_of(w.device),
+        wrap=wrap_triton,
+    )
 
 
 def arch_of(device: torch.device) -> int:
@@ -608,13 +628,13 @@ def arch_of(device: torch.device) -> int:
 
 # --------------------------------------------------------------------------------------------------- without a device
 
-_MODELS = {"150M": (3072, 768), "8B": (14336, 4096), "70B": (28672, 8192)}
+MODELS = {"150M": (3072, 768), "8B": (14336, 4096), "70B": (28672, 8192)}
 
 
 def works(arch: int) -> list[Work]:
     """What the kernel does on the largest matrix of a 150M, an 8B and a 70B model, and on Megatron-LM's benchmark."""
     found = []
-    for shape in _MODELS.values():
+    for shape in MODELS.values():
         for name in ("nvfp4", "mxfp4", "int4", "int8"):
             found += [_work(arch, shape, -1, name, result, "bf16") for result in ("rtn", "rr")]
             found.append(_work(arch, shape, -1, name, "term", "fp32"))
@@ -665,10 +685,11 @@ def _work(arch: int, shape: tuple[int, ...], axis: int, name: str, result: str, 
             "E2M1_CVT": has_conversion(fmt, arch),
             **{key: result == key.lower() for key in ("RTN", "RR", "VARIANCE", "TERM")},
         },
-        configs=view.configs,
+        configs=CANDIDATES[view.shape_class],
         programs=lambda config: math.prod(view.grid(config.constants)),
         bytes=lambda config: moved,
         minimum_bytes=moved,
+        iterations=lambda config: config.constants["TILES"],
         requires={100: ("F2FP.SATFINITE.E2M1",), 103: ("F2FP.SATFINITE.E2M1",), 120: ("F2FP.SATFINITE.E2M1",)}
         if has_conversion(fmt, 100) and result == "rtn"
         else {},

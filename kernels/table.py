@@ -21,7 +21,7 @@ from tabulate import tabulate
 
 import lotion_fx.kernels
 from lotion_fx.kernels import ranking, tuning
-from lotion_fx.kernels.aot import Refused, audit, base
+from lotion_fx.kernels.aot import Refused, audit, base, compile_all
 from lotion_fx.kernels.cost import predict
 from lotion_fx.kernels.targets import TARGETS
 from lotion_fx.kernels.work import Config, Work
@@ -66,13 +66,16 @@ _SEEN = ("registers", "spills", "shared", "tensor_memory", "occupancy", "vector1
 _PREDICTED = ("predicted_us", "bound_by", "share_of_roofline")
 
 
+def choose(work: Work, arch: int) -> Config:
+    """The config that a kernel runs with on an architecture."""
+    return tuning.choose(work.kernel, work.shape_class, arch, work.configs)
+
+
 def rows(archs: Iterable[int], pattern: str = "*") -> list[dict[str, Any]]:
     """A row for every kernel, shape and architecture, in the config that it runs with."""
-    return [
-        row(work, tuning.choose(work.kernel, work.shape_class, arch, work.configs), arch)
-        for arch in archs
-        for work in catalog(arch, pattern)
-    ]
+    chosen = [(work, choose(work, arch), arch) for arch in archs for work in catalog(arch, pattern)]
+    compile_all(chosen)
+    return [row(*kernel) for kernel in chosen]
 
 
 def text(found: list[dict[str, Any]]) -> str:
@@ -82,10 +85,15 @@ def text(found: list[dict[str, Any]]) -> str:
     return "\n".join([tabulate(lines, headers="keys", disable_numparse=True), *refused])
 
 
+def _short(name: str) -> str:
+    """A name of Inductor's, which lists all that it fused, cut in the middle."""
+    return name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}"
+
+
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
     sizes = " ".join(f"{name}={value}" for name, value in row["config"].items() if not name.startswith("num_"))
     launch = f"{sizes} w{row['config']['num_warps']} s{row['config']['num_stages']}"
-    described = {"kernel": row["kernel"], "arch": row["arch"], "shape": row["shape"], "config": launch}
+    described = {"kernel": _short(row["kernel"]), "arch": row["arch"], "shape": row["shape"], "config": launch}
     if "refused" in row:
         return {**described, "registers": "none"}
     special: Counter[str] = Counter()
@@ -126,9 +134,8 @@ def main(
     if not any(catalog(each, kernel) for each in archs):
         known = ", ".join(sorted({work.kernel for work in catalog(archs[0])}))
         raise typer.BadParameter(f"no kernel is named {kernel!r}; there are {known}", param_hint="--kernel")
-    if tune:
-        tuned = ranking.tune({each: catalog(each, kernel) for each in archs})
-        Path(str(tuning.TABLE)).write_text(ranking.written(tuned) + "\n")
+    for each in archs if tune else ():
+        Path(str(tuning.TABLE)).write_text(ranking.written(ranking.tune(catalog(each, kernel), each)) + "\n")
         tuning.forget()
     found = rows(archs, kernel)
     typer.echo(json.dumps(found, indent=1) if as_json else text(found))

@@ -16,6 +16,7 @@ from torch import fx
 
 from lotion_fx.passes.contraction import after, arguments, constant, emit
 from lotion_fx.passes.factors import factored
+from lotion_fx.passes.fusion import fuse, on_gpu
 from lotion_fx.passes.joint import JointGraph, Uses
 from lotion_fx.passes.path import Path, Stop, find_path, squares
 from lotion_fx.passes.probe import Code, Layout
@@ -58,13 +59,17 @@ def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
     found = [_find(joint, use, node) for node, use in zip(targets, uses, strict=True)]
     ends = [end for item in found if isinstance(item, Path) for end in item.ends()]
     terms = loss_terms(joint, uses, ends)
-    resolutions = []
+    resolutions: list[Resolution] = []
+    small: list[fx.Node] = []  # vectors without a full payload
     for node, item in zip(targets, found, strict=True):
         # A weight used after the last contraction has its curvature before T is known.
         with graph.inserting_before(after(terms) if terms is not None and node < terms else node):
             vector, resolution = _vector(node, item, terms)
         node.replace_all_uses_with(vector)
         resolutions.append(resolution)
+        small += [vector] if arguments(node)[2] != "full" else []
+    if on_gpu(targets[0]):
+        fuse(graph, small)
     graph.eliminate_dead_code()
     graph.lint()
     return resolutions

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,12 @@ from lotion_fx.passes.square_nodes import products, squared, transposed
 aten = torch.ops.aten
 
 
-def match_full_curvature(graph: fx.Graph) -> int:
+def match_full_curvature(graph: fx.Graph, wanted: Callable[[fx.Node, fx.Node], bool] = lambda g, x: True) -> int:
     """Fuses each gradient with its full curvature.
 
     Args:
         graph: a joint graph after `passes.curvature.resolve_curvature`, with ``meta["val"]``; rewritten in place.
+        wanted: told g [N, O] and x [N, I] of a pair, whether to fuse it.
 
     Returns:
         How many were fused.
@@ -36,7 +37,7 @@ def match_full_curvature(graph: fx.Graph) -> int:
     fused = 0
     for h in products(graph):
         gradient = gradients.get(tuple(map(squared, h.args)))
-        if gradient is None or not _fits(gradient):
+        if gradient is None or not _fits(gradient) or not wanted(*_operands(gradient)):
             continue
         made, curvature = _fuse(gradient, "full", [gradient, h])
         gradient.replace_all_uses_with(made)
@@ -84,6 +85,12 @@ def _fits(gradient: fx.Node) -> bool:
     g, x = transposed(gradient.args[0]), gradient.all_input_nodes[-1]
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     return g is not None and all(node.meta["val"].dtype in dtypes for node in (g, x))
+
+
+def _operands(gradient: fx.Node) -> tuple[fx.Node, fx.Node]:
+    g = transposed(gradient.args[0])
+    assert g is not None
+    return g, gradient.all_input_nodes[-1]
 
 
 def _fuse(gradient: fx.Node, kind: str, replaced: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:

@@ -351,6 +351,25 @@ def test_integers_are_cast_to_pointers() -> None:
 
 
 @triton.jit
+def philox(out, seed, counter, n: tl.constexpr):
+    c = tl.full((n,), 0, tl.uint32) + counter.to(tl.uint32)
+    words = tl.philox(seed, c, c, c, c)
+    for k in tl.static_range(4):
+        tl.store(out + k * n + tl.arange(0, n), words[k])
+
+
+@pytest.mark.parametrize(
+    ("seed", "counter", "words"),
+    [(0, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"), (-1, -1, "408f276d 41c83b0e a20bc7c6 6d5451fd")],
+)
+def test_philox_known_answers(seed: int, counter: int, words: str) -> None:
+    """Of Random123's ``kat_vectors``, philox4x32 with 10 rounds."""
+    out = torch.zeros(4, 2, dtype=torch.int32)
+    philox[(1,)](out, seed, counter, 2)
+    assert [f"{word & 0xFFFFFFFF:08x}" for word in out[:, 0].tolist()] == words.split()
+
+
+@triton.jit
 def larger(a, i, b, j):
     right = b > a
     return tl.where(right, b, a), tl.where(right, j, i)
@@ -366,8 +385,10 @@ def reductions(x, out, index, m: tl.constexpr, n: tl.constexpr):
     tl.store(index + rows, at)
 
 
-def test_reductions() -> None:
-    m, n = 32, 64
+def test_reductions(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, n, calls = 32, 64, []
+    combine = larger.fn
+    monkeypatch.setattr(larger, "fn", lambda *args: calls.append(0) or combine(*args))
     x = torch.from_numpy(RANDOM.permutation(m * n).reshape(m, n)).float()
     x[3] = torch.nan
     out, index = torch.zeros(2, m), torch.zeros(m, dtype=torch.int32)
@@ -377,6 +398,7 @@ def test_reductions() -> None:
     assert out[0, 3].isnan()
     assert torch.equal(out[:, number], torch.stack([best, best])[:, number])
     assert torch.equal(index[number], at.int()[number])
+    assert len(calls) == 6  # 64 by halves
 
 
 @triton.jit

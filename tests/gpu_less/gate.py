@@ -12,6 +12,7 @@ share of 128-bit loads and stores. Versions without a baseline are held to the t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
@@ -25,8 +26,8 @@ import torch
 import triton
 from triton.backends.nvidia.compiler import get_ptxas
 
-from lotion_fx.kernels import table, tuning
-from lotion_fx.kernels.aot import Refused, audit, describe
+from lotion_fx.kernels import table
+from lotion_fx.kernels.aot import Refused, audit, compile_all, describe
 from lotion_fx.kernels.targets import TARGETS
 from lotion_fx.kernels.work import Config, Work
 
@@ -110,33 +111,43 @@ def without_baseline(archs: Iterable[int], baseline: Baseline) -> str | None:
     )
 
 
-def chosen(work: Work, arch: int) -> Config:
-    """The config that a kernel runs with."""
-    return tuning.choose(work.kernel, work.shape_class, arch, work.configs)
+def updated(kernels: Iterable[tuple[Work, Config, int]], baseline: Baseline) -> Baseline:
+    """The baseline with these versions' part made anew; a kernel that does not compile gets no entry.
 
-
-def updated(works: Mapping[int, Iterable[Work]], baseline: Baseline) -> Baseline:
-    """The baseline with these versions' part made anew."""
+    Args:
+        kernels: each with the config that it runs with and an architecture.
+        baseline: as `load` gives it.
+    """
     fresh: Baseline = {}
-    for arch, of_arch in works.items():
-        for work in of_arch:
-            fresh.setdefault(versions(arch), {})[key(work, arch)] = recorded(work, chosen(work, arch), arch)
+    for work, config, arch in kernels:
+        with contextlib.suppress(Refused):
+            fresh.setdefault(versions(arch), {})[key(work, arch)] = recorded(work, config, arch)
     return {**baseline, **fresh}
+
+
+def written(baseline: Baseline) -> str:
+    """JSON with a line for each kernel, so that a change of the baseline can be read."""
+    parts = [
+        f"{json.dumps(of)}: {{\n"
+        + ",\n".join(f" {json.dumps(name)}: {json.dumps(kept[name])}" for name in sorted(kept))
+        + "\n}"
+        for of, kept in sorted(baseline.items())
+    ]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--update", action="store_true", help="keep what was found as the baseline")
     update = parser.parse_args().update
-    works = {arch: table.catalog(arch) for arch in TARGETS}
+    kernels = [(work, table.choose(work, arch), arch) for arch in TARGETS for work in table.catalog(arch)]
+    compile_all(kernels)
     baseline = load()
     if update:
-        baseline = updated(works, baseline)
-        BASELINE.write_text(json.dumps(baseline, indent=0, sort_keys=True) + "\n")
-    found = [
-        fault for arch in works for work in works[arch] for fault in faults(work, chosen(work, arch), arch, baseline)
-    ]
-    print("\n".join([*found, without_baseline(works, baseline) or ""]).strip())
+        baseline = updated(kernels, baseline)
+        BASELINE.write_text(written(baseline))
+    found = [fault for kernel in kernels for fault in faults(*kernel, baseline)]
+    print("\n".join([*found, without_baseline(TARGETS, baseline) or ""]).strip())
     return bool(found)
 
 

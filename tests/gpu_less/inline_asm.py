@@ -77,6 +77,9 @@ _8, _4 = np.uint64(8), np.uint64(4)
 register_asm(r"cvt\.rn\.satfinite\.e2m1x2\.f32", lambda a, b: _e2m1(_floats(a)) << _4 | _e2m1(_floats(b)))
 register_asm(r"cvt\.rn\.satfinite\.e4m3x2\.f32", lambda a, b: _e4m3(_floats(a)) << _8 | _e4m3(_floats(b)))
 register_asm(r"cvt\.rn\.f16x2\.e2m1x2", lambda a: _halves(E2M1[a >> _4 & _mask(4)], E2M1[a & _mask(4)]))
+register_asm(r"and\.b32", lambda a, b: a & b)
+register_asm(r"or\.b32", lambda a, b: a | b)
+register_asm(r"add\.u32", lambda a, b: a + b & _mask(32))
 register_asm(
     r"cvt\.f32\.f16",
     lambda a: a.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32).astype(np.uint64),

@@ -46,6 +46,14 @@ def test_a_matrix_product_and_its_loop(arch, instruction):
     assert sum(n for name, n in evidence.loop.items() if name.startswith("LDGSTS")) == (128 * 64 * 2 * 2) // (128 * 16)
 
 
+def test_spilled_bytes_are_those_of_the_local_loads_and_stores():
+    evidence = audit(product(), Config({"BM": 256, "BN": 256, "BK": 32}, 4, 2), 80)
+    local = {name: n for name, n in evidence.opcodes.items() if name.startswith(("LDL", "STL"))}
+    assert evidence.local == sum(local.values()) > 0
+    # Registers are spilled one by one or several at a time.
+    assert evidence.spills == sum(n * width(name) // 8 for name, n in local.items())
+
+
 @triton.jit
 def divided_kernel(x, y, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)

@@ -70,6 +70,13 @@ def test_loads_of_a_loop_wait_together_across_its_stages():
     assert few == pytest.approx(3 * many, rel=0.01)
 
 
+def test_loads_into_registers_wait_for_one_iteration_at_a_time():
+    loop = evidence(resident=1, loop={"LDG.E.128": 1})
+    assert predict(work(108, 0, 10**8), Config({}, 4, 4), loop, A100) == predict(
+        work(108, 0, 10**8), CONFIG, loop, A100
+    )
+
+
 def test_bytes_read_again_cost_the_cache():
     prediction = predict(work(WAVE, 10**9, 0), CONFIG, evidence(), A100)
     assert prediction.us - START == pytest.approx(1e9 / (108 * CACHE * 1.41e3), rel=0.01)

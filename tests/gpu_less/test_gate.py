@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ ARCHS = (80, 100)
 
 
 def baseline_of(work: Work, arch: int) -> gate.Baseline:
-    return gate.updated({arch: [work]}, {})
+    return gate.updated([(work, work.configs[0], arch)], {})
 
 
 def faults(work: Work, arch: int, config: Config, baseline: gate.Baseline) -> str:
@@ -92,6 +93,12 @@ def test_a_kernel_that_does_not_compile_fails():
     assert "type fp8e4nv not supported" in faults(work, 80, work.configs[0], {})
 
 
+def test_what_is_written_is_read_back():
+    baseline = {"torch 1, triton 1, ptxas 1": {"b": {"registers": 1}, "a": {"registers": 2}}, "torch 2": {"a": {}}}
+    assert json.loads(gate.written(baseline)) == baseline
+    assert len(gate.written(baseline).splitlines()) == 9
+
+
 def test_other_versions_are_named_and_held_to_the_absolute_rules():
     work = product()
     baseline = {"torch 1.0, triton 1.0, ptxas 1.0": {gate.key(work, 80): {"registers": 1}}}
@@ -110,7 +117,7 @@ def representative(arch: int) -> list[Work]:
 
 def check(works: list[Work], arch: int) -> None:
     baseline = gate.load()
-    found = [fault for work in works for fault in gate.faults(work, gate.chosen(work, arch), arch, baseline)]
+    found = [fault for work in works for fault in gate.faults(work, table.choose(work, arch), arch, baseline)]
     assert not found, "\n".join(found)
     if sentence := gate.without_baseline([arch], baseline):
         pytest.skip(sentence)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import triton
+from triton.runtime import interpreter
 
 from tests.gpu_less.interpreted import run_interpreted
 from tests.gpu_less.interpreter import REPLACEMENTS, Replacement
@@ -22,3 +23,9 @@ def test_triton_still_has_what_is_replaced(piece: Replacement) -> None:
     assert hasattr(piece.owner, piece.name), f"{where} is gone: see whether its defect remains: {piece.defect}"
     found = tuple(inspect.signature(getattr(piece.owner, piece.name)).parameters)
     assert found == piece.parameters, f"{where} now takes {found}: adapt tests/gpu_less/interpreter.py"
+
+
+@pytest.mark.parametrize("name", ["load", "store", "atomic_rmw", "atomic_cas"])
+def test_triton_still_has_what_counts_traffic(name: str) -> None:
+    found = hasattr(interpreter._interpreter, name)
+    assert found, f"the interpreter of triton {triton.__version__} has no {name}: adapt counted_traffic"

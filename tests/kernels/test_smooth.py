@@ -76,7 +76,7 @@ def any_of(choices: Sequence[Any], g: torch.Generator) -> Any:
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes its time for every program, so that these are few and large."""
-    monkeypatch.setattr(tuning, "ranked", lambda *args: (Config({"SIZE": 8192}),))
+    monkeypatch.setattr(tuning, "ranked", lambda *args: (Config({"SIZE": 8192, "TILES": 1}),))
 
 
 @formats
