@@ -81,11 +81,10 @@ def match_factored_curvature(graph: fx.Graph) -> int:
 
 
 def _fits(gradient: fx.Node) -> bool:
-    """Whether the kernel takes the operands as they lie: g^T a view of g, static sizes, its dtypes."""
+    """Whether the kernel takes the operands as they lie: g^T a view of g, and its dtypes."""
     g, x = transposed(gradient.args[0]), gradient.all_input_nodes[-1]
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    static = all(isinstance(length, int) for length in gradient.meta["val"].shape)
-    return g is not None and static and all(node.meta["val"].dtype in dtypes for node in (g, x))
+    return g is not None and all(node.meta["val"].dtype in dtypes for node in (g, x))
 
 
 def _operands(gradient: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -118,15 +118,16 @@ def test_a_layer(random: bool, dtype: torch.dtype, shape: tuple[int, ...], table
 
 
 def test_leaves_products_that_are_no_layer() -> None:
-    def function(x: Tensor, g: Tensor, w: Tensor, s: Tensor) -> list[Tensor]:
+    def function(x: Tensor, g: Tensor, w: Tensor, s: Tensor, z: Tensor, t: Tensor) -> list[Tensor]:
         squares = [(g.t() @ x), g.t().square() @ x.square()]  # a gradient and its curvature
         other = [x @ w.t(), x.square() @ s[:3].t()]  # a layer and another shape
+        strangers = [z @ w.t(), t.square() @ s.t()]  # two inputs
         early = x @ s.t()
         late = x.square() @ (w * early.sum()).t()  # the mean is read before the variances are there
-        return [*squares, *other, early, late]
+        return [*squares, *other, *strangers, early, late]
 
     torch.manual_seed(0)
-    inputs = torch.randn(9, 6), torch.randn(9, 5), torch.randn(4, 6), torch.randn(4, 6)
+    inputs = [torch.randn(shape) for shape in ((9, 6), (9, 5), (4, 6), (4, 6), (8, 6), (8, 6))]
     gm = make_fx(function, tracing_mode="fake")(*inputs)
     before = gm(*inputs)
     assert match_variance_linear(gm.graph) == 0
