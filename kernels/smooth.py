@@ -321,12 +321,12 @@ class View:
     def of(shape: Sequence[int], fmt: Format, axis: int) -> View:
         """How the kernel sees a contiguous weight of this shape."""
         if fmt.block == "tensor":
-            return View(1, math.prod(shape), 1, _piece(math.prod(shape)), False, True)
+            return View(1, math.prod(shape), 1, _piece(math.prod(shape), 1), False, True)
         axis = axis % len(shape)
         block = fmt.block if isinstance(fmt.block, int) else shape[axis]
         whole = isinstance(fmt.block, int) and block <= LONGEST
         dims = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
-        return View(*dims, block if whole else _piece(shape[axis]), whole, False)
+        return View(*dims, block if whole else _piece(shape[axis], dims[2]), whole, False)
 
     @property
     def pieces(self) -> int:
@@ -368,10 +368,13 @@ class View:
         return triton.cdiv(self.count, meta["TILES"] * (meta["SIZE"] // (pad * inner))), triton.cdiv(self.inner, inner)
 
 
-def _piece(length: int) -> int:
-    """How much of a long block a tile holds: a power of two that leaves no rest, unless it were tiny."""
+def _piece(length: int, inner: int) -> int:
+    """How much of a long block a tile holds: a power of two that leaves no rest, unless it were tiny.
+
+    Little of one whose elements lie a row apart, so that the tile has many columns.
+    """
     dividing = length & -length
-    return 1024 if dividing < 128 else min(dividing, 4096)
+    return 16 if inner > 1 else 1024 if dividing < 128 else min(dividing, 4096)
 
 
 def supports(w: Tensor, fmt: Format) -> bool:

@@ -1,4 +1,4 @@
-"""The cost model of `passes.lower` against what Inductor emits for the same work, and against the kernel's machine code."""
+"""The cost model of `passes.lower` against what Inductor emits for the same work, and the kernel's machine code."""
 
 import re
 import warnings

@@ -23,6 +23,7 @@ FORMATS = [
     codebook((-1.5, -0.25, 0.0, 0.1, 0.75), block=24, name="lopsided"),
 ]
 ODD = [((32, 128), -1), ((33, 100), -1), ((64, 48), 0), ((5, 37, 3, 3), 1), ((3, 40, 70), 1), ((1500,), 0), ((1, 1), 1)]
+LONG = [((2, 8192), -1), ((8192, 3), 0)]  # longer than any tile
 HUMP = sympy.Piecewise((D**2 * (1 - 2 * D) ** 2, 2 * D < 1), ((1 - D) ** 2 * (2 * D - 1) ** 2, True))
 WIDE = NoiseLaw("wide in kernels", D - HUMP, 2 * HUMP)  # with a third level
 ARCHS = (80, 100)  # by the exponent's bits, and by Blackwell's conversion
@@ -91,7 +92,7 @@ def test_round_to_nearest(fmt: Format, dtype: torch.dtype, device: str, g: torch
         same_bits(out, rounding.rtn(w, fmt, axis), f"{shape}, sm_{arch}, seed {seed}")
 
 
-@pytest.mark.parametrize(("shape", "axis"), ODD, ids=str)
+@pytest.mark.parametrize(("shape", "axis"), ODD + LONG, ids=str)
 @pytest.mark.parametrize("name", ["nvfp4", "int4/channel", "int4/tensor"])
 def test_every_shape(
     name: str,
