@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -151,9 +152,9 @@ def printed(name: str, function: Callable[..., Any], dtypes: tuple[torch.dtype, 
     Raises:
         NotImplementedError: it uses an operation that has no entry here.
     """
-    # A bound method has one argument more than tracing expects.
-    graph = make_fx(lambda *args: function(*args))(*(torch.ones(2, dtype=dtype) for dtype in dtypes)).graph
-    graph.eliminate_dead_code()
+    # A kernel may be wanted in the middle of a trace. Dispatch modes belong to a thread: in another none is active.
+    with ThreadPoolExecutor(1) as alone:
+        graph = alone.submit(_traced, function, dtypes).result()
     arguments = [f"a{i}" for i in range(len(dtypes))]
     names = dict(zip(graph.find_nodes(op="placeholder"), arguments, strict=True))
     lines: list[str] = []
@@ -170,6 +171,13 @@ def printed(name: str, function: Callable[..., Any], dtypes: tuple[torch.dtype, 
             results = result if isinstance(result, (tuple, list)) else [result]
             lines.append(f"return {', '.join(_operand(x, names) for x in results)}")
     return f"def {name}({', '.join(arguments)}):\n" + "".join(f"    {line}\n" for line in lines)
+
+
+def _traced(function: Callable[..., Any], dtypes: tuple[torch.dtype, ...]) -> fx.Graph:
+    # A bound method has one argument more than tracing expects.
+    graph = make_fx(lambda *args: function(*args))(*(torch.ones(2, dtype=dtype) for dtype in dtypes)).graph
+    graph.eliminate_dead_code()
+    return graph
 
 
 def _operand(x: Any, names: dict[fx.Node, str]) -> str:

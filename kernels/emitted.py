@@ -11,10 +11,11 @@ products of odd sizes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,7 @@ import lotion_fx
 from lotion_fx import backend, update
 from lotion_fx.kernels.absent_cuda import absent_cuda
 from lotion_fx.kernels.work import Config
+from lotion_fx.passes import lower
 
 DEVICE = torch.device("cuda", 0)
 
@@ -148,7 +150,7 @@ def forward_and_backward(function: Callable[[], Any], arch: int) -> list[Emitted
         return lambda *args: [torch.zeros(()).expand(shape) for shape in shapes]
 
     torch._dynamo.reset()
-    with mock.patch.object(backend, "compile_fx", emit):
+    with mock.patch.object(backend, "compile_fx", emit), lowered_for(arch):
         function()
     return found
 
@@ -165,9 +167,20 @@ def others(function: Callable[[], Any], arch: int) -> list[Emitted]:
         return gm.forward
 
     torch._dynamo.reset()
-    with mock.patch.object(backend, "compile_fx", emit), mock.patch.dict(update._compiled, clear=True):
+    with mock.patch.object(backend, "compile_fx", emit), lowered_for(arch):
         function()
     return found
+
+
+@contextlib.contextmanager
+def lowered_for(arch: int) -> Iterator[None]:
+    """Inside, what is compiled for CPU tensors takes the kernels that it would take on a device, see `passes.lower`."""
+    with contextlib.ExitStack() as stack:
+        for module in (backend, lower):
+            stack.enter_context(mock.patch.object(module, "arch_of", lambda device: arch))
+        for kept in (update._compiled, update._specs):
+            stack.enter_context(mock.patch.dict(kept, clear=True))
+        yield
 
 
 Loader = Callable[[str], Callable[[list[Any]], Any]]

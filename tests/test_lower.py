@@ -6,10 +6,12 @@ No device is needed: the kernels' operators have a CPU path, and which architect
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lotion_fx
 from lotion_fx import backend, update
 from lotion_fx.formats import resolve
+from lotion_fx.kernels.device_code import device_function
 from lotion_fx.passes import lower
 from lotion_fx.passes.lower import inductor_cost, kernel_cost, prefers_kernel
 from tests.models import MLP
@@ -138,3 +140,15 @@ def _trained_by_pass(curvature: str) -> None:
     model = MLP()
     lotion_fx.transform(model, "int4", curvature=curvature, inner="aot_eager")
     model(torch.randn(16, next(model.parameters()).shape[1])).square().mean().backward()
+
+
+def test_a_kernel_may_be_made_in_the_middle_of_a_trace() -> None:
+    """Its device functions are traced from the formats, which must not end up in the graph under way."""
+    fmt = resolve("int4/48")
+
+    def traced(w: torch.Tensor) -> torch.Tensor:
+        device_function("nearest", fmt)
+        return w + 1
+
+    graph = make_fx(traced, tracing_mode="fake")(torch.ones(4)).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
