@@ -26,6 +26,7 @@ from lotion_fx.kernels.cost import predict
 from lotion_fx.kernels.targets import TARGETS
 from lotion_fx.kernels.work import Config, Work
 
+EMITTED = "emitted/"
 NAMES = ", ".join(target.name for target in TARGETS.values())
 
 
@@ -72,10 +73,25 @@ def choose(work: Work, arch: int) -> Config:
 
 
 def rows(archs: Iterable[int], pattern: str = "*") -> list[dict[str, Any]]:
-    """A row for every kernel, shape and architecture, in the config that it runs with."""
+    """A row for every kernel, shape and architecture, in the config that it runs with: ours, and those of Inductor.
+
+    Args:
+        archs: keys of `TARGETS`.
+        pattern: of kernel names; those of Inductor begin with ``emitted/``.
+    """
     chosen = [(work, choose(work, arch), arch) for arch in archs for work in catalog(arch, pattern)]
+    if pattern.startswith(("*", EMITTED)):
+        chosen += [kernel for arch in archs for kernel in _emitted(arch, pattern)]
     compile_all(chosen)
     return [row(*kernel) for kernel in chosen]
+
+
+def _emitted(arch: int, pattern: str) -> list[tuple[Work, Config, int]]:
+    from lotion_fx.kernels.inductor_work import emitted_works  # traces and compiles a training step
+
+    works = [work for work in emitted_works(arch) if fnmatch.fnmatch(work.kernel, pattern)]
+    compile_all((work, config, arch) for work in works for config in work.configs)
+    return [(work, Config(**ranking.rank([work], arch)[0]["config"]), arch) for work in works]
 
 
 def text(found: list[dict[str, Any]]) -> str:
@@ -131,7 +147,7 @@ def main(
 ) -> None:
     """Compile the kernels for GPUs that need not be there: registers, spills, occupancy, bytes, predicted times."""
     archs = [target.arch for target in TARGETS.values() if arch in (None, target.name)]
-    if not any(catalog(each, kernel) for each in archs):
+    if not (kernel.startswith(EMITTED) or any(catalog(each, kernel) for each in archs)):
         known = ", ".join(sorted({work.kernel for work in catalog(archs[0])}))
         raise typer.BadParameter(f"no kernel is named {kernel!r}; there are {known}", param_hint="--kernel")
     for each in archs if tune else ():

@@ -72,9 +72,8 @@ def test_loads_of_a_loop_wait_together_across_its_stages():
 
 def test_loads_into_registers_wait_for_one_iteration_at_a_time():
     loop = evidence(resident=1, loop={"LDG.E.128": 1})
-    assert predict(work(108, 0, 10**8), Config({}, 4, 4), loop, A100) == predict(
-        work(108, 0, 10**8), CONFIG, loop, A100
-    )
+    moved = work(108, 0, 10**8)
+    assert predict(moved, Config({}, 4, 4), loop, A100) == predict(moved, CONFIG, loop, A100)
 
 
 def test_bytes_read_again_cost_the_cache():

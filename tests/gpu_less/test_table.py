@@ -19,6 +19,12 @@ FIELDS = {
 SAMPLES = [doubled(), product()]
 
 
+@pytest.fixture(autouse=True)
+def nothing_emitted(monkeypatch):
+    """Inductor's kernels, which take a minute, are tested beside their module."""
+    monkeypatch.setattr(table, "_emitted", lambda arch, pattern: [])
+
+
 @pytest.fixture
 def samples(monkeypatch):
     monkeypatch.setattr(table, "catalog", lambda arch, pattern="*": [w for w in SAMPLES if pattern in ("*", w.kernel)])
