@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -60,7 +62,7 @@ class Evidence:
         resident: programs that a multiprocessor holds at a time.
         occupancy: their share of the threads that it could hold.
         vector128: share of instructions that move 128 bits or more a thread among those that load from or store to
-            global memory; copies by tensor map count as wide. 1 for a kernel without any.
+            global memory, a loop's as often as it runs; copies by tensor map count as wide. 1 for a kernel without any.
         opcodes: how often each SASS instruction stands in the code, by full name.
         once: those of them that run once, by full name.
         loop: those of the largest loop.
@@ -89,6 +91,19 @@ class Evidence:
     def special(self) -> dict[str, int]:
         """The instructions of `SPECIAL`, by full name."""
         return {name: n for name, n in sorted(self.opcodes.items()) if base(name) in SPECIAL}
+
+    def summary(self) -> dict[str, Any]:
+        """What tables and baselines record."""
+        return {
+            "registers": self.registers,
+            "spills": self.spills,
+            "shared": self.shared,
+            "tensor_memory": self.tensor_memory,
+            "occupancy": round(self.occupancy, 3),
+            "vector128": round(self.vector128, 3),
+            "sass": self.sass,
+            "instructions": self.special,
+        }
 
     def lost(self, required: tuple[str, ...]) -> list[str]:
         """Those prefixes of SASS names that no instruction has."""
@@ -120,19 +135,35 @@ def audit(work: Work, config: Config, arch: int) -> Evidence:
     Raises:
         Refused: an instruction or type is missing, or a multiprocessor cannot hold one program. It names which.
     """
-    constants = {**work.constants, **config.constants}
-    found = _audited(
-        work.fn,
-        tuple(work.signature.items()),
-        tuple(constants.items()),
-        work.aligned,
-        config.num_warps,
-        config.num_stages,
-        arch,
-    )
+    with _quiet():
+        found = _audited(*_arguments(work, config, arch))
     if isinstance(found, str):
         raise Refused(f"{work.kernel} [{describe(config)}] for sm_{arch}: {found}")
-    return found
+    return replace(found, vector128=_wide_share(found, max(1, work.iterations(config))))
+
+
+def compile_all(kernels: Iterable[tuple[Work, Config, int]]) -> None:
+    """Compiles kernels on all processors at once, each distinct one once, for `audit` to find.
+
+    Args:
+        kernels: each with a config and an architecture.
+    """
+    distinct = dict.fromkeys(_arguments(*kernel) for kernel in kernels)
+    with _quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in [pool.submit(_audited, *arguments) for arguments in distinct]:
+            done.result()
+
+
+def _arguments(work: Work, config: Config, arch: int) -> tuple[Any, ...]:
+    """All that decides what is compiled, as `_audited` takes it."""
+    constants = {**work.constants, **config.constants}
+    types = tuple(work.signature.items()), tuple(constants.items()), work.aligned
+    return work.fn, *types, config.num_warps, config.num_stages, arch
+
+
+def _quiet() -> contextlib.AbstractContextManager[Any]:
+    """On an error of ptxas Triton prints the whole PTX."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def describe(config: Config) -> str:
@@ -177,14 +208,12 @@ def _compiled(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in sixteen},
     )
-    # On a ptxas error Triton prints the whole PTX.
-    with contextlib.redirect_stdout(io.StringIO()):
-        return triton.compile(
-            source,
-            target=GPUTarget("cuda", arch, 32),
-            # Said outright, as Triton warns that its default will change.
-            options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
-        )
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        # Said outright, as Triton warns that its default will change.
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
+    )
 
 
 def _missing(message: str) -> str:
@@ -197,7 +226,7 @@ def _missing(message: str) -> str:
 
 def _evidence(kernel: Any, arch: int) -> Evidence | str:
     target = TARGETS[arch]
-    registers, spills = _registers(kernel.asm["ptx"], arch)
+    registers, code = _disassembled(kernel.asm["cubin"])
     # Warp specialization launches more warps than the config names.
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
     assert threads is not None, "Triton always states the size of a block"
@@ -209,25 +238,32 @@ def _evidence(kernel: Any, arch: int) -> Evidence | str:
             f"a multiprocessor cannot hold one program of {warps} warps, {registers} registers, {shared} bytes of "
             f"shared memory and {tensor_memory} columns of tensor memory"
         )
-    code = _disassembled(kernel.asm["cubin"])
     opcodes = Counter(opcode for _, opcode, _ in code if opcode != "NOP")
+    local = sum(n for name, n in opcodes.items() if base(name) in _LOCAL)
     once, loop = _parts(code)
-    wide, moves = _widths(opcodes)
     return Evidence(
         arch=arch,
         warps=warps,
         registers=registers,
-        spills=spills,
-        local=sum(n for name, n in opcodes.items() if base(name) in _LOCAL),
+        # Spills touch local memory.
+        spills=_spills(kernel.asm["ptx"], arch) if local else 0,
+        local=local,
         shared=shared,
         tensor_memory=tensor_memory,
         resident=resident,
         occupancy=resident * warps * 32 / target.threads,
-        vector128=wide / moves if moves else 1.0,
+        vector128=1.0,  # `audit` knows how often the loop runs
         opcodes=opcodes,
         once=once,
         loop=loop,
     )
+
+
+def _wide_share(evidence: Evidence, iterations: int) -> float:
+    """`Evidence.vector128`, the loop's instructions counted as often as the loop runs."""
+    (once_wide, once), (loop_wide, loop) = _widths(evidence.once), _widths(evidence.loop)
+    moves = once + iterations * loop
+    return (once_wide + iterations * loop_wide) / moves if moves else 1.0
 
 
 def _widths(opcodes: Mapping[str, int]) -> tuple[int, int]:
@@ -237,34 +273,31 @@ def _widths(opcodes: Mapping[str, int]) -> tuple[int, int]:
     return maps + sum(n for name, n in moves.items() if width(name) >= 128), maps + sum(moves.values())
 
 
-def _registers(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers and bytes spilled, which only the assembler's log tells apart from other local memory."""
+def _spills(ptx: str, arch: int) -> int:
+    """Bytes that a thread stores to and loads from local memory for want of registers, by the assembler's log."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
         source.flush()
         command = [get_ptxas(arch).path, "-v", "--regAllocOptLevel=2", f"-arch={sm_arch_from_capability(arch)}"]
         command += [source.name, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    # A kernel that calls a function has a line of each kind for both.
-    registers, stored, loaded = (
-        max(map(int, re.findall(pattern, log)), default=0)
-        for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
-    )
-    return registers, stored + loaded
+    return sum(map(int, re.findall(r"(\d+) bytes spill", log)))
 
 
 Instruction = tuple[str, str, str]  # its address in hexadecimal, name, and operands; a guard belongs to the operands
 
 
-def _disassembled(cubin: bytes) -> list[Instruction]:
+def _disassembled(cubin: bytes) -> tuple[int, list[Instruction]]:
+    """Registers of a thread, and the code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         # The error stream holds notes on the format of the file alone.
-        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = max(map(int, re.findall(r"REG:(\d+)", text)))
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", text)
-    return [(address.lstrip("0") or "0", name, f"{guard}{rest}".strip()) for address, guard, name, rest in lines]
+    return registers, [(at.lstrip("0") or "0", name, f"{guard}{rest}".strip()) for at, guard, name, rest in lines]
 
 
 def _parts(code: list[Instruction]) -> tuple[Counter[str], Counter[str]]:
@@ -277,7 +310,7 @@ def _parts(code: list[Instruction]) -> tuple[Counter[str], Counter[str]]:
     flow = nx.DiGraph(_edges(code))
     reached = nx.descendants(flow, 0) | {0}
     cycles = [part for part in nx.strongly_connected_components(flow.subgraph(reached)) if len(part) > 1]
-    largest = max(cycles, key=len, default=set())
+    largest: set[int] = max(cycles, key=len, default=set())
     others = set().union(*cycles) - largest
     once = Counter(code[i][1] for i in reached - largest - others)
     loop = Counter(code[i][1] for i in largest)

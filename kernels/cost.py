@@ -1,7 +1,7 @@
 """A predicted time for a compiled kernel, to choose among its configs. A prediction, never a measurement.
 
 The grid of ``P`` programs runs in waves of up to ``M R``: ``M`` multiprocessors that hold ``R`` programs each. In a
-wave of ``n`` programs the busiest multiprocessor has ``k = ceil(n / M)``, and these resources are each busy for
+wave of ``n`` programs the busiest multiprocessor has ``k = ceil(n / M)``, and these resources are busy for
 
     memory   n / P * minimum_bytes / min(0.9 bandwidth, n * in flight / 1 us)
     cache    n / P * bytes / (M * 47 B a clock)
@@ -10,8 +10,10 @@ wave of ``n`` programs the busiest multiprocessor has ``k = ceil(n / M)``, and t
     fp32, int32, special, shared: k * warps * instructions of that pipe * 32 / lanes / clock
 
 where a program's instructions are those that run once plus the loop's times its iterations, and 'in flight' are the
-bytes of its loads that wait together: all those outside a loop, or those of ``stages - 1`` iterations. The wave takes
-the longest of these, plus the rest of them divided by what overlaps, ``k`` programs times the stages of a loop:
+bytes of its loads that wait together: all those outside a loop, or those of the ``stages - 1`` iterations by which
+asynchronous copies run ahead; ``stages`` is 1 without such copies, and one iteration's loads wait. A program moves
+data, then computes: of data (memory, cache), products (tensor) and instructions (the rest), each the longest of its
+resources, the wave takes the longest, plus the others divided by what overlaps, ``k`` programs times ``stages``:
 
     T(n) = max + (sum - max) / (k * stages),         time = 2 us + floor(P / M R) T(M R) + T(P mod M R)
 
@@ -45,6 +47,7 @@ _PIPES = {
         *("FSETP", "FSEL", "FSET", "FMNMX", "FMNMX3", "FCHK", "PLOP3", "SGXT", "BMSK", "IABS", "I2FP", "I2IP", "F2IP"),
     ),
 }
+_ASYNCHRONOUS = ("LDGSTS", "UTMALDG", "UBLKCP")
 _PIPE = {opcode: pipe for pipe, opcodes in _PIPES.items() for opcode in opcodes}
 
 
@@ -79,11 +82,18 @@ def predict(work: Work, config: Config, evidence: Evidence, target: Target) -> P
     for times, n in ((full, wave), (1, rest)):
         if times and n:
             busy = _busy(work, config, evidence, target, n)
-            overlap = -(-n // target.multiprocessors) * (config.num_stages if evidence.loop else 1)
-            longest = max(busy, key=lambda name: busy[name])
-            us += times * (busy[longest] + (sum(busy.values()) - busy[longest]) / overlap)
-            bound_by = longest if bound_by == "launch" else bound_by
+            overlap = -(-n // target.multiprocessors) * _stages(evidence, config)
+            one_after_another = [max(times_of.values()) for times_of in busy]
+            longest = max(one_after_another)
+            us += times * (longest + (sum(one_after_another) - longest) / overlap)
+            if bound_by == "launch":
+                bound_by = next(name for part in busy for name, time in part.items() if time == longest)
     return Prediction(us, bound_by, roofline(work, target) / us)
+
+
+def _stages(evidence: Evidence, config: Config) -> int:
+    """Iterations of a loop that are under way at once: those that asynchronous copies run ahead, if it has any."""
+    return config.num_stages if any(base(name) in _ASYNCHRONOUS for name in evidence.loop) else 1
 
 
 def roofline(work: Work, target: Target) -> float:
@@ -97,26 +107,24 @@ def _tensor(work: Work, target: Target) -> float:
     return sum(flops / rates.get(kind, rates["bf16"]) / 1e6 for kind, flops in work.tensor_flops.items())
 
 
-def _busy(work: Work, config: Config, evidence: Evidence, target: Target, n: int) -> dict[str, float]:
-    """Microseconds for which ``n`` programs that run together keep each resource busy."""
+def _busy(work: Work, config: Config, evidence: Evidence, target: Target, n: int) -> tuple[dict[str, float], ...]:
+    """Microseconds for which ``n`` programs keep each resource busy: those of data, of products, of instructions."""
     programs = work.programs(config)
     k = -(-n // target.multiprocessors)
     memory, waiting = _memory(evidence, config, target, n)
-    busy = {
+    data = {
         waiting: n / programs * work.minimum_bytes / memory,
         "cache": n / programs * work.bytes(config) / (target.multiprocessors * CACHE * target.clock * 1e3),
-        "tensor": k / programs * target.multiprocessors * _tensor(work, target),
     }
-    for pipe, cycles in _cycles(executed(evidence, work.iterations(config)), target).items():
-        busy[pipe] = k * evidence.warps * cycles / target.clock / 1e3
-    return busy
+    products = {"tensor": k / programs * target.multiprocessors * _tensor(work, target)}
+    cycles = _cycles(executed(evidence, work.iterations(config)), target)
+    return data, products, {pipe: k * evidence.warps * each / target.clock / 1e3 for pipe, each in cycles.items()}
 
 
 def _memory(evidence: Evidence, config: Config, target: Target, n: int) -> tuple[float, str]:
     """Bytes a microsecond that ``n`` programs get from memory, and whether it or their waiting sets that."""
-    before = _loaded(evidence.once)
-    pipelined = _loaded(evidence.loop) * max(config.num_stages - 1, 1)
-    in_flight = n * evidence.warps * 32 * max(before, pipelined)
+    ahead = max(_stages(evidence, config) - 1, 1)
+    in_flight = n * evidence.warps * 32 * max(_loaded(evidence.once), ahead * _loaded(evidence.loop))
     bandwidth = ACHIEVABLE * target.bandwidth * 1e3
     # A kernel that loads by tensor map shows no widths: its copies are taken to be deep enough.
     if in_flight == 0 or in_flight / LATENCY >= bandwidth:

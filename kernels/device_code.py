@@ -156,7 +156,7 @@ def printed(name: str, function: Callable[..., Any], dtypes: tuple[torch.dtype, 
     graph.eliminate_dead_code()
     arguments = [f"a{i}" for i in range(len(dtypes))]
     names = dict(zip(graph.find_nodes(op="placeholder"), arguments, strict=True))
-    lines = []
+    lines: list[str] = []
     for node in graph.nodes:
         if node.op == "call_function":
             text = _expression(name, node, names)

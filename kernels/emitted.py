@@ -142,7 +142,7 @@ def forward_and_backward(function: Callable[[], Any], arch: int) -> list[Emitted
     found: list[Emitted] = []
 
     def emit(gm: fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
-        found.extend(_compile(copy.deepcopy(gm), inputs, config_patches, arch))
+        found.extend(compile_for(arch, copy.deepcopy(gm), inputs, config_patches)[1])
         results: Any = gm.graph.output_node().args[0]
         shapes = [node.meta["example_value"].shape for node in results]
         return lambda *args: [torch.zeros(()).expand(shape) for shape in shapes]
@@ -161,7 +161,7 @@ def others(function: Callable[[], Any], arch: int) -> list[Emitted]:
         if any(x.requires_grad for x in inputs):
             # Not eagerly: the update's code depends on what the curvature pass found.
             return backend.Backend("aot_eager").compile(gm, inputs)
-        found.extend(_compile(copy.deepcopy(gm), inputs, config_patches, arch))
+        found.extend(compile_for(arch, copy.deepcopy(gm), inputs, config_patches)[1])
         return gm.forward
 
     torch._dynamo.reset()
@@ -170,8 +170,26 @@ def others(function: Callable[[], Any], arch: int) -> list[Emitted]:
     return found
 
 
-def _compile(gm: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any], arch: int) -> list[Emitted]:
-    """Compiles a graph with its options, which then are of a device that is not there."""
+Loader = Callable[[str], Callable[[list[Any]], Any]]
+
+
+def _unloaded(source: str) -> Callable[[list[Any]], Any]:
+    return lambda inputs: None
+
+
+def compile_for(
+    arch: int, gm: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any], load: Loader = _unloaded
+) -> tuple[Callable[..., Any], list[Emitted]]:
+    """Compiles a graph with its options, which then are of a device that is not there.
+
+    Args:
+        arch: of the device.
+        gm, inputs, options: what the backend hands to Inductor.
+        load: makes of a module's source the function that it defines, of one list of tensors.
+
+    Returns:
+        The compiled function, and what it is made of.
+    """
     found: list[Emitted] = []
     passes = options.get("joint_custom_pre_pass", [])
     passes = passes if isinstance(passes, list) else [passes]
@@ -183,8 +201,10 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any],
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True, decompose_custom_triton_ops=False),
     ):
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # the user's choice, not ours
-        compile_fx(_with_cuda_attention(gm), inputs, inner_compile=_recorder(found), config_patches=options)
-    return found
+        function: Any = compile_fx(
+            _with_cuda_attention(gm), inputs, inner_compile=_recorder(found, load), config_patches=options
+        )
+    return function, found
 
 
 class ToDevice(CustomGraphPass):
@@ -213,8 +233,8 @@ def _moved(value: Any) -> Any:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE)
 
 
-def _recorder(found: list[Emitted]) -> Callable[..., Any]:
-    """Inductor's inner compiler, which keeps the source instead of loading it."""
+def _recorder(found: list[Emitted], load: Loader) -> Callable[..., Any]:
+    """Inductor's inner compiler, which keeps the source and leaves it to ``load`` to load it."""
 
     def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         graph = "step" if kwargs.get("is_inference") else "backward" if kwargs.get("is_backward") else "forward"
@@ -224,7 +244,7 @@ def _recorder(found: list[Emitted]) -> Callable[..., Any]:
             nodes = {node: node.get_read_write_buffers_sizes() for node in lowering.scheduler.nodes}
             fused = sum(size for node, size in nodes.items() if not node.is_extern())
             found.append(Emitted(graph, source, sum(nodes.values()), fused))
-            return SimpleNamespace(call=lambda inputs: None)
+            return SimpleNamespace(call=load(source))
 
         inputs = [_moved(x) for x in inputs]
         _move(gm.graph)

@@ -190,7 +190,7 @@ TARGETS: Mapping[int, Target] = {
             tensor_memory=512,
             tensor={"bf16": 2250, "fp8": 4500, "fp4": 9000},
             fp32_lanes=128,
-            int32_lanes=64,
+            int32_lanes=128,
             special_lanes=16,
             features=_BLACKWELL | {"cvt.rs", "tcgen05"},
             source="NVIDIA Blackwell datasheet (HGX B200, a GPU) and CUDA Blackwell tuning guide, 1.4 (L2 and shared)",
@@ -208,11 +208,11 @@ TARGETS: Mapping[int, Target] = {
             tensor_memory=512,
             tensor={"bf16": 2250, "fp8": 4500, "fp4": 13500},
             fp32_lanes=128,
-            int32_lanes=64,
+            int32_lanes=128,
             special_lanes=32,
             features=_BLACKWELL | {"cvt.rs", "tcgen05"},
             source="NVIDIA Blackwell Ultra datasheet (HGX B300, a GPU) and 'Inside NVIDIA Blackwell Ultra', "
-            "developer.nvidia.com/blog (twice the special function units)",
+            "developer.nvidia.com/blog (128 cores for fp32 and int32, twice the special function units)",
         ),
         Target(
             arch=120,

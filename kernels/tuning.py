@@ -32,30 +32,51 @@ def table() -> Mapping[str, Any]:
     return json.loads(TABLE.read_text())
 
 
-def choose(kernel: str, shape_class: str, arch: int) -> Config:
+def choose(kernel: str, shape_class: str, arch: int, configs: Sequence[Config] | None = None) -> Config:
     """The config that a kernel runs with on an architecture.
 
     Args:
         kernel: its name, ``"smooth/rtn"``: a module of `lotion_fx.kernels`, and what of it.
         shape_class: the kind of shape, as the module names them.
         arch: compute capability, 80 for ``sm_80``; one without a target takes the nearest.
+        configs: the candidates, by default the module's ``CONFIGS``.
 
     Returns:
-        The table's choice, or the first of the module's ``CONFIGS`` where the table has none.
+        The table's choice, or the first candidate where the table has none.
     """
-    return candidates(kernel, shape_class, arch)[0]
+    return ranked(kernel, shape_class, arch, configs)[0]
 
 
-def candidates(kernel: str, shape_class: str, arch: int) -> tuple[Config, ...]:
-    """All configs that the table has for a kernel, from the best to the worst; else the module's, in their order."""
-    ranked = table().get(kernel, {}).get(shape_class, {}).get(nearest(arch).name)
-    if ranked is None:
-        return tuple(importlib.import_module(f"lotion_fx.kernels.{kernel.split('/')[0]}").CONFIGS)
-    return tuple(Config(**candidate["config"]) for candidate in ranked)
+def ranked(kernel: str, shape_class: str, arch: int, configs: Sequence[Config] | None = None) -> tuple[Config, ...]:
+    """The table's candidates that compile, from the best to the worst; all in their order where it has none."""
+    if tuned := _tuned(kernel, shape_class, arch):
+        return tuned
+    if configs is None:
+        configs = importlib.import_module(f"lotion_fx.kernels.{kernel.split('/')[0]}").CONFIGS
+    return tuple(configs)
+
+
+@cache
+def _tuned(kernel: str, shape_class: str, arch: int) -> tuple[Config, ...]:
+    entries = table().get(kernel, {}).get(shape_class, {}).get(nearest(arch).name, ())
+    return tuple(Config(**entry["config"]) for entry in entries if "refused" not in entry)
+
+
+def forget() -> None:
+    """Reads the table anew: after it was written."""
+    table.cache_clear()
+    _tuned.cache_clear()
 
 
 def launchable(
-    fn: Any, kernel: str, shape_class: str, arch: int, *, key: Sequence[str] = (), writes: Sequence[str] = ()
+    fn: Any,
+    kernel: str,
+    shape_class: str,
+    arch: int,
+    configs: Sequence[Config] | None = None,
+    *,
+    key: Sequence[str] = (),
+    writes: Sequence[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
     """What to launch, and the arguments that its config adds:
 
@@ -64,13 +85,13 @@ def launchable(
 
     Args:
         fn: the ``triton.jit`` function.
-        kernel, shape_class, arch: as for `choose`.
+        kernel, shape_class, arch, configs: as for `choose`.
         key: names of integer arguments; autotuning times anew when one of them changes.
         writes: names of tensors that the kernel reads and overwrites; autotuning restores them after each run.
     """
     if os.environ.get("LOTION_FX_AUTOTUNE") == "1":
-        return autotuned(fn, kernel, shape_class, arch, tuple(key), tuple(writes)), {}
-    return fn, options(choose(kernel, shape_class, arch))
+        return _autotuned(fn, ranked(kernel, shape_class, arch, configs), tuple(key), tuple(writes)), {}
+    return fn, options(choose(kernel, shape_class, arch, configs))
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -78,19 +99,27 @@ def options(config: Config) -> dict[str, Any]:
     return {**config.constants, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-@cache
-def autotuned(
-    fn: Any, kernel: str, shape_class: str, arch: int, key: tuple[str, ...], writes: tuple[str, ...]
+# By the kernel and the values of its configs, which are not hashable.
+_autotuners: dict[tuple[Any, ...], triton.runtime.Autotuner] = {}
+
+
+def _autotuned(
+    fn: Any, configs: Sequence[Config], key: tuple[str, ...], writes: tuple[str, ...]
 ) -> triton.runtime.Autotuner:
-    """A kernel that times the table's best few on the device and keeps the fastest; arguments as for `launchable`."""
+    """The kernel, made to time the best few of ranked configs and keep the fastest; one for all its launches."""
+    values = tuple(tuple(sorted(options(config).items())) for config in configs)
+    if (fn, values, key, writes) not in _autotuners:
+        choices = [
+            triton.Config(dict(config.constants), num_warps=config.num_warps, num_stages=config.num_stages)
+            for config in configs
+        ]
+        decorator = triton.autotune(
+            choices, key=list(key), restore_value=list(writes) or None, prune_configs_by={"early_config_prune": best}
+        )
+        _autotuners[fn, values, key, writes] = decorator(fn)
+    return _autotuners[fn, values, key, writes]
 
-    def best(configs: list[triton.Config], arguments: Mapping[str, Any], **constants: Any) -> list[triton.Config]:
-        return configs[:TOP]  # they come ranked
 
-    configs = [
-        triton.Config(dict(config.constants), num_warps=config.num_warps, num_stages=config.num_stages)
-        for config in candidates(kernel, shape_class, arch)
-    ]
-    return triton.autotune(
-        configs, key=list(key), restore_value=list(writes) or None, prune_configs_by={"early_config_prune": best}
-    )(fn)
+def best(configs: list[triton.Config], arguments: Mapping[str, Any], **constants: Any) -> list[triton.Config]:
+    """Triton's ``early_config_prune``: the first few, for configs come ranked by the cost model."""
+    return configs[:TOP]

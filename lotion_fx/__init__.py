@@ -3,6 +3,7 @@
 model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
 """
 
+from lotion_fx import optim
 from lotion_fx.calibrate import calibrate
 from lotion_fx.expected import ExpectedLoss, expected_loss
 from lotion_fx.formats import Format, codebook, formats, register_format, resolve
@@ -33,6 +34,7 @@ __all__ = [
     "full_precision",
     "load_state_dict",
     "noises",
+    "optim",
     "penalty",
     "randomized",
     "register_format",

@@ -42,6 +42,7 @@ from lotion_fx.formats import registered
 from lotion_fx.kernels import targets
 from lotion_fx.noise import registered_noises
 from lotion_fx.passes.curvature import resolve_curvature
+from lotion_fx.passes.lower import arch_of, lower, lower_products
 from lotion_fx.passes.moments import Certificate, Streamed, stream
 from lotion_fx.passes.smooth import Plan, attach, insert_variances, smooth, variance
 from lotion_fx.passes.usage import Use, weight_uses
@@ -68,15 +69,24 @@ class CurvaturePass(CustomGraphPass):
     """`passes.curvature` as Inductor runs it. Its configuration is in the graph itself, so the uuid hashes the code."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        resolve_curvature(graph)
+        _resolve(graph)
 
     def uuid(self) -> Any:
         return get_hash_for_files(_SOURCES, extra="lotion_fx.curvature")
 
 
+def _resolve(joint: fx.Graph) -> None:
+    """Our passes on a joint graph: the curvature, and what the device of the graph does better in one kernel."""
+    resolve_curvature(joint)
+    given = (node.meta.get("val") for node in joint.find_nodes(op="placeholder"))
+    arch = next((arch_of(x.device) for x in given if isinstance(x, Tensor)), None)
+    if arch is not None:
+        lower_products(joint, arch)
+
+
 def _partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The partition function of the `aot_eager` inner compiler, which has no passes of its own."""
-    resolve_curvature(joint.graph)
+    _resolve(joint.graph)
     joint.recompile()
     return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
@@ -334,6 +344,10 @@ class Variants:
         variances = streamed.variances if streamed else {}
         if variances:
             insert_variances(gm, variances, plans)
+        if plans:
+            arch = arch_of(self.inputs[next(iter(plans))].device)
+            if arch is not None:
+                lower(gm, arch)
         for node in gm.graph.nodes:
             if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
                 node._dynamo_source = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,4 +38,8 @@ def build() -> typer.Typer:
     app.command("linear-regression")(linear_regression.main)
     app.command("two-layer")(two_layer.main)
     app.command("landscape")(landscape.main)
+    if find_spec("triton"):  # Linux alone has it
+        from lotion_fx.kernels import table
+
+        app.command("kernels")(table.main)
     return app

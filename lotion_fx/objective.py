@@ -3,7 +3,8 @@
 The loss's own gradient is left alone. Just before any optimizer steps, one hook turns what the probes gathered since
 the last step into a curvature estimate and adds the gradient of the term to ``.grad``: after accumulation, after
 reduction over ranks, after clipping. `update` holds the arithmetic; this file finds the factors that go into it, the
-number of loss terms T, the loss scale, the clipping. Source: LOTION, arXiv 2510.08757, and docs/objective.md.
+number of loss terms T, the loss scale, the clipping. An optimizer that makes the term in its own pass is handed the
+factors instead (`TakesTerms`). Source: LOTION, arXiv 2510.08757, and docs/objective.md.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import inspect
 import math
 import warnings
 import weakref
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,36 @@ _handles: list[Any] = []
 _stepping: list[torch.optim.Optimizer] = []  # one may step another inside its own step: ZeroRedundancyOptimizer does
 _done: weakref.WeakSet[Weight] = weakref.WeakSet()  # weights that have their term in the outermost of those steps
 _PROVISIONAL = (Code.UNREACHED, Code.UNRESOLVED)  # another graph may yet show more
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One weight's term of one step, for an optimizer that makes it: ``grad + gain d/dw 1/2 sum_i h_i sigma_i^2``.
+
+    Args:
+        weight: of which the curvature is ``h = of_moment * exp_avg_sq + of_square * grad^2``, from the second moment as
+            it is before the step and ``.grad`` as it is in memory.
+        of_moment, of_square: 0-d float32, one of them 0.
+        gain: 0-d float32: the strength, times the loss scale if that is still in ``.grad``.
+    """
+
+    weight: Weight
+    of_moment: Tensor
+    of_square: Tensor
+    gain: Tensor
+
+
+@runtime_checkable
+class TakesTerms(Protocol):
+    """An optimizer with a pass of its own for the term.
+
+    The hook leaves the gradients of parameters that `can_take` accepts alone, and puts their terms into ``terms``,
+    emptied before, for the step that follows.
+    """
+
+    terms: dict[Tensor, Term]
+
+    def can_take(self, parameter: Tensor, weight: Weight) -> bool: ...
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -94,6 +126,8 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
     Args:
         counts: whether this is one more step of the training.
     """
+    if isinstance(optimizer, TakesTerms):
+        optimizer.terms.clear()  # of a step that raised
     mine: dict[Smoothing, list[tuple[Weight, Tensor]]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -136,6 +170,10 @@ class _Step:
         if smoothing.curvature == "ggn":  # of the pass's own loss, which nothing scaled
             self.row_factor = torch.full_like(self.row_factor, 1 / smoothing.draws)
         self.grad_factor = (smoothing.known_terms / (loss_scale * shrunk) ** 2).float()
+        self.none = torch.zeros_like(self.grad_factor)
+        clip2 = None if smoothing.clip2 is None else smoothing.clip2.to(terms.device)
+        # None where the optimizer's state was loaded without ours: then from the count of its steps, weight by weight.
+        self.moment_factor = None if clip2 is None else torch.where(clip2 > 0, smoothing.known_terms / clip2, self.none)
         gains = [0.0 if weight.entered else weight.joint_strength for weight, _ in pairs]
         scale = 1.0 if self.pending is None else self.pending.to(terms.device)
         self.gains = (torch.tensor(gains, device=terms.device) * scale).unbind()
@@ -267,6 +305,8 @@ class _Step:
         source = VECTOR if given else HELD if weight.code in (None, Code.ANALYTIC) else FISHER
         if self.smoothing.curvature == "fisher":
             moment = self.optimizer.state.get(parameter, {}).get("exp_avg_sq")
+            if self._is_taken(weight, parameter, moment, gain):
+                return None
             if isinstance(moment, Tensor):
                 return self._moment_job(
                     weight, parameter, [local, grad, local.new_zeros(0), local_of(moment)], amax, gain
@@ -280,21 +320,36 @@ class _Step:
     def _moment_job(
         self, weight: Weight, parameter: Tensor, args: list[Tensor], amax: list[Tensor], gain: Tensor
     ) -> tuple[Spec, list[Tensor]]:
-        """The update whose curvature is the optimizer's second moment, and with no state of our own.
+        """The update whose curvature is the optimizer's second moment, and with no state of our own."""
+        weight.ema, weight.moment = None, args[-1]
+        args = [*args, *amax, self.row_factor, self._moment_factor(parameter), gain]
+        layout, span = stored(weight, parameter)
+        return Spec.of(weight, MOMENT, layout, span, args), args
+
+    def _moment_factor(self, parameter: Tensor) -> Tensor:
+        """Curvature over the optimizer's second moment.
 
         That moment is of clipped gradients: over the same average of squared clipping factors it is a weighted mean of
         unclipped squares, and no bias is left to correct.
         """
-        clip2, decay = self.smoothing.clip2, self._decay(parameter)
-        if clip2 is None:  # the optimizer's state was loaded without ours
-            count = torch.as_tensor(self.optimizer.state[parameter].get("step", 0), dtype=torch.float32)
-            clip2 = (1 - decay**count).to(args[0].device)
+        if self.moment_factor is not None:
+            return self.moment_factor
+        count = torch.as_tensor(self.optimizer.state[parameter].get("step", 0), dtype=torch.float32)
+        clip2 = (1 - self._decay(parameter) ** count).to(local_of(parameter).device)
         assert self.smoothing.known_terms is not None
-        factor = torch.where(clip2 > 0, self.smoothing.known_terms / clip2, 0.0)
-        weight.ema, weight.moment = None, args[-1]
-        args = [*args, *amax, self.row_factor, factor, gain]
-        layout, span = stored(weight, parameter)
-        return Spec.of(weight, MOMENT, layout, span, args), args
+        return torch.where(clip2 > 0, self.smoothing.known_terms / clip2, 0.0)
+
+    def _is_taken(self, weight: Weight, parameter: Tensor, moment: Any, gain: Tensor) -> bool:
+        """Hands the term to an optimizer that makes it in its own pass, if it can; True if so."""
+        optimizer, has_moment = self.optimizer, isinstance(moment, Tensor)
+        if not isinstance(optimizer, TakesTerms) or not (has_moment or weight.ema is None):
+            return False
+        if not optimizer.can_take(parameter, weight):
+            return False
+        factors = (self._moment_factor(parameter), self.none) if has_moment else (self.none, self.grad_factor)
+        optimizer.terms[parameter] = Term(weight, *factors, gain)
+        weight.ema = None
+        return True
 
 
 def _advance(smoothing: Smoothing, pairs: list[tuple[Weight, Tensor]], counts: bool) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from lotion_fx import backend, rounding
 from lotion_fx.formats import Format
 from lotion_fx.noise import NoiseLaw
+from lotion_fx.passes import lower
 from lotion_fx.passes.probe import Layout
 from lotion_fx.state import Weight, local_of
 
@@ -45,6 +46,7 @@ class Spec:
         span: [start, stop) of its dimension 0 on this rank.
         decay: of the EMA.
         tensors: shape, stride, dtype and device of each argument.
+        kernel: whether a Triton kernel adds the term, see `passes.lower`.
     """
 
     source: str
@@ -55,6 +57,7 @@ class Spec:
     span: tuple[int, int]
     decay: float
     tensors: tuple[Any, ...]
+    kernel: bool = False
 
     @staticmethod
     def of(weight: Weight, source: str, layout: Layout, span: tuple[int, int], args: Sequence[Tensor]) -> Spec:
@@ -64,7 +67,9 @@ class Spec:
         key = (source, weight.format, weight.axis, smoothing.noise, layout, span, smoothing.decay, tensors)
         if weight.spec is None or weight.spec[0] != key:
             assert weight.format is not None
-            spec = Spec(source, weight.format, weight.axis, smoothing.noise, layout, span, smoothing.decay, tensors)
+            fmt, axis, arch, (held, grad) = weight.format, weight.axis, lower.arch_of(args[0].device), args[:2]
+            kernel = arch is not None and grad.is_contiguous() and lower.prefers_kernel("term", held, fmt, axis, arch)
+            spec = Spec(source, fmt, axis, smoothing.noise, layout, span, smoothing.decay, tensors, kernel)
             weight.spec = key, _specs.setdefault(key, spec)
         return weight.spec[1]
 
@@ -86,14 +91,19 @@ def dense(state: Tensor, layout: Layout, span: tuple[int, int]) -> Tensor:
     if layout.kind != "factored":
         h = state[span[0] * inner : span[1] * inner].view(shape)
         return torch.where(mass > 0, h / mass, 0.0)
-    rows, cols, norm = layout.split(state)
-    divisor = norm * mass
-    cols = torch.where(divisor > 0, 1 / divisor, 0.0)[:, None] * cols
+    rows, cols = factors(state, layout)
     if span == (0, layout.shape[0]):
         return (rows[:, :, None] * cols[:, None, :]).reshape(shape)
     each = layout.groups * layout.rows // layout.shape[0]  # rows of the factorization in one index of dimension 0
     index = torch.arange(span[0] * each, span[1] * each, device=state.device)
     return (rows.reshape(-1)[index][:, None] * cols[index // layout.rows]).reshape(shape)
+
+
+def factors(state: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """[groups, rows] and [groups, columns] of a factored h, whose product is h itself; 0 where nothing was seen yet."""
+    rows, cols, norm = layout.split(state)
+    divisor = norm * state[-1]
+    return rows, torch.where(divisor > 0, 1 / divisor, 0.0)[:, None] * cols
 
 
 def marginals(h: Tensor, layout: Layout) -> Tensor:
@@ -111,10 +121,11 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
     """
     weight, grad, state, *given, row_factor, grad_factor, gain = args
     layout = spec.layout
+    h = moved = None
     if spec.source == MOMENT:
         h = given.pop(0).float() * grad_factor
     elif spec.source == HELD:
-        h = dense(state, layout, spec.span)
+        moved = state
     else:
         if spec.source == VECTOR:
             payload = given.pop(0).float()
@@ -127,10 +138,37 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
         # A step that overflowed in half precision teaches nothing.
         moved = torch.where(payload.sum().isfinite(), torch.lerp(state, fresh, 1 - spec.decay), state)
         state.copy_(moved)
-        h = dense(moved, layout, spec.span)
     amax = given[0] if given else None
+    if spec.kernel:
+        _add_by_kernel(spec, weight, grad, h, moved, 0.5 * gain, amax)
+        return
+    h = dense(moved, layout, spec.span) if moved is not None else h
+    assert h is not None
     term = rounding.variance_vjp(weight, h.view(weight.shape), spec.fmt, spec.axis, law=spec.noise, amax_tensor=amax)
     grad.add_((0.5 * gain * term).to(grad.dtype))
+
+
+def _add_by_kernel(
+    spec: Spec,
+    weight: Tensor,
+    grad: Tensor,
+    h: Tensor | None,
+    state: Tensor | None,
+    factor: Tensor,
+    amax: Tensor | None,
+) -> None:
+    """Adds the term's gradient in one pass over the weight, where h is factored without making it."""
+    from lotion_fx.kernels.smooth import add_term  # Triton is not everywhere
+
+    layout, cols, rows = spec.layout, None, 1
+    if state is not None and layout.kind == "factored" and spec.span == (0, layout.shape[0]):
+        by_row, by_col = factors(state, layout)
+        h, cols, rows = by_row.reshape(-1), by_col.reshape(-1), layout.rows
+    elif state is not None:
+        h = dense(state, layout, spec.span)
+    assert h is not None
+    h = h if cols is not None else h.reshape(weight.shape).contiguous()
+    add_term(grad, weight, h, cols, rows, factor, spec.fmt.name, spec.axis, spec.noise.name, amax)
 
 
 _compiled: dict[tuple[str, tuple[Spec, ...]], Callable[..., Any]] = {}

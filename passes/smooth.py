@@ -132,9 +132,13 @@ def smooth(
     groups: int,
     rows: int,
     noise: str = "randomized",
+    kernel: bool = False,
 ) -> Tensor:
-    """The quantize-and-smooth node: see the module's docstring, `Plan` and `Layout` for the arguments."""
-    return _Smooth.apply(weight, probe, mode, fmt, axis, kind, groups, rows, noise)
+    """The quantize-and-smooth node: see the module's docstring, `Plan` and `Layout` for the arguments.
+
+    ``kernel`` is set by `passes.lower`: the forward is `lotion_fx.kernels.smooth` then, instead of ATen.
+    """
+    return _Smooth.apply(weight, probe, mode, fmt, axis, kind, groups, rows, noise, kernel)
 
 
 class _Smooth(torch.autograd.Function):
@@ -150,11 +154,15 @@ class _Smooth(torch.autograd.Function):
         groups: int,
         rows: int,
         noise: str,
+        kernel: bool,
     ) -> Tensor:
         ctx.probe = (kind, groups, rows) if probe is not None else None
         ctx.scale = (mode, noise, fmt, axis) if mode in (STE_SCALE, MEAN) else None
         if mode == LATENT:
             out = weight.view_as(weight)
+        elif kernel:
+            seed = torch.randint(2**62, (), device=weight.device) if mode == RR else None
+            (out,) = _kernel(weight, fmt, axis, noise, mode != RR, mode == RR, False, seed)
         elif mode == RR:
             out = rounding.rr(weight, resolve(fmt), axis, law=resolve_noise(noise))
         elif mode == MEAN:
@@ -177,23 +185,32 @@ class _Smooth(torch.autograd.Function):
             else:
                 to_weight = rounding.rtn_vjp(weight, grad, resolve(fmt), axis)
             to_weight = to_weight.to(grad.dtype)
-        return to_weight, curvature, None, None, None, None, None, None, None
+        return to_weight, curvature, None, None, None, None, None, None, None, None
 
 
-def variance(weight: Tensor, fmt: str, axis: int, noise: str) -> Tensor:
+def _kernel(*args: Any) -> list[Tensor]:
+    """`lotion_fx.kernels.smooth`, imported where a GPU needs it, for Triton is not everywhere."""
+    import lotion_fx.kernels.smooth  # noqa: F401  registers the op
+
+    return torch.ops.lotion_fx.smooth(*args)
+
+
+def variance(weight: Tensor, fmt: str, axis: int, noise: str, kernel: bool = False) -> Tensor:
     """The variance of a weight's random rounding, float32 or float64, differentiable, its scale's part included."""
-    return _Variance.apply(weight, fmt, axis, noise)
+    return _Variance.apply(weight, fmt, axis, noise, kernel)
 
 
 class _Variance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, fmt: str, axis: int, noise: str) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, fmt: str, axis: int, noise: str, kernel: bool) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.law = fmt, axis, noise
+        if kernel:
+            return _kernel(weight, fmt, axis, noise, False, False, True)[0]
         return rounding.variance(weight, resolve(fmt), axis, law=resolve_noise(noise))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (weight,), (fmt, axis, noise) = ctx.saved_tensors, ctx.law
         slope = rounding.variance_vjp(weight, grad, resolve(fmt), axis, law=resolve_noise(noise))
-        return slope.to(weight.dtype), None, None, None
+        return slope.to(weight.dtype), None, None, None, None

@@ -1,0 +1,292 @@
+"""AdamW and the expected-loss term with Fisher curvature, in one pass over many weights.
+
+Per weight w with gradient g, moments m and v, and per block of it with scale s and absmax elements M:
+
+    h  = of_moment v + of_square g^2                                    curvature times half the strength
+    g' = unscale (g + h s v'(z) + [i in M] share sign(w)),              z = w / s, see `rounding.variance_vjp`
+    m  = beta1 m + (1 - beta1) g'
+    v  = beta2 v + (1 - beta2) g'^2
+    w  = keep w - step m / (sqrt(v) + eps)
+
+It reads w, g, m and v and writes w, m and v, as AdamW does without the term; g stays as it is. Blocks are whole, of a
+power of two, and consecutive in memory. A two-level format's scale takes the absmax of the whole weight, which must be
+known before the pass: that of the updated weight is a by-product, for the pass that follows.
+
+Source: Loshchilov and Hutter 2019, arXiv 1711.05101 (AdamW); LOTION, arXiv 2510.08757 (the term).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lotion_fx import rounding
+from lotion_fx.formats import Format, resolve
+from lotion_fx.kernels.device_code import (
+    TWO_LEVEL,
+    block_scale,
+    clamp,
+    neighbours,
+    specialized,
+    template,
+    tensor_scale,
+    variance_slopes,
+)
+from lotion_fx.kernels.division import inverse, quotient
+from lotion_fx.kernels.smooth import arch_of, at_amax, third_level
+from lotion_fx.kernels.tuning import choose
+from lotion_fx.kernels.work import Config, Work
+from lotion_fx.noise import resolve_noise
+
+# Columns of `factors`: what differs from weight to weight.
+FACTORS = ("of_moment", "of_square", "unscale", "keep", "step", "eps")
+
+CONFIGS = tuple(Config({"TILE": tile}, num_warps=warps) for tile, warps in ((512, 2), (256, 1), (512, 1), (1024, 4)))
+
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@template
+def term_slope(w, h, inside, ts):
+    """``d/dw sum_i h_i sigma_i^2`` of whole blocks, `rounding.variance_vjp`; w and h float32 [blocks, block]."""
+    amax = tl.max(tl.abs(w), 1, keep_dims=True)
+    s = block_scale(amax, ts)
+    s = s * ts if TWO_LEVEL else s
+    one_over_p, m, r, t = inverse(s)
+    z = quotient(w, one_over_p, m, r, t)
+    lo, hi = neighbours(z)
+    z = clamp(z)  # as `neighbours` begins, which makes one operation of the two
+    by_w, by_s = variance_slopes(z, lo, hi, third_level(z, lo, hi))
+    count = tl.sum((tl.abs(w) == amax).to(tl.float32), 1, keep_dims=True)
+    return h * by_w * s + at_amax(w, amax, inside, s * tl.sum(h * by_s, 1, keep_dims=True), count, ts)
+
+
+@template
+def adamw_smooth_kernel(
+    table,  # int64 [n, 6]: addresses of w, g, m and v, elements, first program
+    factors,  # float32 [n, 6]: FACTORS
+    owner,  # int32 [programs]: the weight of each program
+    amax,  # float32 [n]
+    amax_after,  # int32 [n]: bits of a float32, 0 before
+    beta1,
+    rest1,  # 1 - beta1, which float32 could not subtract without loss
+    beta2,
+    rest2,
+    WEIGHT: tl.constexpr,  # dtypes of w and g, and of m and v
+    MOMENT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of the addresses, in bytes
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    program = tl.program_id(0)
+    n = tl.load(owner + program)
+    row, of = table + n * 6, factors + n * 6
+    w_at = tl.multiple_of(tl.load(row).to(tl.pointer_type(WEIGHT)), ALIGNMENT)
+    g_at = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), ALIGNMENT)
+    m_at = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENT)), ALIGNMENT)
+    v_at = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENT)), ALIGNMENT)
+    start = (program - tl.load(row + 5)) * TILE
+    left = tl.multiple_of(tl.load(row + 4) - start, BLOCK)
+    i = tl.arange(0, TILE // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = i < left
+    w = tl.load(w_at + start + i, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(g_at + start + i, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(m_at + start + i, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(v_at + start + i, mask=inside, other=0.0).to(tl.float32)
+    ts = tensor_scale(tl.load(amax + n)) if TWO_LEVEL else 1.0
+    h = tl.load(of) * v + tl.load(of + 1) * g * g
+    g = tl.load(of + 2) * (g + term_slope(w, h, inside, ts))
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    down = tl.div_rn(tl.load(of + 4) * m, tl.sqrt_rn(v) + tl.load(of + 5))
+    w = (tl.load(of + 3) * w - down).to(WEIGHT)
+    tl.store(m_at + start + i, m.to(MOMENT), mask=inside)
+    tl.store(v_at + start + i, v.to(MOMENT), mask=inside)
+    tl.store(w_at + start + i, w, mask=inside)
+    if TWO_LEVEL:
+        largest = tl.max(tl.where(inside, tl.abs(w.to(tl.float32)), 0.0))
+        tl.atomic_max(amax_after + n, largest.to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@torch.library.custom_op("lotion_fx::adamw_smooth", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
+def adamw_smooth(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    factors: Tensor,
+    amax: Tensor,
+    found_inf: Tensor | None,
+    fmt: str,
+    noise: str,
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """Steps n weights by AdamW on their loss plus the expected-loss term.
+
+    No `triton_op`: its pointer tables hold addresses, which a trace does not have.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs: n contiguous tensors each, float32, bfloat16 or float16, of one dtype per
+            list, on one device. The last dimension holds whole blocks.
+        factors: float32 [n, 6], `FACTORS` of each weight.
+        amax: float32 [n], the absmax of each weight, for a two-level format; else empty.
+        found_inf: 0-d, not 0 where the gradients overflowed, upon which nothing is written.
+        fmt, noise: names of the format and of the noise law.
+        beta1, beta2: decay of the moments.
+
+    Returns:
+        The absmax of each updated weight, float32 [n]; empty unless the format is two-level.
+    """
+    arguments = (params, grads, exp_avgs, exp_avg_sqs, factors, amax, found_inf, fmt, noise, beta1, beta2)
+    if params[0].device.type == "cpu":
+        return reference(*arguments)
+    with torch.cuda.device(params[0].device):
+        return launch(*arguments, choose("adamw_smooth", "", arch_of(params[0].device)))
+
+
+def reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    factors: Tensor,
+    amax: Tensor,
+    found_inf: Tensor | None,
+    fmt: str,
+    noise: str,
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """`adamw_smooth` weight by weight in ATen."""
+    if found_inf is not None and found_inf:
+        return amax.clone()
+    law, form = resolve_noise(noise), resolve(fmt)
+    for i, (w, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        dtype = rounding.compute_dtype(w)
+        of_moment, of_square, unscale, keep, step, eps = factors[i].to(dtype)
+        before, g, first, second = (t.to(dtype) for t in (w, grad, m, v))
+        h = of_moment * second + of_square * g.square()
+        largest = amax[i] if form.law.two_level else None
+        g = unscale * (g + rounding.variance_vjp(before, h, form, law=law, amax_tensor=largest))
+        first = beta1 * first + (1 - beta1) * g
+        second = beta2 * second + (1 - beta2) * g.square()
+        m.copy_(first)
+        v.copy_(second)
+        w.copy_(keep * before - step * first / (second.sqrt() + eps))
+    return torch.stack([w.abs().amax().float() for w in params]) if form.law.two_level else amax.clone()
+
+
+def launch(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    factors: Tensor,
+    amax: Tensor,
+    found_inf: Tensor | None,
+    fmt: str,
+    noise: str,
+    beta1: float,
+    beta2: float,
+    config: Config = CONFIGS[0],
+) -> Tensor:
+    """`adamw_smooth` by the kernel, in one launch on whatever device the tensors are."""
+    tile, device, form = config.constants["TILE"], params[0].device, resolve(fmt)
+    programs = tuple(triton.cdiv(p.numel(), tile) for p in params)
+    first = accumulate(programs, initial=0)
+    columns = ([t.data_ptr() for t in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs))
+    rows = list(zip(*columns, (p.numel() for p in params), first, strict=False))
+    table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+    if found_inf is not None:
+        table[:, 4] *= found_inf == 0  # no elements, so nothing is written
+    after = torch.zeros(amax.shape, dtype=torch.int32, device=device)
+    specialized(adamw_smooth_kernel, form, resolve_noise(noise))[(sum(programs),)](
+        table,
+        factors,
+        _owners(programs, device),
+        amax,
+        after,
+        beta1,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        WEIGHT=_TRITON[params[0].dtype],
+        MOMENT=_TRITON[exp_avgs[0].dtype],
+        ALIGNMENT=math.gcd(16, *(address for row in rows for address in row[:4])),
+        BLOCK=form.block,
+        TILE=tile,
+        num_warps=config.num_warps,
+    )
+    largest = after.view(torch.float32)
+    return largest if found_inf is None else torch.where(found_inf == 0, largest, amax)
+
+
+@lru_cache(maxsize=8)
+def _owners(programs: tuple[int, ...], device: torch.device) -> Tensor:
+    """The weight of each program: the same from step to step."""
+    owner = torch.arange(len(programs), dtype=torch.int32)
+    return owner.repeat_interleave(torch.tensor(programs)).to(device)
+
+
+# --------------------------------------------------------------------------------------------------- without a device
+
+# Layers, and the matrices of one.
+_MODELS = {
+    "150M": (12, [(768, 768)] * 4 + [(3072, 768), (768, 3072)]),
+    "8B": (32, [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]),
+    "70B": (80, [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28672, 8192)] * 2 + [(8192, 28672)]),
+}
+
+
+def works(arch: int) -> list[Work]:
+    """What the kernel does in a step of all layers of a 150M, an 8B and a 70B model, whichever the architecture."""
+    return [
+        _work(model, name, dtype)
+        for model in _MODELS
+        for name, dtype in (("nvfp4", "fp32"), ("mxfp4", "fp32"), ("int4", "fp32"), ("nvfp4", "bf16"))
+    ]
+
+
+def _work(model: str, name: str, dtype: str) -> Work:
+    layers, shapes = _MODELS[model]
+    fmt, elements = resolve(name), [rows * cols for rows, cols in shapes]
+    size, wide = {"fp32": (4, tl.float32), "bf16": (2, tl.bfloat16)}[dtype]
+
+    def programs(config: Config) -> int:
+        return layers * sum(triton.cdiv(n, config.constants["TILE"]) for n in elements)
+
+    return Work(
+        kernel="adamw_smooth",
+        shape=f"{model} {dtype} {name}",
+        fn=specialized(adamw_smooth_kernel, fmt),
+        signature={
+            **{"table": "*i64", "factors": "*fp32", "owner": "*i32", "amax": "*fp32", "amax_after": "*i32"},
+            **dict.fromkeys(("beta1", "rest1", "beta2", "rest2"), "fp32"),
+        },
+        constants={"WEIGHT": wide, "MOMENT": wide, "ALIGNMENT": 16, "BLOCK": fmt.block},
+        configs=CONFIGS,
+        programs=programs,
+        bytes=lambda config: traffic(layers * sum(elements), programs(config), size, size, fmt),
+        minimum_bytes=traffic(layers * sum(elements), layers * len(shapes), size, size, fmt),
+    )
+
+
+def traffic(elements: int, programs: int, size: int, moment_size: int, fmt: Format) -> int:
+    """Bytes that the kernel's loads and stores move.
+
+    Args:
+        elements: of all weights.
+        programs: of a launch.
+        size, moment_size: bytes of an element of w and g, and of m and v.
+        fmt: a two-level one reads and updates an absmax in each program.
+    """
+    tables = 4 + 6 * 8 + len(FACTORS) * 4 + (3 * 4 if fmt.law.two_level else 0)
+    return elements * (3 * size + 4 * moment_size) + programs * tables

@@ -1,0 +1,42 @@
+"""Tiles of row-major matrices: which one a program makes, and its loads and stores, whatever the shape."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place(rows, columns, GROUP: tl.constexpr):
+    """Row and column, counted in tiles, of this program's tile.
+
+    Programs that run at the same time share ``GROUP`` rows of tiles, so that what they read stays in the cache.
+
+    Args:
+        rows, columns: of the output, in tiles.
+    """
+    group, within = tl.program_id(0) // (GROUP * columns), tl.program_id(0) % (GROUP * columns)
+    height = tl.minimum(rows - group * GROUP, GROUP)
+    return group * GROUP + within % height, within // height
+
+
+@triton.jit
+def load(pointer, first, row, column, stride, rows, columns):
+    """The elements at (first + row, column), zeros outside the matrix.
+
+    Args:
+        first: a scalar, so that the large part of an address is 64 bits wide and scalar.
+        row, column: offsets that broadcast to the tile.
+        stride: elements between rows.
+        rows, columns: of the matrix.
+    """
+    inside = (first + row < rows) & (column < columns)
+    return tl.load(pointer + first.to(tl.int64) * stride + (row * stride + column), mask=inside, other=0.0)
+
+
+@triton.jit
+def store(pointer, first, row, column, rows, columns, value):
+    """Writes the elements at (first + row, column) of a contiguous matrix, those inside it, in its dtype."""
+    inside = (first + row < rows) & (column < columns)
+    address = pointer + first.to(tl.int64) * columns + (row * columns + column)
+    tl.store(address, value.to(pointer.dtype.element_ty), mask=inside)
