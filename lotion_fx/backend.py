@@ -39,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from lotion_fx.formats import registered
+from lotion_fx.kernels import targets
 from lotion_fx.noise import registered_noises
 from lotion_fx.passes.curvature import resolve_curvature
 from lotion_fx.passes.lower import arch_of, lower, lower_products
@@ -58,6 +59,7 @@ _SOURCES = tuple(
         for path in (
             *Path(attach.__code__.co_filename).parent.glob("*.py"),
             *(_PACKAGE / f"{name}.py" for name in ("formats", "noise", "printer", "rounding")),
+            targets.__file__,
         )
     )
 )

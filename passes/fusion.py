@@ -174,7 +174,8 @@ def _partial_sums(joint: JointGraph, sums: Sequence[fx.Node]) -> dict[fx.Node, f
     for node in sums:
         operand = _summed_by(node)
         assert operand is not None
-        forward, given = operand.node not in joint.backward, operand.given
+        # What checkpointing recomputes is made in the backward pass, though it depends on no gradient.
+        forward, given = operand.node not in joint.backward and operand.node < end, operand.given
         rides = not given and _made_by_pointwise(operand.node) and _cut(operand) == 1
         if forward and not rides and "recompute" not in operand.node.meta:
             shape = (*operand.lengths, operand.features, operand.node.meta["val"].dtype)
@@ -187,7 +188,7 @@ def _partial_sums(joint: JointGraph, sums: Sequence[fx.Node]) -> dict[fx.Node, f
     for alike in idle.values():
         for start in range(0, len(alike), STACKED):
             some = dict(list(alike.items())[start : start + STACKED])
-            with joint.graph.inserting_before(next(iter(some))):
+            with joint.graph.inserting_before(min(some)):
                 operands = [_flat(operand) for operand in some.values()]
                 partial |= zip(some, _sums(operands, _cut(operands[0], len(operands))), strict=True)
     return partial

@@ -64,8 +64,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", ["factored", "full"])
+@pytest.mark.parametrize(("case", "kind"), [*((case, "factored") for case in CASES), ("block", "full")])
 def test_the_vectors_are_those_of_the_plain_form(as_on_gpu, case, kind):
     build, run = CASES[case]
     found = []
