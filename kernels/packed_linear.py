@@ -326,7 +326,9 @@ def candidates(where: Mapping[str, Any], rows: int, arch: int) -> tuple[Config, 
         where: the `constants` of the format.
     """
     block, blockwise = where["BLOCK"], where["PLACE"] == "block"
-    prefill = _PREFILL_FROM_SHARED if arch in FROM_SHARED and not blockwise else _PREFILL
+    prefill = _PREFILL[:1] if where["LEVEL_BITS"] > 4 else _PREFILL
+    if arch in FROM_SHARED and not blockwise:
+        prefill = _PREFILL_FROM_SHARED
     listed = _DECODE if rows <= FEW else prefill
 
     def fitted(depth: int) -> int:
@@ -391,7 +393,7 @@ def launch(
         **chosen,
     )
     if parts == 1:
-        return y[0]
+        return y.view(rows, outputs)
     total = y.sum(0)
     return (total if bias is None else total + bias).to(dtype)
 
