@@ -326,7 +326,7 @@ def candidates(where: Mapping[str, Any], rows: int, arch: int) -> tuple[Config, 
         where: the `constants` of the format.
     """
     block, blockwise = where["BLOCK"], where["PLACE"] == "block"
-    prefill = _PREFILL[:1] if where["LEVEL_BITS"] > 4 else _PREFILL
+    prefill: tuple[Config, ...] = _PREFILL[:1] if where["LEVEL_BITS"] > 4 else _PREFILL
     if arch in FROM_SHARED and not blockwise:
         prefill = _PREFILL_FROM_SHARED
     listed = _DECODE if rows <= FEW else prefill
