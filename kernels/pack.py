@@ -42,18 +42,20 @@ from lotion_fx.kernels.work import Config, Work
 
 # Eight float32, four pairs, to four bytes of two E2M1 codes each. A nibble of -0.0 has only its sign bit set: the sum
 # carries into the sign bits of the nibbles with a magnitude, and only those keep theirs.
-E2M1_PAIRS = tl.constexpr("""{
-    .reg .b8 b0, b1, b2, b3; .reg .b32 all, low, keep;
-    cvt.rn.satfinite.e2m1x2.f32 b0, $5, $1;
-    cvt.rn.satfinite.e2m1x2.f32 b1, $6, $2;
-    cvt.rn.satfinite.e2m1x2.f32 b2, $7, $3;
-    cvt.rn.satfinite.e2m1x2.f32 b3, $8, $4;
-    mov.b32 all, {b0, b1, b2, b3};
-    and.b32 low, all, 0x77777777;
-    add.u32 keep, low, 0x77777777;
-    or.b32 keep, keep, 0x77777777;
-    and.b32 $0, all, keep;
-}""")
+E2M1_PAIRS = tl.constexpr(
+    "{ .reg .b8 b0, b1, b2, b3; "
+    ".reg .b32 all, low, keep; "
+    "cvt.rn.satfinite.e2m1x2.f32 b0, $5, $1; "
+    "cvt.rn.satfinite.e2m1x2.f32 b1, $6, $2; "
+    "cvt.rn.satfinite.e2m1x2.f32 b2, $7, $3; "
+    "cvt.rn.satfinite.e2m1x2.f32 b3, $8, $4; "
+    "mov.b32 all, {b0, b1, b2, b3}; "
+    "and.b32 low, all, 0x77777777; "
+    "add.u32 keep, low, 0x77777777; "
+    "or.b32 keep, keep, 0x77777777; "
+    "and.b32 $0, all, keep; "
+    "}"
+)
 
 
 @template

@@ -59,15 +59,19 @@ from lotion_fx.noise import RANDOMIZED, NoiseLaw, resolve_noise
 LONGEST = 1024  # elements of a block that a tile can hold
 
 # Two float32 in grid units to the nearest E2M1 levels, ties to even, past the grid to the last; -0.0 for what rounds to
-# 0 from below. The conversion saturates, so there is nothing to clamp.
-E2M1 = tl.constexpr("""{
-    .reg .b8 code; .reg .b32 pair; .reg .b16 even, odd;
-    cvt.rn.satfinite.e2m1x2.f32 code, $3, $2;
-    cvt.rn.f16x2.e2m1x2 pair, code;
-    mov.b32 {even, odd}, pair;
-    cvt.f32.f16 $0, even;
-    cvt.f32.f16 $1, odd;
-}""")
+# 0 from below. The conversion saturates, so there is nothing to clamp. On one line, for Inductor escapes line ends
+# twice.
+E2M1 = tl.constexpr(
+    "{ .reg .b8 code; "
+    ".reg .b32 pair; "
+    ".reg .b16 even, odd; "
+    "cvt.rn.satfinite.e2m1x2.f32 code, $3, $2; "
+    "cvt.rn.f16x2.e2m1x2 pair, code; "
+    "mov.b32 {even, odd}, pair; "
+    "cvt.f32.f16 $0, even; "
+    "cvt.f32.f16 $1, odd; "
+    "}"
+)
 
 
 @template
