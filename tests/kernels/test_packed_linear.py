@@ -100,6 +100,26 @@ def test_every_code_at_every_scale_is_decoded_exactly(name: str, dtype: torch.dt
     assert torch.equal(torch.where(y.abs() < 2.0**-126, 0.0, y)[inside], expected[inside])
 
 
+@pytest.mark.parametrize("name", ("nvfp4", "int4"))
+@dtypes
+def test_every_pair_of_codes_is_decoded_exactly(name: str, dtype: torch.dtype, device: str) -> None:
+    """Every byte that holds two codes of the grid, at scale 1: both are decoded at once, in one register."""
+    fmt = resolve(name)
+    single = fmt.grid.encode(torch.tensor(fmt.grid.levels))
+    codes = (single[:, None] | single[None, :] << 4).reshape(1, -1)
+    short = -codes.shape[1] % (fmt.block // 2)
+    codes = torch.nn.functional.pad(codes, (0, short), value=int(codes[0, 0]))
+    features = 2 * codes.shape[1]
+    stored = getattr(fmt.law, "type", None)
+    one = torch.ones(1, features // fmt.block)
+    scales = one if stored is None else stored.encode(one)
+    tensor_scale = torch.tensor(1.0) if fmt.law.two_level else None
+    weight = unpack(Packed(codes, scales, tensor_scale), fmt, features)
+    arguments = [None if t is None else t.to(device) for t in (torch.eye(features, dtype=dtype), codes, scales)]
+    y = launch(*arguments, None if tensor_scale is None else tensor_scale.to(device), None, fmt, dtype=torch.float32)
+    assert torch.equal(y.cpu().T, weight)
+
+
 @pytest.mark.parametrize("rows", (7, 70))
 @pytest.mark.parametrize("arch", (80, 90))
 @pytest.mark.parametrize("name", ("nvfp4", "int4"))
