@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` times what it says, here by the operators' CPU path, so that it runs as it is where there is a GPU."""
+"""`benchmarks/gpu.py` on the operators' CPU path: what it will time on a GPU runs."""
 
 import runpy
 from pathlib import Path
@@ -18,6 +18,7 @@ def test_every_case_runs_and_both_sides_agree() -> None:
         assert found is None or len(found) > 0  # the term works in place
 
 
+@pytest.mark.slow
 def test_a_row_has_both_times() -> None:
     case = next(iter(BENCHMARK["cases"](CPU, {"tiny": (16, 64)})))
     name, shape, ours, roofline, theirs, ratio = BENCHMARK["row"](case, CPU, 100.0)
