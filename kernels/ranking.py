@@ -73,7 +73,7 @@ def tune(works: Sequence[Work], arch: int) -> dict[str, Any]:
     """The table's content with new entries of an architecture for some kernels; the others stay as they are.
 
     Args:
-        works: the kernels on their shapes.
+        works: the kernels on all of their shapes; a class that is not among them is dropped.
         arch: a key of `TARGETS`.
     """
     compile_all((work, config, arch) for work in works for config in work.configs)
@@ -81,9 +81,12 @@ def tune(works: Sequence[Work], arch: int) -> dict[str, Any]:
     classes: dict[tuple[str, str], list[Work]] = {}
     for work in works:
         classes.setdefault((work.kernel, work.shape_class), []).append(work)
+    for kernel in {work.kernel for work in works}:
+        for of_class in tuned.setdefault(kernel, {}).values():
+            of_class.pop(TARGETS[arch].name, None)
     for (kernel, shape_class), group in classes.items():
-        tuned.setdefault(kernel, {}).setdefault(shape_class, {})[TARGETS[arch].name] = rank(group, arch)
-    return tuned
+        tuned[kernel].setdefault(shape_class, {})[TARGETS[arch].name] = rank(group, arch)
+    return {kernel: {name: archs for name, archs in of.items() if archs} for kernel, of in tuned.items()}
 
 
 def written(value: Any, indent: str = "") -> str:

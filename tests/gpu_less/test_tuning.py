@@ -114,6 +114,14 @@ def test_ranking_puts_the_instructions_that_a_kernel_is_for_before_its_time():
     assert (first["evidence"][0]["lost"], second["evidence"][0]["lost"]) == ([], ["LDG.E.64"])
 
 
+def test_tuning_drops_classes_that_are_gone_for_its_architecture_alone(kept):
+    kept["doubled"] = {"old": {"sm_80": [], "sm_90": [entry(CONFIGS[0])]}, "older": {"sm_80": []}}
+    kept["other"] = {"": {"sm_80": []}}
+    tuned = ranking.tune([doubled()], 80)
+    assert set(tuned) == {"doubled", "other"}
+    assert {name: set(archs) for name, archs in tuned["doubled"].items()} == {"old": {"sm_90"}, "": {"sm_80"}}
+
+
 def test_shapes_that_compile_alike_share_their_evidence():
     (entry,) = ranking.rank([replace(product(k=k), configs=product().configs[:1]) for k in (64, 4096)], 80)
     assert len(entry["evidence"]) == 1
