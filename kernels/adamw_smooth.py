@@ -41,14 +41,18 @@ from lotion_fx.kernels.device_code import (
 )
 from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.smooth import arch_of, at_amax, third_level
-from lotion_fx.kernels.tuning import choose
+from lotion_fx.kernels.tuning import choose, options
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.noise import resolve_noise
 
 # Columns of `factors`: what differs from weight to weight.
 FACTORS = ("of_moment", "of_square", "unscale", "keep", "step", "eps")
 
-CONFIGS = tuple(Config({"TILE": tile}, num_warps=warps) for tile, warps in ((512, 2), (256, 1), (512, 1), (1024, 4)))
+# A program takes many tiles of one weight, so that the tables are read once for them.
+CONFIGS = tuple(
+    Config({"TILE": tile, "TILES": tiles}, num_warps=warps)
+    for tile, tiles, warps in ((256, 64, 1), (256, 32, 1), (512, 64, 2), (512, 24, 1))
+)
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -84,34 +88,41 @@ def adamw_smooth_kernel(
     ALIGNMENT: tl.constexpr,  # of the addresses, in bytes
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,  # of a program, at most: a weight's last has what is left
 ):
     program = tl.program_id(0)
     n = tl.load(owner + program)
     row, of = table + n * 6, factors + n * 6
-    w_at = tl.multiple_of(tl.load(row).to(tl.pointer_type(WEIGHT)), ALIGNMENT)
-    g_at = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), ALIGNMENT)
-    m_at = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENT)), ALIGNMENT)
-    v_at = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENT)), ALIGNMENT)
-    start = (program - tl.load(row + 5)) * TILE
-    left = tl.multiple_of(tl.load(row + 4) - start, BLOCK)
-    i = tl.arange(0, TILE // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = i < left
-    w = tl.load(w_at + start + i, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(g_at + start + i, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(m_at + start + i, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(v_at + start + i, mask=inside, other=0.0).to(tl.float32)
+    start = (program - tl.load(row + 5)) * (TILE * TILES)
+    w_at = tl.multiple_of(tl.load(row).to(tl.pointer_type(WEIGHT)), ALIGNMENT) + start
+    g_at = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), ALIGNMENT) + start
+    m_at = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENT)), ALIGNMENT) + start
+    v_at = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENT)), ALIGNMENT) + start
+    left = tl.minimum(tl.maximum(tl.load(row + 4) - start, 0), TILE * TILES)
+    left = tl.multiple_of(left.to(tl.int32), BLOCK)
+    of_moment, of_square, unscale = tl.load(of), tl.load(of + 1), tl.load(of + 2)
+    keep, step, eps = tl.load(of + 3), tl.load(of + 4), tl.load(of + 5)
     ts = tensor_scale(tl.load(amax + n)) if TWO_LEVEL else 1.0
-    h = tl.load(of) * v + tl.load(of + 1) * g * g
-    g = tl.load(of + 2) * (g + term_slope(w, h, inside, ts))
-    m = beta1 * m + rest1 * g
-    v = beta2 * v + rest2 * g * g
-    down = tl.div_rn(tl.load(of + 4) * m, tl.sqrt_rn(v) + tl.load(of + 5))
-    w = (tl.load(of + 3) * w - down).to(WEIGHT)
-    tl.store(m_at + start + i, m.to(MOMENT), mask=inside)
-    tl.store(v_at + start + i, v.to(MOMENT), mask=inside)
-    tl.store(w_at + start + i, w, mask=inside)
+    in_tile = tl.arange(0, TILE // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    largest = tl.full((), 0.0, tl.float32)
+    for first in range(0, left, TILE):
+        i = first + in_tile
+        inside = i < left
+        w = tl.load(w_at + i, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(g_at + i, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(m_at + i, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(v_at + i, mask=inside, other=0.0).to(tl.float32)
+        h = of_moment * v + of_square * g * g
+        g = unscale * (g + term_slope(w, h, inside, ts))
+        m = beta1 * m + rest1 * g
+        v = beta2 * v + rest2 * g * g
+        w = (keep * w - tl.div_rn(step * m, tl.sqrt_rn(v) + eps)).to(WEIGHT)
+        tl.store(m_at + i, m.to(MOMENT), mask=inside)
+        tl.store(v_at + i, v.to(MOMENT), mask=inside)
+        tl.store(w_at + i, w, mask=inside)
+        if TWO_LEVEL:
+            largest = tl.maximum(largest, tl.max(tl.where(inside, tl.abs(w.to(tl.float32)), 0.0)))
     if TWO_LEVEL:
-        largest = tl.max(tl.where(inside, tl.abs(w.to(tl.float32)), 0.0))
         tl.atomic_max(amax_after + n, largest.to(tl.int32, bitcast=True), sem="relaxed")
 
 
@@ -199,8 +210,8 @@ def launch(
     config: Config = CONFIGS[0],
 ) -> Tensor:
     """`adamw_smooth` by the kernel, in one launch on whatever device the tensors are."""
-    tile, device, form = config.constants["TILE"], params[0].device, resolve(fmt)
-    programs = tuple(triton.cdiv(p.numel(), tile) for p in params)
+    device, form = params[0].device, resolve(fmt)
+    programs = tuple(_programs(p.numel(), config) for p in params)
     first = accumulate(programs, initial=0)
     columns = ([t.data_ptr() for t in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs))
     rows = list(zip(*columns, (p.numel() for p in params), first, strict=False))
@@ -222,11 +233,15 @@ def launch(
         MOMENT=_TRITON[exp_avgs[0].dtype],
         ALIGNMENT=math.gcd(16, *(address for row in rows for address in row[:4])),
         BLOCK=form.block,
-        TILE=tile,
-        num_warps=config.num_warps,
+        **options(config),
     )
     largest = after.view(torch.float32)
     return largest if found_inf is None else torch.where(found_inf == 0, largest, amax)
+
+
+def _programs(elements: int, config: Config) -> int:
+    """Of one weight."""
+    return triton.cdiv(elements, config.constants["TILE"] * config.constants["TILES"])
 
 
 @lru_cache(maxsize=8)
@@ -261,7 +276,7 @@ def _work(model: str, name: str, dtype: str) -> Work:
     size, wide = {"fp32": (4, tl.float32), "bf16": (2, tl.bfloat16)}[dtype]
 
     def programs(config: Config) -> int:
-        return layers * sum(triton.cdiv(n, config.constants["TILE"]) for n in elements)
+        return layers * sum(_programs(n, config) for n in elements)
 
     return Work(
         kernel="adamw_smooth",
@@ -276,6 +291,7 @@ def _work(model: str, name: str, dtype: str) -> Work:
         programs=programs,
         bytes=lambda config: traffic(layers * sum(elements), programs(config), size, size, fmt),
         minimum_bytes=traffic(layers * sum(elements), layers * len(shapes), size, size, fmt),
+        iterations=lambda config: config.constants["TILES"],
     )
 
 

@@ -22,7 +22,7 @@ from tests.models import LM, ids, lm_loss
 
 BETAS = (0.9, 0.999)
 SHAPES = ((33, 128), (3, 5, 256), (1, 128))
-LARGE = Config({"TILE": 8192}, num_warps=8)
+LARGE = Config({"TILE": 8192, "TILES": 1}, num_warps=8)
 
 SKEWED = register_format("skewed", codebook([-1.0, -0.3, 0.0, 0.1, 0.7], block=16))
 NAMES = ("int2/1", "int4", "int4/128", "int8/2", "fp4", "fp8/64", "nf4", "nvfp4", "mxfp4", "mxfp4/floor", "mxfp4/even")
@@ -154,9 +154,11 @@ def test_every_law(noise: str, device: str, seed: int) -> None:
     check(Case(resolve("fp4/16"), device, seed, noise=noise))
 
 
-@pytest.mark.parametrize("tile", [128, 2048])
-def test_tiles_of_any_size(tile: int, device: str, seed: int) -> None:
-    check(Case(resolve("nvfp4"), device, seed, shapes=((5, 80), (1, 16), (11, 48))), Config({"TILE": tile}))
+@pytest.mark.parametrize(("tile", "tiles"), [(128, 1), (128, 3), (2048, 2)])
+def test_tiles_of_any_size_and_number(tile: int, tiles: int, device: str, seed: int) -> None:
+    """Among the weights are some of less than a tile, of whole tiles, and of less and of more than a program's."""
+    case = Case(resolve("nvfp4"), device, seed, shapes=((5, 80), (1, 16), (11, 48), (2, 128), (3, 256)))
+    check(case, Config({"TILE": tile, "TILES": tiles}))
 
 
 @pytest.mark.parametrize(("offset", "bytes"), [(0, 16), (1, 2), (2, 4), (4, 8)])
@@ -222,7 +224,7 @@ def test_bytes(name: str, dtype: torch.dtype, seed: int) -> None:
     elements = sum(w.numel() for w in case.weights)
     programs = sum(-(-w.numel() // 2048) for w in case.weights)
     with counted_traffic() as counted:
-        launch(*case.arguments(), Config({"TILE": 2048}))
+        launch(*case.arguments(), Config({"TILE": 1024, "TILES": 2}))
     size = dtype.itemsize
     assert counted.loaded + counted.stored == traffic(elements, programs, size, size, case.fmt)
     assert traffic(elements, 0, size, size, case.fmt) == elements * 7 * size
