@@ -51,7 +51,7 @@ FACTORS = ("of_moment", "of_square", "unscale", "keep", "step", "eps")
 # A program takes many tiles of one weight, so that the tables are read once for them.
 CONFIGS = tuple(
     Config({"TILE": tile, "TILES": tiles}, num_warps=warps)
-    for tile, tiles, warps in ((256, 64, 1), (256, 32, 1), (512, 64, 2), (512, 24, 1))
+    for tile, tiles, warps in ((256, 34, 1), (256, 57, 1), (512, 64, 2), (512, 24, 1))
 )
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -98,8 +98,9 @@ def adamw_smooth_kernel(
     g_at = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), ALIGNMENT) + start
     m_at = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENT)), ALIGNMENT) + start
     v_at = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENT)), ALIGNMENT) + start
-    left = tl.minimum(tl.maximum(tl.load(row + 4) - start, 0), TILE * TILES)
-    left = tl.multiple_of(left.to(tl.int32), BLOCK)
+    elements = tl.load(row + 4)
+    left = tl.minimum(elements - start, TILE * TILES).to(tl.int32)
+    left = tl.multiple_of(tl.where(elements > 0, left, 0), BLOCK)  # 0 elements upon an overflow
     of_moment, of_square, unscale = tl.load(of), tl.load(of + 1), tl.load(of + 2)
     keep, step, eps = tl.load(of + 3), tl.load(of + 4), tl.load(of + 5)
     ts = tensor_scale(tl.load(amax + n)) if TWO_LEVEL else 1.0
