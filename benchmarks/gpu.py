@@ -1,4 +1,4 @@
-"""Times every kernel on a CUDA device, beside what Inductor makes of the same and beside the prediction.
+"""Times smoothing and packing on a CUDA device, beside what Inductor makes of the same.
 
     python benchmarks/gpu.py                 # all; on the device that is there
     python benchmarks/gpu.py --only smooth   # some
@@ -85,7 +85,11 @@ def published(device: torch.device, shape: tuple[int, int]) -> Iterator[Case]:
 
 
 def _compiled(function: Callable[..., object], *args: object) -> Callable[[], object]:
-    return partial(torch.compile(function), *args)
+    def own(*args: object) -> object:  # compiled for these shapes alone
+        return function(*args)
+
+    own.__code__ = own.__code__.replace()
+    return partial(torch.compile(own, dynamic=False), *args)
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -218,7 +218,7 @@ def launch(
     rows = list(zip(*columns, (p.numel() for p in params), first, strict=False))
     table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
     if found_inf is not None:
-        table[:, 4] *= found_inf == 0  # no elements, so nothing is written
+        table[:, 4] *= found_inf.to(table.device) == 0  # no elements, so nothing is written
     after = torch.zeros(amax.shape, dtype=torch.int32, device=device)
     specialized(adamw_smooth_kernel, form, resolve_noise(noise))[(sum(programs),)](
         table,
@@ -237,7 +237,7 @@ def launch(
         **options(config),
     )
     largest = after.view(torch.float32)
-    return largest if found_inf is None else torch.where(found_inf == 0, largest, amax)
+    return largest if found_inf is None else torch.where(found_inf.to(amax.device) == 0, largest, amax)
 
 
 def _programs(elements: int, config: Config) -> int:

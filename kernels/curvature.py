@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from lotion_fx.kernels.operands import precisions, square
-from lotion_fx.kernels.smooth import arch_of
+from lotion_fx.kernels.smooth import arch_of, on_device
 from lotion_fx.kernels.tiles import load, place, store
 from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
@@ -132,7 +132,7 @@ def curvature_kernel(
     if FULL:
         missing = tl.where((runs - 1) % EVERY == phase, runs * RUN - positions, 0)
         count = tl.maximum(sampled * RUN - missing, 1)
-        store(curvature, row * BM, down, across, outputs, inputs, sum_h * (positions.to(tl.float32) / count))
+        store(curvature, row * BM, down, across, outputs, inputs, sum_h * (tl.full((), positions, tl.float32) / count))
     else:
         if column == 0:
             tl.store(curvature + m, sum_a, mask=m < outputs)
@@ -232,7 +232,8 @@ def curvature_linear(g: Tensor, x: Tensor, kind: str, every: int = 1, phase: int
     gradient = g.new_empty(outputs, inputs)
     shape = (outputs, inputs) if kind == "full" else (outputs + inputs,)
     curvature = g.new_empty(shape, dtype=torch.float32)
-    launch(g, x, gradient, curvature, kind, every, phase, arch=arch_of(g.device), wrap=wrap_triton)
+    with on_device(g.device):
+        launch(g, x, gradient, curvature, kind, every, phase, arch=arch_of(g.device), wrap=wrap_triton)
     return gradient, curvature
 
 

@@ -16,7 +16,8 @@ Values are float32, ``z = w / s`` in grid units, codes uint8; each function is e
 as ``tl.constexpr`` arguments, because those are what Inductor carries into the source it emits. `kernels.division` has
 the quotient ``w / s``, for Triton's ``/`` does not round as IEEE division does.
 
-No bit of a code may depend on whether the compiler contracts ``a * b + c``: what decides a code holds no such sum.
+No bit of a code may depend on whether the compiler contracts ``a * b + c``: what decides a code holds no such sum, but
+for random roundings by laws other than the default, whose probabilities may differ in their last bits.
 """
 
 from __future__ import annotations
@@ -282,10 +283,11 @@ def _is_power_of_two(x: float) -> bool:
 def _clamp(op: Any, node: fx.Node, args: list[str]) -> str:
     low, high = (*node.args[1:], None, None)[:2] if op is not aten.clamp_max else (None, node.args[1])
     text = args[0]
+    nan = "propagate_nan=tl.PropagateNan.ALL"  # as ATen does: what has diverged must not look finite
     if low is not None:
-        text = f"tl.maximum({text}, {args[1]})"
+        text = f"tl.maximum({text}, {args[1]}, {nan})"
     if high is not None:
-        text = f"tl.minimum({text}, {args[1] if op is aten.clamp_max else args[2]})"
+        text = f"tl.minimum({text}, {args[1] if op is aten.clamp_max else args[2]}, {nan})"
     return text
 
 

@@ -36,7 +36,7 @@ from lotion_fx.kernels.device_code import (
     tensor_scale,
 )
 from lotion_fx.kernels.division import inverse, quotient
-from lotion_fx.kernels.smooth import MODELS, View, amaxes, arch_of, has_conversion
+from lotion_fx.kernels.smooth import MODELS, View, amaxes, arch_of, check, has_conversion, on_device
 from lotion_fx.kernels.tuning import launchable
 from lotion_fx.kernels.work import Config, Work
 
@@ -204,7 +204,9 @@ def pack_op(w: Tensor, fmt: str, amax: Tensor | None) -> tuple[Tensor, Tensor]:
     format = resolve(fmt)
     if w.device.type == "cpu":
         return reference(w, format, amax)
-    return launch(w.contiguous(), format, amax, arch=arch_of(w.device), wrap=wrap_triton)
+    check(w, format)
+    with on_device(w.device):
+        return launch(w.contiguous(), format, amax, arch=arch_of(w.device), wrap=wrap_triton)
 
 
 def launch(
@@ -228,6 +230,7 @@ def launch(
     else:
         assert amax is not None
         scales = fmt.law.block_scale(amax, fmt.grid).reshape(1 if view.shared else (*w.shape[:-1], 1))
+        scales = fmt.law.type.encode(scales) if hasattr(fmt.law, "type") else scales
     kernel, tile = launchable(specialized(pack_kernel, fmt), "pack", view.shape_class, arch, CONFIGS, key=("count",))
     wrap(kernel)[lambda meta: (programs(view, meta),)](
         w_ptr=w,

@@ -31,6 +31,7 @@ from torch.library import triton_op, wrap_triton
 
 from lotion_fx.formats import Format, Integer, Minifloat, PowerOfTwo, resolve
 from lotion_fx.kernels.pack import Packed, unpack
+from lotion_fx.kernels.smooth import on_device
 from lotion_fx.kernels.targets import TARGETS, target_of
 from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
@@ -461,7 +462,8 @@ def packed_linear(
     check(x.shape[-1], codes, scales, tensor_scale, bias, format)
     if x.device.type == "cpu":
         return product(x, unpack(Packed(codes, scales, tensor_scale), format, x.shape[-1]), bias)
-    y = launch(x.reshape(-1, x.shape[-1]), codes, scales, tensor_scale, bias, format)
+    with on_device(x.device):
+        y = launch(x.reshape(-1, x.shape[-1]), codes, scales, tensor_scale, bias, format)
     return y.reshape(*x.shape[:-1], codes.shape[0])
 
 

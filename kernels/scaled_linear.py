@@ -28,6 +28,7 @@ from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.pack import E2M1_PAIRS, Packed, unpack
 from lotion_fx.kernels.packed_linear import FEW, SHAPES, TYPES, check, launch, product, tiles
 from lotion_fx.kernels.packed_linear import work as packed_work
+from lotion_fx.kernels.smooth import on_device
 from lotion_fx.kernels.targets import TARGETS, Target, target_of
 from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
@@ -124,7 +125,8 @@ def quantize_rows(x: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
     format = supported(resolve(fmt))
     if x.device.type == "cpu":
         return _encoded_rows(x, format)
-    return launch_rows(x, format)
+    with on_device(x.device):
+        return launch_rows(x, format)
 
 
 def launch_rows(
@@ -283,10 +285,11 @@ def scaled_product(
         left = unpack(Packed(x_codes, x_scales, row_scales[:, None]), format, features)
         return product(left, unpack(Packed(codes, scales, tensor_scale), format, features), bias).to(dtype)
     packed = codes, scales, tensor_scale, bias, format
-    if block_scaled(target_of(x_codes.device)):
-        return launch_product(x_codes, x_scales, row_scales, *packed, dtype)
-    x = decoded_rows(x_codes, x_scales, format)
-    return launch(x, *packed, row_scales=row_scales, dtype=dtype)
+    with on_device(x_codes.device):
+        if block_scaled(target_of(x_codes.device)):
+            return launch_product(x_codes, x_scales, row_scales, *packed, dtype)
+        x = decoded_rows(x_codes, x_scales, format)
+        return launch(x, *packed, row_scales=row_scales, dtype=dtype)
 
 
 def decoded_rows(codes: Tensor, scales: Tensor, fmt: Format) -> Tensor:

@@ -19,6 +19,7 @@ probability too coarsely to be exact to the law (docs/kernels.md).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ def places(
         exists = exists & (k < BLOCK)
     if FLAT:
         return piece * BLOCK + k, exists & (k >= 0), piece // pieces, piece < count
-    i = tl.program_id(1) * INNER + tl.arange(0, INNER)[None, None, :]
+    i = tl.program_id(0) % tl.cdiv(inner, INNER) * INNER + tl.arange(0, INNER)[None, None, :]
     at = (piece % pieces) * BLOCK + k
     row = piece // pieces
     known = (piece < count) & (i < inner)
@@ -205,8 +206,9 @@ def smooth_kernel(
     ts = tensor_scale(tl.load(amax_ptr)) if TWO_LEVEL else 1.0
     seed = tl.load(seed_ptr) if RR else 0
     factor = tl.load(factor_ptr) if TERM else 1.0
+    across = tl.cdiv(inner, INNER)
     for tile in range(TILES):
-        first = (tl.program_id(0) * TILES + tile) * ROWS
+        first = (tl.program_id(0) // across * TILES + tile) * ROWS
         offset, exists, like, known = places(first, count, pieces, length, inner, BLOCK, PAD, ROWS, INNER, FLAT)
         w = tl.load(w_ptr + offset, mask=exists, other=0.0).to(tl.float32)
         like = like * 0 if SHARED else like
@@ -270,7 +272,7 @@ def sums_kernel(
 ):
     """Each piece's part of its long block's sum of ``h dv/ds``, and how many absmax elements it holds."""
     ROWS: tl.constexpr = SIZE // (PAD * INNER)
-    first = tl.program_id(0) * ROWS
+    first = tl.program_id(0) // tl.cdiv(inner, INNER) * ROWS
     offset, exists, like, known = places(first, count, pieces, length, inner, BLOCK, PAD, ROWS, INNER, FLAT)
     w = tl.load(w_ptr + offset, mask=exists, other=0.0).to(tl.float32)
     amax = tl.load(amax_ptr + (like * 0 if SHARED else like), mask=known, other=1.0)
@@ -280,7 +282,7 @@ def sums_kernel(
     _, by_s = variance_slopes(clamp(z), lo, hi, third_level(z, lo, hi))
     h = curvature(h_ptr, cols_ptr, offset, exists, first, count, rows, cols, BLOCK, FACTORED)
     piece = first + tl.arange(0, ROWS)[:, None]
-    i = tl.program_id(1) * INNER + tl.arange(0, INNER)[None, :]
+    i = tl.program_id(0) % tl.cdiv(inner, INNER) * INNER + tl.arange(0, INNER)[None, :]
     to = piece * inner + i
     kept = (piece < count) & (i < inner)
     tl.store(parts_ptr + to, tl.sum(h * by_s, 1), mask=kept)
@@ -299,7 +301,7 @@ def _configs(*sizes: tuple[int, int, int]) -> tuple[Config, ...]:
 CANDIDATES = {
     "flat": _configs((1024, 8, 2), (1024, 16, 2), (2048, 8, 4), (2048, 16, 4)),
     "long": _configs((4096, 2, 2), (4096, 4, 2), (4096, 4, 4)),
-    "strided": _configs((2048, 1, 1), (2048, 4, 1), (4096, 1, 2)),
+    "strided": _configs((2048, 4, 2), (2048, 1, 2), (2048, 1, 1)),
 }
 
 
@@ -366,10 +368,13 @@ class View:
         """The kind of shape for which one config is chosen."""
         return "strided" if self.inner > 1 else "flat" if self.whole else "long"
 
-    def grid(self, meta: Mapping[str, int]) -> tuple[int, int]:
+    def grid(self, meta: Mapping[str, int]) -> tuple[int]:
         """Programs of ``meta["TILES"]`` tiles of ``meta["SIZE"]`` elements each."""
         pad, inner = self.constants["PAD"], self.constants["INNER"]
-        return triton.cdiv(self.count, meta["TILES"] * (meta["SIZE"] // (pad * inner))), triton.cdiv(self.inner, inner)
+        # One dimension, for a second one ends at 65535.
+        return (
+            triton.cdiv(self.count, meta["TILES"] * (meta["SIZE"] // (pad * inner))) * triton.cdiv(self.inner, inner),
+        )
 
 
 def _piece(length: int, inner: int) -> int:
@@ -383,8 +388,8 @@ def _piece(length: int, inner: int) -> int:
 
 def supports(w: Tensor, fmt: Format) -> bool:
     """Whether the kernel takes this weight: at most float32, not empty, 32-bit offsets, no block cut by a tile."""
-    short = not isinstance(fmt.block, int) or fmt.block <= LONGEST
-    return short and w.dtype in (torch.float32, torch.bfloat16, torch.float16) and 0 < w.numel() < 2**31
+    short = fmt.block <= LONGEST if isinstance(fmt.block, int) else not fmt.law.two_level
+    return short and w.dtype in (torch.float32, torch.bfloat16, torch.float16) and 0 < w.numel() <= 2**31 - 2**20
 
 
 def amaxes(w: Tensor, fmt: Format, axis: int) -> Tensor | None:
@@ -577,13 +582,15 @@ def smooth(
         if variance:
             results.append(rounding.variance(w, format, axis, law=law, amax_tensor=whole))
         return results
+    check(w, format)
     w = w.contiguous()
     out = Outputs(
         torch.empty_like(w) if rtn else None,
         torch.empty_like(w) if rr else None,
         torch.empty_like(w, dtype=torch.float32) if variance else None,
     )
-    launch(w, format, axis, out, law=law, amax=amax, seed=seed, arch=arch_of(w.device), wrap=wrap_triton)
+    with on_device(w.device):
+        launch(w, format, axis, out, law=law, amax=amax, seed=seed, arch=arch_of(w.device), wrap=wrap_triton)
     return [x for x in (out.rtn, out.rr, out.variance) if x is not None]
 
 
@@ -615,21 +622,40 @@ def add_term(
         term = rounding.variance_vjp(w, full, format, axis, law=law, amax_tensor=whole)
         grad.add_((factor * term).to(grad.dtype))
         return
-    launch(
-        w.contiguous(),
-        format,
-        axis,
-        Outputs(grad=grad),
-        law=law,
-        amax=amax,
-        curvature=curvature,
-        arch=arch_of(w.device),
-        wrap=wrap_triton,
-    )
+    check(w, format)
+    if not grad.is_contiguous():
+        raise ValueError(
+            f"grad: strides {tuple(grad.stride())}; expected a contiguous tensor, as it is added to in place"
+        )
+    known = {"law": law, "amax": amax, "curvature": curvature}
+    with on_device(w.device):
+        out = Outputs(grad=grad)
+        launch(w.contiguous(), format, axis, out, arch=arch_of(w.device), wrap=wrap_triton, **known)  # type: ignore[arg-type]
+
+
+def check(w: Tensor, fmt: Format) -> None:
+    """Refuses what `supports` says no to."""
+    if not supports(w, fmt):
+        raise ValueError(
+            f"w: {w.dtype} of shape {tuple(w.shape)} in {fmt.name} (blocks of {fmt.block}) is not for the kernel; expected "
+            f"1 to 2^31 - 2^20 elements of float32, bfloat16 or float16, and blocks of at most {LONGEST}, "
+            "'channel' or 'tensor'"
+        )
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, kernels are launched on this device, for Triton takes the current one."""
+    return contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def arch_of(device: torch.device) -> int:
-    """A CUDA device's compute capability, 80 for ``sm_80``."""
+    """A CUDA device's compute capability, 80 for ``sm_80``.
+
+    Raises:
+        NotImplementedError: the kernels are for none such.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        raise NotImplementedError(f"device={device}: kernels are for NVIDIA's sm_80 and later, and a CPU takes ATen")
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -646,7 +672,9 @@ def works(arch: int) -> list[Work]:
         for name in ("nvfp4", "mxfp4", "int4", "int8"):
             found += [_work(arch, shape, -1, name, result, "bf16") for result in ("rtn", "rr")]
             found.append(_work(arch, shape, -1, name, "term", "fp32"))
-        found.append(_work(arch, shape, 0, "nvfp4", "rtn", "bf16"))
+        found.append(_work(arch, shape, -1, "nvfp4", "variance", "bf16"))
+        found += [_work(arch, shape, 0, "nvfp4", result, "bf16") for result in ("rtn", "rr")]
+        found.append(_work(arch, shape, 0, "nvfp4", "term", "fp32"))
     return [*found, _work(arch, (8 * 4096, 6144), -1, "nvfp4", "rtn", "bf16")]
 
 
@@ -675,7 +703,8 @@ def _work(arch: int, shape: tuple[int, ...], axis: int, name: str, result: str, 
         pointers |= {"grad_ptr": "*fp32", "h_ptr": "*fp32", "cols_ptr": "*fp32", "factor_ptr": "*fp32"}
         pointers["sums_ptr"] = None if view.whole else "*fp32"
     else:
-        pointers |= {f"{result}_ptr": f"*{dtype}", "seed_ptr": "*i64" if result == "rr" else None}
+        made = "*fp32" if result == "variance" else f"*{dtype}"
+        pointers |= {f"{result}_ptr": made, "seed_ptr": "*i64" if result == "rr" else None}
     moved = traffic(view, fmt, result, dtype, factored=term)
     names = ("w", "amax", "seed", "rtn", "rr", "variance", "h", "cols", "factor", "sums", "grad")
     absent = {f"{name}_ptr": None for name in names if pointers.get(f"{name}_ptr") is None}

@@ -48,7 +48,7 @@ from lotion_fx.kernels.device_code import (
 )
 from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.operands import operand, precisions, square
-from lotion_fx.kernels.smooth import amaxes, arch_of
+from lotion_fx.kernels.smooth import amaxes, arch_of, on_device
 from lotion_fx.kernels.tiles import load, place, store
 from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
@@ -335,7 +335,8 @@ def variance_linear(
         return variance_linear_given(x, weight, variances, bias, u)
     x, weight, u = (_rows(t) for t in (x, weight, u))
     y, v = x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))
-    launch(x, weight, y, v, form, law, bias, u, amax=amax, arch=arch_of(x.device), wrap=wrap_triton)
+    with on_device(x.device):
+        launch(x, weight, y, v, form, law, bias, u, amax=amax, arch=arch_of(x.device), wrap=wrap_triton)
     return y, v
 
 
@@ -360,7 +361,8 @@ def variance_linear_given(
         return reference(x, weight, variances, bias, u)
     x, weight, variances, u = (_rows(t) for t in (x, weight, variances, u))
     y, v = x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))
-    launch_given(x, weight, variances, y, v, bias, u, arch=arch_of(x.device), wrap=wrap_triton)
+    with on_device(x.device):
+        launch_given(x, weight, variances, y, v, bias, u, arch=arch_of(x.device), wrap=wrap_triton)
     return y, v
 
 

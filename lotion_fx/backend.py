@@ -1,4 +1,4 @@
-"""The compiler backend, and the only file that touches torch's private interfaces.
+"""The compiler backend, and where training touches torch's private interfaces.
 
 Dynamo calls `Backend` with a forward graph. The graph is compiled once per *plan*, the tuple of what each of its
 weights needs: training or evaluation, finishing, with or without a probe. Which plan holds is decided at every call by
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,13 +54,15 @@ compiles: Counter[str] = Counter()
 """How many graphs each inner compiler was given, for tests and for the curious."""
 
 _PACKAGE = Path(__file__).parent
+_KERNELS = Path(targets.__file__).parent
 _SOURCES = tuple(
     sorted(
         str(path)
         for path in (
             *Path(attach.__code__.co_filename).parent.glob("*.py"),
             *(_PACKAGE / f"{name}.py" for name in ("formats", "noise", "printer", "rounding")),
-            targets.__file__,
+            *_KERNELS.glob("*.py"),
+            _KERNELS / "tuning.json",
         )
     )
 )
@@ -79,7 +82,8 @@ def _resolve(joint: fx.Graph) -> None:
     """Our passes on a joint graph: the curvature, and what the device of the graph does better in one kernel."""
     resolve_curvature(joint)
     given = (node.meta.get("val") for node in joint.find_nodes(op="placeholder"))
-    arch = next((arch_of(x.device) for x in given if isinstance(x, Tensor)), None)
+    archs = (arch_of(x.device) for x in given if isinstance(x, Tensor))
+    arch = next((arch for arch in archs if arch is not None), None)
     if arch is not None:
         lower_products(joint, arch)
 
@@ -127,14 +131,19 @@ class Backend:
         options["joint_custom_pre_pass"] = [CurvaturePass(), *theirs] if theirs else CurvaturePass()
         # A code depends on w / s: Triton's approximate division would make codes that eager does not.
         options.setdefault("eager_numerics.division_rounding", True)
-        # Our node is as cacheable as its source: without this AOTAutograd's cache steps aside for the whole graph.
-        named = repr((registered(), registered_noises()))
-        source = get_hash_for_files(_SOURCES, extra=named).hex()
-        options["unsafe_marked_cacheable_functions"] = {
-            **torch._inductor.config.unsafe_marked_cacheable_functions,
-            **{f"{node.__module__}.{node.__name__}": source for node in (smooth, variance)},
-        }
+        options["unsafe_marked_cacheable_functions"] = _cacheable()
         return options
+
+
+def _cacheable() -> dict[str, str]:
+    """Our nodes as cacheable as their sources; without this AOTAutograd's cache steps aside for the whole graph.
+
+    A graph names formats and laws, and holds kernels as ops: what these stand for is part of the caches' key this way.
+    """
+    named = repr((registered(), registered_noises(), os.environ.get("LOTION_FX_AUTOTUNE")))
+    source = get_hash_for_files(_SOURCES, extra=named).hex()
+    nodes = {f"{node.__module__}.{node.__name__}": source for node in (smooth, variance)}
+    return {**torch._inductor.config.unsafe_marked_cacheable_functions, **nodes}
 
 
 _HOOK: Any = "lotion_fx"  # the key of our hooks
@@ -561,7 +570,8 @@ def compile_function(function: Callable[..., Any], args: Sequence[Any], inner: s
         gm = make_fx(function)(*fakes)
     compiles["update"] += 1
     with torch.no_grad(), tracing(TracingContext(mode)):
-        compiled: Any = compile_fx(gm, fakes, config_patches={"eager_numerics.division_rounding": True})
+        options = {"eager_numerics.division_rounding": True, "unsafe_marked_cacheable_functions": _cacheable()}
+        compiled: Any = compile_fx(gm, fakes, config_patches=options)
     return compiled
 
 

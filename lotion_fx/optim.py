@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lotion_fx.formats import Format
 from lotion_fx.objective import Term
+from lotion_fx.passes.lower import arch_of
 from lotion_fx.state import Weight
 
 __all__ = ["AdamW"]
@@ -72,6 +73,8 @@ class AdamW(torch.optim.AdamW):
         if any(isinstance(beta, Tensor) for beta in group["betas"]):
             return False
         if type(parameter) not in (Tensor, nn.Parameter) or parameter.device.type not in self.devices:
+            return False
+        if parameter.device.type != "cpu" and arch_of(parameter.device) is None:
             return False
         assert parameter.grad is not None and weight.format is not None
         state = self.state.get(parameter, {})

@@ -6,8 +6,8 @@ of two lines expects to take less time:
 
     time = max(bytes / bandwidth, instructions / issue rate)              per element, of the nearest known target
 
-Bytes and instructions of both sides are counted, not guessed: `tests/gpu_less/test_lowering.py` compiles what Inductor
-emits for the same work and holds the numbers below to it. Inductor needs a second read of the weight where a scale for
+Bytes and instructions of rounding and of the term are counted, not guessed: `tests/gpu_less/test_lowering.py` compiles
+what Inductor emits for the same work and holds the numbers below to it. Inductor needs a second read of the weight where a scale for
 the whole tensor comes before the block scales, or where a block's elements do not lie side by side; elsewhere it moves
 the same bytes, and the kernel wins on instructions where the device's memory is fast enough for them to count.
 
@@ -17,6 +17,7 @@ Graphs stay free of devices: the decision is made when a graph is compiled for o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, fx
@@ -102,11 +103,14 @@ def _value(node: fx.Node) -> Tensor:
 
 
 def arch_of(device: torch.device) -> int | None:
-    """The compute capability for which a device's graphs are lowered; None where they are not."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    """The compute capability for which a device's graphs are lowered, 80 for sm_80.
+
+    None on a CPU, on AMD, without Triton, and before Ampere, for which no kernel was compiled.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return 10 * major + minor if major >= 8 else None
 
 
 def prefers_kernel(result: str, weight: Tensor, fmt: Format, axis: int, arch: int) -> bool:

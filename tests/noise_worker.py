@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lotion_fx.kernels.noise import device_function
+from lotion_fx.formats import resolve
+from lotion_fx.kernels.device_code import device_function
 from lotion_fx.noise import D, NoiseLaw
 
 
@@ -38,7 +39,7 @@ def main() -> None:
         law = NoiseLaw(name, up, beyond)
         for function, outputs in law.expressions.items():
             out = torch.empty(len(outputs), n)
-            arguments = (*points, out, n, device_function(law, function), len(outputs), 1024)
+            arguments = (*points, out, n, device_function(function, resolve("int4"), law), len(outputs), 1024)
             apply[(triton.cdiv(n, 1024),)](*arguments)
             found[name, function] = out
     torch.save(found, sys.argv[2])

@@ -64,5 +64,5 @@ async_compile.triton('triton_poi_fused_0', '''code''', device_str='cuda')
 """
     loaded = SimpleNamespace(triton_poi_fused_0=tuner(triton.Config({"XBLOCK": 64}, num_warps=4, num_stages=1)))
     monkeypatch.setattr(inductor_work.PyCodeCache, "load", lambda code: loaded)
-    works = inductor_work._works(Emitted("forward", source, 0), 80)
+    works = inductor_work._works(Emitted("forward", source, 0, 0), 80)
     assert [work.shape for work in works] == ["64x16", "128x16"]

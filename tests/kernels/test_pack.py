@@ -9,7 +9,7 @@ from lotion_fx.formats import Format, codebook, register_format, resolve
 from lotion_fx.kernels import pack as module
 from lotion_fx.kernels import tuning
 from lotion_fx.kernels.pack import launch, pack, reference, unpack
-from lotion_fx.kernels.smooth import E2M1_GRID, amaxes
+from lotion_fx.kernels.smooth import E2M1_GRID, amaxes, arch_of
 from lotion_fx.kernels.work import Config
 
 NAMES = (
@@ -55,7 +55,8 @@ def test_codes_and_scales(
         w = weight(shape, dtype, seed)
         amax = amaxes(w, fmt, -1)
         codes, scales = reference(w, fmt, amax)
-        for arch in (80, 100) if fmt.grid == E2M1_GRID else (80,):
+        own = () if device == "cpu" else (arch_of(torch.device(device)),)
+        for arch in own or ((80, 100) if fmt.grid == E2M1_GRID else (80,)):
             found = launch(w.to(device), fmt, None if amax is None else amax.to(device), arch=arch)
             assert torch.equal(found[0].cpu(), codes), f"codes of {shape}, sm_{arch}, seed {seed}"
             assert torch.equal(found[1].cpu(), scales), f"scales of {shape}, sm_{arch}, seed {seed}"

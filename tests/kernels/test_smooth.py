@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,13 @@ ARCHS = (80, 100)  # by the exponent's bits, and by Blackwell's conversion
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 LAWS = (RANDOMIZED, resolve_noise("smoothstep"), gaussian(), WIDE)
+
+
+def archs(fmt: Format, device: str) -> tuple[int, ...]:
+    """Both ways to E2M1 in the interpreter; on a GPU its own."""
+    if device != "cpu":
+        return (smooth.arch_of(torch.device(device)),)
+    return ARCHS if fmt.grid == E2M1_GRID else ARCHS[:1]
 
 
 @pytest.fixture
@@ -84,7 +92,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 @formats
 @dtypes
 def test_round_to_nearest(fmt: Format, dtype: torch.dtype, device: str, g: torch.Generator, seed: int) -> None:
-    for arch in ARCHS if fmt.grid == E2M1_GRID else ARCHS[:1]:
+    for arch in archs(fmt, device):
         shape, axis = any_of(ODD, g)
         w = weight(shape, dtype, fmt, g)
         out = poisoned(w, dtype, device)
@@ -245,6 +253,12 @@ def test_the_operators_agree_with_the_reference(g: torch.Generator, device: str,
 
 
 def test_what_is_not_supported() -> None:
+    two_level = replace(resolve("nvfp4"), block="channel")
+    assert not supports(torch.ones(4, 4), two_level)
+    huge = torch.empty(2**31, dtype=torch.bfloat16, device="meta")
+    assert not supports(huge, resolve("int4"))
+    with pytest.raises(ValueError, match="not for the kernel; expected"):
+        smooth.check(huge, resolve("int4"))
     assert supports(torch.ones(4, 4), resolve("nvfp4"))
     assert not supports(torch.ones(4, 4, dtype=torch.float64), resolve("nvfp4"))
     assert not supports(torch.ones(0, 4), resolve("nvfp4"))
