@@ -637,8 +637,8 @@ def check(w: Tensor, fmt: Format) -> None:
     """Refuses what `supports` says no to."""
     if not supports(w, fmt):
         raise ValueError(
-            f"w: {w.dtype} of shape {tuple(w.shape)} in {fmt.name} (blocks of {fmt.block}) is not for the kernel; expected "
-            f"1 to 2^31 - 2^20 elements of float32, bfloat16 or float16, and blocks of at most {LONGEST}, "
+            f"w: {w.dtype} of shape {tuple(w.shape)} in {fmt.name} (blocks of {fmt.block}) is not for the kernel; "
+            f"expected 1 to 2^31 - 2^20 elements of float32, bfloat16 or float16, and blocks of at most {LONGEST}, "
             "'channel' or 'tensor'"
         )
 

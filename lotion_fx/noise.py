@@ -6,8 +6,8 @@ perhaps that of a third level. With ``q`` the random level and ``w = s z``, what
     mean      M(w, s) = s E q              dM/dw = m'(z)         dM/ds = m - z m'
     variance  V(w, s) = s^2 Var q          dV/dw = s v'(z)       dV/ds = s (2 v - z v')
 
-derived here once and printed to PyTorch (`NoiseLaw.torch`) and to Triton (`lotion_fx.kernels.device_code`) from the same
-expressions. Everything is in grid units; the powers of ``s`` are left to the caller.
+derived here once and printed to PyTorch (`NoiseLaw.torch`) and to Triton (`lotion_fx.kernels.device_code`) from the
+same expressions. Everything is in grid units; the powers of ``s`` are left to the caller.
 
 Source: LOTION, Kwun et al. 2025, arXiv 2510.08757, for randomized rounding; docs/noise.md for what any law can do.
 """

@@ -7,9 +7,10 @@ of two lines expects to take less time:
     time = max(bytes / bandwidth, instructions / issue rate)              per element, of the nearest known target
 
 Bytes and instructions of rounding and of the term are counted, not guessed: `tests/gpu_less/test_lowering.py` compiles
-what Inductor emits for the same work and holds the numbers below to it. Inductor needs a second read of the weight where a scale for
-the whole tensor comes before the block scales, or where a block's elements do not lie side by side; elsewhere it moves
-the same bytes, and the kernel wins on instructions where the device's memory is fast enough for them to count.
+what Inductor emits for the same work and holds the numbers below to it. Inductor needs a second read of the weight
+where a scale for the whole tensor comes before the block scales, or where a block's elements do not lie side by side;
+elsewhere it moves the same bytes, and the kernel wins on instructions where the device's memory is fast enough for them
+to count.
 
 Graphs stay free of devices: the decision is made when a graph is compiled for one.
 """

@@ -3,6 +3,11 @@
 No device is needed: the kernels' operators have a CPU path, and which architecture a graph is for is a number.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -152,3 +157,15 @@ def test_a_kernel_may_be_made_in_the_middle_of_a_trace() -> None:
 
     graph = make_fx(traced, tracing_mode="fake")(torch.ones(4)).graph
     assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
+
+
+@pytest.mark.slow
+def test_a_name_that_means_another_format_is_compiled_anew(tmp_path: Path) -> None:
+    """Two processes share a compile cache and a format's name; each gets its own format's term."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    script = [sys.executable, str(Path(__file__).parent / "cached_term.py")]
+    errors = [
+        float(subprocess.run([*script, first], env=environment, capture_output=True, text=True, check=True).stdout)
+        for first in ("-1.0", "-0.7")
+    ]
+    assert max(errors) < 1e-6
