@@ -245,8 +245,7 @@ def launch(
 
 
 CONFIGS = tuple(
-    Config({"SIZE": size, "TILES": tiles}, num_warps=warps)
-    for size, tiles, warps in ((4096, 16, 2), (4096, 32, 2))
+    Config({"SIZE": size, "TILES": tiles}, num_warps=warps) for size, tiles, warps in ((4096, 16, 2), (4096, 32, 2))
 )
 
 

@@ -4,6 +4,7 @@ The pass's own reference runs in place of the kernel here, so that all but the k
 """
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -382,7 +383,8 @@ def test_torch_still_asks_init_group_for_what_to_update():
     lists = [[] for _ in range(6)]
     optimizer._init_group(optimizer.param_groups[0], *lists)
     assert [len(one) for one in lists] == [1, 1, 1, 1, 0, 1]
-    assert "_init_group" in torch.optim.Adam.step.__wrapped__.__code__.co_names
+    # Dynamo wraps it once more where it saw an optimizer.
+    assert "_init_group" in inspect.unwrap(torch.optim.Adam.step).__code__.co_names
 
 
 def test_a_subclass_of_parameter_is_not_taken(on_cpu):

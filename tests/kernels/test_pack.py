@@ -15,7 +15,7 @@ from lotion_fx.kernels.work import Config
 NAMES = (
     "int2 int3 int4 int4/tensor int4/channel int6 int8 fp4 fp8 nf4 nvfp4 mxfp4/ceil mxfp4/floor mxfp4/even mxfp6_e3m2"
 )
-LOPSIDED = register_format("lopsided24", codebook((-1.5, -0.25, 0.0, 0.1, 0.75), block=24))
+LOPSIDED = codebook((-1.5, -0.25, 0.0, 0.1, 0.75), block=24, name="lopsided24")
 FORMATS = [*map(resolve, NAMES.split()), LOPSIDED]
 SHAPES = [(32, 128), (33, 100), (7, 75), (3, 5, 48), (1, 1)]
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
@@ -25,6 +25,12 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 @pytest.fixture
 def seed() -> int:
     return int(torch.seed() % 2**31)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    """Operators know formats by name. Here, as other files' tests take every registered format."""
+    register_format("lopsided24", LOPSIDED)
 
 
 @pytest.fixture(autouse=True)
