@@ -24,7 +24,7 @@ from torch import Tensor
 from lotion_fx import rounding
 from lotion_fx.formats import resolve
 from lotion_fx.kernels import pack as packing
-from lotion_fx.kernels import smooth
+from lotion_fx.kernels.view import amaxes
 
 SHAPES = {"150M": (3072, 768), "8B": (14336, 4096), "70B": (28672, 8192)}
 PUBLISHED = (8 * 4096, 6144)
@@ -79,7 +79,7 @@ def published(device: torch.device, shape: tuple[int, int]) -> Iterator[Case]:
     """Round to nearest with the absmax known, and with its pass."""
     w, fmt = torch.randn(shape, device=device, dtype=torch.bfloat16), resolve("nvfp4")
     op, flags = torch.ops.lotion_fx.smooth, ("nvfp4", -1, "randomized", True, False, False)
-    amax = smooth.amaxes(w, fmt, -1)
+    amax = amaxes(w, fmt, -1)
     yield Case("NVFP4 QDQ, absmax known", _text(shape), partial(op, w, *flags, None, amax), None, w.numel() * 4)
     yield Case("NVFP4 QDQ", _text(shape), partial(op, w, *flags), _compiled(rounding.rtn, w, fmt), w.numel() * 6)
 

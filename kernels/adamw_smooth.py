@@ -293,6 +293,7 @@ def _work(model: str, name: str, dtype: str) -> Work:
         bytes=lambda config: traffic(layers * sum(elements), programs(config), size, size, fmt),
         minimum_bytes=traffic(layers * sum(elements), layers * len(shapes), size, size, fmt),
         iterations=lambda config: config.constants["TILES"],
+        wide=0.9,
     )
 
 

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
@@ -36,8 +34,9 @@ from lotion_fx.kernels.device_code import (
     tensor_scale,
 )
 from lotion_fx.kernels.division import inverse, quotient
-from lotion_fx.kernels.smooth import MODELS, View, amaxes, arch_of, check, has_conversion, on_device
+from lotion_fx.kernels.smooth import MODELS, arch_of, has_conversion, on_device
 from lotion_fx.kernels.tuning import launchable
+from lotion_fx.kernels.view import PIECE, View, absent_amaxes, amaxes, check
 from lotion_fx.kernels.work import Config, Work
 
 # Eight float32, four pairs, to four bytes of two E2M1 codes each. A nibble of -0.0 has only its sign bit set: the sum
@@ -61,7 +60,7 @@ E2M1_PAIRS = tl.constexpr(
 @template
 def pack_kernel(
     w_ptr,
-    amax_ptr,  # of the tensor or of each channel; None where a block's is found here
+    amax_ptr,  # of the tensor or of each long channel; None where a block's is found here
     codes_ptr,
     scales_ptr,
     count,
@@ -79,8 +78,11 @@ def pack_kernel(
 ):
     ROWS: tl.constexpr = SIZE // PAD
     ts = tensor_scale(tl.load(amax_ptr)) if TWO_LEVEL else 1.0
-    for tile in range(TILES):
-        piece = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)[:, None]
+    if SHARED:
+        amax = tl.load(amax_ptr + tl.zeros((1, 1), tl.int32))
+    begin = tl.program_id(0) * TILES
+    for tile in range(begin, tl.minimum(begin + TILES, tl.cdiv(count, ROWS))):
+        piece = tile * ROWS + tl.arange(0, ROWS)[:, None]
         k = tl.arange(0, PAD)[None, :]
         row = piece // pieces
         at = (piece - row * pieces) * BLOCK + k
@@ -89,11 +91,10 @@ def pack_kernel(
             exists = exists & (at < length)
         offset = piece * BLOCK + k if FLAT else row * length + at
         w = tl.load(w_ptr + offset, mask=exists, other=0.0).to(tl.float32)
-        amax = (
-            tl.max(tl.abs(w), 1, keep_dims=True)
-            if WHOLE
-            else tl.load(amax_ptr + (row * 0 if SHARED else row), mask=piece < count, other=1.0)
-        )
+        if WHOLE:
+            amax = tl.max(tl.abs(w), 1, keep_dims=True)
+        elif not SHARED:
+            amax = tl.load(amax_ptr + row, mask=piece < count, other=1.0)
         stored = block_scale(amax, ts)
         one_over_p, m, r, t = inverse(stored * ts if TWO_LEVEL else stored)
         z = quotient(w, one_over_p, m, r, t)
@@ -106,7 +107,7 @@ def pack_kernel(
             else:
                 byte = encode(nearest(even)) | (encode(nearest(odd)) << 4)
             if FLAT and PAD == BLOCK:  # one run of bytes, whose stores may be wider than a block's codes
-                run = tl.program_id(0) * (TILES * SIZE // 2) + tile * (SIZE // 2) + tl.arange(0, SIZE // 2)
+                run = tile * (SIZE // 2) + tl.arange(0, SIZE // 2)
                 tl.store(codes_ptr + run, tl.reshape(byte, (SIZE // 2,)), mask=run < count * (BLOCK // 2))
             else:
                 k2 = tl.arange(0, PAD // 2)[None, :]
@@ -117,8 +118,8 @@ def pack_kernel(
         else:
             tl.store(codes_ptr + offset, encode(nearest(z)), mask=exists)
         if WHOLE:  # from one dimension, where neighbouring scales can be stored together
-            first = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
-            tl.store(scales_ptr + first, tl.reshape(encode_scale(stored), (ROWS,)), mask=first < count)
+            place = tile * ROWS + tl.arange(0, ROWS)
+            tl.store(scales_ptr + place, tl.reshape(encode_scale(stored), (ROWS,)), mask=place < count)
 
 
 class Packed(NamedTuple):
@@ -199,7 +200,7 @@ def pack_op(w: Tensor, fmt: str, amax: Tensor | None) -> tuple[Tensor, Tensor]:
     Args:
         w: [..., K].
         fmt: the format's name.
-        amax: what `smooth.amaxes` gives.
+        amax: what `view.amaxes` gives.
     """
     format = resolve(fmt)
     if w.device.type == "cpu":
@@ -217,11 +218,12 @@ def launch(
     Args:
         w: float32, bfloat16 or float16, [..., K], contiguous.
         fmt: the format.
-        amax: what `smooth.amaxes` gives.
+        amax: what `view.amaxes` gives.
         arch: compute capability of the device.
         wrap: `torch.library.wrap_triton` inside a `triton_op`.
     """
     view, pairs = _view(w.shape, fmt), _in_pairs(fmt)
+    amax = absent_amaxes(w, view, fmt, -1, amax)
     width = (w.shape[-1] + 1) // 2 if pairs else w.shape[-1]
     codes = w.new_empty((*w.shape[:-1], width), dtype=torch.uint8)
     if view.whole:
@@ -231,8 +233,9 @@ def launch(
         assert amax is not None
         scales = fmt.law.block_scale(amax, fmt.grid).reshape(1 if view.shared else (*w.shape[:-1], 1))
         scales = fmt.law.type.encode(scales) if hasattr(fmt.law, "type") else scales
-    kernel, tile = launchable(specialized(pack_kernel, fmt), "pack", view.shape_class, arch, CONFIGS, key=("count",))
-    wrap(kernel)[lambda meta: (programs(view, meta),)](
+    configs = CANDIDATES[view.shape_class]
+    kernel, tile = launchable(specialized(pack_kernel, fmt), "pack", view.shape_class, arch, configs, key=("count",))
+    wrap(kernel)[lambda meta: (view.programs(meta),)](
         w_ptr=w,
         amax_ptr=amax,
         codes_ptr=codes,
@@ -244,20 +247,26 @@ def launch(
     return codes, scales
 
 
-CONFIGS = tuple(
-    Config({"SIZE": size, "TILES": tiles}, num_warps=warps) for size, tiles, warps in ((4096, 16, 2), (4096, 32, 2))
-)
+def _configs(*sizes: tuple[int, int, int]) -> tuple[Config, ...]:
+    return tuple(Config({"SIZE": size, "TILES": tiles}, num_warps=warps) for size, tiles, warps in sizes)
+
+
+# By shape class. Two codes to a byte: 64 weights of a thread are two stores of 16 bytes.
+CANDIDATES = {
+    "flat": _configs((4096, 16, 2), (4096, 32, 2)),
+    **{
+        f"rows/{pad}": _configs(*((max(pad, 2048), tiles, max(pad, 2048) // 2048) for tiles in (1, 2, 4)))
+        for pad in (512, 1024, 2048, 4096, 8192)
+    },
+    "long": _configs((PIECE, 4, 1), (PIECE, 8, 1)),
+}
 
 
 def _view(shape: Any, fmt: Format) -> View:
-    """The weight as `smooth` sees it; a "tensor" format's rows too, for a byte must not hold codes of two rows."""
+    """The weight as `smooth` sees it; a "tensor" format's always as rows, for a byte must not hold codes of two."""
     view = View.of(shape, fmt, -1)
-    return replace(View.of(shape, replace(fmt, block="channel"), -1), shared=True) if view.shared else view
-
-
-def programs(view: View, meta: Any) -> int:
-    """Of ``meta["TILES"]`` tiles of ``meta["SIZE"]`` elements each."""
-    return triton.cdiv(view.count, meta["TILES"] * (meta["SIZE"] // view.constants["PAD"]))
+    rows, length = math.prod(shape[:-1]), shape[-1]
+    return View(rows, length, 1, min(length, PIECE), False, True) if view.shared else view
 
 
 def _arguments(view: View) -> dict[str, int]:
@@ -295,12 +304,13 @@ def _work(arch: int, shape: tuple[int, ...], name: str) -> Work:
             **dict.fromkeys(_arguments(view), "i32"),
         },
         constants={**{key: None for key, value in pointers.items() if not value}, **_constants(view, fmt, arch)},
-        configs=CONFIGS,
-        programs=lambda config: programs(view, config.constants),
+        configs=CANDIDATES[view.shape_class],
+        programs=lambda config: view.programs(config.constants),
         bytes=lambda config: moved + (4 if fmt.law.two_level else 0),
         minimum_bytes=moved + (4 if fmt.law.two_level else 0),
         iterations=lambda config: config.constants["TILES"],
         requires=e2m1,
         aligned=tuple(_arguments(view)),
         shape_class=view.shape_class,
+        wide=0.9,
     )

@@ -19,8 +19,9 @@ def rank(works: Sequence[Work], arch: int) -> list[dict[str, Any]]:
     """The entries of one kernel, shape class and architecture, from the best to the worst.
 
     A config without spills comes before one with any, one with all the instructions that the kernel is for before one
-    that lacks some, and then the one whose predicted times are the shorter, by their geometric mean over the shapes.
-    Where two are within a hundredth, their order in the module decides.
+    that lacks some, one with enough wide loads and stores before one with fewer, and then the one whose predicted time
+    is the shorter, by their geometric mean over the shapes. Where two are within a hundredth, the order in the module
+    decides.
 
     Args:
         works: one kernel on the shapes of one class.
@@ -39,8 +40,9 @@ def rank(works: Sequence[Work], arch: int) -> list[dict[str, Any]]:
 
     def worse(entry: dict[str, Any]) -> tuple[Any, ...]:
         evidence = entry["evidence"]
-        faults = [bool(e["spills"]) for e in evidence], [bool(e["lost"]) for e in evidence]
-        return (*map(any, faults), round(statistics.geometric_mean(entry["predicted_us"].values()) / shortest, 2))
+        spills, lost = any(e["spills"] for e in evidence), any(e["lost"] for e in evidence)
+        narrow = any(e["vector128"] < works[0].wide for e in evidence)
+        return (spills, lost, narrow, round(statistics.geometric_mean(entry["predicted_us"].values()) / shortest, 2))
 
     shortest = min((statistics.geometric_mean(entry["predicted_us"].values()) for entry in fit), default=1.0)
     return sorted(fit, key=worse) + [entry for entry in entries if "refused" in entry]

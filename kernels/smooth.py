@@ -20,8 +20,7 @@ probability too coarsely to be exact to the law (docs/kernels.md).
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,10 +53,9 @@ from lotion_fx.kernels.device_code import (
 from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.targets import nearest as target
 from lotion_fx.kernels.tuning import launchable
+from lotion_fx.kernels.view import ALONG, ELEMENTS, LINE, PIECE, PIECES, View, absent_amaxes, check
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.noise import RANDOMIZED, NoiseLaw, resolve_noise
-
-LONGEST = 1024  # elements of a block that a tile can hold
 
 # Two float32 in grid units to the nearest E2M1 levels, ties to even, past the grid to the last; -0.0 for what rounds to
 # 0 from below. The conversion saturates, so there is nothing to clamp. On one line, for Inductor escapes line ends
@@ -109,9 +107,39 @@ def uniforms(seed, offset, FOUR: tl.constexpr):
 
 
 @triton.jit
+def tiles_of(count, line, inner, ROWS: tl.constexpr, INNER: tl.constexpr, TILES: tl.constexpr, FACTORED: tl.constexpr):
+    """This program's first tile, and the one behind its last.
+
+    Tiles lie side by side over the same pieces where a piece's elements are apart in memory (INNER above 1); else they
+    follow each other, and where FACTORED is LINE none reaches over the end of a line of ``line`` pieces.
+    """
+    program = tl.program_id(0)
+    if INNER > 1:
+        across = tl.cdiv(inner, INNER)
+        programs = tl.cdiv(across, TILES)
+        start, begin = program // programs * across, program % programs * TILES
+        return start + begin, start + tl.minimum(begin + TILES, across)
+    tiles = tl.cdiv(line, ROWS) * (count // line) if FACTORED == LINE else tl.cdiv(count, ROWS)
+    return program * TILES, tl.minimum(program * TILES + TILES, tiles)
+
+
+@triton.jit
+def pieces_of(tile, count, line, inner, ROWS: tl.constexpr, INNER: tl.constexpr, FACTORED: tl.constexpr):
+    """A tile's first piece, the one behind the last that it may hold, and its line."""
+    if INNER > 1:
+        return tile // tl.cdiv(inner, INNER) * ROWS, count, 0
+    if FACTORED == LINE:
+        tiles = tl.cdiv(line, ROWS)
+        number = tile // tiles
+        return number * line + (tile - number * tiles) * ROWS, (number + 1) * line, number
+    return tile * ROWS, count, 0
+
+
+@triton.jit
 def places(
+    tile,
     first,
-    count,
+    end,
     pieces,
     length,
     inner,
@@ -121,43 +149,62 @@ def places(
     INNER: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """Where the tile [ROWS, PAD, INNER] from piece ``first`` on lies.
+    """Where a tile [ROWS, PAD, INNER] of the pieces from ``first`` on, before ``end``, lies.
 
-    There are ``count`` pieces of ``BLOCK`` elements, ``pieces`` of them along ``length``; FLAT where they follow each
-    other in memory. Gives the elements' offsets, which of them exist, each row's place in [outer, inner], which exist.
+    A piece has ``BLOCK`` elements and ``pieces`` of them are along ``length``; FLAT where these follow each other in
+    memory.
+    Gives the elements' offsets, which of them exist, each row's place in [outer, inner], which exist.
     """
     piece = first + tl.arange(0, ROWS)[:, None, None]
     k = tl.arange(0, PAD)[None, :, None]
-    exists = piece < count
+    exists = piece < end
     if PAD != BLOCK:
         exists = exists & (k < BLOCK)
     if FLAT:
-        return piece * BLOCK + k, exists & (k >= 0), piece // pieces, piece < count
-    i = tl.program_id(0) % tl.cdiv(inner, INNER) * INNER + tl.arange(0, INNER)[None, None, :]
+        return piece * BLOCK + k, exists & (k >= 0), piece // pieces, piece < end
+    i = tile % tl.cdiv(inner, INNER) * INNER + tl.arange(0, INNER)[None, None, :]
     at = (piece % pieces) * BLOCK + k
     row = piece // pieces
-    known = (piece < count) & (i < inner)
+    known = (piece < end) & (i < inner)
     return (row * length + at) * inner + i, exists & known & (at < length), row * inner + i, known
 
 
 @triton.jit
-def curvature(h_ptr, cols_ptr, offset, exists, first, count, rows, cols, BLOCK: tl.constexpr, FACTORED: tl.constexpr):
+def factors_along(h_ptr, first, count, pieces, length, BLOCK: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr):
+    """Factors of the rows across which the pieces from ``first`` on run, [ROWS, PAD, 1]."""
+    piece = first + tl.arange(0, ROWS)[:, None, None]
+    k = tl.arange(0, PAD)[None, :, None]
+    at = (piece % pieces) * BLOCK + k
+    exists = (piece < count) & (k < BLOCK) & (at < length)
+    return tl.load(h_ptr + piece // pieces * length + at, mask=exists, other=0.0)
+
+
+@triton.jit
+def curvature(h_ptr, cols_ptr, along, line, offset, exists, like, known, rows, cols, FACTORED: tl.constexpr):
     """h at each element, 0 outside: dense, or the product of its row's and its column's factor.
 
-    FACTORED is 2 where a block lies in one row, so that a row is found once a block; 1 elsewhere; 0 if dense.
+    FACTORED is LINE where the tile lies in one row, ``line``; PIECES where each piece does, that of its place ``like``;
+    ALONG where ``along`` holds the rows' factors and ``like`` is a place in [groups, columns]; ELEMENTS elsewhere, 0 if
+    dense.
     """
-    if FACTORED == 2:
-        start = (first + tl.arange(0, offset.shape[0])[:, None, None]) * BLOCK
-        row = start // cols
-        h = tl.load(h_ptr + row, mask=start < count * BLOCK, other=0.0)
-        column = (start - row * cols) + tl.arange(0, offset.shape[1])[None, :, None]
-        return h * tl.load(cols_ptr + (row // rows) * cols + column, mask=exists, other=0.0)
-    if FACTORED:
+    if FACTORED == LINE:
+        return tl.load(h_ptr + line) * column_factors(cols_ptr, line, offset, exists, rows, cols)
+    if FACTORED == PIECES:
+        h = tl.load(h_ptr + like, mask=known, other=0.0)
+        return h * column_factors(cols_ptr, like, offset, exists, rows, cols)
+    if FACTORED == ALONG:
+        return along * tl.load(cols_ptr + like, mask=known, other=0.0)
+    if FACTORED == ELEMENTS:
         row = offset // cols
-        column = offset - row * cols
         h = tl.load(h_ptr + row, mask=exists, other=0.0)
-        return h * tl.load(cols_ptr + (row // rows) * cols + column, mask=exists, other=0.0)
+        return h * column_factors(cols_ptr, row, offset, exists, rows, cols)
     return tl.load(h_ptr + offset, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def column_factors(cols_ptr, row, offset, exists, rows, cols):
+    """A curvature's factors of the columns in which elements of some rows lie."""
+    return tl.load(cols_ptr + row // rows * cols + (offset - row * cols), mask=exists, other=0.0)
 
 
 @template
@@ -185,6 +232,7 @@ def smooth_kernel(
     pieces,
     length,
     inner,
+    line,
     rows,
     cols,
     BLOCK: tl.constexpr,
@@ -206,13 +254,24 @@ def smooth_kernel(
     ts = tensor_scale(tl.load(amax_ptr)) if TWO_LEVEL else 1.0
     seed = tl.load(seed_ptr) if RR else 0
     factor = tl.load(factor_ptr) if TERM else 1.0
-    across = tl.cdiv(inner, INNER)
-    for tile in range(TILES):
-        first = (tl.program_id(0) // across * TILES + tile) * ROWS
-        offset, exists, like, known = places(first, count, pieces, length, inner, BLOCK, PAD, ROWS, INNER, FLAT)
+    begin, end = tiles_of(count, line, inner, ROWS, INNER, TILES, FACTORED)
+    one = tl.zeros((1, 1, 1), tl.int32)
+    if SHARED:
+        amax = tl.load(amax_ptr + one)
+    if SHARED and TERM:
+        total, at = tl.load(sums_ptr + one), tl.load(sums_ptr + 1 + one)
+    along = 0.0
+    if FACTORED == ALONG:
+        first, _, _ = pieces_of(begin, count, line, inner, ROWS, INNER, FACTORED)
+        along = factors_along(h_ptr, first, count, pieces, length, BLOCK, PAD, ROWS)
+    for tile in range(begin, end):
+        first, last, number = pieces_of(tile, count, line, inner, ROWS, INNER, FACTORED)
+        offset, exists, like, known = places(tile, first, last, pieces, length, inner, BLOCK, PAD, ROWS, INNER, FLAT)
         w = tl.load(w_ptr + offset, mask=exists, other=0.0).to(tl.float32)
-        like = like * 0 if SHARED else like
-        amax = tl.max(tl.abs(w), 1, keep_dims=True) if WHOLE else tl.load(amax_ptr + like, mask=known, other=1.0)
+        if WHOLE:
+            amax = tl.max(tl.abs(w), 1, keep_dims=True)
+        elif not SHARED:
+            amax = tl.load(amax_ptr + like, mask=known, other=1.0)
         s = block_scale(amax, ts)
         s = s * ts if TWO_LEVEL else s
         one_over_p, m, r, t = inverse(s)
@@ -224,7 +283,7 @@ def smooth_kernel(
             lo, hi = neighbours(z)
             third = third_level(z, lo, hi)
         if RR:
-            u = uniforms(seed, offset, FLAT and PAD == BLOCK and BLOCK % 4 == 0)
+            u = uniforms(seed, offset, FLAT and BLOCK % 4 == 0)
             up, beyond = draw(z, lo, hi, third)
             level = tl.where(u * (hi - lo) < up, hi, lo)
             if HAS_THIRD:
@@ -236,14 +295,14 @@ def smooth_kernel(
             (v,) = variance(z, lo, hi, third)
             tl.store(variance_ptr + offset, v * s * s, mask=exists)
         if TERM:
-            h = curvature(h_ptr, cols_ptr, offset, exists, first, count, rows, cols, BLOCK, FACTORED)
+            h = curvature(h_ptr, cols_ptr, along, number, offset, exists, like, known, rows, cols, FACTORED)
             by_w, by_s = variance_slopes(z, lo, hi, third)
             if WHOLE:
                 total = tl.sum(h * by_s, 1, keep_dims=True)
                 at = tl.sum((exists & (tl.abs(w) == amax)).to(tl.float32), 1, keep_dims=True)
-            else:
+            elif not SHARED:
                 total = tl.load(sums_ptr + like, mask=known, other=0.0)
-                at = tl.load(sums_ptr + (1 if SHARED else (count // pieces) * inner) + like, mask=known, other=1.0)
+                at = tl.load(sums_ptr + (count // pieces) * inner + like, mask=known, other=1.0)
             term = h * by_w * s + at_amax(w, amax, exists, s * total, tl.maximum(at, 1.0), ts)
             grad = tl.load(grad_ptr + offset, mask=exists, other=0.0).to(tl.float32) + factor * term
             tl.store(grad_ptr + offset, grad.to(grad_ptr.dtype.element_ty), mask=exists)
@@ -260,6 +319,7 @@ def sums_kernel(
     pieces,
     length,
     inner,
+    line,
     rows,
     cols,
     BLOCK: tl.constexpr,
@@ -272,19 +332,23 @@ def sums_kernel(
 ):
     """Each piece's part of its long block's sum of ``h dv/ds``, and how many absmax elements it holds."""
     ROWS: tl.constexpr = SIZE // (PAD * INNER)
-    first = tl.program_id(0) // tl.cdiv(inner, INNER) * ROWS
-    offset, exists, like, known = places(first, count, pieces, length, inner, BLOCK, PAD, ROWS, INNER, FLAT)
+    tile, _ = tiles_of(count, line, inner, ROWS, INNER, 1, FACTORED)
+    first, last, number = pieces_of(tile, count, line, inner, ROWS, INNER, FACTORED)
+    offset, exists, like, known = places(tile, first, last, pieces, length, inner, BLOCK, PAD, ROWS, INNER, FLAT)
+    along = 0.0
+    if FACTORED == ALONG:
+        along = factors_along(h_ptr, first, count, pieces, length, BLOCK, PAD, ROWS)
     w = tl.load(w_ptr + offset, mask=exists, other=0.0).to(tl.float32)
     amax = tl.load(amax_ptr + (like * 0 if SHARED else like), mask=known, other=1.0)
     one_over_p, m, r, t = inverse(block_scale(amax, 1.0))
     z = quotient(w, one_over_p, m, r, t)
     lo, hi = neighbours(z)
     _, by_s = variance_slopes(clamp(z), lo, hi, third_level(z, lo, hi))
-    h = curvature(h_ptr, cols_ptr, offset, exists, first, count, rows, cols, BLOCK, FACTORED)
+    h = curvature(h_ptr, cols_ptr, along, number, offset, exists, like, known, rows, cols, FACTORED)
     piece = first + tl.arange(0, ROWS)[:, None]
-    i = tl.program_id(0) % tl.cdiv(inner, INNER) * INNER + tl.arange(0, INNER)[None, :]
+    i = tile % tl.cdiv(inner, INNER) * INNER + tl.arange(0, INNER)[None, :]
     to = piece * inner + i
-    kept = (piece < count) & (i < inner)
+    kept = (piece < last) & (i < inner)
     tl.store(parts_ptr + to, tl.sum(h * by_s, 1), mask=kept)
     tl.store(parts_ptr + count * inner + to, tl.sum((exists & (tl.abs(w) == amax)).to(tl.float32), 1), mask=kept)
 
@@ -296,107 +360,21 @@ def _configs(*sizes: tuple[int, int, int]) -> tuple[Config, ...]:
     return tuple(Config({"SIZE": size, "TILES": tiles}, num_warps=warps) for size, tiles, warps in sizes)
 
 
+def _rows(pad: int) -> tuple[Config, ...]:
+    """Of rows that a tile holds as a whole: 32 or 64 elements a thread."""
+    one, two = max(1024, pad), max(2048, pad)
+    return _configs(*((one, tiles, one // 1024) for tiles in (1, 2, 4)), (two, 1, two // 2048))
+
+
 # By shape class. A program takes several tiles, so that what they share is loaded and computed once. Where a block's
 # elements lie a row apart ("strided") a warp takes many columns and finds the absmax in its own registers.
 CANDIDATES = {
-    "flat": _configs((1024, 8, 2), (1024, 16, 2), (2048, 8, 4), (2048, 16, 4)),
-    "long": _configs((4096, 2, 2), (4096, 4, 2), (4096, 4, 4)),
-    "strided": _configs((2048, 4, 2), (2048, 1, 2)),
+    "flat": _configs((1024, 2, 1), (1024, 3, 1), (1024, 3, 2), (1024, 5, 2), (1024, 8, 2)),
+    **{f"rows/{pad}": _rows(pad) for pad in (512, 1024, 2048, 4096, 8192)},
+    "long": _configs((PIECE, 1, 1), (PIECE, 2, 1), (PIECE, 4, 1)),
+    "strided": _configs((2048, 2, 2), (2048, 3, 2), (2048, 4, 2), (2048, 8, 4)),
 }
-
-
-@dataclass(frozen=True)
-class View:
-    """A contiguous weight as the kernel sees it, ``[outer, length, inner]`` in pieces along ``length``.
-
-    Args:
-        outer, length, inner: its dimensions before, along and after the blocks' axis.
-        block: elements of a piece: a block, or as much of a long one as a tile holds.
-        whole: whether a piece is a whole block.
-        shared: whether one scale serves the tensor.
-    """
-
-    outer: int
-    length: int
-    inner: int
-    block: int
-    whole: bool
-    shared: bool
-
-    @staticmethod
-    def of(shape: Sequence[int], fmt: Format, axis: int) -> View:
-        """How the kernel sees a contiguous weight of this shape."""
-        if fmt.block == "tensor":
-            return View(1, math.prod(shape), 1, _piece(math.prod(shape), 1), False, True)
-        axis = axis % len(shape)
-        block = fmt.block if isinstance(fmt.block, int) else shape[axis]
-        whole = isinstance(fmt.block, int) and block <= LONGEST
-        dims = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
-        return View(*dims, block if whole else _piece(shape[axis], dims[2]), whole, False)
-
-    @property
-    def pieces(self) -> int:
-        """Along ``length``; the last may be short."""
-        return -(-self.length // self.block)
-
-    @property
-    def count(self) -> int:
-        return self.outer * self.pieces
-
-    @property
-    def scales(self) -> int:
-        """Blocks that are longer than a tile."""
-        return 1 if self.shared else self.outer * self.inner
-
-    @property
-    def arguments(self) -> dict[str, int]:
-        return {"count": self.count, "pieces": self.pieces, "length": self.length, "inner": self.inner}
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        pad = triton.next_power_of_2(self.block)
-        return {
-            "BLOCK": self.block,
-            "PAD": pad,
-            "FLAT": self.inner == 1 and self.length % self.block == 0,
-            "SHARED": self.shared,
-            "INNER": min(triton.next_power_of_2(self.inner), max(1, 2048 // pad)),
-        }
-
-    @property
-    def shape_class(self) -> str:
-        """The kind of shape for which one config is chosen."""
-        return "strided" if self.inner > 1 else "flat" if self.whole else "long"
-
-    def grid(self, meta: Mapping[str, int]) -> tuple[int]:
-        """Programs of ``meta["TILES"]`` tiles of ``meta["SIZE"]`` elements each."""
-        pad, inner = self.constants["PAD"], self.constants["INNER"]
-        # One dimension, for a second one ends at 65535.
-        return (
-            triton.cdiv(self.count, meta["TILES"] * (meta["SIZE"] // (pad * inner))) * triton.cdiv(self.inner, inner),
-        )
-
-
-def _piece(length: int, inner: int) -> int:
-    """How much of a long block a tile holds: a power of two that leaves no rest, unless it were tiny.
-
-    Little of one whose elements lie a row apart, so that the tile has many columns.
-    """
-    dividing = length & -length
-    return 16 if inner > 1 else 1024 if dividing < 128 else min(dividing, 4096)
-
-
-def supports(w: Tensor, fmt: Format) -> bool:
-    """Whether the kernel takes this weight: at most float32, not empty, 32-bit offsets, no block cut by a tile."""
-    short = fmt.block <= LONGEST if isinstance(fmt.block, int) else not fmt.law.two_level
-    return short and w.dtype in (torch.float32, torch.bfloat16, torch.float16) and 0 < w.numel() <= 2**31 - 2**20
-
-
-def amaxes(w: Tensor, fmt: Format, axis: int) -> Tensor | None:
-    """The absmaxes that the kernel must be given: float32, of the tensor or of each channel; None where of neither."""
-    if fmt.law.two_level or fmt.block == "tensor":
-        return torch.linalg.vector_norm(w, torch.inf, dtype=torch.float32)
-    return torch.linalg.vector_norm(w, torch.inf, dim=axis, dtype=torch.float32) if fmt.block == "channel" else None
+SUMS = {"SIZE": 2048, "TILES": 1}  # of `sums_kernel`
 
 
 @dataclass(frozen=True)
@@ -450,15 +428,16 @@ def launch(
         arch: compute capability of the device, 80 for ``sm_80``.
         wrap: `torch.library.wrap_triton` inside a `triton_op`.
     """
-    view = View.of(w.shape, fmt, axis)
-    amax = amaxes(w, fmt, axis) if amax is None else amax.to(torch.float32)
-    common = {**view.arguments, **view.constants, **_curvature_arguments(view, w.numel(), curvature)}
+    rows, cols = _matrix(w, curvature)
+    view = View.of(w.shape, fmt, axis, rows, cols)
+    amax = absent_amaxes(w, view, fmt, axis, amax)
+    h, by_column = (None, None) if curvature is None else (curvature.h, curvature.cols)
+    common = {"h_ptr": h, "cols_ptr": by_column, **view.arguments, **view.constants}
     name, sums = _name(out), None
     if out.grad is not None and not view.whole:
         parts = w.new_empty((2, view.outer, view.pieces, view.inner), dtype=torch.float32)
         kernel = wrap(specialized(sums_kernel, fmt, law))
-        size = max(2048, view.constants["PAD"])
-        kernel[view.grid({"SIZE": size, "TILES": 1})](w_ptr=w, amax_ptr=amax, parts_ptr=parts, SIZE=size, **common)
+        kernel[view.programs(SUMS),](w_ptr=w, amax_ptr=amax, parts_ptr=parts, SIZE=SUMS["SIZE"], **common)
         sums = parts.sum((1, 2, 3) if view.shared else 2)
     kernel, tile = launchable(
         specialized(smooth_kernel, fmt, law),
@@ -469,7 +448,7 @@ def launch(
         key=("count", "inner"),
         writes=("grad_ptr",) if out.grad is not None else (),
     )
-    wrap(kernel)[view.grid](
+    wrap(kernel)[lambda meta: (view.programs(meta),)](
         w_ptr=w,
         amax_ptr=amax,
         seed_ptr=seed,
@@ -504,14 +483,11 @@ def _name(out: Outputs) -> str:
 E2M1_GRID = resolve("fp4").grid
 
 
-def _curvature_arguments(view: View, elements: int, curvature: Curvature | None) -> dict[str, Any]:
+def _matrix(w: Tensor, curvature: Curvature | None) -> tuple[int, int]:
+    """Rows and columns of each group of a factored curvature; 0 without."""
     if curvature is None or curvature.cols is None:
-        h = None if curvature is None else curvature.h
-        return {"h_ptr": h, "cols_ptr": None, "rows": 1, "cols": 1, "FACTORED": 0}
-    cols = elements // curvature.h.numel()
-    in_one_row = view.constants["FLAT"] and cols % view.block == 0
-    named = {"h_ptr": curvature.h, "cols_ptr": curvature.cols, "rows": curvature.rows, "cols": cols}
-    return {**named, "FACTORED": 2 if in_one_row else 1}
+        return 0, 0
+    return curvature.rows, w.numel() // curvature.h.numel()
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
@@ -633,16 +609,6 @@ def add_term(
         launch(w.contiguous(), format, axis, out, arch=arch_of(w.device), wrap=wrap_triton, **known)  # type: ignore[arg-type]
 
 
-def check(w: Tensor, fmt: Format) -> None:
-    """Refuses what `supports` says no to."""
-    if not supports(w, fmt):
-        raise ValueError(
-            f"w: {w.dtype} of shape {tuple(w.shape)} in {fmt.name} (blocks of {fmt.block}) is not for the kernel; "
-            f"expected 1 to 2^31 - 2^20 elements of float32, bfloat16 or float16, and blocks of at most {LONGEST}, "
-            "'channel' or 'tensor'"
-        )
-
-
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Inside, kernels are launched on this device, for Triton takes the current one."""
     return contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
@@ -675,6 +641,9 @@ def works(arch: int) -> list[Work]:
         found.append(_work(arch, shape, -1, "nvfp4", "variance", "bf16"))
         found += [_work(arch, shape, 0, "nvfp4", result, "bf16") for result in ("rtn", "rr")]
         found.append(_work(arch, shape, 0, "nvfp4", "term", "fp32"))
+    for shape, name in (((14336, 4096), "int4/tensor"), ((4096, 14336), "int8")):  # longer than a tile
+        found += [_work(arch, shape, -1, name, result, "bf16") for result in ("rtn", "rr")]
+        found.append(_work(arch, shape, -1, name, "term", "fp32"))
     return [*found, _work(arch, (8 * 4096, 6144), -1, "nvfp4", "rtn", "bf16")]
 
 
@@ -697,7 +666,8 @@ def traffic(view: View, fmt: Format, result: str, dtype: str, *, factored: bool)
 
 def _work(arch: int, shape: tuple[int, ...], axis: int, name: str, result: str, dtype: str) -> Work:
     fmt = resolve(name)
-    view, term = View.of(shape, fmt, axis), result == "term"
+    term = result == "term"
+    view = View.of(shape, fmt, axis, *(shape if term else ()))
     pointers = {"w_ptr": f"*{dtype}", "amax_ptr": "*fp32" if fmt.law.two_level or not view.whole else None}
     if term:
         pointers |= {"grad_ptr": "*fp32", "h_ptr": "*fp32", "cols_ptr": "*fp32", "factor_ptr": "*fp32"}
@@ -708,7 +678,7 @@ def _work(arch: int, shape: tuple[int, ...], axis: int, name: str, result: str, 
     moved = traffic(view, fmt, result, dtype, factored=term)
     names = ("w", "amax", "seed", "rtn", "rr", "variance", "h", "cols", "factor", "sums", "grad")
     absent = {f"{name}_ptr": None for name in names if pointers.get(f"{name}_ptr") is None}
-    integers = dict.fromkeys(("count", "pieces", "length", "inner", "rows", "cols"), "i32")
+    integers = dict.fromkeys(view.arguments, "i32")
     return Work(
         kernel=f"smooth/{result}",
         shape=f"{'x'.join(map(str, shape))} {dtype} {name}" + (f" axis {axis}" if axis != -1 else ""),
@@ -718,12 +688,11 @@ def _work(arch: int, shape: tuple[int, ...], axis: int, name: str, result: str, 
             **absent,
             **view.constants,
             "WHOLE": view.whole,
-            "FACTORED": 2 if term and view.constants["FLAT"] else int(term),
             "E2M1_CVT": has_conversion(fmt, arch),
             **{key: result == key.lower() for key in ("RTN", "RR", "VARIANCE", "TERM")},
         },
         configs=CANDIDATES[view.shape_class],
-        programs=lambda config: math.prod(view.grid(config.constants)),
+        programs=lambda config: view.programs(config.constants),
         bytes=lambda config: moved,
         minimum_bytes=moved,
         iterations=lambda config: config.constants["TILES"],
@@ -732,4 +701,5 @@ def _work(arch: int, shape: tuple[int, ...], axis: int, name: str, result: str, 
         else {},
         aligned=tuple(integers),
         shape_class=view.shape_class,
+        wide=0.9,
     )

@@ -48,9 +48,10 @@ from lotion_fx.kernels.device_code import (
 )
 from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.operands import operand, precisions, square
-from lotion_fx.kernels.smooth import amaxes, arch_of, on_device
+from lotion_fx.kernels.smooth import arch_of, on_device
 from lotion_fx.kernels.tiles import load, place, store
 from lotion_fx.kernels.tuning import launchable, options
+from lotion_fx.kernels.view import amaxes
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.noise import RANDOMIZED, NoiseLaw, resolve_noise
 
@@ -317,7 +318,7 @@ def variance_linear(
         bias: [O], fixed.
         u: variance of the input, [N, I] in x's dtype, independent from input to input and of the weight; None for a
             fixed input.
-        amax: what `kernels.smooth.amaxes` gives, where it is known or the weight is a shard.
+        amax: what `kernels.view.amaxes` gives, where it is known or the weight is a shard.
 
     Returns:
         y and v, [N, O] in x's dtype.

@@ -41,6 +41,7 @@ class Work:
         iterations: how often a config runs the body of its loop; 0 for a kernel without one.
         requires: opcodes (prefixes of SASS names) without which the kernel missed its point, by architecture.
         aligned: integer arguments that are multiples of 16; pointers always are.
+        wide: share of its loads from and stores to global memory that must move 128 bits a thread.
         shape_class: the kind of shape, among those that its module tells apart, for which one config is chosen.
     """
 
@@ -57,4 +58,5 @@ class Work:
     iterations: Callable[[Config], int] = lambda config: 0
     requires: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
+    wide: float = 0.0
     shape_class: str = ""

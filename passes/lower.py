@@ -123,7 +123,7 @@ def prefers_kernel(result: str, weight: Tensor, fmt: Format, axis: int, arch: in
         fmt, axis: the quantizer.
         arch: compute capability.
     """
-    from lotion_fx.kernels.smooth import supports
+    from lotion_fx.kernels.view import supports
 
     if not supports(weight, fmt) or not weight.is_contiguous():
         return False
@@ -172,8 +172,11 @@ def _least(result: str, weight: Tensor) -> float:
 
 
 def kernel_cost(result: str, weight: Tensor, fmt: Format, axis: int) -> Cost:
-    """Of `lotion_fx.kernels.smooth`: a pass, one for the absmax of a tensor or channel, one for a long block's sums."""
-    passes = fmt.law.two_level + (not isinstance(fmt.block, int)) * (2 if result == "term" else 1)
+    """Of `lotion_fx.kernels.smooth`: a pass, one for the absmax of a tensor or of long channels, one for their sums."""
+    from lotion_fx.kernels.view import View
+
+    whole = View.of(weight.shape, fmt, axis).whole
+    passes = fmt.law.two_level + (0 if whole else 2 if result == "term" else 1)
     return Cost(_least(result, weight) + passes * weight.dtype.itemsize, _KERNEL[result] + passes)
 
 

@@ -1,9 +1,10 @@
 """The gate: what kernels compile to may not get worse than the checked-in baseline.
 
-Two rules hold of themselves: a chosen config spills no registers, and has the instructions that its kernel is for.
+Three rules hold of themselves: a chosen config spills no registers, has the instructions that its kernel is for, and
+moves 128 bits a thread by as large a share of its loads and stores as its kernel is held to.
 Against ``baseline.json``, what the same versions of PyTorch, Triton and ptxas made of the same kernel, architecture and
 shape: at most 10 % more registers and 15 % more instructions, no more shared memory, no lower occupancy, no smaller
-share of 128-bit loads and stores. Versions without a baseline are held to the two rules alone: the gate says so.
+share of 128-bit loads and stores. Versions without a baseline are held to the three rules alone: the gate says so.
 
     python -m tests.gpu_less.gate            # compile every kernel for every architecture and compare
     python -m tests.gpu_less.gate --update   # then keep what was found as these versions' baseline
@@ -78,6 +79,8 @@ def faults(work: Work, config: Config, arch: int, baseline: Baseline) -> list[st
         found.append(f"{where}: spills {evidence.spills} bytes, in {evidence.local} loads and stores; expected none")
     for prefix in evidence.lost(work.requires.get(arch, ())):
         found.append(f"{where}: has no {prefix} instruction, which this kernel is for")
+    if evidence.vector128 < work.wide:
+        found.append(f"{where}: moves 128 bits by {evidence.vector128:.3f} of its accesses, expected {work.wide:g}")
     kept = baseline.get(versions(arch))
     if kept is None:
         return found

@@ -83,6 +83,13 @@ def test_narrow_loads_and_less_occupancy_fail():
     assert "occupancy" in faults(work, 80, Config({"SIZE": 16384}, 4, 1), baseline)
 
 
+def test_a_planted_narrow_load_fails_without_a_baseline():
+    """Two elements a thread, of a kernel that is held to wide ones."""
+    work = replace(doubled(), wide=0.9)
+    assert "moves 128 bits by 0.000 of its accesses, expected 0.9" in faults(work, 80, work.configs[2], {})
+    assert "128 bits" not in faults(work, 80, work.configs[0], {})
+
+
 def test_a_kernel_without_an_entry_fails():
     work, new = doubled(), replace(doubled(), shape="another")
     assert "is not in the baseline" in faults(new, 80, work.configs[0], baseline_of(work, 80))

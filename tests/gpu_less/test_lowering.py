@@ -14,6 +14,7 @@ from lotion_fx.backend import Backend
 from lotion_fx.formats import resolve
 from lotion_fx.kernels import aot, smooth, tuning
 from lotion_fx.kernels.emitted import Emitted, compile_for, compile_kernels
+from lotion_fx.kernels.view import View
 from lotion_fx.passes.lower import inductor_cost, kernel_cost
 
 SHAPE = (4096, 4096)
@@ -49,7 +50,7 @@ def test_bytes_that_inductor_moves(fmt: str, axis: int) -> None:
     weight = torch.empty(SHAPE, dtype=torch.bfloat16, device="meta")
     expected = inductor_cost("rtn", weight, resolve(fmt), axis).bytes
     assert found.bytes / ELEMENTS == pytest.approx(expected, rel=0.01)
-    view = smooth.View.of(SHAPE, resolve(fmt), axis)
+    view = View.of(SHAPE, resolve(fmt), axis)
     own = smooth.traffic(view, resolve(fmt), "rtn", "bf16", factored=False)
     absmax_pass = 2 * ELEMENTS if resolve(fmt).law.two_level or not view.whole else 0
     assert (own + absmax_pass) / ELEMENTS == pytest.approx(

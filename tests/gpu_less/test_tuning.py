@@ -114,6 +114,14 @@ def test_ranking_puts_the_instructions_that_a_kernel_is_for_before_its_time():
     assert (first["evidence"][0]["lost"], second["evidence"][0]["lost"]) == ([], ["LDG.E.64"])
 
 
+def test_ranking_puts_wide_accesses_before_time(monkeypatch):
+    narrow, wide = CONFIGS[2], CONFIGS[0]
+    work = replace(doubled(), configs=(narrow, wide))
+    monkeypatch.setattr(ranking, "predict", lambda _, config, *rest: SimpleNamespace(us=2.0 if config is wide else 1.0))
+    assert Config(**ranking.rank([work], 100)[0]["config"]) == narrow
+    assert Config(**ranking.rank([replace(work, wide=0.9)], 100)[0]["config"]) == wide
+
+
 def test_tuning_drops_classes_that_are_gone_for_its_architecture_alone(kept):
     kept["doubled"] = {"old": {"sm_80": [], "sm_90": [entry(CONFIGS[0])]}, "older": {"sm_80": []}}
     kept["other"] = {"": {"sm_80": []}}

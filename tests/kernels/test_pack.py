@@ -9,7 +9,8 @@ from lotion_fx.formats import Format, codebook, register_format, resolve
 from lotion_fx.kernels import pack as module
 from lotion_fx.kernels import tuning
 from lotion_fx.kernels.pack import launch, pack, reference, unpack
-from lotion_fx.kernels.smooth import E2M1_GRID, amaxes, arch_of
+from lotion_fx.kernels.smooth import E2M1_GRID, arch_of
+from lotion_fx.kernels.view import amaxes
 from lotion_fx.kernels.work import Config
 
 NAMES = (

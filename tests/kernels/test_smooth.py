@@ -13,7 +13,8 @@ from torch import Tensor
 from lotion_fx import rounding
 from lotion_fx.formats import Format, codebook, resolve
 from lotion_fx.kernels import smooth, tuning
-from lotion_fx.kernels.smooth import E2M1_GRID, Curvature, Outputs, launch, philox, supports
+from lotion_fx.kernels.smooth import E2M1_GRID, Curvature, Outputs, launch, philox
+from lotion_fx.kernels.view import ALONG, ELEMENTS, LINE, PIECES, View, amaxes, check, supports
 from lotion_fx.kernels.work import Config
 from lotion_fx.noise import RANDOMIZED, D, NoiseLaw, gaussian, resolve_noise
 
@@ -24,7 +25,7 @@ FORMATS = [
     codebook((-1.5, -0.25, 0.0, 0.1, 0.75), block=24, name="lopsided"),
 ]
 ODD = [((32, 128), -1), ((33, 100), -1), ((64, 48), 0), ((5, 37, 3, 3), 1), ((3, 40, 70), 1), ((1500,), 0), ((1, 1), 1)]
-LONG = [((2, 8192), -1), ((8192, 3), 0)]  # longer than any tile
+LONG = [((3, 1000), -1), ((2, 8192), -1), ((2, 20000), -1), ((8192, 3), 0), ((70, 2000), 0)]
 HUMP = sympy.Piecewise((D**2 * (1 - 2 * D) ** 2, 2 * D < 1), ((1 - D) ** 2 * (2 * D - 1) ** 2, True))
 WIDE = NoiseLaw("wide in kernels", D - HUMP, 2 * HUMP)  # with a third level
 ARCHS = (80, 100)  # by the exponent's bits, and by Blackwell's conversion
@@ -170,22 +171,52 @@ def test_term(fmt: Format, dtype: torch.dtype, device: str, g: torch.Generator, 
     close(out, wanted, f"{shape} {law.name}, seed {seed}")
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "int4/tensor", "int8"])
-def test_factored_term(name: str, device: str, g: torch.Generator, seed: int) -> None:
-    """One group, and one for each expert; blocks along either axis."""
+# Shape, axis, groups and rows of a factored curvature, and how its factors lie in a tile.
+FACTORED = [
+    ("nvfp4", (64, 128), -1, 1, 64, PIECES),  # rows too short for a tile each
+    ("nvfp4", (9, 1296), -1, 1, 9, LINE),  # the second tile of a row is short
+    ("int4", (3, 4, 700), -1, 3, 4, LINE),  # its last block too
+    ("nvfp4", (9, 20, 64), -1, 1, 9, ELEMENTS),  # a row of several
+    ("nvfp4", (96, 40), 0, 1, 96, ALONG),
+    ("nvfp4", (3, 50, 1100), 1, 3, 50, ALONG),  # several tiles across, and the rows' end in a block
+    ("nvfp4", (5, 32, 9), 1, 1, 5, ELEMENTS),  # a convolution
+    ("int8", (64, 128), -1, 1, 64, PIECES),
+    ("int8", (7, 1000), -1, 1, 7, PIECES),  # a tile for a row
+    ("int8", (2, 3, 10000), -1, 2, 3, PIECES),  # longer than a tile
+    ("int8", (200, 300), 0, 1, 200, ALONG),
+    ("int4/tensor", (6, 520), -1, 2, 3, PIECES),
+    ("int4/tensor", (3, 5000), 0, 1, 3, PIECES),
+    ("int4/tensor", (64, 128), -1, 1, 64, ELEMENTS),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "axis", "groups", "rows", "how"), FACTORED, ids=str)
+def test_factored_term(
+    name: str,
+    shape: tuple[int, ...],
+    axis: int,
+    groups: int,
+    rows: int,
+    how: Any,
+    device: str,
+    g: torch.Generator,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One group, and one for each expert; blocks along either axis; with the tile that the table has."""
+    monkeypatch.undo()
     fmt = resolve(name)
-    for shape, axis, groups, rows in (((64, 128), -1, 1, 64), ((96, 40), 0, 1, 96), ((3, 64, 48), 1, 3, 64)):
-        w, grad = weight(shape, torch.float32, fmt, g), torch.randn(shape, generator=g)
-        by_row = torch.rand((groups, rows), generator=g)
-        by_col = torch.rand((groups, w.numel() // (groups * rows)), generator=g)
-        h = (by_row[:, :, None] * by_col[:, None, :]).reshape(shape)
-        wanted = grad + 0.3 * rounding.variance_vjp(w, h, fmt, axis)
-        out = grad.to(device)
-        curvature = Curvature(
-            by_row.flatten().to(device), by_col.flatten().to(device), rows, torch.tensor(0.3, device=device)
-        )
-        launch(w.to(device), fmt, axis, Outputs(grad=out), curvature=curvature, arch=80)
-        close(out, wanted, f"{shape}, seed {seed}")
+    w, grad = weight(shape, torch.float32, fmt, g), torch.randn(shape, generator=g)
+    by_row = torch.rand((groups, rows), generator=g)
+    by_col = torch.rand((groups, w.numel() // (groups * rows)), generator=g)
+    assert View.of(shape, fmt, axis, rows, by_col.shape[1]).factored == how.value
+    h = (by_row[:, :, None] * by_col[:, None, :]).reshape(shape)
+    wanted = grad + 0.3 * rounding.variance_vjp(w, h, fmt, axis)
+    out = grad.to(device)
+    factor = torch.tensor(0.3, device=device)
+    curvature = Curvature(by_row.flatten().to(device), by_col.flatten().to(device), rows, factor)
+    launch(w.to(device), fmt, axis, Outputs(grad=out), curvature=curvature, arch=80)
+    close(out, wanted, f"{shape}, seed {seed}")
 
 
 def test_all_results_in_one_pass(device: str, g: torch.Generator, seed: int) -> None:
@@ -219,21 +250,22 @@ def test_a_known_absmax_is_taken(name: str, device: str, g: torch.Generator, see
     same_bits(out, rounding.rtn(w, fmt, amax_tensor=whole), f"seed {seed}")
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "int8"])
 @pytest.mark.parametrize(("result", "dtype"), [("rtn", "bf16"), ("rr", "bf16"), ("term", "fp32")])
-def test_traffic_is_what_is_claimed(result: str, dtype: str, device: str) -> None:
+def test_traffic_is_what_is_claimed(result: str, dtype: str, name: str, device: str) -> None:
     """Each weight read once and each result written once: counted as the kernel runs, in one program."""
     if device != "cpu":
         pytest.skip("the interpreter counts")
     from tests.gpu_less.interpreter import counted_traffic
 
-    shape, fmt, torch_dtype = (32, 256), resolve("nvfp4"), {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    shape, fmt, torch_dtype = (32, 256), resolve(name), {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     w, term = torch.randn(shape).to(torch_dtype), result == "term"
     out = Outputs(**{"grad" if term else result: torch.zeros(shape, dtype=torch_dtype)})
     curvature = Curvature(torch.rand(shape), None, 1, torch.tensor(1.0)) if term else None
-    amax = smooth.amaxes(w, fmt, -1)
+    amax = amaxes(w, fmt, -1)
     with counted_traffic() as traffic:
         launch(w, fmt, -1, out, amax=amax, seed=torch.tensor(1), curvature=curvature, arch=80)
-    claimed = smooth.traffic(smooth.View.of(shape, fmt, -1), fmt, result, dtype, factored=False)
+    claimed = smooth.traffic(View.of(shape, fmt, -1), fmt, result, dtype, factored=False)
     assert traffic.loaded + traffic.stored == claimed
 
 
@@ -258,7 +290,7 @@ def test_what_is_not_supported() -> None:
     huge = torch.empty(2**31, dtype=torch.bfloat16, device="meta")
     assert not supports(huge, resolve("int4"))
     with pytest.raises(ValueError, match="not for the kernel; expected"):
-        smooth.check(huge, resolve("int4"))
+        check(huge, resolve("int4"))
     assert supports(torch.ones(4, 4), resolve("nvfp4"))
     assert not supports(torch.ones(4, 4, dtype=torch.float64), resolve("nvfp4"))
     assert not supports(torch.ones(0, 4), resolve("nvfp4"))
