@@ -20,7 +20,7 @@ probability too coarsely to be exact to the law (docs/kernels.md).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,6 +207,13 @@ def column_factors(cols_ptr, row, offset, exists, rows, cols):
     return tl.load(cols_ptr + row // rows * cols + (offset - row * cols), mask=exists, other=0.0)
 
 
+@triton.jit
+def sums_of(sums_ptr, block, known):
+    """Blocks' two sums, [blocks, 2] float32, by one load of 64 bits for both; 0 for blocks that do not exist."""
+    both = tl.load(sums_ptr.to(tl.pointer_type(tl.int64)) + block, mask=known, other=0)
+    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
 @template
 def at_amax(w, amax, exists, total, count, ts):
     """``total``, the derivative by each block's scale, moved to its ``count`` absmax elements: ``total ds/dw``."""
@@ -226,7 +233,7 @@ def smooth_kernel(
     h_ptr,
     cols_ptr,
     factor_ptr,
-    sums_ptr,  # [2, blocks]: of h dv/ds, and absmax elements, of blocks longer than a tile
+    sums_ptr,  # [blocks, 2]: of h dv/ds, and absmax elements, of blocks longer than a tile
     grad_ptr,
     count,
     pieces,
@@ -259,7 +266,7 @@ def smooth_kernel(
     if SHARED:
         amax = tl.load(amax_ptr + one)
     if SHARED and TERM:
-        total, at = tl.load(sums_ptr + one), tl.load(sums_ptr + 1 + one)
+        total, at = sums_of(sums_ptr, one, one == 0)
     along = 0.0
     if FACTORED == ALONG:
         first, _, _ = pieces_of(begin, count, line, inner, ROWS, INNER, FACTORED)
@@ -301,8 +308,7 @@ def smooth_kernel(
                 total = tl.sum(h * by_s, 1, keep_dims=True)
                 at = tl.sum((exists & (tl.abs(w) == amax)).to(tl.float32), 1, keep_dims=True)
             elif not SHARED:
-                total = tl.load(sums_ptr + like, mask=known, other=0.0)
-                at = tl.load(sums_ptr + (count // pieces) * inner + like, mask=known, other=1.0)
+                total, at = sums_of(sums_ptr, like, known)
             term = h * by_w * s + at_amax(w, amax, exists, s * total, tl.maximum(at, 1.0), ts)
             grad = tl.load(grad_ptr + offset, mask=exists, other=0.0).to(tl.float32) + factor * term
             tl.store(grad_ptr + offset, grad.to(grad_ptr.dtype.element_ty), mask=exists)
@@ -314,7 +320,7 @@ def sums_kernel(
     amax_ptr,
     h_ptr,
     cols_ptr,
-    parts_ptr,  # [2, count, inner]
+    parts_ptr,  # [count, inner, 2]
     count,
     pieces,
     length,
@@ -329,10 +335,11 @@ def sums_kernel(
     FACTORED: tl.constexpr,
     INNER: tl.constexpr,
     SIZE: tl.constexpr,
+    TILES: tl.constexpr,  # of a program: one
 ):
     """Each piece's part of its long block's sum of ``h dv/ds``, and how many absmax elements it holds."""
     ROWS: tl.constexpr = SIZE // (PAD * INNER)
-    tile, _ = tiles_of(count, line, inner, ROWS, INNER, 1, FACTORED)
+    tile, _ = tiles_of(count, line, inner, ROWS, INNER, TILES, FACTORED)
     first, last, number = pieces_of(tile, count, line, inner, ROWS, INNER, FACTORED)
     offset, exists, like, known = places(tile, first, last, pieces, length, inner, BLOCK, PAD, ROWS, INNER, FLAT)
     along = 0.0
@@ -349,8 +356,8 @@ def sums_kernel(
     i = tile % tl.cdiv(inner, INNER) * INNER + tl.arange(0, INNER)[None, :]
     to = piece * inner + i
     kept = (piece < last) & (i < inner)
-    tl.store(parts_ptr + to, tl.sum(h * by_s, 1), mask=kept)
-    tl.store(parts_ptr + count * inner + to, tl.sum((exists & (tl.abs(w) == amax)).to(tl.float32), 1), mask=kept)
+    parts = tl.join(tl.sum(h * by_s, 1), tl.sum((exists & (tl.abs(w) == amax)).to(tl.float32), 1))
+    tl.store(parts_ptr + 2 * to[:, :, None] + tl.arange(0, 2)[None, None, :], parts, mask=kept[:, :, None])
 
 
 # ----------------------------------------------------------------------------------------------------------- launching
@@ -371,10 +378,10 @@ def _rows(pad: int) -> tuple[Config, ...]:
 CANDIDATES = {
     "flat": _configs((1024, 2, 1), (1024, 3, 1), (1024, 3, 2), (1024, 5, 2), (1024, 8, 2)),
     **{f"rows/{pad}": _rows(pad) for pad in (512, 1024, 2048, 4096, 8192)},
-    "long": _configs((PIECE, 1, 1), (PIECE, 2, 1), (PIECE, 4, 1)),
+    "long": _configs((PIECE, 1, 1), (PIECE, 2, 1), (PIECE, 2, 2), (PIECE, 4, 2)),
     "strided": _configs((2048, 2, 2), (2048, 3, 2), (2048, 4, 2), (2048, 8, 4)),
 }
-SUMS = {"SIZE": 2048, "TILES": 1}  # of `sums_kernel`
+SUMS = _configs((PIECE, 1, 1), (PIECE, 1, 2))  # of `sums_kernel`
 
 
 @dataclass(frozen=True)
@@ -434,11 +441,16 @@ def launch(
     h, by_column = (None, None) if curvature is None else (curvature.h, curvature.cols)
     common = {"h_ptr": h, "cols_ptr": by_column, **view.arguments, **view.constants}
     name, sums = _name(out), None
+
+    def grid(meta: Mapping[str, int]) -> tuple[int]:
+        return (view.programs(meta),)
+
     if out.grad is not None and not view.whole:
-        parts = w.new_empty((2, view.outer, view.pieces, view.inner), dtype=torch.float32)
-        kernel = wrap(specialized(sums_kernel, fmt, law))
-        kernel[view.programs(SUMS),](w_ptr=w, amax_ptr=amax, parts_ptr=parts, SIZE=SUMS["SIZE"], **common)
-        sums = parts.sum((1, 2, 3) if view.shared else 2)
+        parts = w.new_empty((view.outer, view.pieces, view.inner, 2), dtype=torch.float32)
+        fn = specialized(sums_kernel, fmt, law)
+        fn, tile = launchable(fn, "smooth/sums", view.shape_class, arch, SUMS, key=("count", "inner"))
+        wrap(fn)[grid](w_ptr=w, amax_ptr=amax, parts_ptr=parts, **common, **tile)
+        sums = parts.sum((0, 1, 2) if view.shared else 1)
     kernel, tile = launchable(
         specialized(smooth_kernel, fmt, law),
         name,
@@ -448,7 +460,7 @@ def launch(
         key=("count", "inner"),
         writes=("grad_ptr",) if out.grad is not None else (),
     )
-    wrap(kernel)[lambda meta: (view.programs(meta),)](
+    wrap(kernel)[grid](
         w_ptr=w,
         amax_ptr=amax,
         seed_ptr=seed,
@@ -643,62 +655,62 @@ def works(arch: int) -> list[Work]:
         found.append(_work(arch, shape, 0, "nvfp4", "term", "fp32"))
     for shape, name in (((14336, 4096), "int4/tensor"), ((4096, 14336), "int8")):  # longer than a tile
         found += [_work(arch, shape, -1, name, result, "bf16") for result in ("rtn", "rr")]
-        found.append(_work(arch, shape, -1, name, "term", "fp32"))
+        found += [_work(arch, shape, -1, name, result, "fp32") for result in ("term", "sums")]
     return [*found, _work(arch, (8 * 4096, 6144), -1, "nvfp4", "rtn", "bf16")]
 
 
-def traffic(view: View, fmt: Format, result: str, dtype: str, *, factored: bool) -> int:
+def traffic(view: View, fmt: Format, result: str, dtype: str) -> int:
     """Bytes that the kernel moves for a weight: each input once and each output once.
 
     Args:
-        view, fmt: the weight.
-        result: ``"rtn"``, ``"rr"``, ``"variance"`` or ``"term"``.
+        view, fmt: the weight, and whether its curvature is factored.
+        result: ``"rtn"``, ``"rr"``, ``"variance"``, ``"term"`` or ``"sums"``.
         dtype: of the weight and of the result, ``"bf16"`` or ``"fp32"``; gradients and curvature are float32.
-        factored: whether the curvature is.
     """
     elements, size = view.outer * view.length * view.inner, {"bf16": 2, "fp32": 4}[dtype]
     amax = 4 if fmt.law.two_level else 0 if view.whole else 4 * view.scales
-    if result != "term":
+    if result not in ("term", "sums"):
         return elements * (size + (4 if result == "variance" else size)) + amax + (8 if result == "rr" else 0)
-    h = 4 * (view.outer + view.length * view.inner) if factored else 4 * elements
-    return elements * (size + 8) + h + 4 + amax + (0 if view.whole else 8 * view.scales)
+    h = elements // (view.rows * view.cols) * (view.rows + view.cols) if view.cols else elements
+    if result == "sums":
+        return elements * size + 4 * h + amax + 8 * view.count * view.inner
+    return elements * (size + 8) + 4 * h + 4 + amax + (0 if view.whole else 8 * view.scales)
 
 
 def _work(arch: int, shape: tuple[int, ...], axis: int, name: str, result: str, dtype: str) -> Work:
-    fmt = resolve(name)
-    term = result == "term"
+    fmt, term = resolve(name), result in ("term", "sums")
     view = View.of(shape, fmt, axis, *(shape if term else ()))
     pointers = {"w_ptr": f"*{dtype}", "amax_ptr": "*fp32" if fmt.law.two_level or not view.whole else None}
     if term:
-        pointers |= {"grad_ptr": "*fp32", "h_ptr": "*fp32", "cols_ptr": "*fp32", "factor_ptr": "*fp32"}
-        pointers["sums_ptr"] = None if view.whole else "*fp32"
+        pointers |= {"h_ptr": "*fp32", "cols_ptr": "*fp32"}
+        summed = {"grad_ptr": "*fp32", "factor_ptr": "*fp32", "sums_ptr": None if view.whole else "*fp32"}
+        pointers |= {"parts_ptr": "*fp32"} if result == "sums" else summed
     else:
         made = "*fp32" if result == "variance" else f"*{dtype}"
         pointers |= {f"{result}_ptr": made, "seed_ptr": "*i64" if result == "rr" else None}
-    moved = traffic(view, fmt, result, dtype, factored=term)
-    names = ("w", "amax", "seed", "rtn", "rr", "variance", "h", "cols", "factor", "sums", "grad")
-    absent = {f"{name}_ptr": None for name in names if pointers.get(f"{name}_ptr") is None}
+    fn = specialized(sums_kernel if result == "sums" else smooth_kernel, fmt)
+    constants = {
+        **view.constants,
+        "WHOLE": view.whole,
+        "E2M1_CVT": has_conversion(fmt, arch),
+        **{key: result == key.lower() for key in ("RTN", "RR", "VARIANCE", "TERM")},
+    }
+    absent = {name: None for name in fn.arg_names if name.endswith("_ptr") and not pointers.get(name)}
     integers = dict.fromkeys(view.arguments, "i32")
+    e2m1 = has_conversion(fmt, arch) and result == "rtn"
+    moved = traffic(view, fmt, result, dtype)
     return Work(
         kernel=f"smooth/{result}",
         shape=f"{'x'.join(map(str, shape))} {dtype} {name}" + (f" axis {axis}" if axis != -1 else ""),
-        fn=specialized(smooth_kernel, fmt),
+        fn=fn,
         signature={**{key: value for key, value in pointers.items() if value}, **integers},
-        constants={
-            **absent,
-            **view.constants,
-            "WHOLE": view.whole,
-            "E2M1_CVT": has_conversion(fmt, arch),
-            **{key: result == key.lower() for key in ("RTN", "RR", "VARIANCE", "TERM")},
-        },
-        configs=CANDIDATES[view.shape_class],
+        constants={**absent, **{key: value for key, value in constants.items() if key in fn.arg_names}},
+        configs=SUMS if result == "sums" else CANDIDATES[view.shape_class],
         programs=lambda config: view.programs(config.constants),
         bytes=lambda config: moved,
         minimum_bytes=moved,
         iterations=lambda config: config.constants["TILES"],
-        requires={100: ("F2FP.SATFINITE.E2M1",), 103: ("F2FP.SATFINITE.E2M1",), 120: ("F2FP.SATFINITE.E2M1",)}
-        if has_conversion(fmt, 100) and result == "rtn"
-        else {},
+        requires={arch: ("F2FP.SATFINITE.E2M1",)} if e2m1 else {},
         aligned=tuple(integers),
         shape_class=view.shape_class,
         wide=0.9,

@@ -51,7 +51,7 @@ def test_bytes_that_inductor_moves(fmt: str, axis: int) -> None:
     expected = inductor_cost("rtn", weight, resolve(fmt), axis).bytes
     assert found.bytes / ELEMENTS == pytest.approx(expected, rel=0.01)
     view = View.of(SHAPE, resolve(fmt), axis)
-    own = smooth.traffic(view, resolve(fmt), "rtn", "bf16", factored=False)
+    own = smooth.traffic(view, resolve(fmt), "rtn", "bf16")
     absmax_pass = 2 * ELEMENTS if resolve(fmt).law.two_level or not view.whole else 0
     assert (own + absmax_pass) / ELEMENTS == pytest.approx(
         kernel_cost("rtn", weight, resolve(fmt), axis).bytes, rel=0.01

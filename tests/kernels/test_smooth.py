@@ -265,7 +265,7 @@ def test_traffic_is_what_is_claimed(result: str, dtype: str, name: str, device: 
     amax = amaxes(w, fmt, -1)
     with counted_traffic() as traffic:
         launch(w, fmt, -1, out, amax=amax, seed=torch.tensor(1), curvature=curvature, arch=80)
-    claimed = smooth.traffic(View.of(shape, fmt, -1), fmt, result, dtype, factored=False)
+    claimed = smooth.traffic(View.of(shape, fmt, -1), fmt, result, dtype)
     assert traffic.loaded + traffic.stored == claimed
 
 
