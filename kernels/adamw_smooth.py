@@ -41,6 +41,7 @@ from lotion_fx.kernels.device_code import (
 )
 from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.smooth import arch_of, at_amax, third_level
+from lotion_fx.kernels.tiles import absmax
 from lotion_fx.kernels.tuning import choose, options
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.noise import resolve_noise
@@ -60,7 +61,7 @@ _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 @template
 def term_slope(w, h, inside, ts):
     """``d/dw sum_i h_i sigma_i^2`` of whole blocks, `rounding.variance_vjp`; w and h float32 [blocks, block]."""
-    amax = tl.max(tl.abs(w), 1, keep_dims=True)
+    amax = absmax(w)
     s = block_scale(amax, ts)
     s = s * ts if TWO_LEVEL else s
     one_over_p, m, r, t = inverse(s)

@@ -35,6 +35,7 @@ from lotion_fx.kernels.device_code import (
 )
 from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.smooth import MODELS, arch_of, has_conversion, on_device
+from lotion_fx.kernels.tiles import absmax
 from lotion_fx.kernels.tuning import launchable
 from lotion_fx.kernels.view import PIECE, View, absent_amaxes, amaxes, check
 from lotion_fx.kernels.work import Config, Work
@@ -92,7 +93,7 @@ def pack_kernel(
         offset = piece * BLOCK + k if FLAT else row * length + at
         w = tl.load(w_ptr + offset, mask=exists, other=0.0).to(tl.float32)
         if WHOLE:
-            amax = tl.max(tl.abs(w), 1, keep_dims=True)
+            amax = absmax(w)
         elif not SHARED:
             amax = tl.load(amax_ptr + row, mask=piece < count, other=1.0)
         stored = block_scale(amax, ts)

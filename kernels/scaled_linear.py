@@ -30,6 +30,7 @@ from lotion_fx.kernels.packed_linear import FEW, SHAPES, TYPES, check, launch, p
 from lotion_fx.kernels.packed_linear import work as packed_work
 from lotion_fx.kernels.smooth import on_device
 from lotion_fx.kernels.targets import TARGETS, Target, target_of
+from lotion_fx.kernels.tiles import absmax
 from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.rounding import to_blocks
@@ -78,7 +79,7 @@ def quantize_rows_kernel(
     w = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
     w = tl.reshape(w, (SIZE // BLOCK, BLOCK))
     ts = tl.load(row_scales + row)
-    s = block_scale(tl.max(tl.abs(w), 1, keep_dims=True), ts)
+    s = block_scale(absmax(w), ts)
     tl.store(scales + row * blocks + block[:, None], encode_scale(s), mask=(block < blocks)[:, None])
     s = s * ts if TWO_LEVEL else s
     one_over_p, m, r, t = inverse(s)

@@ -52,6 +52,7 @@ from lotion_fx.kernels.device_code import (
 )
 from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.targets import nearest as target
+from lotion_fx.kernels.tiles import absmax
 from lotion_fx.kernels.tuning import launchable
 from lotion_fx.kernels.view import ALONG, ELEMENTS, LINE, PIECE, PIECES, View, absent_amaxes, check
 from lotion_fx.kernels.work import Config, Work
@@ -276,7 +277,7 @@ def smooth_kernel(
         offset, exists, like, known = places(tile, first, last, pieces, length, inner, BLOCK, PAD, ROWS, INNER, FLAT)
         w = tl.load(w_ptr + offset, mask=exists, other=0.0).to(tl.float32)
         if WHOLE:
-            amax = tl.max(tl.abs(w), 1, keep_dims=True)
+            amax = absmax(w)
         elif not SHARED:
             amax = tl.load(amax_ptr + like, mask=known, other=1.0)
         s = block_scale(amax, ts)

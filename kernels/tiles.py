@@ -1,4 +1,4 @@
-"""Tiles of row-major matrices: which one a program makes, and its loads and stores, whatever the shape."""
+"""Tiles: which one of a matrix a program makes, its loads and stores, whatever the shape; absmaxes of their blocks."""
 
 from __future__ import annotations
 
@@ -40,3 +40,14 @@ def store(pointer, first, row, column, rows, columns, value):
     inside = (first + row < rows) & (column < columns)
     address = pointer + first.to(tl.int64) * columns + (row * columns + column)
     tl.store(address, value.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def absmax(blocks):
+    """The absmax of each block along dimension 1, which is kept: NaN of a NaN, as PyTorch's is and `tl.max` is not."""
+    return tl.reduce(tl.abs(blocks), 1, _larger, keep_dims=True)

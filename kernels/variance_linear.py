@@ -49,7 +49,7 @@ from lotion_fx.kernels.device_code import (
 from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.operands import operand, precisions, square
 from lotion_fx.kernels.smooth import arch_of, on_device
-from lotion_fx.kernels.tiles import load, place, store
+from lotion_fx.kernels.tiles import absmax, load, place, store
 from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.view import amaxes
 from lotion_fx.kernels.work import Config, Work
@@ -129,7 +129,7 @@ def variance_linear_kernel(
         tile_w = load(w, column * BN, n, first + k[:, None], w_stride, outputs, inputs)
         blocks = tl.reshape(tile_w.to(tl.float32), (BK // SIZE, SIZE, BN))
         # The reduction also keeps this arithmetic in a layout in which each weight is held by one thread.
-        largest = tl.max(tl.abs(blocks), 1, keep_dims=True)
+        largest = absmax(blocks)
         if BLOCK == 0:
             largest = tl.maximum(largest, given)
         s = operand(tl.reshape(variance_of(blocks, largest, given), (BK, BN)), tile_x.dtype, SQUARES)

@@ -478,6 +478,7 @@ class PowerOfTwoScale(ScaleLaw):
     def block_scale(self, amax: Tensor, grid: Grid, tensor_scale: Tensor | None = None) -> Tensor:
         amax = amax.clamp(min=self.smallest_amax(grid))
         base = power_of_two_below(amax) / self._top_power(grid)
+        base = torch.where(amax < torch.inf, base, torch.nan)  # which E8M0 has; exponent bits would hide what amax is
         if self.rule == "ceil":
             return torch.where(amax > base * grid.max, base * 2, base)
         if self.rule == "even":

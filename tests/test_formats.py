@@ -24,6 +24,7 @@ from lotion_fx.formats import (
     register_format,
     resolve,
 )
+from lotion_fx.rounding import rtn
 
 MINIFLOATS = {
     "mxfp4": ml_dtypes.float4_e2m1fn,
@@ -259,6 +260,19 @@ def test_smallest_amax_is_where_the_scale_stops_falling(name):
     smallest = torch.as_tensor(fmt.law.smallest_amax(fmt.grid, ts), dtype=torch.float64)
     at, below, above = (fmt.law.block_scale(smallest * x, fmt.grid, ts) for x in (1.0, 1e-3, 8.0))
     assert at == below and above == 8 * at
+
+
+@pytest.mark.parametrize("name", [*formats(), "mxfp4/floor", "mxfp4/even"])
+def test_no_scale_hides_what_is_not_finite(name):
+    """An infinite weight's block comes out not finite too, a NaN's as NaN; E8M0 stores 255, its NaN."""
+    fmt = resolve(name)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        w = torch.ones(2, 64)
+        w[1, 40] = bad
+        assert not rtn(w, fmt)[1, 40].isfinite()
+    if name.startswith("mx"):
+        amax = torch.tensor([torch.nan, torch.inf, 1.0])
+        assert fmt.law.type.encode(fmt.law.block_scale(amax, fmt.grid))[:2].tolist() == [255, 255]
 
 
 # --- names ------------------------------------------------------------------------------------------------------

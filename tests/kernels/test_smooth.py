@@ -295,3 +295,18 @@ def test_what_is_not_supported() -> None:
     assert not supports(torch.ones(4, 4, dtype=torch.float64), resolve("nvfp4"))
     assert not supports(torch.ones(0, 4), resolve("nvfp4"))
     assert not supports(torch.ones(2, 4096), resolve("int4/2048"))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+@formats
+def test_what_is_not_finite_is_not_hidden(fmt: Format, bad: float, device: str, g: torch.Generator, seed: int) -> None:
+    """All of a block with a NaN or an infinity in it, as in the reference, whichever instruction rounds."""
+    w = weight((8, 96), torch.float32, fmt, g)
+    w[2, 50] = bad
+    wanted = rounding.rtn(w, fmt)
+    for arch in archs(fmt, device):
+        out = poisoned(w, torch.float32, device)
+        launch(w.to(device), fmt, -1, Outputs(rtn=out), arch=arch)
+        finite = out.cpu().isfinite()
+        assert torch.equal(finite, wanted.isfinite()) and not finite[2, 50], f"sm_{arch}, seed {seed}"
+        same_bits(out.cpu()[finite], wanted[finite], f"sm_{arch}, seed {seed}")
