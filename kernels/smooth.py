@@ -92,14 +92,15 @@ def third_level(z, lo, hi):
 
 
 @triton.jit
-def uniforms(seed, offset, FOUR: tl.constexpr):
+def uniforms(seed, offset, FOURS: tl.constexpr):
     """Uniform numbers in [0, 1), Philox's word ``e % 4`` at counter ``e // 4`` for element ``e`` of the weight.
 
-    With FOUR each draw serves four elements, which must lie side by side along dimension 1 of ``offset`` [R, P, 1].
+    With FOURS each draw serves four elements, which must lie side by side in ``offset`` [R, P, I], flattened.
     """
-    if FOUR:
-        first, _ = tl.split(tl.reshape(offset, (offset.shape[0], offset.shape[1] // 2, 2)))
-        first, _ = tl.split(tl.reshape(first, (offset.shape[0], offset.shape[1] // 4, 2)))
+    if FOURS:
+        fours: tl.constexpr = offset.shape[0] * offset.shape[1] * offset.shape[2] // 4
+        first, _ = tl.split(tl.reshape(offset, (2 * fours, 2)))
+        first, _ = tl.split(tl.reshape(first, (fours, 2)))
         a, b, c, d = tl.rand4x(seed, first // 4)
         return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), offset.shape)
     a, b, c, d = tl.rand4x(seed, offset // 4)
@@ -246,6 +247,7 @@ def smooth_kernel(
     BLOCK: tl.constexpr,
     PAD: tl.constexpr,
     FLAT: tl.constexpr,
+    FOURS: tl.constexpr,
     WHOLE: tl.constexpr,
     SHARED: tl.constexpr,  # one scale for the tensor
     RTN: tl.constexpr,
@@ -291,7 +293,7 @@ def smooth_kernel(
             lo, hi = neighbours(z)
             third = third_level(z, lo, hi)
         if RR:
-            u = uniforms(seed, offset, FLAT and BLOCK % 4 == 0)
+            u = uniforms(seed, offset, FOURS)
             up, beyond = draw(z, lo, hi, third)
             level = tl.where(u * (hi - lo) < up, hi, lo)
             if HAS_THIRD:
@@ -472,6 +474,7 @@ def launch(
         sums_ptr=sums,
         grad_ptr=out.grad,
         **common,
+        FOURS=view.fours,
         WHOLE=view.whole,
         RTN=out.rtn is not None,
         RR=out.rr is not None,
@@ -692,6 +695,7 @@ def _work(arch: int, shape: tuple[int, ...], axis: int, name: str, result: str, 
     fn = specialized(sums_kernel if result == "sums" else smooth_kernel, fmt)
     constants = {
         **view.constants,
+        "FOURS": view.fours,
         "WHOLE": view.whole,
         "E2M1_CVT": has_conversion(fmt, arch),
         **{key: result == key.lower() for key in ("RTN", "RR", "VARIANCE", "TERM")},

@@ -81,6 +81,11 @@ class View:
         return self.inner == 1 and self.length % self.block == 0
 
     @property
+    def fours(self) -> bool:
+        """Whether all elements of a tile come in fours, side by side, the first at a multiple of four in memory."""
+        return self.inner % 4 == 0 if self.inner > 1 else self.length % 4 == 0 and self.block % 4 == 0
+
+    @property
     def pad(self) -> int:
         """Of a tile along a piece; even, for `pack` puts two codes into a byte."""
         return max(2, triton.next_power_of_2(self.block))
