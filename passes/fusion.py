@@ -4,10 +4,10 @@ The pass emits plain sums of squares, ``a[p] = sum_n g[n, p]^2`` and ``b[q] = su
 vector for each weight. Emitted so, each is a kernel or two of its own that reads its operand once more. Inductor makes
 a sum part of a kernel that has the operand at hand anyway, if the loops of both agree, which decides the form:
 
-    made by pointwise ops     [B, T, C] -> [B, C] in the kernel that makes it, in the forward pass if it is made there
-    given to the backward     [B, T, C] -> [C] with the row reductions that read it too (`config.mix_order_reduction`)
-    other activations         [S, B, T, C] -> [S, B, C], those of one shape by one kernel
-    other gradients           [B, T, C] -> [B, C] in a loop that reads it, or by a kernel of its own
+    made by pointwise ops     [B, K, T/K, C] -> [B, K, C] in the kernel that makes it, which is written in that shape
+    other gradients           [B, T, C] -> [B, C] in a loop that reads it, if there are enough results without a cut
+    input of the backward     [B, T, C] -> [C] with the row reductions that read it too (`config.mix_order_reduction`)
+    what is left              [S, B, K, T/K, C] -> [S, B, K, C], those of one shape by one kernel
 
 where the view [N, C] that the contraction has of its operand is left for the shape in which that was made. The partial
 sums of all weights, their counts of terms and their headers are put together by one kernel: vectors that are sums over
@@ -19,10 +19,10 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lotion_fx.kernels.targets import TARGETS
 from lotion_fx.passes.contraction import after, arguments, emit, filled, square
@@ -35,7 +35,9 @@ aten, prims = torch.ops.aten, torch.ops.prims
 RESULTS = 64 * max(target.multiprocessors for target in TARGETS.values())
 # Positions under a partial sum at least, lest the partial sums are traffic themselves.
 POSITIONS = 64
-# Activations in one kernel at most: of more, Inductor makes copies (`config.max_complex_pointwise_cat_inputs`).
+# Counts of terms at least: with fewer bytes in common Inductor fuses nothing (`config.score_fusion_memory_threshold`).
+COUNTS = 4
+# Operands in one kernel at most: of more, Inductor makes copies (`config.max_complex_pointwise_cat_inputs`).
 STACKED = 8
 
 _MOVES = PERMUTES | RESHAPES | ALIASES | {aten.expand.default, aten.cat.default}
@@ -70,8 +72,10 @@ class Operand(NamedTuple):
         """Whether it is, or is cast from, an input of the graph."""
         return _uncast(self.node).op == "placeholder"
 
-    def as_matrix(self) -> Operand:
-        return Operand(self.matrix, 1, self.matrix)
+    def as_read(self) -> Operand:
+        """Itself, or the matrix where that is what an input of the graph is cast as."""
+        cast_as_matrix = self.given and self.node.target in CASTS
+        return Operand(self.matrix, 1, self.matrix) if cast_as_matrix else self
 
 
 def on_gpu(node: fx.Node) -> bool:
@@ -92,7 +96,8 @@ def fuse(graph: fx.Graph, vectors: Sequence[fx.Node]) -> None:
     partial |= {part: terms for part in emitted if (terms := _partial_terms(part))}
     widths, rows = _widths(vectors), max((node.meta["val"].shape[0] for node in partial.values()), default=1)
     for vector, each in parts.items():
-        with graph.inserting_before(vector):
+        # A sum that shares its kernel may be made after the vector's own place.
+        with graph.inserting_before(after(max(vector, *(partial.get(part, part) for part in each)))):
             vector.replace_all_uses_with(_joined(vector, each, partial, rows, widths[vector]))
 
 
@@ -157,61 +162,116 @@ def _made_by_pointwise(node: fx.Node) -> bool:
         made_of = node.all_input_nodes[0] if node.target is operator.getitem else node
         if made_of.target in _ROW_REDUCTIONS:
             return False
-        pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-        made |= pointwise or node.target is aten.clone.default
-        if pointwise or node.target in _MOVES:
+        made |= _pointwise(node)
+        if _pointwise(node) or node.target in _MOVES:
             pending += node.all_input_nodes
     return made
+
+
+def _pointwise(node: fx.Node) -> bool:
+    if node.target is aten.clone.default:
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 # ------------------------------------------------------------------ partial sums
 def _partial_sums(joint: JointGraph, sums: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
     """For each sum [C] the partial sums [K, C] that take its place."""
     partial: dict[fx.Node, fx.Node] = {}
-    idle: dict[Any, dict[fx.Node, Operand]] = {}  # sums of activations that only matrix products read, by shape
+    left: dict[Any, dict[fx.Node, Operand]] = {}  # sums that nothing takes along, by what their operands are like
     # Sums come after the matrix product, which makes Inductor realize its operand: else they would make it once more.
     end = next(node for node in joint.graph.nodes if node in joint.backward and node.op != "placeholder")
     for node in sums:
         operand = _summed_by(node)
         assert operand is not None
         # What checkpointing recomputes is made in the backward pass, though it depends on no gradient.
-        forward, given = operand.node not in joint.backward and operand.node < end, operand.given
-        rides = not given and _made_by_pointwise(operand.node) and _cut(operand) == 1
-        if forward and not rides and "recompute" not in operand.node.meta:
-            shape = (*operand.lengths, operand.features, operand.node.meta["val"].dtype)
-            idle.setdefault(shape, {})[node] = operand
-            continue
-        with joint.graph.inserting_before(end if forward and rides else after(operand.matrix) if given else node):
-            (partial[node],) = _sums([operand], 1) if rides else _own_sum(operand)
-        if forward and rides:
-            _leave_forward(partial[node], operand.node)
-    for alike in idle.values():
+        forward = operand.node not in joint.backward and operand.node < end
+        if operand.node.op == "placeholder" and not forward and _reduced_both_ways(operand.matrix):
+            with joint.graph.inserting_before(after(operand.matrix)):
+                (partial[node],) = _sums([operand], range(1, operand.positions + 1))
+        elif cut := _rides(operand, forward):
+            operand = _made_in_parts(operand, cut) if cut > 1 else operand
+            with joint.graph.inserting_before(end if forward else node):
+                (partial[node],) = _sums([operand], [operand.positions])
+            if forward:
+                _leave_forward(partial[node], operand.node)
+        else:
+            # What is recomputed waits for no other, lest checkpointing spare less.
+            recomputed = operand.node not in joint.backward and (not forward or "recompute" in operand.node.meta)
+            value = operand.matrix.meta["val"]
+            left.setdefault((*value.shape, value.dtype, node if recomputed else None), {})[node] = operand
+    for alike in left.values():
         for start in range(0, len(alike), STACKED):
             some = dict(list(alike.items())[start : start + STACKED])
-            with joint.graph.inserting_before(min(some)):
-                operands = [_flat(operand) for operand in some.values()]
-                partial |= zip(some, _sums(operands, _cut(operands[0], len(operands))), strict=True)
+            with joint.graph.inserting_before(max(some)):
+                partial |= zip(some, _together(list(some.values())), strict=True)
     return partial
 
 
-def _own_sum(operand: Operand) -> list[fx.Node]:
-    """The sum of a gradient that no loop over its elements makes."""
-    if operand.given:
-        return _sums([_as_read(operand)], 0)
-    if _cut(operand) != 1:
-        operand = operand.as_matrix()
-    return _sums([operand], _cut(operand))
+def _rides(operand: Operand, forward: bool) -> int:
+    """Into how many parts to cut the last dimension of positions of a sum that a loop takes along, 0 if none does."""
+    cut = 0 if operand.given else _cut(operand.lengths, RESULTS / operand.features)
+    if _made_by_pointwise(operand.node):
+        return cut if cut == 1 or _pointwise(operand.node) else 0
+    return 1 if cut == 1 and not forward else 0
 
 
-def _as_read(operand: Operand) -> Operand:
-    """An input of the graph in the shape in which it is read, where it is cast as a matrix."""
-    return operand.as_matrix() if operand.given and operand.node.target in CASTS else operand
+def _cut(lengths: Sequence[int], least: float) -> int:
+    """Into how many parts to cut the last of some lengths for so many sums over it at least; 0 where no cut does."""
+    *others, last = lengths
+    cuts = (cut for cut in range(1, last // POSITIONS + 1) if last % cut == 0 and math.prod(others) * cut >= least)
+    return next(cuts, 0)
 
 
-def _flat(operand: Operand) -> Operand:
-    """The operand with one dimension of features."""
-    shape = [*operand.lengths, operand.features]
-    return operand._replace(node=emit(operand.node.graph, aten.reshape.default, operand.node, shape))
+def _in_parts(shape: Sequence[int], positions: int, cut: int) -> list[int]:
+    """A shape with the last dimension of positions in parts."""
+    return [*shape[: positions - 1], cut, shape[positions - 1] // cut, *shape[positions:]]
+
+
+def _made_in_parts(operand: Operand, cut: int) -> Operand:
+    """The operand as its last op makes it in a shape with the last dimension of positions in parts."""
+    made, shape = operand.node, list(operand.node.meta["val"].shape)
+    parts = _in_parts(shape, operand.positions, cut)
+
+    def emit_alike(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = emit(made.graph, op, *args, **kwargs)
+        node.meta = made.meta | {"val": node.meta["val"]}
+        return node
+
+    def in_parts(argument: fx.Node) -> fx.Node:
+        value = argument.meta["val"]
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return argument
+        return emit_alike(aten.reshape.default, emit_alike(aten.expand.default, argument, shape), parts)
+
+    with made.graph.inserting_before(after(made)):
+        args, kwargs = cast(Any, fx.node.map_arg((made.args, made.kwargs), in_parts))
+        node = emit_alike(made.target, *args, **kwargs)
+        whole = emit_alike(aten.reshape.default, node, shape)
+    made.replace_all_uses_with(whole)
+    return Operand(node, operand.positions + 1, operand.matrix)
+
+
+def _together(operands: Sequence[Operand]) -> list[fx.Node]:
+    """Sums [K, C] of operands of one matrix shape and dtype by one kernel."""
+    lengths = max((operand.lengths for operand in operands), key=len)
+    features = operands[0].features
+    # Inductor may not inline what it concatenates: no view of that, then, but one of each operand.
+    if cut := _cut(lengths, RESULTS / features / len(operands)):
+        lengths = _in_parts(lengths, len(lengths), cut)
+    views = [emit(each.node.graph, aten.reshape.default, each.matrix, [*lengths, features]) for each in operands]
+    dims = [len(lengths)] if cut else range(1, len(lengths) + 1)
+    return _sums([Operand(view, len(lengths), view) for view in views], dims)
+
+
+def _sums(operands: Sequence[Operand], dims: Sequence[int]) -> list[fx.Node]:
+    """Sums of squares [K, C] over some dimensions, of which 1 is the first, of operands of one shape."""
+    graph = operands[0].node.graph
+    stack = [emit(graph, aten.unsqueeze.default, operand.node, 0) for operand in operands]
+    squared = square(stack[0] if len(stack) == 1 else emit(graph, aten.cat.default, stack))
+    summed = emit(graph, aten.sum.dim_IntList, squared, list(dims))
+    each = [emit(graph, aten.select.int, summed, 0, index) for index in range(len(operands))]
+    return [emit(graph, aten.reshape.default, one, [-1, operands[0].features]) for one in each]
 
 
 def _leave_forward(node: fx.Node, operand: fx.Node) -> None:
@@ -221,27 +281,10 @@ def _leave_forward(node: fx.Node, operand: fx.Node) -> None:
         node = node.all_input_nodes[0]
 
 
-def _cut(operand: Operand, copies: int = 1) -> int:
-    """Into how many parts to cut the last dimension of positions for enough results; 0 where no cut gives them."""
-    *others, last = operand.lengths
-    results = copies * math.prod(others) * operand.features
-    cuts = (cut for cut in range(1, last // POSITIONS + 1) if last % cut == 0 and results * cut >= RESULTS)
-    return next(cuts, 0)
-
-
-def _sums(operands: Sequence[Operand], cut: int) -> list[fx.Node]:
-    """Sums of squares [K, C] of operands of one shape: over all positions where ``cut`` is 0, else over each cut."""
-    graph, positions, features = operands[0].node.graph, operands[0].positions, operands[0].features
-    stack = [emit(graph, aten.unsqueeze.default, operand.node, 0) for operand in operands]
-    squared = square(stack[0] if len(stack) == 1 else emit(graph, aten.cat.default, stack))
-    dims = list(range(1, positions + 1))
-    if cut:
-        shape = list(squared.meta["val"].shape)
-        shape[positions : positions + 1] = [cut, shape[positions] // cut]
-        squared, dims = emit(graph, aten.reshape.default, squared, shape), [positions + 1]
-    summed = emit(graph, aten.sum.dim_IntList, squared, dims)
-    each = [emit(graph, aten.select.int, summed, 0, index) for index in range(len(operands))]
-    return [emit(graph, aten.reshape.default, one, [-1, features]) for one in each]
+def _reduced_both_ways(matrix: fx.Node) -> bool:
+    """Whether Inductor sums over columns where it sums over rows, by its `MixOrderReduction.can_fuse`."""
+    rows, columns = matrix.meta["val"].shape
+    return rows >= max(4096, 2 * columns) and rows * columns >= 5 * 2**20
 
 
 def _partial_terms(node: fx.Node) -> fx.Node | None:
@@ -255,10 +298,11 @@ def _partial_terms(node: fx.Node) -> fx.Node | None:
         return None
     graph, lengths = node.graph, operand.lengths
     with graph.inserting_before(node):
-        shaped = _as_read(operand)
+        shaped = operand.as_read()
         nonzero = emit(graph, aten.ne.Scalar, shaped.node, 0)
         by_row = emit(graph, aten.reshape.default, nonzero, [*shaped.lengths, shaped.features])
         counted = emit(graph, aten.any.dim, by_row, shaped.positions)
+        lengths = _in_parts(lengths, len(lengths), _cut(lengths, COUNTS) or 1)
         counted = emit(graph, aten.reshape.default, counted, lengths)
         counts = emit(graph, aten.sum.dim_IntList, counted, [len(lengths) - 1], dtype=torch.float32)
         return emit(graph, aten.reshape.default, counts, [-1, 1])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lotion_fx
 from lotion_fx.kernels.emitted import Block
@@ -20,8 +21,9 @@ def as_on_gpu(monkeypatch):
         calls.append(len(vectors))
         fusion.fuse(graph, vectors)
 
-    def set_to(on):
+    def set_to(on, both_ways=False):
         monkeypatch.setattr(curvature, "on_gpu", lambda node: on)
+        monkeypatch.setattr(fusion, "_reduced_both_ways", lambda matrix: both_ways)
         monkeypatch.setattr(curvature, "fuse", fuse)
         monkeypatch.setattr(fusion, "RESULTS", 100)
         monkeypatch.setattr(fusion, "POSITIONS", 4)
@@ -43,6 +45,36 @@ def block_run(model):
     model(x).square().sum().backward()
 
 
+def flat_run(model):
+    model(torch.randn(96, 20, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+
+
+class Heads(nn.Module):
+    """Two layers of one input, whose last op broadcasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.scale = nn.Linear(20, 40), nn.Parameter(torch.linspace(1, 2, 40))
+        self.heads = nn.ModuleList([nn.Linear(40, 7), nn.Linear(40, 40)])
+
+    def forward(self, x):
+        h = self.scale * self.first(x).sigmoid()
+        return torch.cat([head(h) for head in self.heads], 1)
+
+
+class Checkpointed(nn.Module):
+    """Two blocks that are run again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(32, 2), Block(32, 2)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
 def bf16_run(model):
     with torch.autocast("cpu", torch.bfloat16):
         block_run(model)
@@ -53,10 +85,10 @@ CASES = {
     "block in bf16": (lambda: Block(32, 2), bf16_run),
     "language model": (LM, lambda model: lm_loss(model, ids(8, 20)).backward()),
     "tied": (lambda: LM(tied=True), lambda model: lm_loss(model, ids(8, 20)).backward()),
-    "flat positions": (
-        lambda: nn.Sequential(nn.Linear(20, 40), nn.GELU(), nn.Linear(40, 7)),
-        lambda model: model(torch.randn(96, 20, generator=torch.Generator().manual_seed(1))).square().sum().backward(),
-    ),
+    "flat positions": (lambda: nn.Sequential(nn.Linear(20, 40), nn.GELU(), nn.Linear(40, 7)), flat_run),
+    "gradients that no loop makes": (lambda: nn.Sequential(*(nn.Linear(n, 40) for n in (20, 40, 40))), flat_run),
+    "two layers of one input": (Heads, flat_run),
+    "checkpointed": (Checkpointed, block_run),
     "convolution": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)),
         lambda model: model(torch.ones(4, 3, 8, 8)).square().sum().backward(),
@@ -64,12 +96,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("case", "kind"), [*((case, "factored") for case in CASES), ("block", "full")])
-def test_the_vectors_are_those_of_the_plain_form(as_on_gpu, case, kind):
+@pytest.mark.parametrize(
+    ("case", "kind", "both_ways"),
+    [*((case, "factored", False) for case in CASES), ("block", "factored", True), ("block", "full", False)],
+)
+def test_the_vectors_are_those_of_the_plain_form(as_on_gpu, case, kind, both_ways):
     build, run = CASES[case]
     found = []
     for on in (False, True):
-        calls = as_on_gpu(on)
+        calls = as_on_gpu(on, both_ways)
         torch.manual_seed(0)
         model = lotion_fx.transform(build(), "int4", curvature=kind, inner="aot_eager")
         found.append(probes(model, run))
