@@ -214,7 +214,7 @@ def compile_for(
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True, decompose_custom_triton_ops=False),
     ):
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # the user's choice, not ours
-        warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)  # Triton 3.9's, of a kernel in a graph
+        warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)  # Triton 3.9's
         function: Any = compile_fx(
             _with_cuda_attention(gm), inputs, inner_compile=_recorder(found, load), config_patches=options
         )
