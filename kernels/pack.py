@@ -309,7 +309,7 @@ def _work(arch: int, shape: tuple[int, ...], name: str) -> Work:
         programs=lambda config: view.programs(config.constants),
         bytes=lambda config: moved + (4 if fmt.law.two_level else 0),
         minimum_bytes=moved + (4 if fmt.law.two_level else 0),
-        iterations=lambda config: config.constants["TILES"],
+        iterations=lambda config: view.tiles(config.constants),
         requires=e2m1,
         aligned=tuple(_arguments(view)),
         shape_class=view.shape_class,

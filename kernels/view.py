@@ -131,11 +131,21 @@ class View:
         return {**tile, "SHARED": self.shared, "FACTORED": self.factored}
 
     def programs(self, meta: Mapping[str, int]) -> int:
-        """Of ``meta["TILES"]`` tiles of ``meta["SIZE"]`` elements each."""
-        pieces = meta["SIZE"] // (self.pad * self.columns)
+        """Of up to ``meta["TILES"]`` tiles of ``meta["SIZE"]`` elements each."""
+        rows, tiles = self._tiles(meta["SIZE"])
+        return rows * triton.cdiv(tiles, meta["TILES"])
+
+    def tiles(self, meta: Mapping[str, int]) -> int:
+        """Of a program, on average, rounded."""
+        rows, tiles = self._tiles(meta["SIZE"])
+        return round(rows * tiles / self.programs(meta))
+
+    def _tiles(self, size: int) -> tuple[int, int]:
+        """Runs of tiles that no program reaches beyond, and the tiles of each: where strided, those side by side."""
+        pieces = size // (self.pad * self.columns)
         if self.columns > 1:
-            return triton.cdiv(self.count, pieces) * triton.cdiv(triton.cdiv(self.inner, self.columns), meta["TILES"])
-        return triton.cdiv(self.count // self.line * triton.cdiv(self.line, pieces), meta["TILES"])
+            return triton.cdiv(self.count, pieces), triton.cdiv(self.inner, self.columns)
+        return 1, self.count // self.line * triton.cdiv(self.line, pieces)
 
 
 def _channel(length: int, inner: int) -> tuple[int, bool]:
