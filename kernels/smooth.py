@@ -8,13 +8,13 @@ With ``s`` a block's scale, ``z = w / s`` and ``lo <= z <= hi`` the levels aroun
     term       grad += f d/dw <h, variance>, the scale's own part at the block's absmax elements included
 
 Each weight is read once and each result written once. A tensor's scale, and the scales of blocks longer than a tile
-("channel", "tensor"), need the absmax first: one reduction, which the caller can keep. The term of such blocks takes a
-second read, for the sum over the block comes before its absmax element's gradient.
+("tensor", long channels), need the absmax first: one reduction, which the caller can keep. The term of such blocks
+takes a second read, for the sum over the block comes before its absmax element's gradient.
 
-A weight is seen as ``[outer, length, inner]`` with blocks along ``length``; a tile holds some blocks and ``INNER``
-columns. On Blackwell E2M1 levels come from ``cvt.rn.satfinite.e2m1x2.f32``, elsewhere from the exponent's bits; a scale
-is never an fp8 type. ``cvt.rs``, Blackwell's stochastic rounding, is not used: the random bits that it takes resolve a
-probability too coarsely to be exact to the law (docs/kernels.md).
+A weight is seen as ``[outer, length, inner]`` with blocks along ``length`` (`kernels.view`). On Blackwell E2M1 levels
+come from ``cvt.rn.satfinite.e2m1x2.f32``, elsewhere from the exponent's bits; a scale is never an fp8 type. ``cvt.rs``,
+Blackwell's stochastic rounding, is not used: the random bits that it takes resolve a probability too coarsely to be
+exact to the law (docs/kernels.md).
 """
 
 from __future__ import annotations
