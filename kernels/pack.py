@@ -37,8 +37,8 @@ from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.smooth import MODELS, arch_of, has_conversion, on_device
 from lotion_fx.kernels.tiles import absmax
 from lotion_fx.kernels.tuning import launchable
-from lotion_fx.kernels.view import PIECE, View, absent_amaxes, amaxes, check
-from lotion_fx.kernels.work import Config, Work
+from lotion_fx.kernels.view import PIECE, ROWS, View, absent_amaxes, amaxes, check, configs
+from lotion_fx.kernels.work import Work
 
 # Eight float32, four pairs, to four bytes of two E2M1 codes each. A nibble of -0.0 has only its sign bit set: the sum
 # carries into the sign bits of the nibbles with a magnitude, and only those keep theirs.
@@ -154,7 +154,7 @@ def pack(w: Tensor, fmt: str | Format) -> Packed:
         )
     if resolve(format.name) != format:
         raise ValueError(f"fmt={format.name!r}: another format has this name; register_format yours under its own")
-    amax = amaxes(w, format, -1)
+    amax = amaxes(w, format, -1) if format.law.two_level else None
     codes, scales = torch.ops.lotion_fx.pack(w, format.name, amax)
     return Packed(codes, scales, None if amax is None else format.law.tensor_scale(amax, format.grid))
 
@@ -234,8 +234,9 @@ def launch(
         assert amax is not None
         scales = fmt.law.block_scale(amax, fmt.grid).reshape(1 if view.shared else (*w.shape[:-1], 1))
         scales = fmt.law.type.encode(scales) if hasattr(fmt.law, "type") else scales
-    configs = CANDIDATES[view.shape_class]
-    kernel, tile = launchable(specialized(pack_kernel, fmt), "pack", view.shape_class, arch, configs, key=("count",))
+    kernel, tile = launchable(
+        specialized(pack_kernel, fmt), "pack", view.shape_class, arch, CANDIDATES[view.shape_class], key=("count",)
+    )
     wrap(kernel)[lambda meta: (view.programs(meta),)](
         w_ptr=w,
         amax_ptr=amax,
@@ -248,18 +249,14 @@ def launch(
     return codes, scales
 
 
-def _configs(*sizes: tuple[int, int, int]) -> tuple[Config, ...]:
-    return tuple(Config({"SIZE": size, "TILES": tiles}, num_warps=warps) for size, tiles, warps in sizes)
-
-
 # By shape class. Two codes to a byte: 64 weights of a thread are two stores of 16 bytes.
 CANDIDATES = {
-    "flat": _configs((4096, 16, 2), (4096, 32, 2)),
+    "flat": configs((4096, 16, 2), (4096, 32, 2)),
     **{
-        f"rows/{pad}": _configs(*((max(pad, 2048), tiles, max(pad, 2048) // 2048) for tiles in (1, 2, 4)))
-        for pad in (512, 1024, 2048, 4096, 8192)
+        f"rows/{pad}": configs(*((max(pad, 2048), tiles, max(pad, 2048) // 2048) for tiles in (1, 2, 4)))
+        for pad in ROWS
     },
-    "long": _configs((PIECE, 4, 1), (PIECE, 8, 1)),
+    "long": configs((PIECE, 4, 1), (PIECE, 8, 1)),
 }
 
 

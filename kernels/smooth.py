@@ -54,7 +54,7 @@ from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.targets import nearest as target
 from lotion_fx.kernels.tiles import absmax
 from lotion_fx.kernels.tuning import launchable
-from lotion_fx.kernels.view import ALONG, ELEMENTS, LINE, PIECE, PIECES, View, absent_amaxes, check
+from lotion_fx.kernels.view import ALONG, ELEMENTS, LINE, PIECE, PIECES, ROWS, View, absent_amaxes, check, configs
 from lotion_fx.kernels.work import Config, Work
 from lotion_fx.noise import RANDOMIZED, NoiseLaw, resolve_noise
 
@@ -366,25 +366,21 @@ def sums_kernel(
 # ----------------------------------------------------------------------------------------------------------- launching
 
 
-def _configs(*sizes: tuple[int, int, int]) -> tuple[Config, ...]:
-    return tuple(Config({"SIZE": size, "TILES": tiles}, num_warps=warps) for size, tiles, warps in sizes)
-
-
 def _rows(pad: int) -> tuple[Config, ...]:
     """Of rows that a tile holds as a whole: 32 or 64 elements a thread."""
     one, two = max(1024, pad), max(2048, pad)
-    return _configs(*((one, tiles, one // 1024) for tiles in (1, 2, 4)), (two, 1, two // 2048))
+    return configs(*((one, tiles, one // 1024) for tiles in (1, 2, 4)), (two, 1, two // 2048))
 
 
 # By shape class. A program takes several tiles, so that what they share is loaded and computed once. Where a block's
 # elements lie a row apart ("strided") a warp takes many columns and finds the absmax in its own registers.
 CANDIDATES = {
-    "flat": _configs((1024, 2, 1), (1024, 3, 1), (1024, 3, 2), (1024, 5, 2), (1024, 8, 2)),
-    **{f"rows/{pad}": _rows(pad) for pad in (512, 1024, 2048, 4096, 8192)},
-    "long": _configs((PIECE, 1, 1), (PIECE, 2, 1), (PIECE, 2, 2), (PIECE, 4, 2)),
-    "strided": _configs((2048, 2, 2), (2048, 3, 2), (2048, 4, 2), (2048, 8, 4)),
+    "flat": configs((1024, 2, 1), (1024, 3, 1), (1024, 3, 2), (1024, 5, 2), (1024, 8, 2)),
+    **{f"rows/{pad}": _rows(pad) for pad in ROWS},
+    "long": configs((PIECE, 1, 1), (PIECE, 2, 1), (PIECE, 2, 2), (PIECE, 4, 2)),
+    "strided": configs((2048, 2, 2), (2048, 3, 2), (2048, 4, 2), (2048, 8, 4)),
 }
-SUMS = _configs((PIECE, 1, 1), (PIECE, 1, 2))  # of `sums_kernel`
+SUMS = configs((PIECE, 1, 1), (PIECE, 1, 2))  # of `sums_kernel`
 
 
 @dataclass(frozen=True)

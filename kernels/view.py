@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lotion_fx.formats import Format
+from lotion_fx.kernels.work import Config
 
 LONGEST = 1024  # elements of a block of a format that a tile can hold
 LONGEST_ROW = 8192  # of a channel, where they lie side by side
@@ -146,6 +147,14 @@ class View:
         if self.columns > 1:
             return triton.cdiv(self.count, pieces), triton.cdiv(self.inner, self.columns)
         return 1, self.count // self.line * triton.cdiv(self.line, pieces)
+
+
+ROWS = (512, 1024, 2048, 4096, LONGEST_ROW)  # widths of tiles that hold rows as a whole, with a config for each
+
+
+def configs(*sizes: tuple[int, int, int]) -> tuple[Config, ...]:
+    """Candidates: elements of a tile, tiles of a program, warps."""
+    return tuple(Config({"SIZE": size, "TILES": tiles}, num_warps=warps) for size, tiles, warps in sizes)
 
 
 def _channel(length: int, inner: int) -> tuple[int, bool]:
