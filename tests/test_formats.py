@@ -264,7 +264,7 @@ def test_smallest_amax_is_where_the_scale_stops_falling(name):
 
 @pytest.mark.parametrize("name", [*formats(), "mxfp4/floor", "mxfp4/even"])
 def test_no_scale_hides_what_is_not_finite(name):
-    """An infinite weight's block comes out not finite too, a NaN's as NaN; E8M0 stores 255, its NaN."""
+    """A weight that is not finite comes out not finite; an E8M0 scale is NaN then, which it stores as 255."""
     fmt = resolve(name)
     for bad in (torch.nan, torch.inf, -torch.inf):
         w = torch.ones(2, 64)
@@ -272,7 +272,9 @@ def test_no_scale_hides_what_is_not_finite(name):
         assert not rtn(w, fmt)[1, 40].isfinite()
     if name.startswith("mx"):
         amax = torch.tensor([torch.nan, torch.inf, 1.0])
-        assert fmt.law.type.encode(fmt.law.block_scale(amax, fmt.grid))[:2].tolist() == [255, 255]
+        scale = fmt.law.block_scale(amax, fmt.grid)
+        assert scale.isnan().tolist() == [True, True, False]
+        assert fmt.law.type.encode(scale)[:2].tolist() == [255, 255]
 
 
 # --- names ------------------------------------------------------------------------------------------------------
