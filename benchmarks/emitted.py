@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from lotion_fx.kernels.emitted import emitted
+from lotion_fx.kernels.emit.emitted import emitted
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"method": None},

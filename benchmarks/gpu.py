@@ -21,10 +21,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from lotion_fx import rounding
-from lotion_fx.formats import resolve
 from lotion_fx.kernels import pack as packing
 from lotion_fx.kernels.view import amaxes
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import resolve
 
 SHAPES = {"150M": (3072, 768), "8B": (14336, 4096), "70B": (28672, 8192)}
 PUBLISHED = (8 * 4096, 6144)

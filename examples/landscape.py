@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
-from lotion_fx import rounding
 from lotion_fx.examples.quickstart import _in_a_folder, _known_format, start
-from lotion_fx.formats import Format, resolve
-from lotion_fx.noise import NoiseLaw, resolve_noise
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format, resolve
+from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
 
 AMAX = 1.0  # the other weight of the block
 POINTS = 4000

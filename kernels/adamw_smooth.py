@@ -27,8 +27,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lotion_fx import rounding
-from lotion_fx.formats import Format, resolve
 from lotion_fx.kernels.device_code import (
     TWO_LEVEL,
     block_scale,
@@ -44,7 +42,9 @@ from lotion_fx.kernels.smooth import arch_of, at_amax, third_level
 from lotion_fx.kernels.tiles import absmax
 from lotion_fx.kernels.tuning import choose, options
 from lotion_fx.kernels.work import Config, Work
-from lotion_fx.noise import resolve_noise
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format, resolve
+from lotion_fx.numerics.noise import resolve_noise
 
 # Columns of `factors`: what differs from weight to weight.
 FACTORS = ("of_moment", "of_square", "unscale", "keep", "step", "eps")

@@ -41,7 +41,7 @@ from lotion_fx.kernels.smooth import arch_of, on_device
 from lotion_fx.kernels.tiles import load, place, store
 from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
-from lotion_fx.rounding import compute_dtype
+from lotion_fx.numerics.rounding import compute_dtype
 
 RUN = 64  # positions that are sampled together: a multiple of every config's BK
 

@@ -2,7 +2,7 @@
 
 A kernel is written once, as a `template` that calls the functions below by name; `specialized` binds them to one format
 and one law and gives the kernel to launch. The grid's and the scale law's functions are traced from the methods in
-`lotion_fx.formats` and printed op by op, the noise law's are printed from its SymPy expressions: a kernel holds no
+`lotion_fx.numerics` and printed op by op, the noise law's are printed from its SymPy expressions: a kernel holds no
 number that the reference does not hold, and a user's own `Grid` runs in every kernel.
 
 Values are float32, ``z = w / s`` in grid units, codes uint8; each function is elementwise:
@@ -35,9 +35,9 @@ import triton.language as tl
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lotion_fx.formats import Format
-from lotion_fx.noise import RANDOMIZED, NoiseLaw
-from lotion_fx.printer import TritonPrinter, define, source
+from lotion_fx.numerics.formats import Format
+from lotion_fx.numerics.noise import RANDOMIZED, NoiseLaw
+from lotion_fx.numerics.printer import TritonPrinter, define, source
 
 __all__ = ["specialized", "template"]
 
@@ -116,7 +116,7 @@ _NUMBERS: dict[str, Callable[[Format, NoiseLaw], Any]] = {
 
 
 def _references(fmt: Format) -> dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]]:
-    """Each function's definition in `lotion_fx.formats` and the dtypes of its arguments."""
+    """Each function's definition in `lotion_fx.numerics` and the dtypes of its arguments."""
     grid, law, real, code = fmt.grid, fmt.law, torch.float32, torch.uint8
     stored = getattr(law, "type", None)  # of a block's scale; None where that is float32
     return {

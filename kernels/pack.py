@@ -21,8 +21,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from lotion_fx import rounding
-from lotion_fx.formats import Format, resolve
 from lotion_fx.kernels.device_code import (
     TWO_LEVEL,
     block_scale,
@@ -39,6 +37,8 @@ from lotion_fx.kernels.tiles import absmax
 from lotion_fx.kernels.tuning import launchable
 from lotion_fx.kernels.view import PIECE, ROWS, View, absent_amaxes, amaxes, check, configs
 from lotion_fx.kernels.work import Work
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format, resolve
 
 # Eight float32, four pairs, to four bytes of two E2M1 codes each. A nibble of -0.0 has only its sign bit set: the sum
 # carries into the sign bits of the nibbles with a magnitude, and only those keep theirs.

@@ -29,12 +29,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from lotion_fx.formats import Format, Integer, Minifloat, PowerOfTwo, resolve
 from lotion_fx.kernels.pack import Packed, unpack
 from lotion_fx.kernels.smooth import on_device
 from lotion_fx.kernels.targets import TARGETS, target_of
 from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
+from lotion_fx.numerics.formats import Format, resolve
+from lotion_fx.numerics.grids import Integer, Minifloat
+from lotion_fx.numerics.scales import PowerOfTwo
 
 __all__ = ["launch", "packed_linear", "works"]
 

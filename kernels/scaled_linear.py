@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from lotion_fx.formats import Format, resolve
 from lotion_fx.kernels.device_code import TWO_LEVEL, block_scale, encode, encode_scale, nearest, specialized, template
 from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.pack import E2M1_PAIRS, Packed, unpack
@@ -33,7 +32,8 @@ from lotion_fx.kernels.targets import TARGETS, Target, target_of
 from lotion_fx.kernels.tiles import absmax
 from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.work import Config, Work
-from lotion_fx.rounding import to_blocks
+from lotion_fx.numerics.formats import Format, resolve
+from lotion_fx.numerics.rounding import to_blocks
 
 __all__ = ["quantize_rows", "scaled_linear", "scaled_product", "works"]
 

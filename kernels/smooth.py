@@ -30,8 +30,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from lotion_fx import rounding
-from lotion_fx.formats import Format, resolve
 from lotion_fx.kernels.device_code import (
     HAS_THIRD,
     Q_MAX,
@@ -56,7 +54,9 @@ from lotion_fx.kernels.tiles import absmax
 from lotion_fx.kernels.tuning import launchable
 from lotion_fx.kernels.view import ALONG, ELEMENTS, LINE, PIECE, PIECES, ROWS, View, absent_amaxes, check, configs
 from lotion_fx.kernels.work import Config, Work
-from lotion_fx.noise import RANDOMIZED, NoiseLaw, resolve_noise
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format, resolve
+from lotion_fx.numerics.noise import RANDOMIZED, NoiseLaw, resolve_noise
 
 # Two float32 in grid units to the nearest E2M1 levels, ties to even, past the grid to the last; -0.0 for what rounds to
 # 0 from below. The conversion saturates, so there is nothing to clamp. On one line, for Inductor escapes line ends

@@ -7,7 +7,7 @@ limits those of the architecture:
   65536 a multiprocessor and 1 KiB of shared memory that the system keeps of every block are common to all.
 * lanes: the same guide, "Throughput of Native Arithmetic Instructions".
 * features: PTX ISA, "Target ISA Notes" of ``cp.async``, ``cvt``, ``cp.async.bulk.tensor``, ``tcgen05.mma`` and
-  ``mma.sync ... .block_scale``; each is also seen to compile, or not to, by `tests/gpu_less/test_targets.py`.
+  ``mma.sync ... .block_scale``; each is also seen to compile, or not to, by `tests/compiled/test_targets.py`.
 """
 
 from __future__ import annotations

@@ -31,8 +31,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from lotion_fx import rounding
-from lotion_fx.formats import Format, resolve
 from lotion_fx.kernels.device_code import (
     HAS_THIRD,
     TWO_LEVEL,
@@ -53,7 +51,9 @@ from lotion_fx.kernels.tiles import absmax, load, place, store
 from lotion_fx.kernels.tuning import launchable, options
 from lotion_fx.kernels.view import amaxes
 from lotion_fx.kernels.work import Config, Work
-from lotion_fx.noise import RANDOMIZED, NoiseLaw, resolve_noise
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format, resolve
+from lotion_fx.numerics.noise import RANDOMIZED, NoiseLaw, resolve_noise
 
 
 @template

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lotion_fx.formats import Format
 from lotion_fx.kernels.work import Config
+from lotion_fx.numerics.formats import Format
 
 LONGEST = 1024  # elements of a block of a format that a tile can hold
 LONGEST_ROW = 8192  # of a channel, where they lie side by side

@@ -3,14 +3,14 @@
 model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
 """
 
-from lotion_fx import optim
-from lotion_fx.calibrate import calibrate
+from lotion_fx import noise, optim, rounding
+from lotion_fx.calibration import calibrate
+from lotion_fx.coverage import CoverageReport, report
 from lotion_fx.expected import ExpectedLoss, expected_loss
-from lotion_fx.formats import Format, codebook, formats, register_format, resolve
-from lotion_fx.noise import NoiseLaw, noises, register_noise
-from lotion_fx.objective import penalty
-from lotion_fx.report import CoverageReport, report
-from lotion_fx.transform import (
+from lotion_fx.numerics.formats import Format, codebook, formats, register_format, resolve
+from lotion_fx.numerics.noise import NoiseLaw, noises, register_noise
+from lotion_fx.term import penalty
+from lotion_fx.transformation import (
     finish,
     full_precision,
     load_state_dict,
@@ -33,6 +33,7 @@ __all__ = [
     "formats",
     "full_precision",
     "load_state_dict",
+    "noise",
     "noises",
     "optim",
     "penalty",
@@ -41,6 +42,7 @@ __all__ = [
     "register_noise",
     "report",
     "resolve",
+    "rounding",
     "state_dict",
     "training_loss",
     "transform",

@@ -39,7 +39,7 @@ def build() -> typer.Typer:
     app.command("two-layer")(two_layer.main)
     app.command("landscape")(landscape.main)
     if find_spec("triton"):  # Linux alone has it
-        from lotion_fx.kernels import table
+        from lotion_fx.kernels.audit import table
 
         app.command("kernels")(table.main)
     return app

@@ -19,17 +19,19 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lotion_fx import backend, rounding
+from lotion_fx import variants as backend
 from lotion_fx.likelihood import draws, likelihood_of, output_in, sampled_loss
 from lotion_fx.loss_graph import LossFunction, LossGraph, grad_mode_kept, loss_graph
-from lotion_fx.passes import random_tensor
-from lotion_fx.passes.moments import ANALYTIC, EXACT, FISHER, SECOND_ORDER, Certificate, analyse, interpret
-from lotion_fx.passes.probe import HEADER, Code, Layout
-from lotion_fx.passes.random_tensor import Note, Random
-from lotion_fx.passes.smooth import LATENT, MEAN, Plan, smooth, variance
-from lotion_fx.passes.usage import weight_uses
+from lotion_fx.numerics import rounding
+from lotion_fx.passes.attach.attach import LATENT, MEAN, Plan, smooth, variance
+from lotion_fx.passes.attach.probe import HEADER, Code, Layout
+from lotion_fx.passes.attach.usage import weight_uses
+from lotion_fx.passes.moments import random_tensor
+from lotion_fx.passes.moments.certificate import ANALYTIC, EXACT, FISHER, SECOND_ORDER, Certificate, analyse
+from lotion_fx.passes.moments.interpret import interpret
+from lotion_fx.passes.moments.random_tensor import Note, Random
 from lotion_fx.state import MOMENTS, Weight
-from lotion_fx.transform import names_of
+from lotion_fx.transformation import names_of
 from lotion_fx.update import dense, marginals
 
 _LABELS = 4  # draws that Gauss-Newton curvature is averaged over

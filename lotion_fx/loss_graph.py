@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lotion_fx import backend
-from lotion_fx.passes.smooth import LATENT
+from lotion_fx import variants as backend
+from lotion_fx.passes.attach.attach import LATENT
 from lotion_fx.sampling import kept_buffers
 from lotion_fx.state import smoothings_of
 

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lotion_fx.formats import Format
-from lotion_fx.objective import Term
-from lotion_fx.passes.lower import arch_of
+from lotion_fx.numerics.formats import Format
+from lotion_fx.passes.lower.lower import arch_of
 from lotion_fx.state import Weight
+from lotion_fx.term import Term
 
 __all__ = ["AdamW"]
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from lotion_fx import backend, rounding
-from lotion_fx.passes.smooth import LATENT, MEAN, RR
+from lotion_fx import variants as backend
+from lotion_fx.numerics import rounding
+from lotion_fx.passes.attach.attach import LATENT, MEAN, RR
 from lotion_fx.state import Smoothing, Weight, registry
 
 _latent: weakref.WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()

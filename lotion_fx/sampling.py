@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lotion_fx import backend
+from lotion_fx import variants as backend
 from lotion_fx.likelihood import draws, output_in, sampled_loss
 from lotion_fx.state import Smoothing
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lotion_fx.formats import Format
-from lotion_fx.noise import RANDOMIZED, NoiseLaw
-from lotion_fx.passes.moments import Certificate
-from lotion_fx.passes.probe import Code, Layout
-from lotion_fx.passes.smooth import LATENT, MEAN, RR, STE, STE_SCALE, Plan
-from lotion_fx.passes.usage import CONTRACTION, EMBEDDING, Use
+from lotion_fx.numerics.formats import Format
+from lotion_fx.numerics.noise import RANDOMIZED, NoiseLaw
+from lotion_fx.passes.attach.attach import LATENT, MEAN, RR, STE, STE_SCALE, Plan
+from lotion_fx.passes.attach.probe import Code, Layout
+from lotion_fx.passes.attach.usage import CONTRACTION, EMBEDDING, Use
+from lotion_fx.passes.moments.certificate import Certificate
 
 METHODS = {"ptq": LATENT, "ste": STE, "ste_scale": STE_SCALE, "rr": RR, "lotion": LATENT}
 MOMENTS = ("closed", "diagonal", "off")

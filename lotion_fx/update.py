@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lotion_fx import backend, rounding
-from lotion_fx.formats import Format
-from lotion_fx.noise import NoiseLaw
-from lotion_fx.passes import lower
-from lotion_fx.passes.probe import Layout
+from lotion_fx import variants as backend
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format
+from lotion_fx.numerics.noise import NoiseLaw
+from lotion_fx.passes.attach.probe import Layout
+from lotion_fx.passes.lower import lower
 from lotion_fx.state import Weight, local_of
 
 CHUNK = 16  # weights in one compiled update at most, which bounds the time to compile it

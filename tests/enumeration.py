@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lotion_fx import rounding
-from lotion_fx.formats import Format
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format
 
 Up = Callable[[Tensor], Tensor]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lotion_fx
-from lotion_fx import rounding
+from lotion_fx.numerics import rounding
 from lotion_fx.state import registry
 from lotion_fx.update import dense
 

@@ -1,6 +1,6 @@
 """One set of kernel tests for two devices: CPU tensors in Triton's interpreter, and a GPU (``pytest -m gpu``).
 
-``tests/gpu_less/test_kernels.py`` runs every file here in a process with ``TRITON_INTERPRET=1``. In any other process
+``tests/compiled/test_kernels.py`` runs every file here in a process with ``TRITON_INTERPRET=1``. In any other process
 the tests carry the marker ``gpu``, and skip where there is none.
 """
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu_less.interpreter import INTERPRETING  # corrects the interpreter, before any kernel is imported
+from tests.harness.interpreter import INTERPRETING  # corrects the interpreter, before any kernel is imported
 
-NO_GPU = pytest.mark.skip(reason="no CUDA device; tests/gpu_less/test_kernels.py runs this in Triton's interpreter")
+NO_GPU = pytest.mark.skip(reason="no CUDA device; tests/compiled/test_kernels.py runs this in Triton's interpreter")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotion_fx import rounding
-from lotion_fx.formats import Format
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format
 
 
 def packed(w: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor | None]:

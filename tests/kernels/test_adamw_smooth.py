@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 import lotion_fx
-from lotion_fx import rounding
-from lotion_fx.formats import Format, codebook, register_format, resolve
 from lotion_fx.kernels import adamw_smooth as kernel
 from lotion_fx.kernels.adamw_smooth import launch, reference, traffic
 from lotion_fx.kernels.device_code import specialized
 from lotion_fx.kernels.work import Config
-from lotion_fx.noise import D, register_noise
-from tests.gpu_less.interpreter import INTERPRETING, counted_traffic
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format, codebook, register_format, resolve
+from lotion_fx.numerics.noise import D, register_noise
+from tests.harness.interpreter import INTERPRETING, counted_traffic
 from tests.models import LM, ids, lm_loss
 
 BETAS = (0.9, 0.999)

@@ -137,7 +137,7 @@ def test_rows_may_stand_apart(device: str) -> None:
 def test_moves_the_bytes_it_says(device: str, kind: str, every: int) -> None:
     if device != "cpu":
         pytest.skip("counted in the interpreter")
-    from tests.gpu_less.interpreter import counted_traffic
+    from tests.harness.interpreter import counted_traffic
 
     g, x, _ = operands(device, torch.bfloat16, 150, 140, 70)
     work = _work(80, (150, 140, 70), torch.bfloat16, kind, every=every)

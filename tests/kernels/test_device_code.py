@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lotion_fx.formats import Format, formats, resolve
 from lotion_fx.kernels import device_code
 from lotion_fx.kernels.device_code import (
     Template,
@@ -21,6 +20,7 @@ from lotion_fx.kernels.device_code import (
     specialized,
     template,
 )
+from lotion_fx.numerics.formats import Format, formats, resolve
 
 FORMATS = [
     resolve(name)

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotion_fx import rounding
-from lotion_fx.formats import Format, codebook, register_format, resolve
 from lotion_fx.kernels import pack as module
 from lotion_fx.kernels import tuning
 from lotion_fx.kernels.pack import launch, pack, reference, unpack
 from lotion_fx.kernels.smooth import E2M1_GRID, arch_of
 from lotion_fx.kernels.view import amaxes
 from lotion_fx.kernels.work import Config
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format, codebook, register_format, resolve
 
 NAMES = (
     "int2 int3 int4 int4/tensor int4/channel int6 int8 fp4 fp8 nf4 nvfp4 mxfp4/ceil mxfp4/floor mxfp4/even mxfp6_e3m2"
@@ -89,7 +89,7 @@ def test_the_even_element_is_the_low_half(device: str) -> None:
 def test_traffic_is_what_is_claimed(device: str) -> None:
     if device != "cpu":
         pytest.skip("the interpreter counts")
-    from tests.gpu_less.interpreter import counted_traffic
+    from tests.harness.interpreter import counted_traffic
 
     for name in ("nvfp4", "mxfp4", "int4", "int8"):
         fmt, shape = resolve(name), (16, 256)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotion_fx import rounding
-from lotion_fx.formats import Float32Scale, Format, Minifloat, PowerOfTwoScale, codebook, resolve
 from lotion_fx.kernels import packed_linear as module
 from lotion_fx.kernels.pack import Packed, unpack
 from lotion_fx.kernels.packed_linear import candidates, chunks_of, constants, launch, packed_linear, place, work
-from tests.gpu_less.interpreter import INTERPRETING, counted_traffic
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format, codebook, resolve
+from lotion_fx.numerics.grids import Minifloat
+from lotion_fx.numerics.scales import Float32Scale, PowerOfTwoScale
+from tests.harness.interpreter import INTERPRETING, counted_traffic
 from tests.kernels.packing import excess, packed, poisoned
 
 __all__ = ["poisoned"]

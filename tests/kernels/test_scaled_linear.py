@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotion_fx import rounding
-from lotion_fx.formats import Format, PowerOfTwoScale, resolve
 from lotion_fx.kernels.pack import Packed, unpack
 from lotion_fx.kernels.packed_linear import launch
 from lotion_fx.kernels.scaled_linear import (
@@ -26,7 +24,10 @@ from lotion_fx.kernels.scaled_linear import (
     supported,
 )
 from lotion_fx.kernels.targets import TARGETS, target_of
-from tests.gpu_less.interpreter import INTERPRETING, counted_traffic
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format, resolve
+from lotion_fx.numerics.scales import PowerOfTwoScale
+from tests.harness.interpreter import INTERPRETING, counted_traffic
 from tests.kernels.packing import excess, packed, poisoned
 
 __all__ = ["poisoned"]

@@ -10,13 +10,13 @@ import sympy
 import torch
 from torch import Tensor
 
-from lotion_fx import rounding
-from lotion_fx.formats import Format, codebook, resolve
 from lotion_fx.kernels import smooth, tuning
 from lotion_fx.kernels.smooth import E2M1_GRID, Curvature, Outputs, launch, philox
 from lotion_fx.kernels.view import ALONG, ELEMENTS, LINE, PIECES, View, amaxes, check, supports
 from lotion_fx.kernels.work import Config
-from lotion_fx.noise import RANDOMIZED, D, NoiseLaw, gaussian, resolve_noise
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format, codebook, resolve
+from lotion_fx.numerics.noise import RANDOMIZED, D, NoiseLaw, gaussian, resolve_noise
 
 BUILT_IN = "int2 int4 int4/tensor int4/channel int8 fp4 fp8 nf4 nvfp4 mxfp6_e2m3 mxfp8_e5m2"
 RULES = "mxfp4/ceil mxfp4/floor mxfp4/even"
@@ -256,7 +256,7 @@ def test_traffic_is_what_is_claimed(result: str, dtype: str, name: str, device: 
     """Each weight read once and each result written once: counted as the kernel runs, in one program."""
     if device != "cpu":
         pytest.skip("the interpreter counts")
-    from tests.gpu_less.interpreter import counted_traffic
+    from tests.harness.interpreter import counted_traffic
 
     shape, fmt, torch_dtype = (32, 256), resolve(name), {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     w, term = torch.randn(shape).to(torch_dtype), result == "term"

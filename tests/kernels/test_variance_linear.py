@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotion_fx import rounding
-from lotion_fx.formats import Format, codebook, formats, resolve
 from lotion_fx.kernels import variance_linear as kernels
 from lotion_fx.kernels.variance_linear import (
     CONFIGS,
@@ -20,7 +18,9 @@ from lotion_fx.kernels.variance_linear import (
     variance_linear_given,
 )
 from lotion_fx.kernels.work import Config
-from lotion_fx.noise import RANDOMIZED, D, NoiseLaw, resolve_noise
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import Format, codebook, formats, resolve
+from lotion_fx.numerics.noise import RANDOMIZED, D, NoiseLaw, resolve_noise
 
 # What a float32 value loses as an operand: none, or half a unit in the last place of x's dtype.
 UNIT = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -178,7 +178,7 @@ def test_absmax_of_a_shard(device: str) -> None:
 def test_moves_the_bytes_it_says(device: str, fmt: str | None, random: bool) -> None:
     if device != "cpu":
         pytest.skip("counted in the interpreter")
-    from tests.gpu_less.interpreter import counted_traffic
+    from tests.harness.interpreter import counted_traffic
 
     case = Case(device, torch.bfloat16, 140, 150, 70)
     work = _work(80, (140, 150, 70), fmt, random=random, bias=True)

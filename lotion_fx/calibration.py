@@ -1,0 +1,151 @@
+"""`calibrate`: the strength of each weight's term from sampled roundings.
+
+Curvature is an estimate, and the second order is not the whole: the predicted increase of the loss is commonly 0.7 to
+0.9 of the measured one. Both can be had for each weight alone; their ratio is the factor its term is multiplied by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lotion_fx.expected import Estimate, estimate
+from lotion_fx.loss_graph import LossFunction
+from lotion_fx.passes.moments.certificate import EXACT
+from lotion_fx.state import smoothings_of, weights_of
+from lotion_fx.transformation import names_of
+
+LIMIT = 8.0
+"""A factor is kept within 1 / LIMIT and LIMIT: beyond, the measurement is noise or the model is far from trained."""
+
+_SPREAD = 0.25
+"""How far weights' own factors are expected to lie from the common one, relatively: noisier ones are drawn to it."""
+
+_FITS = 3
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFunction | None = None,
+    *,
+    samples: int = 8,
+    every: int | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    """Multiplies each weight's term so that the increase of the loss it predicts is the one that roundings show.
+
+    A weight's factor is the measured over the predicted increase with it alone rounded; all are then scaled to meet the
+    increase with all rounded. Exact terms keep theirs, 1. The factors hold for training and for `expected_loss`, and
+    `state_dict` saves them.
+
+    Args:
+        model: transformed; best trained for a while.
+        batches: a few of them, as `expected_loss` takes them.
+        loss_fn: as `expected_loss` takes it.
+        samples: roundings a batch, of all weights together and of each alone.
+        every: does nothing unless this many optimizer steps were taken since the last calibration, so that a training
+            loop can call it each step; None calibrates at once.
+        generator: of the roundings.
+
+    Returns:
+        The factor of each weight's term in training, by name; empty where nothing was done.
+
+    Raises:
+        ValueError: no batches, fewer than 2 samples, or what `expected_loss` raises.
+    """
+    if samples < 2:
+        raise ValueError(f"samples={samples!r}: expected at least 2 roundings, to know how far to trust them")
+    if every is not None and every < 1:
+        raise ValueError(f"every={every!r}: expected a number of optimizer steps, or None to calibrate at once")
+    names = {name: weight for weight, name in names_of(model).items()}
+    smoothings = smoothings_of(model)
+    if every is not None and not any(s.calibrated is None or s.steps - s.calibrated >= every for s in smoothings):
+        return {}
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches: expected at least one batch to measure on, got none")
+    forms = ("closed" if smoothings[0].moments == "off" else smoothings[0].moments, "off")
+    measured = _Measured()
+    estimates: dict[str, list[Estimate]] = {form: [] for form in forms}
+    with _plain(model):
+        for batch in batches:
+            for form in forms:
+                estimates[form].append(estimate(model, batch, loss_fn, form))
+            measured.add(estimates[forms[0]][-1], samples, generator)
+        streamed, joint = (_fit(estimates[form], measured) for form in forms)
+    for name in streamed:
+        names[name].gains = (streamed[name], joint[name])
+    for smoothing in smoothings:
+        smoothing.calibrated = smoothing.steps
+    return joint
+
+
+@contextlib.contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Inside, terms are what they are: without factors, the user's strength included, which is no estimate's fault."""
+    strengths = [(smoothing, smoothing.strength) for smoothing in smoothings_of(model)]
+    gains = [(weight, weight.gains) for weight in weights_of(model)]
+    try:
+        for smoothing, _ in strengths:
+            smoothing.strength = 1.0
+        for weight, _ in gains:
+            weight.gains = (1.0, 1.0)
+        yield
+    finally:
+        for smoothing, strength in strengths:
+            smoothing.strength = strength
+        for weight, pair in gains:
+            weight.gains = pair
+
+
+@dataclass
+class _Measured:
+    """Increases of the loss under sampled rounding, summed over batches."""
+
+    together: float = 0.0
+    alone: dict[str, float] = field(default_factory=dict)
+    error2: dict[str, float] = field(default_factory=dict)
+
+    def add(self, estimate: Estimate, samples: int, generator: torch.Generator | None) -> None:
+        self.together += estimate.sample(list(estimate.weights), samples, generator)[0]
+        for name in estimate.weights:
+            increase, error = estimate.sample([name], samples, generator)
+            self.alone[name] = self.alone.get(name, 0.0) + increase
+            self.error2[name] = self.error2.get(name, 0.0) + error**2
+
+
+def _fit(estimates: list[Estimate], measured: _Measured) -> dict[str, float]:
+    """The factors for one form of the term."""
+    first = estimates[0]
+    free = [name for name in first.weights if first.certificates[name].kind != EXACT]
+    factors = dict.fromkeys(first.weights, 1.0)
+    if not free:
+        return factors
+    predicted = {name: sum(e.predicted([name], {}) for e in estimates) for name in free}
+    whole = sum(predicted.values())
+    common = sum(measured.alone[name] for name in free) / whole if whole > 0 else 1.0
+    for name in free:
+        factors[name] = _own(predicted[name], measured.alone[name], measured.error2[name], common)
+    for _ in range(_FITS):  # the terms are not quite additive, nor linear in their factors
+        total = sum(e.predicted(list(e.weights), factors) for e in estimates)
+        ratio = measured.together / total if total > 0 and measured.together > 0 else 1.0
+        factors.update({name: _limited(factors[name] * ratio) for name in free})
+    return factors
+
+
+def _own(predicted: float, measured: float, error2: float, common: float) -> float:
+    """One weight's ratio, drawn to the common one as far as its noise reaches (the mean of two Gaussians)."""
+    if predicted <= 0:
+        return _limited(common)
+    trust = 1 / (1 + error2 / (predicted * common * _SPREAD) ** 2)
+    return _limited(trust * measured / predicted + (1 - trust) * common)
+
+
+def _limited(factor: float) -> float:
+    return min(max(factor, 1 / LIMIT), LIMIT)

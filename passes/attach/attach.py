@@ -1,0 +1,216 @@
+"""Attach: one quantize-and-smooth node after each selected weight of a forward graph, and every use redirected.
+
+The node is attached at the weight's placeholder, the source, so no use can be missed whatever the op, and a
+checkpointed subgraph needs no visit: the weight enters it as an argument.
+
+    forward    latent: w     ste, ste_scale: Q(w)     rr: a sample of the noise     mean: its mean
+    backward   the gradient passes to w (ste_scale adds the block scale's part; mean has its own), and the probe, where
+               there is one, receives `lotion_fx::curvature(grad)`, which `passes.curvature` resolves in the joint graph
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.formats import resolve
+from lotion_fx.numerics.noise import resolve_noise
+from lotion_fx.passes.attach.probe import Layout
+
+LATENT, STE, STE_SCALE, RR, MEAN = "latent", "ste", "ste_scale", "rr", "mean"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one weight's node does in one graph. A weight keeps its plans, so that comparing them is cheap.
+
+    Args:
+        mode: the forward, ``"latent"``, ``"ste"``, ``"ste_scale"``, ``"rr"`` or ``"mean"``.
+        fmt: name of the weight's format.
+        axis: the dimension that its blocks run along.
+        layout: its probe's layout; None where no curvature is asked for.
+        noise: name of the noise law that ``"rr"`` and ``"mean"`` take.
+        moments: whether its noise goes through a moment stream instead, where the graph holds the loss: ``"closed"``
+            (unless a covariance would be dropped), ``"diagonal"`` or ``"off"``.
+    """
+
+    mode: str
+    fmt: str
+    axis: int
+    layout: Layout | None
+    noise: str = "randomized"
+    moments: str = "off"
+
+    @property
+    def is_identity(self) -> bool:
+        return self.mode == LATENT and self.layout is None
+
+
+def attach(gm: fx.GraphModule, plans: Mapping[int, Plan]) -> tuple[fx.GraphModule, list[int]]:
+    """Copies a forward graph and puts a `smooth` node after each planned weight.
+
+    Args:
+        gm: Dynamo's graph, left as it is (Dynamo reads it again afterwards).
+        plans: for each placeholder index that is a weight, what to do there.
+
+    Returns:
+        The new module, and the weights' indices in the order in which their probes follow the graph's own inputs.
+    """
+    graph = _copy(gm)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    last, probes = placeholders[-1], []
+    nodes: list[tuple[fx.Node, fx.Node | None, Plan]] = []
+    for index, plan in plans.items():
+        if plan.is_identity:
+            continue
+        probe = None
+        if plan.layout is not None:
+            with graph.inserting_after(last):
+                probe = last = graph.placeholder(f"lotion_probe_{index}")
+            probes.append(index)
+        nodes.append((placeholders[index], probe, plan))
+    for weight, probe, plan in reversed(nodes):
+        with graph.inserting_after(last):
+            node = graph.call_function(smooth, (weight, probe, *_constants(plan)))
+        if "example_value" in weight.meta:
+            node.meta["example_value"] = weight.meta["example_value"]
+        for user in [user for user in weight.users if user is not node]:
+            user.replace_input_with(weight, node)
+    graph.lint()
+    return fx.GraphModule(gm, graph), probes
+
+
+def insert_variances(gm: fx.GraphModule, variances: Mapping[int, int], plans: Mapping[int, Plan]) -> None:
+    """Turns the variance inputs of a streamed graph into gains: 0-d factors of variances that the graph then makes.
+
+    Args:
+        gm: a graph that `passes.moments` made; changed in place.
+        variances: for each weight's placeholder index that of its variance.
+        plans: their formats.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    last = placeholders[-1]
+    for weight, gain in variances.items():
+        node, plan = placeholders[gain], plans[weight]
+        with gm.graph.inserting_after(last):
+            made = gm.graph.call_function(variance, (placeholders[weight], plan.fmt, plan.axis, plan.noise))
+        with gm.graph.inserting_after(made):
+            scaled = gm.graph.call_function(torch.mul, (made, node))
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _copy(gm: fx.GraphModule) -> fx.Graph:
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.output(graph.graph_copy(gm.graph, copied))
+    for old, new in copied.items():
+        new.meta = dict(old.meta)
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return graph
+
+
+def _constants(plan: Plan) -> tuple[str, str, int, str, int, int, str]:
+    """The plan as plain values, which graphs and compile caches can hold."""
+    layout = plan.layout or Layout("none", (1,), 1, 1)
+    return plan.mode, plan.fmt, plan.axis, layout.kind, layout.groups, layout.rows, plan.noise
+
+
+def smooth(
+    weight: Tensor,
+    probe: Tensor | None,
+    mode: str,
+    fmt: str,
+    axis: int,
+    kind: str,
+    groups: int,
+    rows: int,
+    noise: str = "randomized",
+    kernel: bool = False,
+) -> Tensor:
+    """The quantize-and-smooth node: see the module's docstring, `Plan` and `Layout` for the arguments.
+
+    ``kernel`` is set by `passes.lower`: the forward is `lotion_fx.kernels.smooth` then, instead of ATen.
+    """
+    return _Smooth.apply(weight, probe, mode, fmt, axis, kind, groups, rows, noise, kernel)
+
+
+class _Smooth(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        probe: Tensor | None,
+        mode: str,
+        fmt: str,
+        axis: int,
+        kind: str,
+        groups: int,
+        rows: int,
+        noise: str,
+        kernel: bool,
+    ) -> Tensor:
+        ctx.probe = (kind, groups, rows) if probe is not None else None
+        ctx.scale = (mode, noise, fmt, axis) if mode in (STE_SCALE, MEAN) else None
+        if mode == LATENT:
+            out = weight.view_as(weight)
+        elif kernel:
+            seed = torch.randint(2**62, (), device=weight.device) if mode == RR else None
+            (out,) = _kernel(weight, fmt, axis, noise, mode != RR, mode == RR, False, seed)
+        elif mode == RR:
+            out = rounding.rr(weight, resolve(fmt), axis, law=resolve_noise(noise))
+        elif mode == MEAN:
+            out = rounding.mean(weight, resolve(fmt), axis, law=resolve_noise(noise)).to(weight.dtype)
+        else:
+            out = rounding.rtn(weight, resolve(fmt), axis)
+        ctx.save_for_backward(weight if ctx.scale else None, out if ctx.probe else None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        weight, out = ctx.saved_tensors
+        to_weight, curvature = grad, None
+        if ctx.needs_input_grad[1] and ctx.probe:
+            curvature = torch.ops.lotion_fx.curvature(grad, out, *ctx.probe)
+        if ctx.scale:
+            mode, noise, fmt, axis = ctx.scale
+            if mode == MEAN:
+                to_weight = rounding.mean_vjp(weight, grad, resolve(fmt), axis, law=resolve_noise(noise))
+            else:
+                to_weight = rounding.rtn_vjp(weight, grad, resolve(fmt), axis)
+            to_weight = to_weight.to(grad.dtype)
+        return to_weight, curvature, None, None, None, None, None, None, None, None
+
+
+def _kernel(*args: Any) -> list[Tensor]:
+    """`lotion_fx.kernels.smooth`, imported where a GPU needs it, for Triton is not everywhere."""
+    import lotion_fx.kernels.smooth  # noqa: F401  registers the op
+
+    return torch.ops.lotion_fx.smooth(*args)
+
+
+def variance(weight: Tensor, fmt: str, axis: int, noise: str, kernel: bool = False) -> Tensor:
+    """The variance of a weight's random rounding, float32 or float64, differentiable, its scale's part included."""
+    return _Variance.apply(weight, fmt, axis, noise, kernel)
+
+
+class _Variance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, fmt: str, axis: int, noise: str, kernel: bool) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.law = fmt, axis, noise
+        if kernel:
+            return _kernel(weight, fmt, axis, noise, False, False, True)[0]
+        return rounding.variance(weight, resolve(fmt), axis, law=resolve_noise(noise))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (weight,), (fmt, axis, noise) = ctx.saved_tensors, ctx.law
+        slope = rounding.variance_vjp(weight, grad, resolve(fmt), axis, law=resolve_noise(noise))
+        return slope.to(weight.dtype), None, None, None, None

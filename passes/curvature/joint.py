@@ -1,0 +1,157 @@
+"""Questions about AOTAutograd's joint graph: what is backward, what is the same value, and how a weight is used.
+
+The joint graph is one list of ATen ops: the forward pass from the primals, then the backward pass, which is every node
+that depends on a tangent. Recomputation (checkpointing) repeats forward ops inside the backward pass, so values are
+compared by number, as in common subexpression elimination, and not by node.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lotion_fx.passes.curvature.contraction import CONTRACTIONS
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+CASTS = {aten._to_copy.default, prims.convert_element_type.default}
+ALIASES = {aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default} | CASTS
+RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+RESHAPES |= {aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
+PERMUTES = {aten.t.default, aten.transpose.int, aten.permute.default}
+VIEWS = ALIASES | RESHAPES | PERMUTES | {aten.expand.default}
+PARTS: set[Any] = {aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default}
+PARTS |= {aten.flip.default, prims.rev.default, aten.roll.default, aten.neg.default}
+PARTS |= {aten.unbind.int, aten.tril.default, aten.triu.default}
+PARTS |= {aten.constant_pad_nd.default, aten.repeat.default, operator.getitem}
+PARTS |= {aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default}
+JOINS = {aten.cat.default, aten.stack.default}
+GATHERS = {aten.embedding.default, aten.index.Tensor, aten._unsafe_index.Tensor}
+GATHERS |= {aten.index_select.default, aten.gather.default}
+SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.where.self}
+SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
+SCALES |= {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+ADDING = {aten.addmm.default, aten.baddbmm.default, aten.addmv.default}
+STACK_PRODUCTS = {aten.bmm.default, aten.baddbmm.default, aten.mul.Tensor}
+FORWARD_CONTRACTIONS = {*CONTRACTIONS, *ADDING, aten.convolution.default, aten.dot.default}
+
+
+def root(node: fx.Node) -> fx.Node:
+    """The node whose values this one hands on."""
+    while node.target in VIEWS:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def numel(node: fx.Node) -> Any:
+    """Number of elements, in a form that compares symbolic sizes without guarding on them."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    count = value.numel()
+    return count if isinstance(count, int) else count.node.expr
+
+
+@dataclass
+class Uses:
+    """How a weight is used in the forward pass.
+
+    Args:
+        chain: nodes that hold the weight itself, viewed, cut, gathered, cast, scaled or added to.
+        shadow: everything that depends on the weight with no contraction or gather between.
+        partners: numbers of the operands that meet the chain in an op.
+        copies: element counts of the chain and of what elementwise ops make of it.
+        stack: whether the weight is a stack of matrices, of which some may be gathered.
+        nonlinear: the op in which the weight meets a function of itself, if one does.
+    """
+
+    chain: set[fx.Node] = field(default_factory=set)
+    shadow: set[fx.Node] = field(default_factory=set)
+    partners: set[int] = field(default_factory=set)
+    copies: set[Any] = field(default_factory=set)
+    stack: bool = False
+    nonlinear: fx.Node | None = None
+
+
+class JointGraph:
+    """A joint graph with its backward nodes and value numbers."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.backward: set[fx.Node] = set()
+        self._numbers: dict[fx.Node, int] = {}
+        table: dict[Any, int] = {}
+        for node in graph.nodes:
+            if node.name.startswith("tangents_") or any(n in self.backward for n in node.all_input_nodes):
+                self.backward.add(node)
+            key: Any = node
+            if node.op == "call_function":
+                args = fx.node.map_arg((node.args, node.kwargs), lambda n: ("value", self._numbers[n]))
+                key = (node.target, repr(args))
+            self._numbers[node] = table.setdefault(key, len(table))
+
+    def number(self, node: fx.Node) -> int:
+        """The same for two nodes whose roots compute the same value."""
+        return self._numbers[root(node)]
+
+    def uses(self, weight: fx.Node) -> Uses:
+        """Follows a weight, the value that `smooth` handed on, to the ops that combine it with data."""
+        uses = Uses(shadow=self._shadow(weight), stack=weight.meta["val"].dim() == 3)
+        pending = [weight]
+        while pending:
+            node = pending.pop()
+            if node in uses.chain:
+                continue
+            uses.chain.add(node)
+            uses.copies.add(numel(node))
+            pending += [user for user in node.users if user not in self.backward and self._hands_on(node, user, uses)]
+        return uses
+
+    def _shadow(self, weight: fx.Node) -> set[fx.Node]:
+        shadow, pending = set(), [weight]
+        while pending:
+            node = pending.pop()
+            if node not in shadow:
+                shadow.add(node)
+                stops = FORWARD_CONTRACTIONS | GATHERS
+                pending += [user for user in node.users if user not in self.backward and user.target not in stops]
+        return shadow
+
+    def _hands_on(self, node: fx.Node, user: fx.Node, uses: Uses) -> bool:
+        """Records what the weight meets in ``user``, and says whether ``user`` still holds the weight."""
+        if user.target not in VIEWS | PARTS | JOINS | GATHERS | SUMS | SCALES | FORWARD_CONTRACTIONS:
+            return False
+        if node not in uses.shadow and not _takes_gathered(node, user, uses.stack):
+            return False
+        arguments = operands(user)
+        others = [other for other in arguments if other is not node]
+        meets_itself = arguments.count(node) > 1 or any(other in uses.shadow for other in others)
+        if user.target in SCALES | FORWARD_CONTRACTIONS and meets_itself:
+            uses.nonlinear = user
+        uses.partners.update(self.number(other) for other in others)
+        if user.target in ADDING and user.args[0] is node:
+            uses.copies.add(numel(user))
+        if user.target in SUMS | SCALES:
+            uses.copies.add(numel(user))
+            return node.meta["val"].dim() == user.meta["val"].dim() and numel(node) == numel(user)
+        return user.target not in FORWARD_CONTRACTIONS
+
+
+def _takes_gathered(node: fx.Node, user: fx.Node, stack: bool) -> bool:
+    """Whether an op uses gathered parts of a weight as weights: matrices of a stack, or rows of the second operand.
+
+    Anything else has them as activations, such as an embedding's rows, and their gradient is the output's gradient g.
+    """
+    if user.target in STACK_PRODUCTS:
+        return stack
+    return user.target in VIEWS or (user.target in (aten.mm.default, aten.addmm.default) and user.args[-1] is node)
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The node's arguments that are nodes, one that occurs twice given twice."""
+    return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]

@@ -1,0 +1,126 @@
+"""Resolve: how each weight's gradient is made, read off the joint graph, and its curvature made in the same way.
+
+`smooth` leaves one `lotion_fx::curvature(grad, weight)` a weight. From ``grad`` the pass walks back through whatever is
+linear and free of the weight (views, casts, slices, scatters, sums of uses) down to the contractions of output gradient
+and input, and emits the same path on squares. That the other operand is one the weight met in the forward pass, and no
+function of the weight itself, proves the op linear in the weight. What ends anywhere else takes the Fisher form.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lotion_fx.passes.attach.probe import Code, Layout
+from lotion_fx.passes.curvature.contraction import after, arguments, constant, emit
+from lotion_fx.passes.curvature.factors import factored
+from lotion_fx.passes.curvature.joint import JointGraph, Uses
+from lotion_fx.passes.curvature.loss_count import loss_terms
+from lotion_fx.passes.curvature.path import Path, Stop, find_path, squares
+from lotion_fx.passes.lower.fusion import fuse, on_gpu
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What the pass found for one weight.
+
+    Args:
+        code: how the curvature was made.
+        op: the contractions found, joined by ``+``, or the op that stopped the walk.
+        uses: number of contractions found.
+        reason: why it takes the Fisher form; empty where it does not.
+    """
+
+    code: Code
+    op: str
+    uses: int
+    reason: str
+
+
+def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
+    """Replaces each ``lotion_fx::curvature`` node of a joint graph by its probe vector (see `passes.attach.probe`).
+
+    Args:
+        graph: AOTAutograd's joint graph, functional, with ``meta["val"]`` on every node; rewritten in place.
+
+    Returns:
+        One `Resolution` for each curvature node, in the graph's order.
+    """
+    targets = [node for node in graph.nodes if node.target is torch.ops.lotion_fx.curvature.default]
+    if not targets:
+        return []
+    joint = JointGraph(graph)
+    uses = [joint.uses(_unviewed(arguments(node)[1])) for node in targets]
+    found = [_find(joint, use, node) for node, use in zip(targets, uses, strict=True)]
+    ends = [end for item in found if isinstance(item, Path) for end in item.ends()]
+    terms = loss_terms(joint, uses, ends)
+    resolutions: list[Resolution] = []
+    small: list[fx.Node] = []  # vectors without a full payload
+    for node, item in zip(targets, found, strict=True):
+        # A weight used after the last contraction has its curvature before T is known.
+        with graph.inserting_before(after(terms) if terms is not None and node < terms else node):
+            vector, resolution = _vector(node, item, terms)
+        node.replace_all_uses_with(vector)
+        resolutions.append(resolution)
+        small += [vector] if arguments(node)[2] != "full" else []
+    if on_gpu(targets[0]):
+        fuse(graph, small)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return resolutions
+
+
+def _find(joint: JointGraph, uses: Uses, node: fx.Node) -> Path | Stop:
+    """The path of one weight's gradient, or what stopped it."""
+    try:
+        return find_path(joint, uses, arguments(node)[0])
+    except Stop as stop:
+        return stop
+
+
+def _vector(node: fx.Node, found: Path | Stop, terms: fx.Node | None) -> tuple[fx.Node, Resolution]:
+    """The probe vector that takes the node's place: payload, calls = 1, code, terms."""
+    grad, _, kind, groups, rows = arguments(node)
+    layout = Layout(kind, tuple(grad.meta["val"].shape), groups, rows)
+    payload: list[fx.Node] = []
+    if kind == "none":
+        resolution = Resolution(Code.BY_CHOICE, "", 0, Code.BY_CHOICE.reason)
+    elif isinstance(found, Path):
+        payload, resolution = _payload(found, layout), _resolution(found)
+    else:
+        payload = [constant(grad, [layout.payload], 0)]
+        resolution = Resolution(found.code, _name(found.node), 0, found.code.reason)
+    header = [constant(grad, [1], value) for value in (1, int(resolution.code))]
+    header.append(constant(grad, [1], 0) if terms is None else emit(node.graph, aten.reshape.default, terms, [1]))
+    return emit(node.graph, aten.cat.default, [*payload, *header]), resolution
+
+
+def _payload(path: Path, layout: Layout) -> list[fx.Node]:
+    parts = [squares(path)] if layout.kind == "full" else factored(path, layout)
+    return [emit(path.node.graph, aten.reshape.default, part, [-1]) for part in parts]
+
+
+def _resolution(path: Path) -> Resolution:
+    names = [_name(end.below or end.node) for end in path.ends()]
+    return Resolution(Code.ANALYTIC, "+".join(dict.fromkeys(names)), len(names), "")
+
+
+def _name(node: fx.Node) -> str:
+    if node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return str(node.target).removeprefix("aten.").rsplit(".", 1)[0]
+
+
+def _unviewed(node: fx.Node) -> fx.Node:
+    """The node behind views that change nothing, which `smooth` and autograd put between a value and its uses."""
+    while node.target in {aten.alias.default, aten.detach.default, aten.view.default}:
+        behind = node.all_input_nodes[0]
+        if behind.meta["val"].shape != node.meta["val"].shape:
+            break
+        node = behind
+    return node

@@ -1,0 +1,1 @@
+"""What a graph's device does better in a kernel of ours."""

@@ -1,0 +1,1 @@
+"""The variance stream beside the mean, from randomly rounded weights to the loss."""

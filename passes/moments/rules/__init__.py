@@ -1,0 +1,1 @@
+"""How mean and variance pass through each op."""

@@ -1,0 +1,27 @@
+"""A whole training step, as Inductor writes it in Triton, gives what the same step gives without a compiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness.inductor import PRIVATE
+from tests.harness.interpreted import run_interpreted
+
+CHECKS = Path(__file__).with_name("check_step.py")
+
+
+def test_step() -> None:
+    run_interpreted(CHECKS)
+
+
+@pytest.mark.slow
+def test_step_with_other_formats_and_types() -> None:
+    run_interpreted(CHECKS, "-m", "slow")
+
+
+@pytest.mark.parametrize(("owner", "name"), PRIVATE, ids=lambda value: value if isinstance(value, str) else "")
+def test_torch_still_has_what_is_replaced(owner: object, name: str) -> None:
+    assert hasattr(owner, name), f"torch {torch.__version__} no longer has {name}: adapt tests/harness/inductor.py"

@@ -1,0 +1,520 @@
+"""Rounding against a reference that walks through the blocks one by one, float64 autograd, and enumeration."""
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lotion_fx.numerics.formats import Format, codebook, formats, resolve
+from lotion_fx.numerics.grids import Codebook
+from lotion_fx.numerics.rounding import (
+    from_blocks,
+    rr,
+    rtn,
+    rtn_vjp,
+    scale,
+    scale_parts,
+    to_blocks,
+    variance,
+    variance_vjp,
+)
+from lotion_fx.numerics.scales import PowerOfTwoScale, TwoLevelScale
+
+LOPSIDED = codebook((-1.5, -0.25, 0.0, 0.1, 0.75), block=6, name="lopsided")
+OPTIONS = ("int4/tensor", "fp4/channel", "int3/5", "int4/1", "mxfp4/floor", "mxfp4/even", "mxfp8_e4m3/floor")
+# Aliases name the same format, hence the dict; other tests may have registered theirs.
+EVERY = [*dict.fromkeys(resolve(n) for n in (*formats(), *OPTIONS) if not n.startswith("test_")), LOPSIDED]
+# Nothing passes the last level, so randomized rounding has mean w everywhere. (A lopsided codebook clips one side.)
+SATURATING = [f for f in EVERY if f.name in ("nvfp4", "mxfp4/floor", "mxfp4/even", "mxfp8_e4m3/floor", "lopsided")]
+UNBIASED = [f for f in EVERY if f not in SATURATING]
+SHAPES = [((7,), 0), ((1, 1), -1), ((5, 37), -1), ((37, 5), 0), ((3, 33, 4), 1), ((4, 64), 1)]
+every = pytest.mark.parametrize("fmt", EVERY, ids=lambda f: f.name)
+unbiased = pytest.mark.parametrize("fmt", UNBIASED, ids=lambda f: f.name)
+saturating = pytest.mark.parametrize("fmt", SATURATING, ids=lambda f: f.name)
+shapes = pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+
+
+def draw(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Weights whose blocks differ in size, with zeros and an all-zero block among them."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(shape, generator=g, dtype=torch.float64)
+    w = w * torch.exp(2 * torch.randn(shape[0], generator=g, dtype=torch.float64)).view(-1, *[1] * (len(shape) - 1))
+    w.view(-1)[:: max(w.numel() // 3, 2)] = 0
+    if len(shape) > 1 and shape[0] > 1:
+        w[0] = 0
+    return w.to(dtype)
+
+
+FUNCTIONS = {
+    "rtn": rtn,
+    "rr": lambda w, fmt, axis=-1: rr(w, fmt, axis, uniform=w.abs().remainder(1)),
+    "variance": variance,
+    "variance_vjp": lambda w, fmt, axis=-1: variance_vjp(w, w * w, fmt, axis),
+    "rtn_vjp": lambda w, fmt, axis=-1: rtn_vjp(w, w, fmt, axis),
+}
+
+
+# --- the reference: no padding, no views, one block at a time -------------------------------------------------------
+
+
+def block_indices(shape: tuple[int, ...], fmt: Format, axis: int) -> Iterator[tuple]:
+    """Where each block's weights are, as something to index with."""
+    if fmt.block == "tensor":
+        yield tuple(slice(None) for _ in shape)
+        return
+    axis %= len(shape)
+    length = shape[axis]
+    block = length if fmt.block == "channel" else fmt.block
+    others = [range(n) if d != axis else range(0, length, block) for d, n in enumerate(shape)]
+    for index in itertools.product(*others):
+        yield tuple(slice(i, i + block) if d == axis else i for d, i in enumerate(index))
+
+
+def reference_scale(amax: Tensor, amax_tensor: Tensor, fmt: Format) -> Tensor:
+    """One block's scale, 0-d float64; differentiable by ``amax``, snapping passed straight through."""
+    q_max = max(abs(x) for x in fmt.grid.levels)
+    if isinstance(fmt.law, TwoLevelScale):
+        ts = (amax_tensor.detach() / (q_max * 448)).clamp(min=2.0**-117)
+        s = (amax / q_max / ts).clamp(min=2.0**-9)
+        snapped = float(np.float64(min(s.item(), 448.0)).astype(ml_dtypes.float8_e4m3fn))
+        return ts * (s + (snapped - s).detach())
+    if isinstance(fmt.law, PowerOfTwoScale):
+        s = (amax / q_max).clamp(min=2.0**-126)
+        if fmt.law.rule == "ceil":
+            e = next(e for e in range(-126, 129) if q_max * 2.0**e >= amax.item())
+        else:
+            m, e = np.frexp(max(amax.item(), 2.0**-126))
+            if fmt.law.rule == "even":
+                e += np.rint(m * 2 ** (fmt.grid.mantissa_bits + 1)) == 2 ** (fmt.grid.mantissa_bits + 1)
+            e = max(int(e - np.frexp(q_max)[1]), -126)
+        return s + (2.0**e - s).detach()
+    return (amax / q_max).clamp(min=2.0**-126)
+
+
+def reference(w: Tensor, fmt: Format, axis: int) -> tuple[Tensor, ...]:
+    """``s, lo, hi, nearest`` of every weight (float64), ``s`` differentiable by ``w``, the levels found by search."""
+    levels = np.array(fmt.grid.levels)
+    codes = fmt.grid.encode(torch.tensor(levels, dtype=torch.float32)).numpy()
+    s = torch.zeros_like(w)
+    lo, hi, near = np.zeros(w.shape), np.zeros(w.shape), np.zeros(w.shape)
+    for index in block_indices(w.shape, fmt, axis):
+        s_block = reference_scale(w[index].abs().amax(), w.abs().amax(), fmt)
+        s = s.index_put((torch.zeros(w.shape).bool().index_put_(*_where(w, index)),), s_block)
+        z = np.clip((w[index] / s_block).detach().numpy(), levels[0], levels[-1])
+        i, j = np.searchsorted(levels, z, side="right") - 1, np.searchsorted(levels, z, side="left")
+        lo[index], hi[index] = levels[i], levels[j]
+        mid = (levels[i] + levels[j]) / 2
+        if isinstance(fmt.grid, Codebook):
+            mid = mid.astype(np.float32)
+        near[index] = np.where((z > mid) | ((z == mid) & (codes[j] % 2 == 0)), levels[j], levels[i])
+    return s, torch.from_numpy(lo), torch.from_numpy(hi), torch.from_numpy(near)
+
+
+def _where(w: Tensor, index: tuple) -> tuple:
+    mask = torch.zeros(w.shape, dtype=torch.bool)
+    mask[index] = True
+    return (mask,), torch.tensor(True)
+
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+@every
+@shapes
+def test_rtn_scale_and_variance_are_the_reference(fmt, shape, axis):
+    w = draw(shape)
+    s, lo, hi, near = reference(w, fmt, axis)
+    assert torch.equal(rtn(w, fmt, axis), s * near)
+    got_s = from_blocks(scale(w, fmt, axis).expand_as(to_blocks(w, fmt, axis)), fmt, axis, w.shape)
+    assert torch.equal(got_s, s)
+    inside = (w >= s * fmt.grid.levels[0]) & (w <= s * fmt.grid.levels[-1])
+    want = torch.where(inside, (w - s * lo) * (s * hi - w), 0.0).clamp(min=0)
+    torch.testing.assert_close(variance(w, fmt, axis), want, rtol=1e-9, atol=1e-14 * float(w.abs().max()) ** 2)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision_computes_in_float32(fmt, dtype):
+    w = draw((5, 37), dtype=dtype)
+    s, _, _, near = reference(w.double(), fmt, -1)
+    got = rtn(w, fmt)
+    assert got.dtype == dtype and variance(w, fmt).dtype == scale(w, fmt).dtype == torch.float32
+    # One rounding of s, one of the product and one to dtype; the levels are the same but for ties moved by s.
+    same = torch.isclose(got.double(), s * near, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    assert same.float().mean() > 0.98
+    assert torch.equal(got, rtn(w.float(), fmt).to(dtype))
+
+
+@every
+@shapes
+def test_blocks_there_and_back(fmt, shape, axis):
+    w = draw(shape)
+    blocks = to_blocks(w, fmt, axis)
+    assert torch.equal(from_blocks(blocks, fmt, axis, w.shape), w)
+    count = sum(1 for _ in block_indices(shape, fmt, axis))
+    assert blocks.numel() // blocks.shape[-1] == count
+    amax = torch.stack([w[index].abs().amax() for index in block_indices(shape, fmt, axis)])
+    assert torch.equal(blocks.abs().amax(-1).flatten().sort().values, amax.sort().values)
+
+
+def test_whole_blocks_are_a_view_and_results_keep_the_layout():
+    w = draw((6, 64, 5))
+    for axis, fmt in ((1, "int4"), (1, "int8"), (0, "int4/3"), (-1, "int4/5"), (1, "int4/tensor")):
+        assert to_blocks(w, resolve(fmt), axis).data_ptr() == w.data_ptr()
+        for function in FUNCTIONS.values():
+            assert function(w, resolve(fmt), axis).stride() == w.stride()
+    for axis in (0, 1, 2):  # short last blocks
+        assert rtn(w, resolve("int4/7"), axis).is_contiguous()
+
+
+def test_scale_parts_multiply_to_the_scale():
+    w = draw((5, 37), dtype=torch.float32)
+    block, tensor = scale_parts(w, resolve("nvfp4"))
+    assert torch.equal(block * tensor, scale(w, resolve("nvfp4")))
+    assert torch.equal(block.to(torch.float8_e4m3fn).float(), block)
+    block, tensor = scale_parts(w, resolve("mxfp4"))
+    assert tensor is None and torch.equal(block.log2(), block.log2().round())
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "int4/tensor"])
+def test_shards_with_the_whole_amax_are_the_whole(name):
+    fmt, w = resolve(name), draw((6, 64))
+    amax = w.abs().amax()
+    whole = rtn(w, fmt), variance(w, fmt), rr(w, fmt, uniform=torch.full_like(w, 0.3))
+    for rows in (slice(0, 2), slice(2, 6), slice(0, 0)):
+        shard = w[rows]
+        parts = (
+            rtn(shard, fmt, amax_tensor=amax),
+            variance(shard, fmt, amax_tensor=amax),
+            rr(shard, fmt, uniform=torch.full_like(shard, 0.3), amax_tensor=amax),
+        )
+        for part, full in zip(parts, whole, strict=True):
+            assert torch.equal(part, full[rows])
+        assert variance_vjp(shard, shard, fmt, amax_tensor=amax).shape == shard.shape
+    assert not torch.equal(rtn(w[:2], fmt), whole[0][:2])  # the argument matters
+
+
+# --- edges ------------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_zero_tensor_and_zero_block(fmt, dtype):
+    for w in (torch.zeros(3, 40, dtype=dtype), -torch.zeros(3, 40, dtype=dtype), draw((3, 40), dtype=dtype)):
+        one = torch.ones(w.shape)
+        zero = w == 0
+        outs = rtn(w, fmt), rr(w, fmt, uniform=torch.zeros(w.shape)), variance(w, fmt)
+        for out in outs:
+            assert (out[zero] == 0).all() and out.isfinite().all()
+        assert not torch.signbit(rtn(w, fmt)[zero]).any()
+        for scale_grad in (False, True):
+            # A zero is a minimum of its own variance: nothing may push it away.
+            grad = variance_vjp(w, one, fmt, scale_grad=scale_grad)
+            assert (grad[zero] == 0).all() and grad.isfinite().all()
+            assert rtn_vjp(w, one, fmt, scale_grad=scale_grad).isfinite().all()
+
+
+@every
+def test_tiny_weights_have_finite_results_and_a_held_scale(fmt):
+    w = torch.tensor([[2.0**-149, -(2.0**-140), 2.0**-130, 0.0]])
+    assert (scale(w, fmt) >= 2.0**-126).all()
+    assert (rtn(w, fmt) - w).abs().max() <= 2.0**-126
+    grad = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assert torch.equal(rtn_vjp(w, grad, fmt), grad)
+    assert torch.equal(variance_vjp(w, grad, fmt), variance_vjp(w, grad, fmt, scale_grad=False))
+
+
+@saturating
+def test_saturated_weights_take_the_last_level_and_have_no_variance(fmt):
+    w = draw((16, 96))
+    s = reference(w, fmt, -1)[0]
+    top, bottom = w > s * fmt.grid.levels[-1], w < s * fmt.grid.levels[0]
+    assert (top | bottom).sum() > 3
+    for q in (rtn(w, fmt), rr(w, fmt), rr(w, fmt, uniform=torch.zeros_like(w))):
+        assert torch.equal(q[top], (s * fmt.grid.levels[-1])[top])
+        assert torch.equal(q[bottom], (s * fmt.grid.levels[0])[bottom])
+    assert (variance(w, fmt)[top | bottom] == 0).all()
+    assert (variance_vjp(w, torch.ones_like(w), fmt, scale_grad=False)[top | bottom] == 0).all()
+
+
+@unbiased
+def test_nothing_saturates(fmt):
+    w = draw((16, 96))
+    s = reference(w, fmt, -1)[0]
+    assert (w.abs() <= s * fmt.grid.max * (1 + 1e-15)).all()
+
+
+def test_ties_take_the_even_code():
+    w = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 7.0])
+    assert rtn(w, resolve("int4")).tolist() == [0, 2, 2, 0, -2, 7]
+    w = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0, 6.0])
+    assert rtn(w, resolve("fp4")).tolist() == [0, 1, 1, 2, 2, 4, 4, -4, 6]
+
+
+def test_float32_codes_come_from_a_true_division():
+    """Weights beside ties, where ``w * (1 / s)`` gives other codes."""
+    amax = np.random.default_rng(0).uniform(1, 2, (2000, 1)).astype(np.float32)
+    s = amax / np.float32(7)
+    w = np.concatenate([amax, s * (np.arange(-7, 7, dtype=np.float32) + np.float32(0.5))], 1)
+    want = s * np.rint(w / s).clip(-7, 7)
+    assert (want != s * np.rint(w * (1 / s)).clip(-7, 7)).any()
+    np.testing.assert_array_equal(rtn(torch.from_numpy(w), resolve("int4")).numpy(), want)
+
+
+def test_a_block_of_one_is_itself():
+    w = draw((5, 7))
+    torch.testing.assert_close(rtn(w, resolve("int4/1")), w, rtol=1e-15, atol=0)
+    assert (variance(w, resolve("int4/1")) <= (1e-15 * w) ** 2 * 100 + 1e-30 * w * w).all()
+
+
+# --- randomized rounding ------------------------------------------------------------------------------------------
+
+
+@unbiased
+def test_all_roundings_average_to_w_and_spread_as_the_variance(fmt):
+    n = 8
+    w, h = draw((n,), seed=3), torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    s, lo, hi, _ = reference(w, fmt, 0)
+    p = torch.where(hi > lo, (w / s - lo) / (hi - lo), 0.0).clamp(0, 1)
+    mean, spread, total = torch.zeros_like(w), 0.0, 0.0
+    for bits in itertools.product((False, True), repeat=n):
+        up = torch.tensor(bits)
+        q = rr(w, fmt, 0, uniform=torch.where(up, p * 0.999, p + (1 - p) * 0.001))
+        assert torch.equal(q, s * torch.where(up & (p > 0), hi, lo))  # the threshold is p, the outcomes lo and hi
+        chance = torch.where(up, p, 1 - p).prod()
+        mean, spread, total = mean + chance * q, spread + chance * (h * (q - w) ** 2).sum(), total + chance
+    torch.testing.assert_close(total, torch.tensor(1.0, dtype=torch.float64))
+    torch.testing.assert_close(mean, w, rtol=1e-12, atol=1e-14 * float(w.abs().max()))
+    torch.testing.assert_close((h * variance(w, fmt, 0)).sum(), spread, rtol=1e-9, atol=1e-12)
+
+
+@every
+def test_samples_are_reproducible_and_unbiased(fmt):
+    w = draw((3, 40), dtype=torch.float32)
+    again = [rr(w, fmt, generator=torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(*again)
+    g = torch.Generator().manual_seed(8)
+    samples = torch.stack([rr(w, fmt, generator=g) for _ in range(600)]).double()
+    sigma = variance(w, fmt).double().sqrt()
+    s = scale(w.double(), fmt).expand_as(to_blocks(w, fmt))
+    z = from_blocks(to_blocks(w.double(), fmt) / s, fmt, -1, w.shape)
+    inside = (z <= fmt.grid.levels[-1]) & (z >= fmt.grid.levels[0])
+    error = (samples.mean(0) - w)[inside].abs()
+    assert (error <= 5 * sigma[inside] / 600**0.5 + 1e-5 * w.abs().max()).all()
+    # The sample variance of a two-point law with a rare outcome is noisy: compare the sum.
+    torch.testing.assert_close(samples.var(0).sum(), (sigma**2).sum(), rtol=0.1, atol=1e-4)
+
+
+def test_the_chance_of_rounding_up_is_exact():
+    w = torch.tensor([0.25, 0.5, 0.875, 1.0, -0.25, 7.0]).expand(8, 6)
+    up = rr(w, resolve("int4"), uniform=(torch.arange(8) / 8)[:, None].expand(8, 6)) > w.floor()
+    assert up.sum(0).tolist() == [2, 4, 7, 0, 6, 0]
+
+
+def test_randomness_is_independent_between_weights():
+    w = torch.full((1, 4096), 0.5)
+    w[0, 0] = 7.0
+    up = (rr(w, resolve("int4/tensor"), generator=torch.Generator().manual_seed(0))[0, 1:] > 0.5).float()
+    assert abs(up.mean() - 0.5) < 0.04
+    assert abs(torch.corrcoef(torch.stack([up[:-1], up[1:]]))[0, 1]) < 0.08
+
+
+# --- gradients, by float64 autograd of the reference --------------------------------------------------------------
+
+
+def weights_with_ties(shape: tuple[int, ...]) -> Tensor:
+    w = draw(shape, seed=11)
+    flat = w.view(-1)
+    top = flat.abs().argmax()
+    flat[(top + 1) % flat.numel()] = -flat[top]  # the absmax twice, once with each sign
+    return w
+
+
+@every
+@shapes
+@pytest.mark.parametrize("scale_grad", [False, True])
+def test_variance_vjp_is_autograd(fmt, shape, axis, scale_grad):
+    w = weights_with_ties(shape).requires_grad_()
+    h = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    s, lo, hi, _ = reference(w, fmt, axis)
+    s = s if scale_grad else s.detach()
+    term = torch.where(lo < hi, h * (w - s * lo) * (s * hi - w), 0.0).sum()
+    (want,) = torch.autograd.grad(term, w)
+    got = variance_vjp(w.detach(), h, fmt, axis, scale_grad=scale_grad)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12 * float(w.detach().abs().max()))
+
+
+@every
+@shapes
+@pytest.mark.parametrize("scale_grad", [False, True])
+def test_rtn_vjp_is_autograd(fmt, shape, axis, scale_grad):
+    w = weights_with_ties(shape).requires_grad_()
+    grad = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    s, _, _, near = reference(w, fmt, axis)
+    z = (w / s).detach().clamp(fmt.grid.levels[0], fmt.grid.levels[-1])
+    s = s if scale_grad else s.detach()
+    (want,) = torch.autograd.grad((grad * (s * (near - z) + w)).sum(), w)
+    got = rtn_vjp(w.detach(), grad, fmt, axis, scale_grad=scale_grad)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12 * float(w.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", ["int4", "nf4", "fp4/tensor"])
+def test_variance_vjp_is_the_slope_of_the_variance(name):
+    """Where the scale is not snapped the gradient is the true one: central differences away from levels."""
+    fmt = resolve(name)
+    w = torch.randn(2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    h = torch.rand(w.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    got = variance_vjp(w, h, fmt)
+    step = 1e-7
+    for i in range(w.numel()):
+        d = torch.zeros_like(w)
+        d.view(-1)[i] = step
+        slope = ((h * variance(w + d, fmt)).sum() - (h * variance(w - d, fmt)).sum()) / (2 * step)
+        assert abs(slope - got.flatten()[i]) < 1e-5, i
+
+
+def test_curvature_broadcasts_and_results_have_the_compute_dtype():
+    w, fmt = draw((6, 40), dtype=torch.bfloat16), resolve("int4")
+    row = torch.rand(1, 40)
+    got = variance_vjp(w, row, fmt)
+    assert got.dtype == torch.float32 == rtn_vjp(w, w, fmt).dtype
+    assert torch.equal(got, variance_vjp(w, row.expand(6, 40).contiguous(), fmt))
+
+
+# --- properties -------------------------------------------------------------------------------------------------
+
+weights = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=1, max_dims=3, max_side=40),
+    elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False).map(lambda x: 0.0 if abs(x) < 1e-15 else x),
+).map(torch.from_numpy)
+any_format = st.sampled_from(EVERY)
+relaxed = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@relaxed
+@given(weights, any_format, st.integers(0, 2))
+def test_rounding_properties(w, fmt, axis):
+    axis %= w.dim()
+    s = from_blocks(scale(w, fmt, axis).expand_as(to_blocks(w, fmt, axis)), fmt, axis, w.shape)
+    q, up, down = (rtn(w, fmt, axis), rr(w, fmt, axis, uniform=torch.zeros_like(w)),
+                   rr(w, fmt, axis, uniform=torch.ones_like(w)))  # fmt: skip
+    clamped = torch.minimum(torch.maximum(w, s * fmt.grid.levels[0]), s * fmt.grid.levels[-1])
+    slack = 1e-6 * s * fmt.grid.max
+    assert (down <= clamped + slack).all() and (clamped <= up + slack).all()
+    assert ((q == up) | (q == down)).all()
+    assert ((q - clamped).abs() <= (up - down) / 2 + slack).all()
+    v = variance(w, fmt, axis)
+    assert (v >= 0).all() and (v <= ((up - down) / 2 + slack) ** 2 * (1 + 1e-5)).all()
+
+
+@relaxed
+@given(weights, any_format)
+def test_doubling_the_weight_doubles_everything(w, fmt):
+    assert torch.equal(rtn(2 * w, fmt), 2 * rtn(w, fmt))
+    assert torch.equal(variance(2 * w, fmt), 4 * variance(w, fmt))
+    assert torch.equal(variance_vjp(2 * w, w, fmt), 2 * variance_vjp(w, w, fmt))
+
+
+@relaxed
+@given(weights, st.sampled_from([f for f in EVERY if min(f.grid.levels) == -max(f.grid.levels) and f.name != "nf4"]))
+def test_negating_the_weight_negates_everything(w, fmt):
+    assert torch.equal(rtn(-w, fmt), -rtn(w, fmt))
+    assert torch.equal(variance(-w, fmt), variance(w, fmt))
+    assert torch.equal(variance_vjp(-w, w.abs(), fmt), -variance_vjp(w, w.abs(), fmt))
+
+
+@relaxed
+@given(weights, st.sampled_from([f for f in EVERY if isinstance(f.law, PowerOfTwoScale)]))
+def test_rounding_twice_is_rounding_once_with_power_of_two_scales(w, fmt):
+    q = rtn(w, fmt)
+    assert torch.equal(rtn(q, fmt), q)
+    assert (variance(q, fmt) == 0).all()
+
+
+@relaxed
+@given(weights, st.sampled_from([f for f in UNBIASED if not isinstance(f.law, PowerOfTwoScale)]))
+def test_rounding_twice_is_rounding_once_up_to_the_scale_with_float32_scales(w, fmt):
+    """Not bit for bit: the block's largest weight comes back as ``q_max s`` rounded, and so may the scale."""
+    q = rtn(w, fmt)
+    torch.testing.assert_close(rtn(q, fmt), q, rtol=3e-7, atol=0)
+    # Off a level by a few rounding errors, times the gap between levels, which is no larger than the level.
+    assert (variance(q, fmt) <= 1e-6 * q.square()).all()
+
+
+@pytest.mark.parametrize("fmt", [f for f in EVERY if f.block != 1], ids=lambda f: f.name)
+def test_variance_is_exactly_zero_at_every_level(fmt):
+    levels = torch.tensor(fmt.grid.levels)
+    if fmt.block not in ("tensor", "channel"):
+        # Every level beside the largest magnitude, which makes the scale 1 (and NVFP4's tensor scale 1/448).
+        levels = torch.stack([levels, torch.full_like(levels, max(fmt.grid.levels, key=abs))], 1)
+    assert torch.equal(rtn(levels, fmt), levels) and (variance(levels, fmt) == 0).all()
+    assert (variance_vjp(levels, torch.ones_like(levels), fmt) == 0).all()
+    between = levels.clone()
+    between.view(len(fmt.grid.levels), -1)[fmt.grid.levels.index(0) + 1, 0] *= 0.99
+    assert (variance(between, fmt) > 0).sum() == 1
+
+
+# --- compilers --------------------------------------------------------------------------------------------------
+
+
+@every
+def test_traced_graphs_are_plain_and_give_the_same_bits(fmt):
+    w, other = draw((5, 37), dtype=torch.float32), draw((5, 37), seed=1, dtype=torch.float32)
+    for name, function in FUNCTIONS.items():
+        graph = make_fx(partial(function, fmt=fmt), tracing_mode="fake")(w)
+        assert torch.equal(graph(other), function(other, fmt)), name
+        for node in graph.graph.nodes:
+            value = node.meta.get("val")
+            assert not isinstance(value, Tensor) or "float8" not in str(value.dtype), node
+
+
+@pytest.mark.parametrize("name", ["int4", "int4/tensor", "nvfp4", "mxfp4", "nf4"])
+def test_dynamo_captures_whole_functions(name):
+    fmt, w = resolve(name), draw((5, 37), dtype=torch.float32)
+    for function in FUNCTIONS.values():
+        torch._dynamo.reset()
+        compiled = torch.compile(partial(function, fmt=fmt), backend="eager", fullgraph=True)
+        assert torch.equal(compiled(w), function(w, fmt))
+
+
+@every
+def test_fake_tensors_pass_through(fmt):
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.bfloat16):
+            w = torch.empty(5, 37, dtype=dtype)
+            for name, function in FUNCTIONS.items():
+                out = function(w, fmt)
+                assert out.shape == w.shape, name
+                assert out.dtype == (dtype if name in ("rtn", "rr") else torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int4", "int3/5", "int8", "nvfp4", "mxfp4", "mxfp6_e3m2", "fp8", "nf4"])
+def test_inductor_gives_the_same_bits(name, dtype):
+    fmt = resolve(name)
+    # Random bit patterns, ties, zeros of both signs, blocks with tiny scales, a short last block.
+    w = draw((64, 103), dtype=torch.float32) * torch.logspace(-40, 3, 64)[:, None]
+    w[1] = torch.arange(103) / 2 - 25
+    w[2, ::2] = -0.0
+    w = w.to(dtype)
+    torch._dynamo.reset()
+    # Something elementwise (and exact) follows: a compiler that fuses it must not lose the short last block.
+    got, want = torch.compile(lambda x: -rtn(x, fmt), fullgraph=True)(w), -rtn(w, fmt)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(got.view(bits), want.view(bits))
+    assert torch.equal(torch.compile(lambda x: scale(x, fmt), fullgraph=True)(w), scale(w, fmt))
+    h = w.float() ** 2
+    vjp = torch.compile(lambda x: variance_vjp(x, h, fmt), fullgraph=True)(w)
+    torch.testing.assert_close(vjp, variance_vjp(w, h, fmt), rtol=1e-4, atol=1e-5 * float(vjp.abs().max()))

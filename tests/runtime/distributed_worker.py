@@ -1,0 +1,241 @@
+"""One rank of tests/runtime/test_distributed.py, and the single process that it is compared with."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import lotion_fx
+from lotion_fx import variants as backend
+from lotion_fx.passes.attach.probe import Layout
+from lotion_fx.state import Weight, weights_of
+from lotion_fx.update import dense
+
+VOCAB, WIDTH, STEPS, BATCH, LENGTH = 48, 32, 3, 8, 6
+FIRST_BUCKET = dist._DEFAULT_FIRST_BUCKET_BYTES
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 80), nn.Linear(80, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class OddBlock(nn.Module):
+    """Rows that two ranks cannot share evenly, one row that only the first rank holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 33), nn.Linear(33, WIDTH)
+        self.gate = nn.Linear(WIDTH, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x))) * self.gate(x).sigmoid()
+
+
+class FlippedBlock(nn.Module):
+    """Weights [in, out], whose blocks run along the dimension that is sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(WIDTH, 40) / WIDTH**0.5)
+        self.down = nn.Parameter(torch.randn(40, WIDTH) / 40**0.5)  # 20 rows a rank: no multiple of a block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.gelu(x @ self.up) @ self.down
+
+
+KINDS = {"even": Block, "odd": OddBlock, "flipped": FlippedBlock}
+
+
+class LM(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.token = nn.Embedding(VOCAB, WIDTH)
+        self.blocks = nn.ModuleList(KINDS[kind]() for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def make(kind: str = "even") -> LM:
+    torch.manual_seed(0)
+    model = LM(kind)
+    with torch.no_grad():  # the largest weight lies in the last rank's rows, so that a local absmax would show
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter[-1].mul_(5)
+    return model
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    made = torch.randint(0, VOCAB, (2, BATCH, LENGTH), generator=torch.Generator().manual_seed(step))
+    return made[0], made[1]
+
+
+def train(model: nn.Module, rank: int = 0, world: int = 1, accumulate: int = 1) -> None:
+    """Momentum steps on this rank's part of the global batches; the loss is the mean over the global batch."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    share = BATCH // world // accumulate
+    for step in range(STEPS):
+        ids, labels = batch(step)
+        optimizer.zero_grad()
+        for micro in range(accumulate):
+            start = (rank * accumulate + micro) * share
+            part, last = slice(start, start + share), micro == accumulate - 1
+            with contextlib.nullcontext() if last or world == 1 else no_sync(model):
+                loss = F.cross_entropy(model(ids[part]).flatten(0, 1), labels[part].flatten()) / accumulate
+                loss.backward()
+        optimizer.step()
+
+
+@contextlib.contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Gradients stay on their rank until the last micro-batch."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+
+def result(model: nn.Module) -> dict[str, Any]:
+    """Parameters, curvature and evaluation, with the names of the plain model."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    weights = {weight.name.removeprefix("module."): weight for weight in weights_of(inner)}
+    learned = {name: weight for name, weight in weights.items() if weight.ema is not None}
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    found = {
+        "parameters": {name: whole(p) for name, p in inner.named_parameters()},
+        "state": {name: weight.ema.clone() for name, weight in learned.items()},
+        "estimator": {row.name: row.estimator for row in lotion_fx.report(inner).rows if row.format},
+    }
+    if not (sharded and any(weight.smoothing.curvature == "fisher" for weight in learned.values())):
+        whole_rows = {name: (0, weight.shape[0]) for name, weight in learned.items()}
+        found["curvature"] = {n: dense(w.ema, _layout(w), whole_rows[n]).clone() for n, w in learned.items()}
+    model.eval()
+    with torch.no_grad():
+        found["logits"] = model(batch(0)[0]).clone()
+    return found
+
+
+def _layout(weight: Weight) -> Layout:
+    fisher = weight.smoothing.curvature == "fisher"
+    return Layout("full", weight.shape, 1, weight.shape[0]) if fisher else weight.layout
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def regions_of(model: LM, how: str | None) -> list[nn.Module] | None:
+    return {None: None, "blocks": [*model.blocks], "blocks and head": [*model.blocks, model.head]}[how]
+
+
+def single(kind: str = "even", regions: str | None = None, fmt: str = "nvfp4", **options: Any) -> dict[str, Any]:
+    """One process, the global batch at once."""
+    model = make(kind)
+    lotion_fx.transform(model, fmt, regions=regions_of(model, regions), **options)
+    train(model)
+    return result(model)
+
+
+def ddp(
+    rank: int, world: int, outside: bool, bucket: float, accumulate: int, kind: str, fmt: str, **options: Any
+) -> dict[str, Any]:
+    """DistributedDataParallel; ``outside`` transforms what it returns, ``bucket`` is its size in MiB."""
+    model: nn.Module = make(kind)
+    # DDP's graph splitter wants the first bucket to be the smallest.
+    dist._DEFAULT_FIRST_BUCKET_BYTES = min(int(bucket * 2**20), FIRST_BUCKET)
+    if not outside:
+        lotion_fx.transform(model, fmt, **options)
+    model = DistributedDataParallel(model, bucket_cap_mb=bucket)
+    if outside:
+        lotion_fx.transform(model, fmt, **options)
+    before = backend.compiles[options["inner"]]
+    train(model, rank, world, accumulate)
+    return {"graphs": backend.compiles[options["inner"]] - before} | result(model)
+
+
+def fsdp(
+    rank: int, world: int, before: bool, accumulate: int, kind: str, fmt: str, regions: str | None, **options: Any
+) -> dict[str, Any]:
+    """FSDP2, each block and the root sharded; ``before`` transforms the model first."""
+    model = make(kind)
+    if before:
+        lotion_fx.transform(model, fmt, regions=regions_of(model, regions), **options)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    if not before:
+        lotion_fx.transform(model, fmt, regions=regions_of(model, regions), **options)
+    train(model, rank, world, accumulate)
+    return result(model)
+
+
+class WithLoss(nn.Module):
+    """A model that returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = make()
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(ids).flatten(0, 1), labels.flatten())
+
+
+def expected(rank: int, world: int, fmt: str, inner: str) -> dict[str, Any]:
+    """The loss in the graph, its head in a moment stream; one process where ``world`` is 1."""
+    inside = lotion_fx.transform(WithLoss(), fmt, loss_fn="model", inner=inner)
+    model = DistributedDataParallel(inside) if world > 1 else inside
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(*(part[rank::world] for part in batch(step))).backward()
+        optimizer.step()
+    return {
+        "parameters": {name: whole(p) for name, p in inside.named_parameters()},
+        "estimator": {row.name: row.estimator for row in lotion_fx.report(inside).rows if row.format},
+    }
+
+
+def main() -> None:
+    """``distributed_worker FOLDER RANK WORLD``: runs FOLDER/jobs.pt and leaves FOLDER/NAME.RANK.pt for each job."""
+    folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    for name, (wrapper, options) in torch.load(folder / "jobs.pt").items():
+        torch._dynamo.reset()
+        try:
+            found = {"ddp": ddp, "fsdp": fsdp, "expected": expected}[wrapper](rank, world, **options)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        torch.save(found, folder / f"{name}.{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

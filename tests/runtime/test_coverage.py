@@ -1,0 +1,81 @@
+"""The report leaves no parameter out and says what is so."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lotion_fx
+from lotion_fx.numerics import rounding
+from tests.models import LM, ids, lm_loss
+
+
+def trained(**options):
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager", **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lm_loss(model, ids()).backward()
+    optimizer.step()
+    return model
+
+
+def test_every_parameter_is_there_with_a_reason_or_an_estimator():
+    model = trained()
+    rows = lotion_fx.report(model).rows
+    assert {row.name for row in rows} == {name for name, _ in model.named_parameters()}
+    for row in rows:
+        assert bool(row.format) != bool(row.reason), row
+        assert (row.estimator is None) == (row.format is None)
+    assert lotion_fx.report(model)["norm.weight"].reason == "fewer than two dimensions"
+
+
+def test_the_figures_are_what_they_say():
+    model = trained()
+    report = lotion_fx.report(model)
+    w = model.head.weight.detach().double()
+    noise = rounding.rtn(model.head.weight.detach(), lotion_fx.resolve("int4"), 1).double() - w
+    assert report["head.weight"].sqnr == pytest.approx(
+        10 * math.log10(w.square().sum() / noise.square().sum()), rel=1e-4
+    )
+    assert sum(row.share or 0 for row in report.rows) == pytest.approx(1)
+    assert report.term == pytest.approx(sum(row.term or 0 for row in report.rows))
+    quantized = sum(
+        p.numel() for name, p in model.named_parameters() if name in ("mlp.0.weight", "mlp.2.weight", "head.weight")
+    )
+    assert report.coverage == pytest.approx(quantized / sum(p.numel() for p in model.parameters()))
+
+
+def test_it_prints_within_a_terminal_and_dumps_to_json():
+    report = lotion_fx.report(trained())
+    assert max(map(len, str(report).splitlines())) <= 140
+    assert "head.weight" in str(report) and "analytic" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["parameters"][0]["name"] == "token.weight"
+
+
+def test_before_a_step_it_says_so():
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    assert lotion_fx.report(model)["head.weight"].reason == "not run yet"
+    lm_loss(model, ids()).backward()
+    assert lotion_fx.report(model)["head.weight"].reason == "no step was taken yet"
+    assert lotion_fx.report(model)["head.weight"].uses == ("mm",)
+
+
+def test_frozen_and_added_parameters_are_named():
+    model = LM()
+    model.head.weight.requires_grad_(False)
+    lotion_fx.transform(model, "int4", inner="aot_eager")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    lm_loss(model, ids()).backward()
+    optimizer.step()
+    row = lotion_fx.report(model)["head.weight"]
+    assert (row.format, row.estimator) == ("int4", None) and "frozen" in row.reason
+    model.extra = nn.Linear(16, 3)
+    assert "not there when" in lotion_fx.report(model)["extra.weight"].reason
+    with pytest.raises(KeyError, match="'nothing': no such parameter"):
+        lotion_fx.report(model)["nothing"]
+
+
+def test_a_model_that_was_not_transformed():
+    with pytest.raises(ValueError, match="not under lotion_fx"):
+        lotion_fx.report(LM())

@@ -1,0 +1,187 @@
+"""Two processes under gloo make the steps that one process makes on the same global batch."""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runtime import distributed_worker
+
+# torch's own, and hidden by it unless warnings are errors: a compiled region looks at its input, which is no leaf
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 120
+
+
+def job(wrapper, **options):
+    defaults = {"fmt": "nvfp4", "inner": "aot_eager", "curvature": "factored", "kind": "even", "accumulate": 1}
+    wrappers = {"ddp": {"outside": False, "bucket": 25}, "fsdp": {"before": True, "regions": "blocks and head"}}
+    return wrapper, defaults | wrappers[wrapper] | options
+
+
+FAST = {
+    "ddp split": job("ddp", bucket=0.01),
+    "ddp no_sync": job("ddp", accumulate=2),
+    "fsdp": job("fsdp"),
+    "fsdp no_sync": job("fsdp", accumulate=2),
+}
+SLOW = {
+    "ddp": job("ddp"),
+    "fsdp first": job("fsdp", before=False),
+    "ddp first": job("ddp", outside=True),
+    "ddp full": job("ddp", curvature="full"),
+    "ddp fisher": job("ddp", curvature="fisher"),
+    "ddp split no_sync": job("ddp", bucket=0.01, accumulate=4),
+    "fsdp full": job("fsdp", curvature="full"),
+    "fsdp fisher": job("fsdp", curvature="fisher"),
+    "fsdp blocks": job("fsdp", regions="blocks"),
+    "fsdp whole": job("fsdp", regions=None),
+    "fsdp odd": job("fsdp", kind="odd"),
+    "fsdp odd full": job("fsdp", kind="odd", curvature="full", before=False),
+    "fsdp flipped": job("fsdp", kind="flipped"),
+    "fsdp mxfp4": job("fsdp", fmt="mxfp4"),
+    "fsdp int8": job("fsdp", fmt="int8"),
+}
+INDUCTOR = {
+    "ddp inductor": job("ddp", inner="inductor"),
+    "ddp inductor split": job("ddp", inner="inductor", bucket=0.01),
+    "fsdp inductor": job("fsdp", inner="inductor"),
+}
+SAMPLED = {  # each rank draws its own labels, so none of these makes the very steps of one process
+    "ddp ggn": job("ddp", curvature="ggn"),
+    "ddp split ggn": job("ddp", curvature="ggn", bucket=0.01, refresh=2),
+    "ddp first ggn": job("ddp", curvature="ggn", outside=True),
+    "fsdp ggn": job("fsdp", curvature="ggn"),
+    "fsdp first ggn": job("fsdp", curvature="ggn", before=False),
+}
+EXPECTED = {"ddp expected": ("expected", {"fmt": "int4", "inner": "aot_eager"})}
+GROUPS = (FAST | SAMPLED | EXPECTED, SLOW, INDUCTOR)
+REFUSED = "fsdp flipped"
+slow = [pytest.param(name, marks=pytest.mark.slow) for name in (*SLOW, *INDUCTOR) if name != REFUSED]
+
+
+@functools.cache
+def launched(group: int) -> dict[str, list[dict]]:
+    """What each of two ranks found, for all jobs of a group."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(GROUPS[group], Path(folder) / "jobs.pt")
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", "-m", distributed_worker.__name__, folder]
+        ranks = [subprocess.Popen([*command, str(rank), "2"], cwd=ROOT, env=environment) for rank in range(2)]
+        try:
+            for rank in ranks:
+                rank.wait(timeout=TIMEOUT * (1 + len(GROUPS[group]) // 10))
+        except subprocess.TimeoutExpired:
+            pass  # what is missing tells where it hung
+        finally:
+            for rank in ranks:
+                rank.kill()
+        found = {}
+        for name in GROUPS[group]:
+            files = [Path(folder) / f"{name}.{rank}.pt" for rank in range(2)]
+            missing = {"error": f"{name} did not end"}
+            found[name] = [torch.load(file) if file.exists() else missing for file in files]
+        return found
+
+
+@functools.cache
+def single(kind, fmt, inner, curvature, regions):
+    torch._dynamo.reset()
+    return distributed_worker.single(kind, regions, fmt, inner=inner, curvature=curvature)
+
+
+def ranks_and_reference(name):
+    group = next(i for i, jobs in enumerate(GROUPS) if name in jobs)
+    ranks = launched(group)[name]
+    for found in ranks:
+        assert "error" not in found, found["error"]
+    options = GROUPS[group][name][1]
+    chosen = (options[key] for key in ("kind", "fmt", "inner", "curvature"))
+    # FSDP's hooks on the root break its graph: without regions the blocks and the head are compiled by themselves.
+    return *ranks, single(*chosen, options.get("regions") or "blocks and head")
+
+
+def assert_close(mine, theirs, tolerance):
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        error = (mine[name] - value).norm() / value.norm()
+        assert error < tolerance, (name, error)
+
+
+@pytest.mark.filterwarnings("ignore:no compiled graph contains head.weight")  # the head is in no region
+@pytest.mark.parametrize("name", [*FAST, *slow])
+def test_two_ranks_make_the_steps_of_one(name):
+    first, second, reference = ranks_and_reference(name)
+    for part in ("parameters", "state") if name != "fsdp fisher" else ("parameters",):  # its state is sharded too
+        for key, value in second[part].items():  # a rank whose shard is empty keeps no state
+            assert torch.equal(value, first[part][key]), (part, key)
+    assert first["parameters"].keys() == second["parameters"].keys()
+    tolerance = 1e-4 if "inductor" in name else 1e-5
+    assert_close(first["parameters"], reference["parameters"], tolerance)
+    assert first["estimator"] == second["estimator"] == reference["estimator"]
+    if "curvature" in first:
+        assert_close(first["curvature"], reference["curvature"], 10 * tolerance)
+    for found in (first, second):
+        torch.testing.assert_close(found["logits"], reference["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_expected_loss_under_ddp():
+    """Of the blocks the term comes at the step, of the head in the loss: both once, and as one process has them."""
+    torch._dynamo.reset()
+    reference = distributed_worker.expected(0, 1, **EXPECTED["ddp expected"][1])
+    for found in launched(0)["ddp expected"]:
+        assert "error" not in found, found["error"]
+        assert_close(found["parameters"], reference["parameters"], 1e-5)
+        assert found["estimator"] == reference["estimator"]
+    assert reference["estimator"].pop("model.head.weight") == "second order"
+    assert set(reference["estimator"].values()) == {"analytic"}
+
+
+def test_a_small_bucket_splits_the_graph():
+    ranks = launched(0)
+    assert ranks["ddp no_sync"][0]["graphs"] == 1 and ranks["ddp split"][0]["graphs"] > 2
+
+
+@pytest.mark.slow
+def test_parameters_outside_of_regions_take_fisher():
+    first, *_ = launched(1)["fsdp blocks"]
+    estimators = dict(first["estimator"])
+    assert estimators.pop("head.weight") == "fisher" and set(estimators.values()) == {"analytic"}
+
+
+@pytest.mark.slow
+def test_a_shard_that_cuts_a_block_is_refused():
+    for found in launched(1)[REFUSED]:
+        assert "blocks 'blocks.0." in found["error"] and "cut into shards inside a block" in found["error"]
+
+
+@pytest.mark.parametrize("name", ["ddp ggn", "ddp split ggn"])
+def test_ranks_average_the_curvature_of_labels_of_their_own(name):
+    first, second = launched(0)[name]
+    assert "error" not in first, first
+    refresh = SAMPLED[name][1].get("refresh", 1)
+    torch._dynamo.reset()
+    reference = distributed_worker.single(inner="aot_eager", curvature="ggn", refresh=refresh)
+    assert all(state[-1] == pytest.approx({1: 0.029701, 2: 0.0199}[refresh]) for state in first["state"].values())
+    for part in ("parameters", "state"):
+        for key, value in second[part].items():
+            assert torch.equal(value, first[part][key]), (part, key)
+    assert set(first["estimator"].values()) == {"ggn"} and first["estimator"] == reference["estimator"]
+    assert_close(first["parameters"], reference["parameters"], 0.01)
+    for key, h in reference["curvature"].items():
+        # Inputs are those of the global batch; labels differ, their number does not.
+        mine = first["curvature"][key]
+        assert_close({key: mine.sum(0) / mine.sum()}, {key: h.sum(0) / h.sum()}, 0.02)
+        assert mine.sum() / h.sum() == pytest.approx(1, abs=0.2), key
+
+
+def test_ggn_is_refused_around_ddp_and_under_fsdp():
+    for name, message in (("ddp first ggn", "then wrap it"), ("fsdp ggn", "sharded"), ("fsdp first ggn", "sharded")):
+        for found in launched(0)[name]:
+            assert "curvature='ggn'" in found["error"] and message in found["error"], name

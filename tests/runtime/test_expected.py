@@ -1,0 +1,552 @@
+"""`expected_loss` and `calibrate` against the sum over all roundings, and the properties that theory promises."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lotion_fx
+from lotion_fx.calibration import _fit, _Measured
+from lotion_fx.numerics import rounding
+from lotion_fx.passes.moments.certificate import Certificate
+from tests.enumeration import expectation, two_points, unbiased
+from tests.models import LM, ids
+
+FORMATS = ["int4/tensor", "int3/tensor", "int2/channel", "int4/2", "fp4/tensor", "fp4/4", "mxfp4", "nf4/tensor"]
+
+
+def affine(sizes: list[int], bias: bool, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(*(nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(sizes))).double()
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.dim() == 2}
+
+
+def enumerated(model: nn.Module, x: Tensor, y: Tensor, fmt: str, loss_fn=F.mse_loss, up=unbiased) -> Tensor:
+    weights = weights_of(model)
+    fixed = {name: p for name, p in model.named_parameters() if name not in weights}
+
+    def loss(values: list[Tensor]) -> Tensor:
+        parameters = {**fixed, **dict(zip(weights, values, strict=True))}
+        return loss_fn(torch.func.functional_call(model, parameters, (x,)), y)
+
+    with lotion_fx.full_precision(model):
+        return expectation(loss, list(weights.values()), lotion_fx.resolve(fmt), up)
+
+
+def away_from_ties(model: nn.Module, fmt: str) -> bool:
+    """Whether no weight but each block's largest lies at a level."""
+    form = lotion_fx.resolve(fmt)
+    for w in weights_of(model).values():
+        blocks = rounding.to_blocks(w.detach(), form)
+        z = blocks / rounding.scale(w.detach(), form)
+        lo, hi = form.grid.neighbours(z)
+        near = torch.minimum((z - lo).abs(), (hi - z).abs()) < 1e-3
+        others = (blocks != 0) & (blocks.abs() < blocks.abs().amax(-1, keepdim=True))  # 0 fills short blocks
+        if (near & others).any() or (blocks == 0).all(-1).any():
+            return False
+    return True
+
+
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=2, max_size=3),
+    fmt=st.sampled_from(FORMATS),
+    bias=st.booleans(),
+    batch=st.integers(1, 5),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=200, deadline=None)
+def test_it_is_the_sum_over_all_roundings(sizes, fmt, bias, batch, seed):
+    assume(sum(a * b for a, b in itertools.pairwise(sizes)) <= 14)
+    model = affine(sizes, bias, seed)
+    x, y = torch.randn(batch, sizes[0]).double(), torch.randn(batch, sizes[-1]).double()
+    lotion_fx.transform(model, fmt, inner="eager")
+    result = lotion_fx.expected_loss(model, (x, y), F.mse_loss)
+    expected = enumerated(model, x, y, fmt)
+    assert {certificate.kind for certificate in result.certificates.values()} == {"exact"}
+    assert math.isclose(result.total.item(), expected.item(), rel_tol=1e-10)
+    assert math.isclose(sum(map(float, result.terms.values())) + result.loss.item(), expected.item(), rel_tol=1e-10)
+    assume(away_from_ties(model, fmt))
+    same_gradients(model, result.total, expected)
+
+
+def same_gradients(model: nn.Module, total: Tensor, expected: Tensor) -> None:
+    parameters = list(model.parameters())
+    pairs = zip(torch.autograd.grad(total, parameters), torch.autograd.grad(expected, parameters), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+UPS = {
+    "smoothstep": lambda d: d**2 * (3 - 2 * d),
+    "gaussian": lambda d: (1 + torch.erf((2 * d - 1) / (0.4 * 2**0.5)) / math.erf(1 / (0.4 * 2**0.5))) / 2,
+}
+
+
+@pytest.mark.parametrize("noise", UPS)
+@pytest.mark.parametrize("sizes", [[3, 2], [2, 2, 3]])
+def test_under_a_biased_law_the_mean_s_shift_is_in_it(noise, sizes):
+    model = affine(sizes, True, 0)
+    x, y = torch.randn(4, sizes[0]).double(), torch.randn(4, sizes[-1]).double()
+    lotion_fx.transform(model, "int4/tensor", inner="eager", noise=noise)
+    result = lotion_fx.expected_loss(model, (x, y), F.mse_loss)
+    expected = enumerated(model, x, y, "int4/tensor", up=UPS[noise])
+    assert {certificate.kind for certificate in result.certificates.values()} == {"exact"}
+    assert math.isclose(result.total.item(), expected.item(), rel_tol=1e-10)
+    assert math.isclose(sum(map(float, result.terms.values())) + result.loss.item(), expected.item(), rel_tol=1e-10)
+    assert away_from_ties(model, "int4/tensor")
+    same_gradients(model, result.total, expected)
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4/floor", "mxfp4/even"])
+def test_saturated_weights_are_at_their_last_level(fmt):
+    """A scale that was rounded down leaves weights past the grid, whose rounding is certain and no mean of theirs."""
+    form = lotion_fx.resolve(fmt)
+    for seed in range(100):
+        model = affine([4, 2], True, seed)
+        w = model[0].weight.detach()
+        saturated = (rounding.to_blocks(w, form) / rounding.scale(w, form)).abs() > form.grid.max * (1 + 1e-6)
+        if saturated.any() and away_from_ties(model, fmt):
+            break
+    x, y = torch.randn(4, 4).double(), torch.randn(4, 2).double()
+    lotion_fx.transform(model, fmt, inner="eager")
+    result = lotion_fx.expected_loss(model, (x, y), F.mse_loss)
+    expected = enumerated(model, x, y, fmt)
+    assert saturated.any()
+    assert math.isclose(result.total.item(), expected.item(), rel_tol=1e-10)
+    assert math.isclose(sum(map(float, result.terms.values())) + result.loss.item(), expected.item(), rel_tol=1e-10)
+    same_gradients(model, result.total, expected)
+
+
+@pytest.mark.parametrize("sizes", [[2, 2, 2, 2], [1, 2, 1, 2, 1, 2]])
+def test_narrow_stacks_of_any_depth_are_exact(sizes):
+    """Their covariance is propagated."""
+    model = affine(sizes, True, 0)
+    x, y = torch.randn(3, sizes[0]).double(), torch.randn(3, sizes[-1]).double()
+    lotion_fx.transform(model, "int3/tensor", inner="eager")
+    result = lotion_fx.expected_loss(model, (x, y), F.mse_loss)
+    assert {certificate.kind for certificate in result.certificates.values()} == {"exact"}
+    assert math.isclose(result.total.item(), enumerated(model, x, y, "int3/tensor").item(), rel_tol=1e-10)
+
+
+def test_a_wide_stack_of_three_is_not_called_exact():
+    model = affine([2, 40, 40, 2], True, 0)
+    lotion_fx.transform(model, "int4", inner="eager")
+    batch = torch.randn(3, 2).double(), torch.randn(3, 2).double()
+    for moments in ("closed", "diagonal"):
+        result = lotion_fx.expected_loss(model, batch, F.mse_loss, moments=moments)
+        assert "exact" not in {certificate.kind for certificate in result.certificates.values()}
+    assert "covariance between summed units dropped" in str(result.certificates["0.weight"])
+
+
+def test_a_nonlinear_network_is_second_order_and_close():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3)).double()
+    x, y = torch.randn(5, 3).double(), torch.randint(3, (5,))
+    lotion_fx.transform(model, "int8/tensor", inner="eager")
+    result = lotion_fx.expected_loss(model, (x, y), F.cross_entropy)
+    expected = enumerated(model, x, y, "int8/tensor", F.cross_entropy)
+    assert {certificate.kind for certificate in result.certificates.values()} == {"second order"}
+    error, increase = abs(result.total - expected).item(), (expected - result.loss).item()
+    assert error < 0.02 * increase
+
+
+# --------------------------------------------------------------------------------------------------------- properties
+
+networks = st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from(FORMATS), st.integers(0, 2**16))
+
+
+def one_layer(network) -> tuple[nn.Module, tuple[Tensor, Tensor], str]:
+    inputs, outputs, fmt, seed = network
+    model = affine([inputs, outputs], True, seed)
+    return model, (torch.randn(4, inputs).double(), torch.randn(4, outputs).double()), fmt
+
+
+@given(networks)
+@settings(max_examples=25, deadline=None)
+def test_never_below_the_best_quantized_point(network):
+    model, (x, y), fmt = one_layer(network)
+    form, w = lotion_fx.resolve(fmt), model[0].weight
+    lotion_fx.transform(model, fmt, inner="eager")
+    total = lotion_fx.expected_loss(model, (x, y), F.mse_loss).total.item()
+    # The probabilities are at least 0 and add up to 1, so one of the roundings is no higher.
+    best = min(
+        F.mse_loss(F.linear(x, q.view(w.shape), model[0].bias), y).item() for q in all_roundings(w.detach(), form)
+    )
+    assert total >= best - 1e-12
+
+
+def all_roundings(w: Tensor, form: lotion_fx.Format) -> list[Tensor]:
+    low, high, _ = two_points(w, form)
+    bits = itertools.product([False, True], repeat=w.numel())
+    return [torch.where(torch.tensor(choice), high, low) for choice in bits]
+
+
+@given(networks)
+@settings(max_examples=25, deadline=None)
+def test_equal_to_the_loss_at_a_quantized_point(network):
+    model, batch, fmt = one_layer(network)
+    form, w = lotion_fx.resolve(fmt), model[0].weight
+    with torch.no_grad():
+        w.copy_(rounding.rtn(w, form))
+    assume(bool((rounding.rtn(w, form) == w).all()) and bool((rounding.variance(w, form) == 0).all()))
+    lotion_fx.transform(model, fmt, inner="eager")
+    result = lotion_fx.expected_loss(model, batch, F.mse_loss)
+    assert result.total.item() == result.loss.item()
+
+
+@given(networks)
+@settings(max_examples=25, deadline=None)
+def test_continuous_across_a_threshold(network):
+    """Where round-to-nearest jumps, and at a level, the expected loss moves as little as the weight."""
+    model, batch, fmt = one_layer(network)
+    form, w = lotion_fx.resolve(fmt), model[0].weight
+    assume(w.numel() > 1)
+    s = rounding.scale(w.detach(), form).amax().item()
+    small = w.detach().abs().flatten().argmin().item()
+    lotion_fx.transform(model, fmt, inner="eager")
+    for level in (0.5 * form.grid.levels[len(form.grid.levels) // 2 + 1], 0.0):
+        totals = []
+        for step in (-1e-7, 1e-7):
+            with torch.no_grad():
+                w.view(-1)[small] = (level + step) * s
+            totals.append(lotion_fx.expected_loss(model, batch, F.mse_loss).total.item())
+        assert abs(totals[0] - totals[1]) < 1e-4 * (1 + abs(totals[0]))
+
+
+@given(networks)
+@settings(max_examples=25, deadline=None)
+def test_its_slope_is_the_secant_between_the_roundings(network):
+    """In one weight, the scale held: ``(E L(hi) - E L(lo)) / (hi - lo)``."""
+    model, (x, y), fmt = one_layer(network)
+    form, w = lotion_fx.resolve(fmt), model[0].weight
+    assume(w.numel() > 1 and away_from_ties(model, fmt))
+    s = rounding.scale(w.detach(), form)
+    blocks = rounding.to_blocks(w.detach(), form)
+    lo, hi = form.grid.neighbours(blocks / s)
+    inner = rounding.from_blocks((hi > lo) & (blocks.abs() < blocks.abs().amax(-1, keepdim=True)), form, -1, w.shape)
+    assume(bool(inner.any()))
+    at = int(inner.flatten().nonzero()[0])
+    lotion_fx.transform(model, fmt, inner="eager")
+    total = lotion_fx.expected_loss(model, (x, y), F.mse_loss).total
+    slope = torch.autograd.grad(total, w)[0].flatten()[at].item()
+    ends = []
+    for level in (lo, hi):
+        value = rounding.from_blocks(level * s, form, -1, w.shape).flatten()[at].item()
+        with torch.no_grad():
+            before = w.view(-1)[at].item()
+            w.view(-1)[at] = value
+        ends.append((value, lotion_fx.expected_loss(model, (x, y), F.mse_loss).total.item()))
+        with torch.no_grad():
+            w.view(-1)[at] = before
+    (low, at_low), (high, at_high) = ends
+    assert math.isclose(slope, (at_high - at_low) / (high - low), rel_tol=1e-6, abs_tol=1e-9)
+
+
+@given(networks)
+@settings(max_examples=15, deadline=None)
+def test_monotone_in_strength(network):
+    totals = []
+    for strength in (0.0, 0.5, 1.0, 2.0):
+        model, batch, fmt = one_layer(network)
+        lotion_fx.transform(model, fmt, inner="eager", strength=strength)
+        result = lotion_fx.expected_loss(model, batch, F.mse_loss)
+        totals.append(result.total.item())
+        assert strength == 1 or result.certificates["0.weight"].kind == "second order"  # no expectation any more
+    assert totals[0] == result.loss.item()
+    assert totals == sorted(totals)
+
+
+@given(networks)
+@settings(max_examples=15, deadline=None)
+def test_scale_equivariance(network):
+    """Twice the weights on half the input, twice the biases on twice the target: four times the loss and the term."""
+    results = []
+    for factor in (1.0, 2.0):
+        model, (x, y), fmt = one_layer(network)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(factor)
+        lotion_fx.transform(model, fmt, inner="eager")
+        results.append(lotion_fx.expected_loss(model, (x, factor * y), F.mse_loss).total.item())
+    assert math.isclose(4 * results[0], results[1], rel_tol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- the joint graph, sampling
+
+
+def regression(curvature: str, seed: int = 0, **options) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A linear model at its least-squares solution plus noise, so that every curvature means the same."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 3, bias=False))
+    x = torch.randn(4000, 6)
+    y = x @ model[0].weight.detach().t() + torch.randn(4000, 3) * 0.5**0.5
+    lotion_fx.transform(model, "int4/tensor", curvature=curvature, inner="aot_eager", **options)
+    return model, (x, y)
+
+
+@pytest.mark.parametrize("curvature", ["factored", "full", "ggn"])
+def test_the_joint_graph_form_agrees_where_it_should(curvature):
+    """With residuals of the likelihood's own law the empirical, the Gauss-Newton and the exact curvature are one."""
+    options = {"likelihood": "gaussian"} if curvature == "ggn" else {}
+    model, batch = regression(curvature, **options)
+    exact = lotion_fx.expected_loss(model, batch, F.mse_loss)
+    joint = lotion_fx.expected_loss(model, batch, F.mse_loss, moments="off")
+    assert exact.certificates["0.weight"].kind == "exact"
+    assert str(joint.certificates["0.weight"]) == "analytic: moments='off'"
+    # Empirically T counts rows, whose loss is a mean over 3 outputs: a third of what the likelihood counts.
+    factor = 1.0 if curvature == "ggn" else 3.0
+    assert factor * float(joint.terms["0.weight"]) == pytest.approx(float(exact.terms["0.weight"]), rel=0.1)
+
+
+def test_fisher_is_the_squared_gradient():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 4))
+    x, y = torch.randn(16, 6), torch.randint(4, (16,))
+    grads = torch.autograd.grad(F.cross_entropy(model(x), y), [model[0].weight, model[2].weight])
+    lotion_fx.transform(model, "int4", curvature="fisher", inner="aot_eager")
+    result = lotion_fx.expected_loss(model, (x, y), F.cross_entropy, moments="off")
+    for name, grad in zip(("0.weight", "2.weight"), grads, strict=True):
+        assert result.certificates[name].kind == "fisher"
+        sigma2 = rounding.variance(model.get_parameter(name).detach(), lotion_fx.resolve("int4"))
+        assert float(result.terms[name]) == pytest.approx(float(0.5 * (16 * grad.square() * sigma2).sum()), rel=1e-5)
+
+
+def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def lm_batch(seed: int) -> tuple[Tensor, Tensor]:
+    tokens = ids(16, 6, seed)
+    return tokens, tokens.roll(-1, 1)
+
+
+def trained_lm(**options) -> nn.Module:
+    torch.manual_seed(0)
+    model = lotion_fx.transform(LM(), "int4/tensor", inner="aot_eager", **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(40):
+        optimizer.zero_grad()
+        inputs, targets = lm_batch(step)
+        lm_loss(model(inputs), targets).backward()
+        optimizer.step()
+    return model
+
+
+def test_sampling_is_unbiased_and_says_how_sure_it_is():
+    """Against the sum over all roundings: of all weights, and of each alone."""
+    model = affine([2, 2, 2], True, 3)
+    x, y = torch.randn(6, 2).double(), torch.randn(6, 2).double()
+    lotion_fx.transform(model, "int3/tensor", inner="eager")
+    generator = torch.Generator().manual_seed(0)
+    result = lotion_fx.expected_loss(model, (x, y), F.mse_loss, samples=400, generator=generator)
+    assert result.sampled is not None and result.error is not None
+    assert abs(result.sampled - result.total.item()) < 4 * result.error
+    assert result.error < 0.1 * (result.total - result.loss).item()
+    for predicted, measured, error in result.alone.values():
+        assert abs(predicted - measured) < 4 * error
+    assert result.ratio == pytest.approx(1, abs=0.3)
+    rounded = {
+        name: rounding.rtn(w.detach(), lotion_fx.resolve("int3/tensor")) for name, w in weights_of(model).items()
+    }
+    assert result.rtn == pytest.approx(F.mse_loss(torch.func.functional_call(model, rounded, (x,)), y).item())
+    text = str(result)
+    assert "ratio" in text and "0.weight" in text and "exact: linear" in text and "400 roundings" in text
+
+
+class Normalized(nn.Module):
+    """With all that `eval()` changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.drop = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)
+        self.kept, self.down = nn.Dropout(0.5), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.kept(self.drop(self.norm(self.up(x)))))
+
+
+def test_the_model_is_left_as_it_was():
+    torch.manual_seed(0)
+    model = Normalized()
+    model.kept.eval()
+    lotion_fx.transform(model, "int4", inner="aot_eager")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.randn(8, 6), torch.randint(4, (8,))
+    first, again = (lotion_fx.expected_loss(model, (x, y), F.cross_entropy, samples=2) for _ in range(2))
+    assert first.total.item() == again.total.item()  # no dropout
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [name for name, module in model.named_modules() if not module.training] == ["kept"]
+    assert all(p.grad is None for p in model.parameters())
+    F.cross_entropy(model(x), y).backward()  # still compiled, still under smoothing
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert lotion_fx.report(model)["up.weight"].estimator == "analytic"
+
+
+class Branching(nn.Module):
+    """What plain tracing stumbles over: a branch on values, a region without gradients, buffers, a metric, a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("scale", torch.full((), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        with torch.no_grad():
+            shift = (self.scale * x).mean()
+        h = torch.cumsum(self.norm(self.up(x)), -1)  # no rule: what is before takes the joint-graph form
+        return self.down(h + shift) if x.abs().max().item() > 0 and h.sum() != 0 else h
+
+
+def test_branches_buffers_and_regions_without_gradients():
+    torch.manual_seed(0)
+    model = lotion_fx.transform(Branching(), "int4", inner="aot_eager")
+    x, y = torch.randn(8, 6), torch.randint(4, (8,))
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            result = lotion_fx.expected_loss(model, (x, y), F.cross_entropy, samples=2)
+            assert torch.is_grad_enabled() == (mode is torch.enable_grad)
+    assert {n: c.kind for n, c in result.certificates.items()} == {
+        "up.weight": "analytic",
+        "down.weight": "second order",
+    }
+    assert model.calls == 0
+    with lotion_fx.full_precision(model):
+        model.eval()
+        assert result.loss.item() == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6)
+
+
+def test_a_layer_that_the_loss_does_not_see_is_exactly_nothing():
+    torch.manual_seed(0)
+    model = Normalized()
+    model.unused = nn.Linear(6, 3)
+    lotion_fx.transform(model, "int4", only={"unused.weight": "int4"}, inner="eager")
+    result = lotion_fx.expected_loss(model, (torch.randn(8, 6), torch.randint(4, (8,))), F.cross_entropy)
+    assert str(result.certificates["unused.weight"]) == "exact: it does not reach the loss"
+    assert float(result.terms["unused.weight"]) == 0
+
+
+def test_nothing_quantized_is_said():
+    model = lotion_fx.transform(nn.Sequential(nn.Embedding(5, 3), nn.Flatten()), "int4", inner="eager")
+    with pytest.raises(ValueError, match="no weight of it is quantized"):
+        lotion_fx.expected_loss(model, (torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 3)), F.mse_loss)
+
+
+def test_calibration_meets_what_was_measured_on_other_batches():
+    model = trained_lm()
+    batches = [lm_batch(seed) for seed in range(100, 106)]
+    factors = lotion_fx.calibrate(model, batches, lm_loss, samples=16, generator=torch.Generator().manual_seed(0))
+    assert set(factors) == {"mlp.0.weight", "mlp.2.weight", "head.weight"}
+    for moments in ("closed", "off"):
+        predicted = measured = 0.0
+        for seed in range(200, 206):
+            result = lotion_fx.expected_loss(
+                model, lm_batch(seed), lm_loss, 16, moments=moments, generator=torch.Generator().manual_seed(seed)
+            )
+            predicted += (result.total - result.loss).item()
+            measured += result.sampled - result.loss.item()
+        assert predicted / measured == pytest.approx(1, abs=0.1)
+
+
+class Interacting:
+    """Two weights whose increase is more than the sum of each one's, as `calibrate` asks an estimate for it."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, None] = {"a": None, "b": None}
+        self.certificates = dict.fromkeys(self.weights, Certificate("analytic"))
+
+    def predicted(self, names: list[str], factors: dict[str, float]) -> float:
+        chosen = [factors.get(name, 1.0) for name in names]
+        return sum(chosen) + (math.prod(chosen) if len(chosen) == 2 else 0.0)
+
+
+def test_calibration_meets_the_increase_of_all_together():
+    measured = _Measured(together=5.0, alone={"a": 1.0, "b": 1.0}, error2={"a": 0.0, "b": 0.0})
+    factors = _fit([Interacting()], measured)
+    assert Interacting().predicted(["a", "b"], factors) == pytest.approx(5, rel=0.05)
+
+
+def test_calibration_scales_the_step_s_term_and_is_saved():
+    model = trained_lm()
+    batch = lm_batch(50)
+    gradients = []
+    for factor in (None, 0.5):
+        if factor is not None:
+            state = lotion_fx.state_dict(model)
+            for saved in state["weights"].values():
+                saved["gains"] = [1.0, factor]
+            lotion_fx.load_state_dict(model, state)
+            assert lotion_fx.state_dict(model)["weights"]["head.weight"]["gains"] == [1.0, factor]
+        before = lotion_fx.state_dict(model)
+        model.zero_grad()
+        lm_loss(model(batch[0]), batch[1]).backward()
+        plain = model.head.weight.grad.clone()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        gradients.append(model.head.weight.grad - plain)
+        lotion_fx.load_state_dict(model, before)
+    torch.testing.assert_close(gradients[1], gradients[0] / 2)
+    assert gradients[0].norm() > 0
+
+
+def test_calibration_leaves_exact_terms_and_waits_its_turn():
+    model = affine([3, 2], True, 0)
+    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    lotion_fx.transform(model, "int4/tensor", inner="aot_eager", loss_fn=F.mse_loss)
+    assert lotion_fx.calibrate(model, [batch], F.mse_loss, every=2) != {}
+    assert lotion_fx.expected_loss(model, batch, F.mse_loss).certificates["0.weight"].kind == "exact"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    done = []
+    for _ in range(4):
+        lotion_fx.training_loss(model, batch).backward()
+        optimizer.step()
+        done.append(bool(lotion_fx.calibrate(model, [batch], F.mse_loss, every=2)))
+    assert done == [False, True, False, True]
+
+
+def test_calibration_leaves_the_user_s_strength_and_what_it_cannot_redo():
+    model = affine([3, 2], True, 0)
+    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    lotion_fx.transform(model, "int4/tensor", inner="eager", strength=3.0)
+    assert lotion_fx.calibrate(model, [batch], F.mse_loss)["0.weight"] == pytest.approx(1, abs=0.8)
+    result = lotion_fx.expected_loss(model, batch, F.mse_loss)  # in the stream, where it is exact
+    exact = enumerated(model, *batch, "int4/tensor")
+    assert float(result.terms["0.weight"]) == pytest.approx(3 * (exact - result.loss).item(), rel=1e-9)
+    before = lotion_fx.state_dict(model)["weights"]["0.weight"]["gains"]
+    for bad in ([], [batch, "nonsense"]):
+        with pytest.raises(ValueError):
+            lotion_fx.calibrate(model, bad, F.mse_loss)
+    assert lotion_fx.state_dict(model)["weights"]["0.weight"]["gains"] == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"samples": 1}, "at least 2 roundings"),
+        ({"every": 0}, "number of optimizer steps"),
+        ({"batches": []}, "at least one batch"),
+    ],
+)
+def test_bad_calibrations_are_named(arguments, message):
+    model = lotion_fx.transform(affine([3, 2], True, 0), "int4", inner="eager")
+    batches = arguments.pop("batches", [(torch.randn(5, 3).double(), torch.randn(5, 2).double())])
+    with pytest.raises(ValueError, match=message):
+        lotion_fx.calibrate(model, batches, F.mse_loss, **arguments)
+
+
+def test_tied_weights_are_one_parameter():
+    torch.manual_seed(0)
+    model = lotion_fx.transform(LM(tied=True), "int4", only={"token.*": "int4"}, inner="aot_eager")
+    result = lotion_fx.expected_loss(model, lm_batch(0), lm_loss)
+    assert set(result.terms) == {"token.weight", "mlp.0.weight", "mlp.2.weight"}
+    assert all(float(term) > 0 for term in result.terms.values())

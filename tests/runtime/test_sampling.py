@@ -1,0 +1,537 @@
+"""curvature="ggn" is the Gauss-Newton diagonal on average, and its pass leaves no trace in the user's own step."""
+
+import contextlib
+import copy
+import io
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, jacrev, vmap
+
+import lotion_fx
+from lotion_fx import sampling
+from lotion_fx.likelihood import sampled_loss
+from lotion_fx.passes.attach.probe import HEADER, Code, Layout
+from lotion_fx.state import Weight, registry
+from lotion_fx.update import curvature_of
+from tests.models import LM, MLP, VOCAB, ids, lm_loss
+from tests.runtime.test_term import Recorder, curvature, inputs_and_gradients, one_step, term_gradient
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The likelihood of each curvature pass made so far."""
+    made = []
+
+    def counted(output, likelihood, generator):
+        made.append(likelihood)
+        return sampled_loss(output, likelihood, generator)
+
+    monkeypatch.setattr(sampling, "sampled_loss", counted)
+    return made
+
+
+# -------------------------------------------------------------------------------------------------------------- oracles
+
+
+def output_hessian(output, likelihood):
+    """The Hessian in one sample's output [D] of its own -log p, [D, D], from torch.func."""
+    if likelihood == "categorical":
+        return jacrev(jacrev(lambda row: -row.log_softmax(-1)[0]))(output)
+    if likelihood == "bernoulli":
+        return jacrev(jacrev(lambda row: F.softplus(row).sum()))(output)
+    return jacrev(jacrev(lambda row: row.square().sum()))(output)
+
+
+def gauss_newton(model, name, batch, likelihood):
+    """The exact diagonal of sum_n J_n^T H_n J_n over the number of labels, in the weight's shape."""
+    weights = {key: p.detach() for key, p in model.named_parameters()}
+    rows = lambda weight: functional_call(model, {**weights, name: weight}, batch).flatten(0, -2)  # noqa: E731
+    jacobian, outputs = jacrev(rows)(weights[name]), rows(weights[name])
+    hessians = torch.stack([output_hessian(row, likelihood) for row in outputs])
+    count = len(outputs) if likelihood == "categorical" else outputs.numel()
+    return torch.einsum("ncij,ncd,ndij->ij", jacobian, hessians, jacobian) / count
+
+
+def linear():
+    return nn.Sequential(nn.Linear(6, 5))
+
+
+EXACT = [
+    ("categorical", MLP, "up.weight", (9, 20)),
+    ("categorical", MLP, "down.weight", (9, 20)),
+    ("categorical", LM, "mlp.0.weight", None),  # its positions do not mix
+    ("bernoulli", MLP, "up.weight", (9, 20)),
+    ("gaussian", MLP, "up.weight", (9, 20)),
+    ("gaussian", linear, "0.weight", (4, 6)),
+]
+
+
+@pytest.mark.parametrize(("likelihood", "make", "name", "shape"), EXACT, ids=[f"{a} {c}" for a, _, c, _ in EXACT])
+def test_the_passes_average_to_the_exact_diagonal(likelihood, make, name, shape, monkeypatch):
+    def in_full(weight):
+        return Layout("full", weight.shape, 1, weight.shape[0])
+
+    monkeypatch.setattr(Weight, "_make_layout", in_full)  # the contraction as it is, before it is factored
+    torch.manual_seed(0)
+    model = make().double()
+    batch = ids(4, 3) if shape is None else torch.randn(shape, dtype=torch.float64)
+    expected = gauss_newton(copy.deepcopy(model), name, batch, likelihood)
+    if make is linear:  # and by hand
+        by_hand = 2 / (len(batch) * 5) * batch.square().sum(0).expand(5, -1)
+        torch.testing.assert_close(expected, by_hand)
+    lotion_fx.transform(model, "int4/tensor", inner="aot_eager", curvature="ggn", likelihood=likelihood)
+    weight = registry[model.get_parameter(name)]
+    drawn = []
+    for step in range(200):
+        weight.smoothing.turn = step
+        model(batch)
+        drawn.append(weight.probe.grad[:-HEADER].view(expected.shape).double() / weight.smoothing.draws)
+    drawn = torch.stack(drawn)
+    for found, exact in ((drawn, expected), (drawn.sum((1, 2)), expected.sum())):
+        error = found.std(0) / math.sqrt(len(found))
+        assert ((found.mean(0) - exact).abs() <= 5 * error + 1e-9).all()
+    assert drawn.sum((1, 2)).std() / math.sqrt(len(drawn)) < 0.05 * expected.sum()  # a factor would have shown
+
+
+def test_empirical_curvature_is_the_fisher_diagonal():
+    """curvature="full" is T times the sum of squared per-sample gradients, by torch.func."""
+    model = MLP()
+    x, labels = torch.randn(9, 20), torch.randint(7, (9,))
+    weights = {key: p.detach().double() for key, p in model.named_parameters()}
+
+    def loss(weights, x, label):
+        return F.cross_entropy(functional_call(model, weights, x), label) / 9
+
+    each = vmap(grad(loss), (None, 0, 0))(weights, x.double(), labels)
+    lotion_fx.transform(model, "int4/tensor", inner="aot_eager", curvature="full")
+    one_step(model, torch.optim.SGD(model.parameters(), lr=0.0), lambda m: F.cross_entropy(m(x), labels))
+    for name in ("up.weight", "down.weight"):
+        parameter = model.get_parameter(name)
+        expected = 9 * each[name].square().sum(0)
+        found = curvature_of(registry[parameter], parameter)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * expected.max().item())
+
+
+def test_the_step_adds_the_formula():
+    """Against hooks on a plain model that is given the same labels."""
+    plain = LM().double()
+    model = lotion_fx.transform(copy.deepcopy(plain), "int4/channel", inner="aot_eager", curvature="ggn")
+    recorder = Recorder(model)
+    one_step(model, recorder, lambda m: lm_loss(m, ids()))
+    generator = torch.Generator().manual_seed(hash((torch.initial_seed(), 0, 0)))
+    seen = inputs_and_gradients(plain, lambda m: sampled_loss(m(ids()), "categorical", generator))
+    plain.zero_grad()
+    lm_loss(plain, ids()).backward()
+    for name in ("mlp.0", "mlp.2", "head"):
+        linear = plain.get_submodule(name)
+        expected = term_gradient(linear.weight, curvature(*seen[linear], "factored", ids().numel()), "int4/channel")
+        added = recorder.given[f"{name}.weight"] - linear.weight.grad
+        assert (added - expected).norm() < 1e-5 * expected.norm(), name
+
+
+# ------------------------------------------------------------------------------------------------- no trace of the pass
+
+
+class Stateful(nn.Module):
+    """Everything that a forward may leave behind: running statistics, a counter made anew, random numbers used up."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("largest", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        x = F.dropout(self.norm(self.conv(x)).relu(), 0.3, self.training)
+        self.largest.copy_(x.detach().amax())
+        return self.head(x.mean((2, 3)))
+
+
+def test_the_user_s_own_step_is_that_of_plain_training():
+    def run(**options):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = lotion_fx.transform(Stateful(), "int4/tensor", inner="aot_eager", **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        seen = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(torch.randn(6, 3, 7, 7)), torch.arange(6) % 5)
+            seen += [b.clone() for b in model.buffers()]
+            loss.backward()
+            seen += [loss.detach(), torch.get_rng_state(), *(p.grad.clone() for p in model.parameters())]
+            optimizer.step()
+        return model, seen
+
+    plain, expected = run(method="ptq")
+    model, found = run(curvature="ggn", strength=0.0)
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+    assert model.calls == 3 and model.norm.num_batches_tracked == 3
+    assert list(map(id, model.buffers())) != list(map(id, plain.buffers())) and model.largest > 0
+    assert lotion_fx.report(model)["conv.weight"].estimator == "ggn"
+
+
+def test_the_pass_touches_no_gradient_and_the_user_s_forward_carries_no_probe(passes):
+    model = lotion_fx.transform(LM(), inner="aot_eager", curvature="ggn")
+    parameter = model.head.weight
+    parameter.grad = torch.ones_like(parameter)
+    fired = []
+    parameter.register_post_accumulate_grad_hook(fired.append)
+    out = model(ids())
+    weight = registry[parameter]
+    vector = weight.probe.grad.clone()
+    assert len(passes) == 1 and not fired and torch.equal(parameter.grad, torch.ones_like(parameter))
+    lm_loss(lambda _: out, ids()).backward()
+    assert fired and torch.equal(weight.probe.grad, vector)
+
+
+def test_a_pass_that_raises_leaves_things_as_they_were():
+    class Moody(Stateful):
+        def forward(self, x):
+            out = super().forward(x)
+            return out if self.good else out.sum()
+
+    model = lotion_fx.transform(Moody(), "int4/tensor", inner="aot_eager", curvature="ggn")
+    model.good = False
+    before, state = [b.clone() for b in model.buffers()], torch.get_rng_state()
+    x = torch.ones(2, 3, 7, 7)
+    with pytest.raises(ValueError, match="curvature='ggn' draws labels.*Tensor holds no differentiable"):
+        model(x)
+    assert all(map(torch.equal, model.buffers(), before)) and torch.equal(torch.get_rng_state(), state)
+    model.good = True
+    model(x)
+    assert registry[model.head.weight].probe.grad is not None and not registry[model.head.weight].smoothing.sampling
+
+
+# ----------------------------------------------------------------------------------------------------- training's loops
+
+
+def trained(loss, steps=1, likelihood=None, make=LM, **options):
+    torch.manual_seed(0)
+    model = lotion_fx.transform(make(), "int4", inner="aot_eager", **{"curvature": "ggn", **options})
+    recorder = Recorder(model)
+    for _ in range(steps):
+        recorder.zero_grad()
+        loss(model)
+        recorder.step()
+    return model
+
+
+def states(model):
+    return {w.name: w.ema for w in registry[model.head.weight].smoothing.weights if w.ema is not None}
+
+
+def test_accumulation_makes_one_pass_and_dividing_the_loss_changes_nothing(passes):
+    def accumulate(model):
+        for seed in range(4):
+            (lm_loss(model, ids(seed=seed)) / 4).backward()
+
+    parts = trained(accumulate, steps=2)
+    assert passes == ["categorical"] * 2
+    whole = trained(lambda model: lm_loss(model, ids()).backward(), steps=2)
+    for name, state in states(whole).items():
+        assert torch.equal(state, states(parts)[name]), name
+
+
+def test_grad_scaler_does_not_enter():
+    plain = trained(lambda model: lm_loss(model, ids()).backward())
+    model = trained(lambda model: None)  # made alike, no step taken
+    recorder, scaler = Recorder(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(lm_loss(model, ids())).backward()
+    scaler.step(recorder)
+    for name, state in states(plain).items():
+        assert torch.equal(state, states(model)[name]), name
+
+
+def test_half_precision_keeps_small_gradients():
+    """A mean's gradients over this many rows would underflow in float16; those of the sum do not."""
+    x = torch.randn(20_000, 20)
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(20, 16), nn.Linear(16, 7)
+            nn.init.normal_(self.head.weight, std=1e-3)
+
+        def forward(self, x):
+            return self.head(self.body(x).tanh())
+
+    def run(context):
+        def loss(model):
+            with context:
+                model(x).sum().backward()
+
+        model = trained(loss, make=Classifier)
+        weights = model.body.weight, model.head.weight
+        return [curvature_of(registry[weight], weight) for weight in weights]
+
+    exact, half = run(contextlib.nullcontext()), run(torch.autocast("cpu", torch.float16))
+    for mine, theirs in zip(half, exact, strict=True):
+        assert (mine - theirs).norm() < 0.05 * theirs.norm()
+
+
+def test_the_pass_s_backward_runs_outside_of_autocast():
+    class Watched(nn.Sequential):
+        def forward(self, x):
+            out = super().forward(x)
+            out.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+            return out
+
+    seen = []
+    model = Watched(nn.Linear(6, 5))
+    lotion_fx.transform(model, "int4/tensor", inner="aot_eager", curvature="ggn", regions=[model[0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(4, 6))
+    assert seen == [False]
+
+
+def test_a_weight_first_met_between_passes_waits_for_the_next():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.other = nn.Linear(20, 7), nn.Linear(20, 7)
+
+        def forward(self, x, which):
+            return self.other(x) if which else self.head(x)
+
+    model = lotion_fx.transform(TwoHeads(), "int4/tensor", inner="aot_eager", curvature="ggn", refresh=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step, which in enumerate([False, True, True, False]):
+        one_step(model, optimizer, lambda m, which=which: m(torch.randn(4, 20), which).square().mean())
+        assert lotion_fx.report(model)["other.weight"].estimator == ("ggn" if step >= 2 else None)
+    assert states(model)["other.weight"][-1] == pytest.approx(0.01) == states(model)["head.weight"][-1]
+
+
+def test_a_state_loaded_back_gets_its_pass_again(passes):
+    model = trained(lambda model: lm_loss(model, ids()).backward(), steps=2)
+    state = lotion_fx.state_dict(model)
+    one_step(model, Recorder(model), lambda m: lm_loss(m, ids()))
+    lotion_fx.load_state_dict(model, state)
+    model(ids())
+    assert len(passes) == 4
+
+
+def test_refresh_rests_between_passes(passes):
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager", curvature="ggn", refresh=3)
+    recorder = Recorder(model)
+    masses = []
+    for step in range(7):
+        one_step(model, recorder, lambda m, step=step: lm_loss(m, ids(seed=step)))
+        masses.append(registry[model.head.weight].ema[-1].item())
+        plain = copy.deepcopy(model)
+        lm_loss(plain, ids(seed=step)).backward()
+        assert not torch.allclose(recorder.given["head.weight"], plain.head.weight.grad, rtol=1e-5, atol=0)
+    assert len(passes) == 3 and masses == pytest.approx([0.01] * 3 + [0.0199] * 3 + [0.029701])
+
+
+def test_two_optimizers_share_one_pass(passes):
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager", curvature="ggn", refresh=2)
+    head = torch.optim.SGD([model.head.weight], lr=0.0)
+    rest = torch.optim.SGD([p for p in model.parameters() if p is not model.head.weight], lr=0.0)
+    for step in range(5):
+        model.zero_grad()
+        lm_loss(model, ids(seed=step)).backward()
+        head.step()
+        rest.step()
+    assert len(passes) == 3
+    assert all(state[-1] == pytest.approx(0.029701) for state in states(model).values())
+
+
+def test_no_pass_outside_of_training(passes):
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager", curvature="ggn")
+    with torch.no_grad():
+        model(ids())
+    with lotion_fx.full_precision(model):
+        model(ids())
+    model.eval()(ids())
+    assert not passes
+    model.train()(ids())
+    assert len(passes) == 1
+    finished = lotion_fx.transform(LM(), "int4", inner="aot_eager", curvature="ggn")
+    lotion_fx.finish(finished, term=False)
+    finished(ids())
+    assert len(passes) == 1
+
+
+def test_training_in_eval_mode_keeps_the_last_curvature():
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager", curvature="ggn")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    one_step(model, optimizer, lambda m: lm_loss(m, ids()))
+    before = registry[model.head.weight].ema.clone()
+    model.eval()
+    with pytest.warns(UserWarning, match=r"curvature of .*head.weight did not arrive"):
+        one_step(model, optimizer, lambda m: lm_loss(m, ids()))
+    assert torch.equal(registry[model.head.weight].ema, before)
+    one_step(model, optimizer, lambda m: lm_loss(m, ids()))  # said once
+    one_step(model.train(), optimizer, lambda m: lm_loss(m, ids()))
+    assert not torch.equal(registry[model.head.weight].ema, before)
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_resumed_run_is_bit_identical(at):
+    def make(state=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(LM(), nn.Dropout(0.2))
+        if state is not None:
+            model.load_state_dict(state["model"])
+        lotion_fx.transform(model, "nvfp4", curvature="ggn", refresh=4, inner="aot_eager", finish=0.5, steps=10)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])
+            lotion_fx.load_state_dict(model, state["lotion"])
+            torch.set_rng_state(state["rng"])
+        return model, optimizer
+
+    def run(model, optimizer, steps):
+        for step in steps:
+            one_step(model, optimizer, lambda m, step=step: lm_loss(m, ids(seed=step)))
+
+    whole, optimizer = make()
+    run(whole, optimizer, range(10))
+    first, optimizer = make()
+    run(first, optimizer, range(at))
+    file = io.BytesIO()
+    saved = {"model": first.state_dict(), "optimizer": optimizer.state_dict(), "lotion": lotion_fx.state_dict(first)}
+    torch.save(saved | {"rng": torch.get_rng_state()}, file)
+    file.seek(0)
+    resumed, optimizer = make(torch.load(file, weights_only=True))
+    run(resumed, optimizer, range(at, 10))
+    for (name, mine), theirs in zip(resumed.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert lotion_fx.report(resumed).to_dict() == lotion_fx.report(whole).to_dict()
+    with pytest.raises(ValueError, match="curvature=.*'ggn'.*'factored'"):
+        lotion_fx.load_state_dict(lotion_fx.transform(nn.Sequential(LM()), inner="eager"), saved["lotion"])
+
+
+# ------------------------------------------------------------------------------------ weights without Gauss-Newton form
+
+
+class Normalized(LM):
+    """A head that is not linear in its weight, which the user's own gradient serves; ``inside`` makes the loss too."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, ids):
+        x = self.token(ids)
+        logits = F.linear(self.norm(x + self.mlp(x)), F.normalize(self.head.weight))
+        loss = F.cross_entropy(logits.flatten(0, 1), self.labels(ids)) if self.inside else None
+        return {"loss": loss, "logits": logits}
+
+    def labels(self, ids):
+        return ids.roll(-1, 1).flatten()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_nonlinear_weight_takes_the_user_s_gradient_and_terms(inside, parts, clip):
+    def loss(model):
+        for part in ids(9).chunk(parts):
+            out = model(part)
+            found = out["loss"] if inside else F.cross_entropy(out["logits"].flatten(0, 1), model.labels(part))
+            (found / parts).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+    make = lambda: Normalized(inside)  # noqa: E731
+    ggn, factored = (trained(loss, 2, make=make, curvature=kind) for kind in ("ggn", "factored"))
+    row = lotion_fx.report(ggn)["head.weight"]
+    assert row.estimator == "fisher" and row.reason == Code.NONLINEAR.reason
+    torch.testing.assert_close(states(ggn)["head.weight"], states(factored)["head.weight"], rtol=1e-4, atol=0)
+    assert not torch.allclose(states(ggn)["mlp.0.weight"], states(factored)["mlp.0.weight"], rtol=1e-2)
+
+
+def test_terms_of_a_skipped_step_do_not_stay():
+    model = lotion_fx.transform(Normalized(False), "int4", inner="aot_eager", curvature="ggn")
+    smoothing = registry[model.head.weight].smoothing
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        model.zero_grad()
+        lm_loss(lambda x: model(x)["logits"], ids()).backward()
+    optimizer.step()
+    assert smoothing.known_terms == 40
+
+
+def test_a_model_of_analytic_weights_counts_no_terms():
+    model = trained(lambda model: lm_loss(model, ids()).backward())
+    assert not model(ids())._backward_hooks
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+BAD = [
+    (dict(likelihood="gaussian"), "likelihood='gaussian' is for curvature='ggn'.*'factored'"),
+    (dict(refresh=2, curvature="full"), "refresh=2 is for curvature='ggn'.*'full'"),
+    (dict(curvature="ggn", likelihood="gausian"), "likelihood='gausian'.*did you mean 'gaussian'"),
+    (dict(curvature="ggn", likelihood=F.l1_loss), "likelihood=.*l1_loss.*name it"),
+    (dict(curvature="ggn", refresh=0), "refresh=0.*1 or more"),
+    (dict(curvature="ggn", refresh=0.5), "refresh=0.5.*1 or more"),
+    (dict(curvature="ggn", inner="eager"), "inner='eager' compiles none"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(arguments) for arguments, _ in BAD])
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lotion_fx.transform(LM(), **arguments)
+
+
+def test_the_loss_itself_names_the_likelihood(passes):
+    for loss in (F.mse_loss, nn.BCEWithLogitsLoss()):
+        lotion_fx.transform(MLP(), inner="aot_eager", curvature="ggn", likelihood=loss)(torch.randn(3, 20))
+    assert passes == ["gaussian", "bernoulli"]
+
+
+def test_the_dynamo_backend_refuses():
+    torch._dynamo.reset()
+    compiled = torch.compile(MLP(), backend="lotion_fx", options={"curvature": "ggn", "inner": "aot_eager"})
+    with pytest.raises(Exception, match=r"curvature='ggn' needs the model's call.*transform\(model\)"):
+        compiled(torch.randn(3, 20))
+
+
+def test_a_model_that_returns_a_loss_alone_is_told_what_to_return():
+    class LossOnly(LM):
+        def forward(self, ids):
+            return F.cross_entropy(super().forward(ids).flatten(0, 1), ids.flatten())
+
+    model = lotion_fx.transform(LossOnly(), inner="aot_eager", curvature="ggn")
+    with pytest.raises(ValueError, match="holds no differentiable.*return logits.*beside the loss"):
+        model(ids())
+
+
+def test_a_checkpointed_model_with_regions():
+    """Recomputation runs in the pass's own backward, where the graphs must be those that carry probes."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(2))
+            self.head = nn.Linear(16, VOCAB)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = x + torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            return self.head(x)
+
+    def state(regions):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = Checkpointed()
+        chosen = [*model.blocks, model.head] if regions else None
+        lotion_fx.transform(model, "int4", inner="aot_eager", curvature="ggn", regions=chosen)
+        x = torch.randn(8, 16)
+        one_step(model, torch.optim.SGD(model.parameters(), lr=0.0), lambda m: m(x).square().mean())
+        return states(model)
+
+    whole, parts = state(False), state(True)
+    assert len(parts) == 3
+    for name, mine in parts.items():
+        torch.testing.assert_close(mine, whole[name], msg=name)

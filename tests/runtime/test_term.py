@@ -1,0 +1,461 @@
+"""The term enters once a step, and is the formula's, under whatever the training loop does."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lotion_fx
+from lotion_fx.numerics import rounding
+from lotion_fx.passes.attach.probe import Code
+from lotion_fx.state import registry
+from tests.models import LM, MLP, ids, lm_loss
+
+
+def inputs_and_gradients(model, loss):
+    """Every Linear's input x [N, in] and output gradient g [N, out], float64, by hooks."""
+    seen = {}
+
+    def forward(module, args, output):
+        seen[module] = [args[0].detach().flatten(0, -2).double()]
+        output.register_hook(lambda grad: seen[module].append(grad.detach().flatten(0, -2).double()))
+
+    handles = [m.register_forward_hook(forward) for m in model.modules() if isinstance(m, nn.Linear)]
+    loss(model).backward()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def curvature(x, g, kind, terms):
+    """h of MATH: T * contraction of squares, or its factored form."""
+    if kind == "full":
+        return terms * g.square().T @ x.square()
+    return terms / len(x) * g.square().sum(0)[:, None] * x.square().sum(0)
+
+
+def term_gradient(weight, h, fmt):
+    """d/dw 1/2 sum h sigma^2 by autograd in float64, scale included."""
+    fmt = lotion_fx.resolve(fmt)
+    w = weight.detach().double().requires_grad_()
+    blocks = (
+        w.unflatten(1, (-1, fmt.block)) if isinstance(fmt.block, int) and w.shape[1] % fmt.block == 0 else w[:, None]
+    )
+    scale = blocks.abs().amax(-1, keepdim=True) / fmt.grid.max
+    z = (blocks / scale).detach().float()
+    lo, hi = (level.double() for level in fmt.grid.neighbours(z))
+    sigma2 = ((blocks - scale * lo) * (scale * hi - blocks)).reshape(w.shape)
+    return torch.autograd.grad(0.5 * (h * sigma2).sum(), w)[0]
+
+
+def one_step(model, optimizer, loss):
+    optimizer.zero_grad()
+    loss(model).backward()
+    optimizer.step()
+
+
+class Recorder(torch.optim.SGD):
+    """An optimizer that changes nothing and keeps the gradients it was given."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), lr=0.0)
+        self.register_step_pre_hook(self.record)
+        self.model = model
+
+    def record(self, *_):
+        self.given = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["factored", "full"])
+@pytest.mark.parametrize("fmt", ["int4/channel", "fp4/8"])
+def test_the_step_adds_the_formula(kind, fmt):
+    plain = LM().double()  # so that the difference of two gradients keeps its digits
+    model = lotion_fx.transform(copy.deepcopy(plain), fmt, curvature=kind, inner="aot_eager", strength=0.7)
+    targets = ids(seed=3).flatten()
+    targets[::3] = -100  # ignored labels are no loss terms
+
+    def loss(model):
+        return F.cross_entropy(model(ids()).flatten(0, 1), targets)
+
+    recorder = Recorder(model)
+    one_step(model, recorder, loss)
+    seen = inputs_and_gradients(plain, loss)
+    terms = (targets >= 0).sum()
+    for name in ("mlp.0", "mlp.2", "head"):
+        linear = plain.get_submodule(name)
+        x, g = seen[linear]
+        # The head alone counts the positions with a label: the others see the same rows as zero gradients.
+        expected = 0.7 * term_gradient(linear.weight, curvature(x, g, kind, terms), fmt)
+        added = recorder.given[f"{name}.weight"] - linear.weight.grad
+        assert (added - expected).norm() < 1e-5 * expected.norm(), name
+    for name in ("token.weight", "norm.weight", "mlp.0.bias"):
+        torch.testing.assert_close(recorder.given[name], plain.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("kind", ["factored", "full", "fisher"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_accumulation_equals_one_batch(kind, inner):
+    whole = lotion_fx.transform(LM(), "int4", curvature=kind, inner=inner)
+    parts = LM()
+    parts.load_state_dict(whole.state_dict())
+    lotion_fx.transform(parts, "int4", curvature=kind, inner=inner)
+    recorders = Recorder(whole), Recorder(parts)
+    batch = ids(32)
+    one_step(whole, recorders[0], lambda model: lm_loss(model, batch))
+    for chunk in batch.split(8):
+        (lm_loss(parts, chunk) / 4).backward()
+    recorders[1].step()
+    for name, mine in recorders[1].given.items():
+        error = (mine - recorders[0].given[name]).norm() / recorders[0].given[name].norm()
+        assert error < 1e-5, (name, error)
+    plain = LM()
+    plain.load_state_dict(whole.state_dict())
+    lm_loss(plain, batch).backward()
+    assert not torch.allclose(recorders[0].given["head.weight"], plain.head.weight.grad, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["factored", "fisher"])
+def test_clipping_does_not_touch_the_term(kind):
+    """The gradient shrinks by the clip, the term stays: Fisher curvature is of the unclipped gradient."""
+    free = lotion_fx.transform(LM().double(), "int4", curvature=kind, inner="aot_eager")
+    clipped = LM().double()
+    clipped.load_state_dict(free.state_dict())
+    plain = copy.deepcopy(clipped)
+    lotion_fx.transform(clipped, "int4", curvature=kind, inner="aot_eager")
+    recorders = Recorder(free), Recorder(clipped)
+    one_step(free, recorders[0], lambda model: lm_loss(model, ids()))
+    lm_loss(clipped, ids()).backward()
+    lm_loss(plain, ids()).backward()
+    norm = nn.utils.clip_grad_norm_(clipped.parameters(), 1e-3)
+    recorders[1].step()
+    grad = plain.head.weight.grad
+    term = recorders[0].given["head.weight"] - grad
+    torch.testing.assert_close(recorders[1].given["head.weight"], grad * (1e-3 / norm) + term, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["factored", "full", "fisher"])
+@pytest.mark.parametrize("unscale_first", [True, False])
+def test_grad_scaler_is_divided_out(kind, unscale_first):
+    models = [lotion_fx.transform(LM(), "int4", curvature=kind, inner="aot_eager")]
+    models.append(LM())
+    models[1].load_state_dict(models[0].state_dict())
+    lotion_fx.transform(models[1], "int4", curvature=kind, inner="aot_eager")
+    recorders = [Recorder(model) for model in models]
+    one_step(models[0], recorders[0], lambda model: lm_loss(model, ids()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1000.0)
+    scaler.scale(lm_loss(models[1], ids())).backward()
+    if unscale_first:
+        scaler.unscale_(recorders[1])
+        nn.utils.clip_grad_norm_(models[1].parameters(), 1e9)
+    scaler.step(recorders[1])
+    for name, mine in recorders[1].given.items():
+        torch.testing.assert_close(mine, recorders[0].given[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_step_that_overflowed_leaves_nothing_behind():
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    scaler.scale(lm_loss(model, ids()) * 1e3).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    before = copy.deepcopy(model)
+    recorder = Recorder(model)
+    one_step(model, recorder, lambda m: lm_loss(m, ids()))
+    lotion_fx.transform(before, "int4", inner="aot_eager")
+    fresh = Recorder(before)
+    one_step(before, fresh, lambda m: lm_loss(m, ids()))
+    assert torch.equal(recorder.given["head.weight"], fresh.given["head.weight"])
+
+
+def test_an_lbfgs_closure_gets_the_term():
+    model = lotion_fx.transform(MLP(), "int2/tensor", inner="aot_eager", strength=100.0)
+    plain = copy.deepcopy(model)
+    x = torch.randn(16, 20)
+
+    def run(model):
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        return optimizer.step(closure)
+
+    assert torch.isfinite(run(model)) and torch.isfinite(run(plain))
+    assert registry[model.up.weight].steps == 1 and registry[model.up.weight].ema[-1] > 0.02  # three calls, one step
+    assert not torch.allclose(model.up.weight, plain.up.weight)
+
+
+OPTIMIZERS = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "NAdam",
+    "RAdam",
+    "Adamax",
+    "Adagrad",
+    "RMSprop",
+    "Adadelta",
+    "Rprop",
+    "Adafactor",
+]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ["factored", "fisher"])
+def test_any_optimizer(name, kind):
+    model = lotion_fx.transform(LM(), "int4", curvature=kind, inner="aot_eager")
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = lm_loss(model, ids())
+        loss.backward()
+        before = model.head.weight.grad.clone()
+        optimizer.step()
+        losses.append(loss.item())
+        if losses[1:]:
+            assert not torch.equal(before, model.head.weight.grad), "the term was added"
+    assert losses[2] < losses[0]
+
+
+def test_fisher_takes_adam_s_second_moment_and_no_state():
+    model = lotion_fx.transform(LM(), "int4", curvature="fisher", inner="aot_eager")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, 0.9))
+    one_step(model, optimizer, lambda m: lm_loss(m, ids()))
+    moment = optimizer.state[model.head.weight]["exp_avg_sq"].clone() / (1 - 0.9)
+    weight = registry[model.head.weight]
+    weight.ema = None
+    optimizer.zero_grad()
+    lm_loss(model, ids(seed=1)).backward()
+    grad = model.head.weight.grad.clone()
+    optimizer.step()
+    assert weight.ema is None and weight.code is Code.BY_CHOICE
+    fmt = lotion_fx.resolve("int4")
+    expected = 0.5 * rounding.variance_vjp(model.head.weight.detach(), ids().numel() * moment, fmt, 1)
+    torch.testing.assert_close(model.head.weight.grad - grad, expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["factored", "full", "fisher"])
+def test_a_resumed_run_is_bit_identical(inner, kind):
+    def make(state=None):
+        torch.manual_seed(0)
+        model = LM()
+        if state is not None:
+            model.load_state_dict(state["model"])
+        lotion_fx.transform(model, "nvfp4", curvature=kind, inner=inner, finish=0.5, steps=6)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])
+            lotion_fx.load_state_dict(model, state["lotion"])
+        return model, optimizer
+
+    def run(model, optimizer, steps):
+        for step in steps:
+            one_step(model, optimizer, lambda m, step=step: lm_loss(m, ids(seed=step)))
+
+    whole, optimizer = make()
+    run(whole, optimizer, range(6))
+    first, optimizer = make()
+    run(first, optimizer, range(2))
+    file = io.BytesIO()
+    saved = {"model": first.state_dict(), "optimizer": optimizer.state_dict(), "lotion": lotion_fx.state_dict(first)}
+    torch.save(saved, file)
+    file.seek(0)
+    resumed, optimizer = make(torch.load(file, weights_only=True))
+    run(resumed, optimizer, range(2, 6))
+    for (name, mine), theirs in zip(resumed.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert lotion_fx.report(resumed).to_dict() == lotion_fx.report(whole).to_dict()
+
+
+def test_states_that_do_not_fit_are_refused():
+    model = lotion_fx.transform(LM(), inner="eager")
+    state = lotion_fx.state_dict(model)
+    other = lotion_fx.transform(MLP(), inner="eager")
+    with pytest.raises(ValueError, match="parameters differ.*'down"):
+        lotion_fx.load_state_dict(other, state)
+    with pytest.raises(ValueError, match="curvature=.*'factored'.*'full'"):
+        lotion_fx.load_state_dict(lotion_fx.transform(LM(), curvature="full", inner="eager"), state)
+    with pytest.raises(ValueError, match="version"):
+        lotion_fx.load_state_dict(model, {})
+
+
+def test_penalty_is_the_term_and_enters_once():
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager", strength=2.0, decay=0.5)
+    recorder = Recorder(model)
+    one_step(model, recorder, lambda m: lm_loss(m, ids()))
+    with_hook = recorder.given["head.weight"]
+    assert lotion_fx.penalty(model).item() == pytest.approx(2.0 * lotion_fx.report(model).term, rel=1e-5)
+    loss = lambda m: lm_loss(m, ids()) + lotion_fx.penalty(m)  # noqa: E731
+    one_step(model, recorder, loss)  # the same batch at the same weights: the same curvature
+    torch.testing.assert_close(recorder.given["head.weight"], with_hook, rtol=1e-4, atol=1e-7)
+    one_step(model, recorder, lambda m: lm_loss(m, ids()))  # and back to the hook
+    torch.testing.assert_close(recorder.given["head.weight"], with_hook, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("term", [True, False])
+def test_finish_moves_the_forward_to_rounded_weights(term):
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    recorder = Recorder(model)
+    one_step(model, recorder, lambda m: lm_loss(m, ids()))
+    latent = model(ids())
+    lotion_fx.finish(model, term=term)
+    finishing = model(ids())
+    assert not torch.equal(latent, finishing)
+    torch.testing.assert_close(finishing, model.eval()(ids()))
+    model.train()
+    recorder.zero_grad()
+    lm_loss(model, ids()).backward()
+    before = model.head.weight.grad.clone()
+    recorder.step()
+    assert torch.equal(before, model.head.weight.grad) != term
+    assert lotion_fx.report(model)["head.weight"].estimator == ("analytic" if term else None)
+
+
+def test_finish_begins_by_itself():
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager", finish=0.4, steps=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    phases = []
+    for _ in range(5):
+        model.train()
+        phases.append(torch.equal(model(ids()), model.eval()(ids())))
+        one_step(model.train(), optimizer, lambda m: lm_loss(m, ids()))
+    assert phases == [False, False, False, True, True]
+
+
+def test_two_optimizers_share_one_step():
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    both = copy.deepcopy(model)
+    lotion_fx.transform(both, "int4", inner="aot_eager")
+    one = Recorder(model)
+    head = torch.optim.SGD([both.head.weight], lr=0.0)
+    rest = torch.optim.SGD([p for p in both.parameters() if p is not both.head.weight], lr=0.0)
+    one_step(model, one, lambda m: lm_loss(m, ids()))
+    lm_loss(both, ids()).backward()
+    head.step()
+    rest.step()
+    for name, parameter in both.named_parameters():
+        torch.testing.assert_close(parameter.grad, one.given[name], msg=name)
+
+
+def test_terms_add_up_over_forwards_and_backwards():
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    smoothing = registry[model.head.weight].smoothing
+    ((lm_loss(model, ids(8)) + lm_loss(model, ids(6))) / 2).backward()  # two forwards, one backward
+    assert smoothing.terms == (8 + 6) * 5
+    (lm_loss(model, ids(4)) / 3).backward()
+    assert smoothing.terms == (8 + 6 + 4) * 5
+    head_left_out = [p for p in model.parameters() if p is not model.head.weight]
+    optimizer = torch.optim.SGD(head_left_out, lr=0.1)
+    optimizer.step()
+    for _ in range(3):
+        one_step(model, optimizer, lambda m: lm_loss(m, ids(8)))
+        assert smoothing.known_terms == 40
+
+
+def test_a_backward_that_raised_does_not_stop_the_count():
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def fail(_):
+        raise RuntimeError("out of memory")
+
+    handle = model.mlp[0].weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lm_loss(model, ids(2)).backward()
+    handle.remove()
+    for batch in (8, 6):
+        one_step(model, optimizer, lambda m, batch=batch: lm_loss(m, ids(batch)))
+        assert registry[model.head.weight].smoothing.known_terms >= batch * 5
+    assert registry[model.head.weight].smoothing.known_terms == 30
+
+
+def test_an_optimizer_around_another_adds_the_term_once():
+    class Around(torch.optim.Optimizer):
+        def __init__(self, base):
+            super().__init__(base.param_groups, {})
+            self.base = base
+
+        def step(self):
+            self.base.step()
+
+    models = [lotion_fx.transform(LM(), "int4", inner="aot_eager")]
+    models.append(LM())
+    models[1].load_state_dict(models[0].state_dict())
+    lotion_fx.transform(models[1], "int4", inner="aot_eager")
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    optimizers[1] = Around(optimizers[1])
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for step in range(2):
+            one_step(model, optimizer, lambda m, step=step: lm_loss(m, ids(seed=step)))
+    assert torch.equal(models[0].head.weight, models[1].head.weight)
+    assert registry[models[1].head.weight].steps == 2
+
+
+def test_a_step_that_raised_leaves_later_ones_their_term():
+    class Failing(torch.optim.SGD):
+        def step(self):
+            raise RuntimeError("no memory")
+
+    other = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+    with pytest.raises(RuntimeError, match="no memory"):
+        one_step(other, Failing(other.parameters(), lr=0.1), lambda m: m(torch.randn(4, 20)).square().mean())
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        one_step(model, optimizer, lambda m: lm_loss(m, ids()))
+    assert registry[model.head.weight].steps == 3
+
+
+def test_a_clipped_spike_leaves_fisher_curvature_as_it_was():
+    def largest_change(spike):
+        torch.manual_seed(0)
+        model = lotion_fx.transform(LM(), "int4", curvature="fisher", inner="aot_eager")
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, 0.99))
+        terms = []
+        for step in range(7):
+            optimizer.zero_grad()
+            (lm_loss(model, ids(seed=step)) * (spike if step == 3 else 1.0)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            terms.append(lotion_fx.report(model).term)
+        return max(terms[2:]) / min(terms[2:])
+
+    assert largest_change(1000.0) < 3 * largest_change(1.0)  # dividing history by one step's clip made it thousands
+
+
+def test_training_in_eval_mode_keeps_the_last_curvature():
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    one_step(model, optimizer, lambda m: lm_loss(m, ids()))
+    before = registry[model.head.weight].ema.clone()
+    model.eval()
+    with pytest.warns(UserWarning, match=r"curvature of .*head.weight did not arrive"):
+        one_step(model, optimizer, lambda m: lm_loss(m, ids()))
+    assert torch.equal(registry[model.head.weight].ema, before)
+    one_step(model, optimizer, lambda m: lm_loss(m, ids()))  # said once
+
+
+def test_training_pulls_weights_to_their_levels():
+    """At a loss whose gradient is noise, the term alone moves the weights: to where rounding costs less."""
+
+    def final_term(strength):
+        torch.manual_seed(0)
+        model = lotion_fx.transform(MLP(bias=False), "int4/tensor", inner="aot_eager", strength=strength)
+        optimizer = torch.optim.SGD(model.parameters(), lr=2e-3)
+        x = torch.randn(256, 20)
+        target = model(x).detach()
+        for _ in range(150):
+            one_step(model, optimizer, lambda m: (m(x) - target + torch.randn_like(target)).square().sum(1).mean())
+        return lotion_fx.report(model).term
+
+    assert final_term(3.0) < 0.8 * final_term(0.0)

@@ -1,0 +1,141 @@
+"""The private interfaces still are what `backend` takes them for, and compile caches stay on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import lotion_fx
+from lotion_fx import variants as backend
+from lotion_fx.state import registry
+from tests.models import LM, MLP, ids, lm_loss
+
+SCRIPT = """
+import json, torch, lotion_fx
+from torch._dynamo.utils import counters
+from tests.models import LM
+from tests.models import ids
+from tests.models import lm_loss
+
+torch.manual_seed(0)
+model = lotion_fx.transform(LM(), "int4", curvature={curvature!r})
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+lm_loss(model, ids()).backward()
+optimizer.step()
+row = lotion_fx.report(model)["head.weight"]
+print(json.dumps({{
+    "hits": counters["aot_autograd"]["autograd_cache_hit"],
+    "misses": counters["aot_autograd"]["autograd_cache_miss"],
+    "bypasses": counters["aot_autograd"]["autograd_cache_bypass"],
+    "estimator": row.estimator, "term": row.term, "weight": model.head.weight.sum().item(),
+}}))
+"""
+
+
+@pytest.mark.slow
+def test_a_warm_cache_gives_the_same_and_knows_the_configuration(tmp_path):
+    def run(curvature):
+        environment = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+        code = SCRIPT.format(curvature=curvature)
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    cold, warm, other = run("factored"), run("factored"), run("full")
+    assert cold["bypasses"] == 0 and cold["hits"] == 0
+    assert warm["hits"] > 0 and warm["misses"] == 0, "the whole training step comes from the cache"
+    assert {**warm, "hits": 0, "misses": 0} == {**cold, "hits": 0, "misses": 0}  # the estimator is known without a pass
+    assert other["misses"] > 0 and other["term"] != cold["term"]
+
+
+@pytest.mark.slow
+def test_mode_and_options_pass_through():
+    seen = []
+
+    class Watch(torch._inductor.custom_graph_pass.CustomGraphPass):
+        def __call__(self, graph):
+            seen.append(len(graph.nodes))
+
+        def uuid(self):
+            return None
+
+    options = {"joint_custom_pre_pass": Watch(), "max_autotune": False}
+    model = lotion_fx.transform(LM(), "int4", options=options, mode="max-autotune-no-cudagraphs")
+    lm_loss(model, ids()).backward()
+    assert seen, "the user's own joint pass runs beside ours"
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert lotion_fx.report(model)["head.weight"].estimator == "analytic"
+
+
+def test_dynamo_still_passes_live_parameters_with_their_source():
+    seen = {}
+
+    def look(gm, inputs):
+        nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        for node, value in zip(nodes, inputs, strict=True):
+            seen[node._dynamo_source.name] = value
+        scope = backend._scope()
+        seen["again"] = {name: eval(name, {"L": scope[0], "G": scope[1]}) for name in seen}
+        return gm.forward
+
+    model = MLP()
+    model.compile(backend=look)
+    model(torch.randn(3, 20))
+    again = seen.pop("again")
+    parameters = {name: value for name, value in seen.items() if isinstance(value, nn.Parameter)}
+    assert len(parameters) == 4 and all(again[name] is value for name, value in parameters.items())
+    assert any(value is model.up.weight for value in seen.values())
+
+
+def test_a_custom_op_s_result_reaches_the_probe_once_a_backward():
+    model = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+    for repeat in range(1, 4):
+        model(torch.randn(3, 20)).sum().backward()
+        weight = registry[model.up.weight]
+        calls, code, terms = weight.probe.grad[-3:].tolist()
+        assert (calls, code, terms, weight.smoothing.terms) == (repeat, repeat, 3 * repeat, 3 * repeat)
+
+
+def test_callbacks_run_after_those_that_were_queued_first():
+    order = []
+    x = torch.ones(1, requires_grad=True)
+
+    def hook(_):
+        backend.after_backward(lambda: order.append("ours"))
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: order.append("theirs"))
+
+    x.register_post_accumulate_grad_hook(hook)
+    x.sum().backward()
+    assert order == ["theirs", "ours"]
+
+
+def test_a_module_with_torch_s_own_forward_is_compiled():
+    torch._dynamo.reset()
+    before = backend.compiles["aot_eager"]
+    model = lotion_fx.transform(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "int4", inner="aot_eager")
+    model(torch.randn(2, 4))
+    assert backend.compiles["aot_eager"] == before + 1
+
+
+def test_many_models_of_torch_s_own_classes_are_compiled():
+    """Dynamo gives up on a frame after a few recompilations: were it shared, later models would be left in Python."""
+    x, y = torch.randn(2, 20), torch.zeros(2, dtype=torch.long)
+    for width in range(2, 2 + torch._dynamo.config.recompile_limit + 2):
+        model = nn.Sequential(nn.Linear(20, width))
+        lotion_fx.transform(model, "int4", loss_fn=nn.functional.cross_entropy, inner="aot_eager")
+        before = backend.compiles["aot_eager"]
+        model(x)
+        lotion_fx.training_loss(model, (x, y))
+        assert backend.compiles["aot_eager"] == before + 2
+
+
+def test_the_update_is_compiled_once_for_equal_weights():
+    model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(5)), nn.Linear(12, 3))
+    lotion_fx.transform(model, "int4/4", inner="aot_eager")
+    model(torch.randn(4, 12)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    specs = {registry[layer.weight].spec[1] for layer in model}
+    assert len(specs) == 2
