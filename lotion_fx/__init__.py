@@ -9,16 +9,10 @@ from lotion_fx.coverage import CoverageReport, report
 from lotion_fx.expected import ExpectedLoss, expected_loss
 from lotion_fx.numerics.formats import Format, codebook, formats, register_format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, noises, register_noise
-from lotion_fx.term import penalty
-from lotion_fx.transformation import (
-    finish,
-    full_precision,
-    load_state_dict,
-    randomized,
-    state_dict,
-    training_loss,
-    transform,
-)
+from lotion_fx.objective import penalty
+from lotion_fx.saved import load_state_dict, state_dict
+from lotion_fx.switches import finish, full_precision, randomized
+from lotion_fx.transformation import training_loss, transform
 
 __version__ = "0.1.0"
 __all__ = [

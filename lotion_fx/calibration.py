@@ -6,19 +6,18 @@ Curvature is an estimate, and the second order is not the whole: the predicted i
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from lotion_fx.expected import Estimate, estimate
+from lotion_fx.estimate import Estimate, estimate
 from lotion_fx.loss_graph import LossFunction
 from lotion_fx.passes.moments.certificate import EXACT
-from lotion_fx.state import smoothings_of, weights_of
-from lotion_fx.transformation import names_of
+from lotion_fx.state import names_of, smoothings_of
+from lotion_fx.switches import switched
 
 LIMIT = 8.0
 """A factor is kept within 1 / LIMIT and LIMIT: beyond, the measurement is noise or the model is far from trained."""
@@ -65,15 +64,18 @@ def calibrate(
         raise ValueError(f"every={every!r}: expected a number of optimizer steps, or None to calibrate at once")
     names = {name: weight for weight, name in names_of(model).items()}
     smoothings = smoothings_of(model)
-    if every is not None and not any(s.calibrated is None or s.steps - s.calibrated >= every for s in smoothings):
+    tallies = [smoothing.tally for smoothing in smoothings]
+    if every is not None and not any(t.calibrated is None or t.steps - t.calibrated >= every for t in tallies):
         return {}
     batches = list(batches)
     if not batches:
         raise ValueError("batches: expected at least one batch to measure on, got none")
-    forms = ("closed" if smoothings[0].moments == "off" else smoothings[0].moments, "off")
+    moments = smoothings[0].settings.moments
+    forms = ("closed" if moments == "off" else moments, "off")
     measured = _Measured()
     estimates: dict[str, list[Estimate]] = {form: [] for form in forms}
-    with _plain(model):
+    # Terms as they are: without factors, the user's strength included, which is no estimate's fault.
+    with switched(model, plain=True):
         for batch in batches:
             for form in forms:
                 estimates[form].append(estimate(model, batch, loss_fn, form))
@@ -81,27 +83,9 @@ def calibrate(
         streamed, joint = (_fit(estimates[form], measured) for form in forms)
     for name in streamed:
         names[name].gains = (streamed[name], joint[name])
-    for smoothing in smoothings:
-        smoothing.calibrated = smoothing.steps
+    for tally in tallies:
+        tally.calibrated_now()
     return joint
-
-
-@contextlib.contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
-    """Inside, terms are what they are: without factors, the user's strength included, which is no estimate's fault."""
-    strengths = [(smoothing, smoothing.strength) for smoothing in smoothings_of(model)]
-    gains = [(weight, weight.gains) for weight in weights_of(model)]
-    try:
-        for smoothing, _ in strengths:
-            smoothing.strength = 1.0
-        for weight, _ in gains:
-            weight.gains = (1.0, 1.0)
-        yield
-    finally:
-        for smoothing, strength in strengths:
-            smoothing.strength = strength
-        for weight, pair in gains:
-            weight.gains = pair
 
 
 @dataclass

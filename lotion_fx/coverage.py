@@ -10,10 +10,9 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from lotion_fx.numerics import rounding
 from lotion_fx.passes.attach.probe import Code
-from lotion_fx.state import Weight, local_of, registry
-from lotion_fx.transformation import names_of
+from lotion_fx.shards import local_of
+from lotion_fx.state import Weight, names_of, registry
 from lotion_fx.update import term_of
 
 
@@ -125,35 +124,36 @@ def _row(name: str, weight: Weight, term: torch.Tensor | None, total: float) -> 
     if not weight.selected:
         reason = weight.excluded or weight.why_not
         return Row(name, weight.shape, None, None, reason, uses, None, None, None, None)
-    assert weight.format is not None
     estimator, reason = _estimator(weight)
     part = None if term is None else float(term)
     share = part / total if part is not None and total > 0 else None
     axis = weight.axis if weight.uses is not None else None
-    return Row(name, weight.shape, weight.format.name, estimator, reason, uses, axis, _sqnr(weight), part, share)
+    return Row(
+        name, weight.shape, weight.quantizer.format.name, estimator, reason, uses, axis, _sqnr(weight), part, share
+    )
 
 
 def _estimator(weight: Weight) -> tuple[str | None, str]:
-    smoothing = weight.smoothing
-    if not smoothing.has_term:
-        return None, f"method={smoothing.method!r} has no expected-loss term" if smoothing.method != "lotion" else (
-            "finishing without the term"
-        )
-    held = weight.held()
-    if held is not None and not held.requires_grad:
+    settings, certificate, code = weight.smoothing.settings, weight.gathered.certificate, weight.curvature.code
+    if settings.method != "lotion":
+        return None, f"method={settings.method!r} has no expected-loss term"
+    if not weight.smoothing.tally.has_term:
+        return None, "finishing without the term"
+    parameter = weight.parameter()
+    if parameter is not None and not parameter.requires_grad:
         return None, "frozen: no gradient reaches it"
-    if weight.certificate is not None:
-        return weight.certificate.kind, str(weight.certificate).partition(": ")[2]
-    if weight.code is None:
+    if certificate is not None:
+        return certificate.kind, str(certificate).partition(": ")[2]
+    if code is None:
         return None, "no step was taken yet" if weight.uses is not None else "not run yet"
-    if weight.code is Code.ANALYTIC:
-        return "ggn" if smoothing.curvature == "ggn" else "analytic", ""
-    return "fisher", weight.code.reason
+    if code is Code.ANALYTIC:
+        return "ggn" if settings.samples_labels else "analytic", ""
+    return "fisher", code.reason
 
 
 def _sqnr(weight: Weight) -> float | None:
-    held = weight.held()
-    if held is None or weight.format is None or not (local := local_of(held).float()).numel():
+    parameter = weight.parameter()
+    if parameter is None or not (local := local_of(parameter).float()).numel():
         return None
-    noise = (rounding.rtn(local, weight.format, weight.axis) - local).square().sum()
+    noise = (weight.quantizer.rtn(local) - local).square().sum()
     return float(10 * torch.log10(local.square().sum() / noise)) if noise > 0 else math.inf

@@ -2,7 +2,7 @@
 
 `torch.optim.AdamW` with the step's hook reads and writes every smoothed weight's gradient twice, and its second moment
 and weight once more. On a GPU, under ``curvature="fisher"``, this optimizer takes the term over from the hook
-(`objective.TakesTerms`) and moves what AdamW alone would (`kernels.adamw_smooth`).
+(`term.TakesTerms`) and moves what AdamW alone would (`kernels.adamw_smooth`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lotion_fx.numerics.formats import Format
+from lotion_fx import private
+from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.lower.lower import arch_of
 from lotion_fx.state import Weight
 from lotion_fx.term import Term
@@ -76,13 +77,13 @@ class AdamW(torch.optim.AdamW):
             return False
         if parameter.device.type != "cpu" and arch_of(parameter.device) is None:
             return False
-        assert parameter.grad is not None and weight.format is not None
+        assert parameter.grad is not None
         state = self.state.get(parameter, {})
         moments = [state.get(name, parameter) for name in ("exp_avg", "exp_avg_sq")]
         tensors = [parameter, parameter.grad, *moments]
         if not all(t.layout == torch.strided and t.is_contiguous() for t in tensors):
             return False
-        return tuple(t.dtype for t in tensors) in _DTYPES and _fits(parameter, weight.format, weight.axis)
+        return tuple(t.dtype for t in tensors) in _DTYPES and _fits(parameter, weight.quantizer)
 
     # The one private method of torch's that is touched: its step asks it for what to update, group by group.
     def _init_group(self, group: dict[str, Any], params: list[Tensor], *lists: list[Tensor]) -> bool:
@@ -100,23 +101,20 @@ class AdamW(torch.optim.AdamW):
 
     def _kind(self, parameter: Tensor) -> Any:
         """What the weights of one launch have in common."""
-        weight, state = self.terms[parameter].weight, self.state[parameter]
-        return weight.format, weight.smoothing.noise, parameter.device, parameter.dtype, state["exp_avg"].dtype
+        quantizer, state = self.terms[parameter].weight.quantizer, self.state[parameter]
+        return quantizer.format.name, quantizer.noise.name, parameter.device, parameter.dtype, state["exp_avg"].dtype
 
     def _update(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
         """One launch of the pass, over weights of one kind."""
         states, terms = [self.state[p] for p in params], [self.terms.pop(p) for p in params]
-        from lotion_fx.kernels.adamw_smooth import (
-            adamw_smooth,
-        )  # here because it needs Triton, which not all systems have
+        from lotion_fx.kernels.adamw_smooth import adamw_smooth  # needs Triton, which not all systems have
 
-        weight, found_inf = terms[0].weight, getattr(self, "found_inf", None)
-        assert weight.format is not None
+        quantizer, found_inf = terms[0].weight.quantizer, getattr(self, "found_inf", None)
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
+        private.foreach_add_(steps, 1)
         for term, state in zip(terms, states, strict=True):
-            term.weight.moment = state["exp_avg_sq"]
-        two_level = weight.format.law.two_level
+            term.weight.curvature.moment = state["exp_avg_sq"]
+        two_level = quantizer.format.law.two_level
         largest = torch.stack([self._amax_of(p) for p in params]) if two_level else params[0].new_zeros(0).float()
         largest = adamw_smooth(
             params,
@@ -126,12 +124,12 @@ class AdamW(torch.optim.AdamW):
             self._factors(group, terms, steps, params[0].device),
             largest,
             found_inf,
-            weight.format.name,
-            weight.smoothing.noise.name,
+            quantizer.format.name,
+            quantizer.noise.name,
             *group["betas"],
         )
         if found_inf is not None:
-            torch._foreach_sub_(steps, [found_inf.to(step.device) for step in steps])
+            private.foreach_sub_(steps, [found_inf.to(step.device) for step in steps])
         self._amax.update({p: (one, _contents(p)) for p, one in zip(params, largest, strict=False)})
 
     def _factors(
@@ -165,14 +163,14 @@ class AdamW(torch.optim.AdamW):
         return parameter.detach().abs().amax().float()
 
 
-def _fits(weight: Tensor, fmt: Format, axis: int) -> bool:
+def _fits(weight: Tensor, quantizer: Quantizer) -> bool:
     """Whether the pass takes this weight in this format."""
-    block = fmt.block
+    block = quantizer.format.block
     if not isinstance(block, int) or block > 128 or block & (block - 1):
         return False
-    return axis == weight.dim() - 1 and weight.shape[-1] % block == 0
+    return quantizer.axis == weight.dim() - 1 and weight.shape[-1] % block == 0
 
 
 def _contents(parameter: Tensor) -> tuple[int, int]:
     """Changes with what a parameter holds: in place, or by another tensor put in its place."""
-    return parameter.data_ptr(), parameter._version
+    return parameter.data_ptr(), private.version_of(parameter)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
-from lotion_fx import variants as backend
-from lotion_fx.numerics import rounding
-from lotion_fx.passes.attach.attach import LATENT, MEAN, RR
-from lotion_fx.state import Smoothing, Weight, registry
+from lotion_fx import private
+from lotion_fx.passes.attach.attach import LATENT, MEAN, RR, STE
+from lotion_fx.private import tree_leaves
+from lotion_fx.state import Weight, registry
+from lotion_fx.tally import Tally
 
 _latent: weakref.WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
 
@@ -29,7 +29,7 @@ def hook_owners(weights: Iterable[Weight]) -> None:
     """Hooks every module that owns a weight with a format."""
     modules = {module: None for weight in weights if weight.format for ref, _ in weight.owners if (module := ref())}
     for module in modules:
-        backend.hook_forward(module, _round, _restore)
+        private.hook_forward(module, _round, _restore)
 
 
 def _round(module: nn.Module, args: Any) -> None:
@@ -50,26 +50,23 @@ def _swap_in(module: nn.Module) -> None:
         ValueError: the training forward would have to be rounded, or the weight is sharded.
     """
     for weight in registry.owned.get(module, {}).values():
-        parameter = weight.held()
+        parameter, smoothing = weight.parameter(), weight.smoothing
         mode = _mode(weight)
-        if mode == LATENT or parameter is None or weight.format is None or not weight.selected:
+        if mode == LATENT or parameter is None or not weight.selected:
             continue
-        if weight.training and not weight.smoothing.override:
-            asked, instead = f"method={weight.smoothing.method!r}", "method='lotion'"
+        if weight.training and not smoothing.tally.override:
+            asked, instead = f"method={smoothing.settings.method!r}", "method='lotion'"
             if mode == MEAN:
-                asked, instead = f"noise={weight.smoothing.noise.name!r}", "noise='randomized'"
+                asked, instead = f"noise={smoothing.settings.noise.name!r}", "noise='randomized'"
             raise ValueError(
                 f"{asked} needs a rounded training forward, and no compiled graph contains {weight.name!r}; "
                 f"use {instead}, or leave it out: only={{{weight.name!r}: None}}"
             )
         if isinstance(parameter, DTensor):
             raise ValueError(f"no compiled graph contains {weight.name!r}, and it is sharded: put it into regions=")
-        fmt, axis, latent = weight.format, weight.axis, parameter.detach()
         _latent.setdefault(module, []).append((parameter, parameter.data))
-        if mode == RR:
-            parameter.data = rounding.rr(latent, fmt, axis, law=weight.smoothing.noise)
-        else:
-            parameter.data = rounding.rtn(latent, fmt, axis)
+        rounded = weight.quantizer.rr if mode == RR else weight.quantizer.rtn
+        parameter.data = rounded(parameter.detach())
 
 
 @torch.compiler.disable
@@ -80,27 +77,26 @@ def _swap_out(module: nn.Module) -> None:
 
 def _mode(weight: Weight) -> str:
     """The forward that a weight is to take now."""
-    smoothing = weight.smoothing
+    tally = weight.smoothing.tally
     # Finishing begins in the middle of a training: what no graph contains goes on at its latent values there.
-    training = LATENT if smoothing.finishing else smoothing.forward_mode
-    return smoothing.override or (training if weight.training else "rtn")
+    training = LATENT if tally.finishing else tally.forward_mode
+    return tally.override or (training if weight.training else STE)
 
 
-def count_terms(call: Callable[..., Any], smoothing: Smoothing) -> Callable[..., Any]:
+def count_rows(call: Callable[..., Any], tally: Tally) -> Callable[..., Any]:
     """Wraps a model's forward so that T is counted at its output where no joint graph counts it."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        smoothing.told = False
-        smoothing.forwards += 1
+        tally.forward_began()
         out = call(*args, **kwargs)
-        if not smoothing.told and smoothing.has_term and smoothing.needs_terms and torch.is_grad_enabled():
-            _count_rows(out, smoothing)
+        if not tally.counted_in_graph and tally.has_term and tally.needs_loss_count and torch.is_grad_enabled():
+            _count_rows(out, tally)
         return out
 
     return forward
 
 
-def _count_rows(out: Any, smoothing: Smoothing) -> None:
+def _count_rows(out: Any, tally: Tally) -> None:
     """T is the number of rows with non-zero gradient in the first output that has rows.
 
     All of its rows where the model made the loss itself: such a graph does not show what gradient they had.
@@ -109,12 +105,11 @@ def _count_rows(out: Any, smoothing: Smoothing) -> None:
     if leaves:
         leaf = next((leaf for leaf in leaves if leaf.dim() > 1), leaves[0])
         every = torch.full((), leaf.shape[: leaf.dim() - 1 or 1].numel(), dtype=torch.float32, device=leaf.device)
-        leaf.register_hook(lambda grad: _count(grad, every, smoothing))
+        leaf.register_hook(lambda grad: tally.rows_counted(_rows(grad, every)))
 
 
-def _count(grad: Tensor | None, every: Tensor, smoothing: Smoothing) -> None:
-    if grad is not None:
-        nonzero = grad.ne(0)
-        every = (nonzero.any(-1) if grad.dim() > 1 else nonzero).sum().float()
-    smoothing.add_terms(every)
-    backend.after_backward(smoothing.backward_is_over)
+def _rows(grad: Tensor | None, every: Tensor) -> Tensor:
+    if grad is None:
+        return every
+    nonzero = grad.ne(0)
+    return (nonzero.any(-1) if grad.dim() > 1 else nonzero).sum().float()

@@ -17,9 +17,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lotion_fx import variants as backend
+from lotion_fx import private
 from lotion_fx.likelihood import draws, output_in, sampled_loss
 from lotion_fx.state import Smoothing
+from lotion_fx.tally import Tally
 
 
 def sample_first(
@@ -28,11 +29,12 @@ def sample_first(
     """The user's ``forward``, with a curvature pass through ``call`` before it wherever one is due."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        smoothing.turn, smoothing.closed = smoothing.turn + smoothing.closed, False
+        tally = smoothing.tally
+        tally.turn_began()
         if model.training and torch.is_grad_enabled():
-            smoothing.group = backend.active_data_parallel_group()
-            _forget_skipped_step(smoothing)
-            if smoothing.has_term and smoothing.pass_is_due and not smoothing.override:
+            tally.runs_in(private.active_data_parallel_group())
+            tally.forget_skipped_step()
+            if tally.has_term and tally.pass_is_due and not tally.override:
                 check_placement(model, smoothing)
                 with _undone(model):
                     _sample(smoothing, call, args, kwargs)
@@ -50,7 +52,7 @@ def check_placement(model: nn.Module, smoothing: Smoothing) -> None:
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("curvature='ggn' runs inside DistributedDataParallel: transform the model, then wrap it")
     for weight in smoothing.weights:
-        if isinstance(weight.held(), DTensor):
+        if isinstance(weight.parameter(), DTensor):
             raise ValueError(
                 f"curvature='ggn' runs a backward pass of its own, for which FSDP2 has no place, and {weight.name!r} "
                 "is sharded; take curvature='factored', or DistributedDataParallel"
@@ -59,35 +61,25 @@ def check_placement(model: nn.Module, smoothing: Smoothing) -> None:
 
 def _sample(smoothing: Smoothing, call: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """Fills the weights' probes with the curvature of the loss at labels that the model draws itself."""
-    assert smoothing.likelihood is not None
-    smoothing.sampling = True
-    try:
-        output = output_in(call(*args, **kwargs), smoothing.likelihood)
-        probes = [weight.probe for weight in smoothing.weights if weight.probe is not None]
+    likelihood, tally = smoothing.settings.likelihood, smoothing.tally
+    assert likelihood is not None
+    with tally.curvature_pass():
+        output = output_in(call(*args, **kwargs), likelihood)
+        probes = [probe for weight in smoothing.weights if (probe := weight.gathered.probe) is not None]
         with torch.autocast(output.device.type, enabled=False):
-            loss = sampled_loss(output, smoothing.likelihood, _generator(smoothing, output.device))
+            loss = sampled_loss(output, likelihood, _generator(tally, output.device))
             # Gradients of the sum keep clear of half precision's underflow; T = draws / draws^2 makes it the mean's.
-            smoothing.draws = draws(output, smoothing.likelihood)
-            scale = torch.full_like(loss, smoothing.draws)
+            tally.drew(draws(output, likelihood))
+            scale = torch.full_like(loss, tally.draws)
             gradients = torch.autograd.grad(loss, probes, scale, allow_unused=True) if probes else ()
-    finally:
-        smoothing.sampling = False
-    for probe, gradient in zip(probes, gradients, strict=True):
-        probe.grad = gradient
-    smoothing.last_pass = smoothing.turn
+        for probe, gradient in zip(probes, gradients, strict=True):
+            probe.grad = gradient
 
 
-def _generator(smoothing: Smoothing, device: torch.device) -> torch.Generator:
+def _generator(tally: Tally, device: torch.device) -> torch.Generator:
     """Fresh labels in each step and on each rank, the same ones in a run resumed under the same seed."""
-    rank = dist.get_rank(smoothing.group) if smoothing.group is not None else 0
-    return torch.Generator(device).manual_seed(hash((torch.initial_seed(), smoothing.turn, rank)))
-
-
-def _forget_skipped_step(smoothing: Smoothing) -> None:
-    """T begins anew where the gradients of a step that never came were dropped."""
-    masters = [weight.master() for weight in smoothing.weights if weight.master]
-    if all(master is None or master.grad is None for master in masters):
-        smoothing.terms = None
+    rank = dist.get_rank(tally.group) if tally.group is not None else 0
+    return torch.Generator(device).manual_seed(hash((torch.initial_seed(), tally.turn, rank)))
 
 
 @contextlib.contextmanager
@@ -102,13 +94,17 @@ def _undone(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
     """Puts every buffer back at the end, as a tensor and in its values."""
-    held = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    kept = [(owner, name, b, b._version, b.detach().clone()) for owner, name, b in held if b is not None]
+    held = [
+        (private.buffers_of(module), name, buffer)
+        for module in model.modules()
+        for name, buffer in private.buffers_of(module).items()
+    ]
+    kept = [(owner, name, b, private.version_of(b), b.detach().clone()) for owner, name, b in held if b is not None]
     try:
         yield
     finally:
         with torch.no_grad():
             for owner, name, buffer, version, values in kept:
                 owner[name] = buffer
-                if buffer._version != version:
+                if private.version_of(buffer) != version:
                     buffer.copy_(values)

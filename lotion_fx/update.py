@@ -19,15 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from lotion_fx import variants as backend
-from lotion_fx.numerics import rounding
-from lotion_fx.numerics.formats import Format
-from lotion_fx.numerics.noise import NoiseLaw
+from lotion_fx import compiling
+from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.probe import Layout
 from lotion_fx.passes.lower import lower
-from lotion_fx.state import Weight, local_of
+from lotion_fx.shards import local_of, span_of
+from lotion_fx.state import Weight
 
 CHUNK = 16  # weights in one compiled update at most, which bounds the time to compile it
 
@@ -41,8 +39,7 @@ class Spec:
     Args:
         source: ``"vector"`` (a payload is given), ``"fisher"`` (from the gradient), ``"moment"`` (exp_avg_sq is given),
             ``"held"`` (the state as it is).
-        fmt, axis: the quantizer.
-        noise: the law whose variance is the term's.
+        quantizer: whose noise's variance is the term's.
         layout: of the whole weight.
         span: [start, stop) of its dimension 0 on this rank.
         decay: of the EMA.
@@ -51,9 +48,7 @@ class Spec:
     """
 
     source: str
-    fmt: Format
-    axis: int
-    noise: NoiseLaw
+    quantizer: Quantizer
     layout: Layout
     span: tuple[int, int]
     decay: float
@@ -64,15 +59,14 @@ class Spec:
     def of(weight: Weight, source: str, layout: Layout, span: tuple[int, int], args: Sequence[Tensor]) -> Spec:
         """The one `Spec` of this make: equal ones are the same object, found again without comparing them."""
         tensors = tuple((t.shape, t.stride(), t.dtype, t.device) for t in args)
-        smoothing = weight.smoothing
-        key = (source, weight.format, weight.axis, smoothing.noise, layout, span, smoothing.decay, tensors)
-        if weight.spec is None or weight.spec[0] != key:
-            assert weight.format is not None
-            fmt, axis, arch, (held, grad) = weight.format, weight.axis, lower.arch_of(args[0].device), args[:2]
+        known, decay, quantizer = weight.curvature.spec, weight.smoothing.settings.decay, weight.quantizer
+        key = (source, quantizer, layout, span, decay, tensors)
+        if known is None or known[0] != key:
+            fmt, axis, arch, (held, grad) = quantizer.format, quantizer.axis, lower.arch_of(args[0].device), args[:2]
             kernel = arch is not None and grad.is_contiguous() and lower.prefers_kernel("term", held, fmt, axis, arch)
-            spec = Spec(source, fmt, axis, smoothing.noise, layout, span, smoothing.decay, tensors, kernel)
-            weight.spec = key, _specs.setdefault(key, spec)
-        return weight.spec[1]
+            spec = Spec(source, quantizer, layout, span, decay, tensors, kernel)
+            known = weight.curvature.spec = key, _specs.setdefault(key, spec)
+        return known[1]
 
 
 _specs: dict[Any, Spec] = {}
@@ -129,9 +123,7 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
         moved = state
     else:
         if spec.source == VECTOR:
-            payload = given.pop(0).float()
-            scaled = layout.groups * layout.rows if layout.kind == "factored" else payload.numel()
-            payload = torch.cat([payload[:scaled] * row_factor, payload[scaled:]])
+            payload = layout.scaled(given.pop(0).float(), row_factor)
         else:
             squared = grad.float().square() * grad_factor
             payload = marginals(squared, layout) if layout.kind == "factored" else squared.reshape(-1)
@@ -145,7 +137,7 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
         return
     h = dense(moved, layout, spec.span) if moved is not None else h
     assert h is not None
-    term = rounding.variance_vjp(weight, h.view(weight.shape), spec.fmt, spec.axis, law=spec.noise, amax_tensor=amax)
+    term = spec.quantizer.variance_vjp(weight, h.view(weight.shape), amax_tensor=amax)
     grad.add_((0.5 * gain * term).to(grad.dtype))
 
 
@@ -169,7 +161,7 @@ def _add_by_kernel(
         h = dense(state, layout, spec.span)
     assert h is not None
     h = h if cols is not None else h.reshape(weight.shape).contiguous()
-    add_term(grad, weight, h, cols, rows, factor, spec.fmt.name, spec.axis, spec.noise.name, amax)
+    add_term(grad, weight, h, cols, rows, factor, *spec.quantizer.constants, amax)
 
 
 _compiled: dict[tuple[str, tuple[Spec, ...]], Callable[..., Any]] = {}
@@ -193,7 +185,7 @@ def update(inner: str, work: Sequence[tuple[Spec, list[Tensor]]]) -> None:
                 for turn in range(count):
                     flat = [tensor for spec in specs for tensor in alike[spec][turn]]
                     if (inner, specs) not in _compiled:
-                        _compiled[inner, specs] = backend.compile_function(_many(specs), flat, inner)
+                        _compiled[inner, specs] = compiling.compile_function(_many(specs), flat, inner)
                     _compiled[inner, specs](*flat)
 
 
@@ -219,34 +211,26 @@ def _many(specs: tuple[Spec, ...]) -> Callable[..., None]:
     return run
 
 
-def span_of(parameter: Tensor) -> tuple[int, int]:
-    """The part of dimension 0 that this rank holds."""
-    if not isinstance(parameter, DTensor):
-        return 0, parameter.shape[0]
-    return backend.local_span(parameter)
-
-
 def term_of(weight: Weight) -> Tensor | None:
     """This rank's ``1/2 sum_i h_i sigma_i^2`` of one weight, 0-d, without strength; None before its first step."""
-    held = weight.held()
-    h = None if held is None or not weight.selected else curvature_of(weight, held)
-    if held is None or h is None or weight.format is None:
+    parameter = weight.parameter()
+    h = None if parameter is None or not weight.selected else curvature_of(weight, parameter)
+    if parameter is None or h is None:
         return None
-    variance = rounding.variance(local_of(held), weight.format, weight.axis, law=weight.smoothing.noise)
-    return 0.5 * (h * variance).sum()
+    return 0.5 * (h * weight.quantizer.variance(local_of(parameter))).sum()
 
 
-def curvature_of(weight: Weight, held: Tensor) -> Tensor | None:
+def curvature_of(weight: Weight, parameter: Tensor) -> Tensor | None:
     """h over this rank's part of a weight, float32; None before its first step."""
-    terms, clip2 = weight.smoothing.known_terms, weight.smoothing.clip2
-    if weight.moment is not None and terms is not None and clip2 is not None:
-        return weight.moment.float() * (terms / clip2)
-    return None if weight.ema is None else dense(weight.ema, *stored(weight, held))
+    known, tally = weight.curvature, weight.smoothing.tally
+    if known.moment is not None and tally.last_loss_count is not None and tally.clip2 is not None:
+        return known.moment.float() * (tally.last_loss_count / tally.clip2)
+    return None if known.ema is None else dense(known.ema, *stored(weight, parameter))
 
 
-def stored(weight: Weight, held: Tensor) -> tuple[Layout, tuple[int, int]]:
+def stored(weight: Weight, parameter: Tensor) -> tuple[Layout, tuple[int, int]]:
     """The layout of a weight's state, and the part of it that this rank's shard is."""
-    if weight.smoothing.curvature != "fisher":
-        return weight.layout, span_of(held)
-    local = local_of(held)
+    if not weight.smoothing.settings.reads_moment:
+        return weight.layout, span_of(parameter)
+    local = local_of(parameter)
     return Layout("full", tuple(local.shape), 1, local.shape[0]), (0, local.shape[0])

@@ -11,16 +11,18 @@ checkpointed subgraph needs no visit: the weight enters it as an argument.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from lotion_fx.numerics import rounding
-from lotion_fx.numerics.formats import resolve
-from lotion_fx.numerics.noise import resolve_noise
+from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.probe import Layout
+from lotion_fx.private import copy_source
+
+if TYPE_CHECKING:
+    from lotion_fx.passes.pipeline import ForwardState
 
 LATENT, STE, STE_SCALE, RR, MEAN = "latent", "ste", "ste_scale", "rr", "mean"
 
@@ -31,19 +33,15 @@ class Plan:
 
     Args:
         mode: the forward, ``"latent"``, ``"ste"``, ``"ste_scale"``, ``"rr"`` or ``"mean"``.
-        fmt: name of the weight's format.
-        axis: the dimension that its blocks run along.
+        quantizer: the weight's.
         layout: its probe's layout; None where no curvature is asked for.
-        noise: name of the noise law that ``"rr"`` and ``"mean"`` take.
         moments: whether its noise goes through a moment stream instead, where the graph holds the loss: ``"closed"``
             (unless a covariance would be dropped), ``"diagonal"`` or ``"off"``.
     """
 
     mode: str
-    fmt: str
-    axis: int
+    quantizer: Quantizer
     layout: Layout | None
-    noise: str = "randomized"
     moments: str = "off"
 
     @property
@@ -85,25 +83,27 @@ def attach(gm: fx.GraphModule, plans: Mapping[int, Plan]) -> tuple[fx.GraphModul
     return fx.GraphModule(gm, graph), probes
 
 
-def insert_variances(gm: fx.GraphModule, variances: Mapping[int, int], plans: Mapping[int, Plan]) -> None:
-    """Turns the variance inputs of a streamed graph into gains: 0-d factors of variances that the graph then makes.
+def attach_nodes(state: ForwardState) -> ForwardState:
+    """`attach`, as a pass."""
+    gm, probed = attach(state.gm, state.plans) if state.plans else (state.gm, [])
+    return replace(state, gm=gm, probed=tuple(probed))
 
-    Args:
-        gm: a graph that `passes.moments` made; changed in place.
-        variances: for each weight's placeholder index that of its variance.
-        plans: their formats.
-    """
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    last = placeholders[-1]
-    for weight, gain in variances.items():
-        node, plan = placeholders[gain], plans[weight]
+
+def insert_variances(state: ForwardState) -> ForwardState:
+    """Turns the variance inputs of a streamed graph into gains: 0-d factors of variances that the graph then makes."""
+    gm, placeholders = state.gm, state.gm.graph.find_nodes(op="placeholder")
+    last = placeholders[-1] if placeholders else None
+    for weight, gain in state.variances.items():
+        node, plan = placeholders[gain], state.plans[weight]
         with gm.graph.inserting_after(last):
-            made = gm.graph.call_function(variance, (placeholders[weight], plan.fmt, plan.axis, plan.noise))
+            made = gm.graph.call_function(variance, (placeholders[weight], *plan.quantizer.constants))
         with gm.graph.inserting_after(made):
             scaled = gm.graph.call_function(torch.mul, (made, node))
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
-    gm.graph.lint()
-    gm.recompile()
+    if state.variances:
+        gm.graph.lint()
+        gm.recompile()
+    return state
 
 
 def _copy(gm: fx.GraphModule) -> fx.Graph:
@@ -111,15 +111,14 @@ def _copy(gm: fx.GraphModule) -> fx.Graph:
     graph.output(graph.graph_copy(gm.graph, copied))
     for old, new in copied.items():
         new.meta = dict(old.meta)
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
+        copy_source(old, new)
     return graph
 
 
-def _constants(plan: Plan) -> tuple[str, str, int, str, int, int, str]:
+def _constants(plan: Plan) -> tuple[str, str, int, str, str, int, int]:
     """The plan as plain values, which graphs and compile caches can hold."""
     layout = plan.layout or Layout("none", (1,), 1, 1)
-    return plan.mode, plan.fmt, plan.axis, layout.kind, layout.groups, layout.rows, plan.noise
+    return plan.mode, *plan.quantizer.constants, layout.kind, layout.groups, layout.rows
 
 
 def smooth(
@@ -128,17 +127,17 @@ def smooth(
     mode: str,
     fmt: str,
     axis: int,
+    noise: str,
     kind: str,
     groups: int,
     rows: int,
-    noise: str = "randomized",
     kernel: bool = False,
 ) -> Tensor:
     """The quantize-and-smooth node: see the module's docstring, `Plan` and `Layout` for the arguments.
 
     ``kernel`` is set by `passes.lower`: the forward is `lotion_fx.kernels.smooth` then, instead of ATen.
     """
-    return _Smooth.apply(weight, probe, mode, fmt, axis, kind, groups, rows, noise, kernel)
+    return _Smooth.apply(weight, probe, mode, (fmt, axis, noise), (kind, groups, rows), kernel)
 
 
 class _Smooth(torch.autograd.Function):
@@ -148,27 +147,23 @@ class _Smooth(torch.autograd.Function):
         weight: Tensor,
         probe: Tensor | None,
         mode: str,
-        fmt: str,
-        axis: int,
-        kind: str,
-        groups: int,
-        rows: int,
-        noise: str,
+        constants: tuple[str, int, str],
+        layout: tuple[str, int, int],
         kernel: bool,
     ) -> Tensor:
-        ctx.probe = (kind, groups, rows) if probe is not None else None
-        ctx.scale = (mode, noise, fmt, axis) if mode in (STE_SCALE, MEAN) else None
+        ctx.probe = layout if probe is not None else None
+        ctx.scale = (mode, constants) if mode in (STE_SCALE, MEAN) else None
         if mode == LATENT:
             out = weight.view_as(weight)
         elif kernel:
             seed = torch.randint(2**62, (), device=weight.device) if mode == RR else None
-            (out,) = _kernel(weight, fmt, axis, noise, mode != RR, mode == RR, False, seed)
-        elif mode == RR:
-            out = rounding.rr(weight, resolve(fmt), axis, law=resolve_noise(noise))
-        elif mode == MEAN:
-            out = rounding.mean(weight, resolve(fmt), axis, law=resolve_noise(noise)).to(weight.dtype)
+            (out,) = _kernel(weight, *constants, mode != RR, mode == RR, False, seed)
         else:
-            out = rounding.rtn(weight, resolve(fmt), axis)
+            quantizer = Quantizer.of(*constants)
+            if mode == RR:
+                out = quantizer.rr(weight)
+            else:
+                out = quantizer.mean(weight).to(weight.dtype) if mode == MEAN else quantizer.rtn(weight)
         ctx.save_for_backward(weight if ctx.scale else None, out if ctx.probe else None)
         return out
 
@@ -179,13 +174,11 @@ class _Smooth(torch.autograd.Function):
         if ctx.needs_input_grad[1] and ctx.probe:
             curvature = torch.ops.lotion_fx.curvature(grad, out, *ctx.probe)
         if ctx.scale:
-            mode, noise, fmt, axis = ctx.scale
-            if mode == MEAN:
-                to_weight = rounding.mean_vjp(weight, grad, resolve(fmt), axis, law=resolve_noise(noise))
-            else:
-                to_weight = rounding.rtn_vjp(weight, grad, resolve(fmt), axis)
-            to_weight = to_weight.to(grad.dtype)
-        return to_weight, curvature, None, None, None, None, None, None, None, None
+            mode, constants = ctx.scale
+            quantizer = Quantizer.of(*constants)
+            vjp = quantizer.mean_vjp if mode == MEAN else quantizer.rtn_vjp
+            to_weight = vjp(weight, grad).to(grad.dtype)
+        return to_weight, curvature, None, None, None, None
 
 
 def _kernel(*args: Any) -> list[Tensor]:
@@ -197,20 +190,19 @@ def _kernel(*args: Any) -> list[Tensor]:
 
 def variance(weight: Tensor, fmt: str, axis: int, noise: str, kernel: bool = False) -> Tensor:
     """The variance of a weight's random rounding, float32 or float64, differentiable, its scale's part included."""
-    return _Variance.apply(weight, fmt, axis, noise, kernel)
+    return _Variance.apply(weight, (fmt, axis, noise), kernel)
 
 
 class _Variance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, fmt: str, axis: int, noise: str, kernel: bool) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, constants: tuple[str, int, str], kernel: bool) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.law = fmt, axis, noise
+        ctx.constants = constants
         if kernel:
-            return _kernel(weight, fmt, axis, noise, False, False, True)[0]
-        return rounding.variance(weight, resolve(fmt), axis, law=resolve_noise(noise))
+            return _kernel(weight, *constants, False, False, True)[0]
+        return Quantizer.of(*constants).variance(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        (weight,), (fmt, axis, noise) = ctx.saved_tensors, ctx.law
-        slope = rounding.variance_vjp(weight, grad, resolve(fmt), axis, law=resolve_noise(noise))
-        return slope.to(weight.dtype), None, None, None, None
+        (weight,) = ctx.saved_tensors
+        return Quantizer.of(*ctx.constants).variance_vjp(weight, grad).to(weight.dtype), None, None

@@ -3,13 +3,13 @@
 Every smoothed weight has a probe, a float32 vector of zeros that enters the graph as one more input. The gradient
 that reaches it *is* the curvature, so autograd itself accumulates it over uses, micro-batches and recomputation.
 
-    factored   [ rows G*R | cols G*C | norm G | calls | code | terms ]
-    full       [ h  numel(weight)             | calls | code | terms ]
-    none       [                                calls | code | terms ]
+    factored   [ rows G*R | cols G*C | norm G | calls | code | loss count ]
+    full       [ h  numel(weight)             | calls | code | loss count ]
+    none       [                                calls | code | loss count ]
 
 The weight, reshaped row-major to [G, R, C], has curvature ``h[g, r, c] = T * rows[g, r] * cols[g, c] / norm[g]``.
-``calls`` counts emissions, ``code`` adds one `Code` per emission and ``terms`` the loss terms T that the graph saw, so
-`code / calls` and `terms / calls` survive accumulation and a warm compile cache, where no pass runs again.
+``calls`` counts emissions, ``code`` adds one `Code` per emission and the loss count the loss terms T that the graph
+saw, so `code / calls` and `loss_count / calls` survive accumulation and a warm compile cache, where no pass runs again.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-HEADER = 3  # calls, code, terms
 
 
 class Code(IntEnum):
@@ -50,6 +49,28 @@ _REASONS = {
     Code.UNREACHED: "reached by no compiled graph",
     Code.MIXED: "several graphs use it, not all linearly",
 }
+
+
+class Header(NamedTuple):
+    """The last values of a probe vector, each 0-d."""
+
+    calls: Tensor
+    code: Tensor
+    loss_count: Tensor
+
+    @classmethod
+    def of(cls, vector: Tensor) -> Header:
+        return cls(*vector[-len(cls._fields) :].unbind())
+
+    @property
+    def common_code(self) -> Code:
+        """What all emissions say, `MIXED` if they do not agree. Reads the device."""
+        calls, code, _ = torch.stack(self).tolist()
+        mean = code / calls if calls else -1.0
+        return Code(int(mean)) if mean in set(Code) else Code.MIXED
+
+
+HEADER = len(Header._fields)
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,11 @@ class Layout:
     @property
     def size(self) -> int:
         return self.payload + HEADER
+
+    def scaled(self, payload: Tensor, factor: Tensor | float) -> Tensor:
+        """A payload whose h is ``factor`` times as large: the rows of a factored one are, and all of a full one."""
+        count = self.groups * self.rows if self.kind == "factored" else payload.numel()
+        return torch.cat([payload[:count] * factor, payload[count:]])
 
     def split(self, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views (rows [G, R], cols [G, C], norm [G]) of a factored probe vector."""

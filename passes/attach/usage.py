@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+
+from lotion_fx.passes.dims import Dims
+from lotion_fx.passes.ops import ARITHMETIC, CONTRACTED, REARRANGED
+from lotion_fx.private import OpOverload, TorchDispatchMode, tree_flatten
 
 aten = torch.ops.aten
 
@@ -41,7 +43,7 @@ class Use:
     rows: int
 
 
-Dims = tuple[frozenset[int], ...]  # for each dimension of a tensor, the weight's dimensions it holds
+_SHAPE_QUERIES = {aten.sym_size, aten.sym_numel, aten.sym_stride, torch.ops.prim.device}
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class _Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not isinstance(func, torch._ops.OpOverload):
+        if not isinstance(func, OpOverload):
             return out
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         results = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
@@ -116,20 +118,20 @@ class _Tracker(TorchDispatchMode):
 
     def _follow(self, func: Any, args: Any, position: int, results: list[Tensor], meets_data: bool) -> None:
         source, packet = self.derived[id(args[position])], func.overloadpacket
-        if packet in _CONTRACTIONS and position in (rule := _CONTRACTIONS[packet]):
+        if packet in CONTRACTED and position in (rule := CONTRACTED[packet]):
             self._record(source, CONTRACTION, func, rule[position])
         elif packet is aten.convolution:
             self._convolution(source, func, args, position)
         elif packet is aten.embedding:
             self._record(source, EMBEDDING, func, -1)
-        elif packet in _REARRANGE and position == 0:
+        elif packet in REARRANGED and position == 0:
             for result in results:
-                dims = _REARRANGE[packet](source.dims, args, tuple(args[0].shape), tuple(result.shape))
+                dims = REARRANGED[packet](source.dims, args, tuple(args[0].shape), tuple(result.shape))
                 self.derived[id(result)] = _Derived(source.weight, dims, source.numel)
-        elif not meets_data and results and results[0].shape == args[position].shape and packet in _SCALINGS:
+        elif not meets_data and results and results[0].shape == args[position].shape and packet in ARITHMETIC:
             self.derived[id(results[0])] = source
         elif results and packet not in _SHAPE_QUERIES:
-            kind = ELEMENTWISE if packet in _SCALINGS and meets_data else OTHER
+            kind = ELEMENTWISE if packet in ARITHMETIC and meets_data else OTHER
             self._record(source, kind, func, -1 if kind == ELEMENTWISE else None)
 
     def _convolution(self, source: _Derived, func: Any, args: Any, position: int) -> None:
@@ -166,104 +168,3 @@ def factor(shape: tuple[int, ...], axis: int | None, *, batched: bool = False) -
 
 def _name(func: Any) -> str:
     return str(func.overloadpacket).removeprefix("aten.").lstrip("_")
-
-
-def _same(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
-    return dims
-
-
-def _permute(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
-    return tuple(dims[d] for d in args[1])
-
-
-def _transpose(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
-    swapped = list(dims)
-    swapped[args[1]], swapped[args[2]] = swapped[args[2]], swapped[args[1]]
-    return tuple(swapped)
-
-
-def _unsqueeze(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
-    at = args[1] % len(new)
-    return (*dims[:at], frozenset(), *dims[at:])
-
-
-def _drop(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
-    return tuple(d for i, d in enumerate(dims) if i != args[1] % len(dims))
-
-
-def _expand(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
-    return (*(frozenset[int]() for _ in range(len(new) - len(dims))), *dims)
-
-
-def _index(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
-    """Advanced indexing of leading dimensions, as experts are gathered: the gathered dimensions hold what they did."""
-    tail = dims[len(args[1]) :]
-    return (*(frozenset[int]() for _ in range(len(new) - len(tail))), *tail)
-
-
-def _reshape(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
-    """Matches dimensions of equal running product; a merged or split dimension holds all that went into it."""
-    result: list[frozenset[int]] = []
-    i = j = 0
-    while j < len(new):
-        a, b, held, start = 1, 1, frozenset[int](), j
-        while True:
-            if a <= b and i < len(old):
-                a, held, i = a * old[i], held | dims[i], i + 1
-            elif j < len(new):
-                b, j = b * new[j], j + 1
-            if (a == b and j > start) or (i >= len(old) and j >= len(new)):
-                break
-        result += [held] * (j - start)
-    return tuple(result)
-
-
-_REARRANGE = {
-    **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view, aten._reshape_alias), _reshape),
-    **dict.fromkeys((aten.permute,), _permute),
-    **dict.fromkeys((aten.transpose,), _transpose),
-    aten.t: lambda dims, args, old, new: tuple(reversed(dims)),
-    aten.unsqueeze: _unsqueeze,
-    **dict.fromkeys((aten.select, aten.unbind), _drop),
-    aten.squeeze: _reshape,
-    aten.expand: _expand,
-    **dict.fromkeys((aten.index,), _index),
-    **dict.fromkeys(
-        {aten.slice, aten.split, aten.split_with_sizes, aten.index_select, aten.narrow, aten.chunk, aten._to_copy}
-        | {aten.clone, aten.detach, aten.alias, aten.contiguous, aten.neg, aten.view_as, aten.lift_fresh},
-        _same,
-    ),
-}  # fmt: skip
-# Of these each new dimension holds the labelled ones whole, repeating none.
-_ONE_TO_ONE = {aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.squeeze, aten.select, aten.slice, aten.narrow}
-_REGROUPINGS = {aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.view_as, aten.reshape_as}
-
-
-def rearranged(packet: Any, old: tuple[int, ...], args: Sequence[Any], new: tuple[int, ...]) -> Dims:
-    """For each dimension after a rearranging op, the dimensions before that it is made of, none where one is repeated.
-
-    Args:
-        packet: the op; one that is not known to repeat nothing gives no dimension at all.
-        old, new: the shapes before and after.
-        args: the op's arguments after the tensor.
-    """
-    dims: Dims = tuple(frozenset({d}) for d in range(len(old)))
-    if packet in _REGROUPINGS:
-        return _reshape(dims, (None, *args), old, new)
-    if packet in _ONE_TO_ONE:
-        return _REARRANGE[packet](dims, (None, *args), old, new)
-    if packet is aten.expand:
-        stretched = _expand(dims, (None, *args), old, new)
-        lead = len(new) - len(old)
-        return tuple(held if i >= lead and old[i - lead] == new[i] else frozenset() for i, held in enumerate(stretched))
-    return tuple(frozenset[int]() for _ in new)
-
-
-_SCALINGS = {aten.mul, aten.div, aten.add, aten.sub, aten.neg}
-_SHAPE_QUERIES = {aten.sym_size, aten.sym_numel, aten.sym_stride, torch.ops.prim.device}
-# op -> {position of the operand: its contracted dimension}
-_CONTRACTIONS: dict[Any, dict[int, int]] = {
-    **{op: {0: -1, 1: -2} for op in (aten.mm, aten.bmm, aten._grouped_mm)},
-    **{op: {1: -1, 2: -2} for op in (aten.addmm, aten.baddbmm)},
-    **{op: {0: -1, 1: 0} for op in (aten.mv, aten.dot)},
-}

@@ -6,7 +6,7 @@ A weight gradient is a sum over positions n of two operands, the output's gradie
 
 and the weight's curvature, up to the factor T, is the same contraction of squares. A rule says it in two ways: in full,
 ``h[e, p, q]``, by the op itself on squared operands, and factored, ``h[e, p, q] ~ left[e, p] right[e, q] / norm[e]``,
-by sums alone. To teach the pass an op, add one function decorated with `rule`.
+by sums alone. To teach the pass an op, add such a function here and name it in the op's row of `passes.ops`.
 """
 
 from __future__ import annotations
@@ -57,27 +57,6 @@ class Contraction:
 
 
 Rule = Callable[[fx.Node], Contraction]
-CONTRACTIONS: dict[Any, Rule] = {}
-
-
-def rule(op: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
-    """Registers the rule of one op."""
-
-    def register(function: Rule) -> Rule:
-        CONTRACTIONS[op] = function
-        return function
-
-    return register
-
-
-def contraction_at(node: fx.Node) -> Contraction | None:
-    """The contraction whose result the node is, if it is one."""
-    if node.target is operator.getitem and node.args[1] == 1:
-        made_by = node.all_input_nodes[0]
-        return _convolution(made_by) if made_by.target is aten.convolution_backward.default else None
-    if node.target is aten.mul.Tensor:
-        return _outer(node)
-    return CONTRACTIONS[node.target](node) if node.target in CONTRACTIONS else None
 
 
 def arguments(node: fx.Node) -> Any:
@@ -154,8 +133,7 @@ def _shape(node: fx.Node) -> torch.Size:
     return node.meta["val"].shape
 
 
-@rule(aten.mm.default)
-def _mm(node: fx.Node) -> Contraction:
+def mm(node: fx.Node) -> Contraction:
     """[P, N] @ [N, Q]: one group."""
     a, b = arguments(node)
     graph = node.graph
@@ -173,8 +151,7 @@ def _mm(node: fx.Node) -> Contraction:
     return Contraction((a, b), full, ((Atom(LEFT, rows),), (Atom(RIGHT, cols),)), factors)
 
 
-@rule(aten.bmm.default)
-def _bmm(node: fx.Node) -> Contraction:
+def bmm(node: fx.Node) -> Contraction:
     """[E, P, N] @ [E, N, Q]: a group for each matrix of the stack."""
     a, b = arguments(node)
     graph = node.graph
@@ -191,7 +168,7 @@ def _bmm(node: fx.Node) -> Contraction:
     return Contraction((a, b), full, ((Atom(GROUP, groups),), (Atom(LEFT, rows),), (Atom(RIGHT, cols),)), factors)
 
 
-def _outer(node: fx.Node) -> Contraction | None:
+def outer(node: fx.Node) -> Contraction | None:
     """[..., P, 1] * [..., 1, Q]: one position, which decompositions write as a product; None for any other product."""
     graph, pair, rank = node.graph, arguments(node), len(_shape(node))
     if rank not in (2, 3) or not all(isinstance(factor, fx.Node) for factor in pair):
@@ -220,15 +197,13 @@ def _is_one(length: Any) -> bool:
     return isinstance(length, int) and length == 1
 
 
-@rule(aten.mv.default)
-def _mv(node: fx.Node) -> Contraction:
+def mv(node: fx.Node) -> Contraction:
     """[P, N] @ [N]: the gradient of a weight that is a vector."""
     a, b = arguments(node)
     return Contraction((a, b), lambda: emit(node.graph, aten.mv.default, square_operand(a), square_operand(b)))
 
 
-@rule(aten._grouped_mm.default)
-def _grouped_mm(node: fx.Node) -> Contraction:
+def grouped_mm(node: fx.Node) -> Contraction:
     """[P, N] @ [N, Q] with the columns N cut into experts at ``offs``: a group for each expert, its own positions."""
     a, b, offs = arguments(node)[:3]
     graph = node.graph
@@ -265,8 +240,7 @@ def _membership(positions: fx.Node, offs: fx.Node) -> fx.Node:
     return emit(graph, aten.bitwise_and.Tensor, above, emit(graph, aten.lt.Tensor, index, ends))
 
 
-@rule(aten.convolution_backward.default)
-def _convolution(node: fx.Node) -> Contraction:
+def convolution(node: fx.Node) -> Contraction:
     """Output 1 of the op. Rows are the weight's first dimension, [O, I/g, k...] or, transposed, [I, O/g, k...].
 
     The columns' sum is over the windows that the kernel really saw: the op itself, with ones of one channel a group for

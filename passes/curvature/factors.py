@@ -17,8 +17,8 @@ from torch import fx
 
 from lotion_fx.passes.attach.probe import Layout
 from lotion_fx.passes.curvature.contraction import GROUP, LEFT, RIGHT, Atom, Factors, emit, filled
-from lotion_fx.passes.curvature.joint import PERMUTES, RESHAPES
-from lotion_fx.passes.curvature.path import SCALES, UNSIGNED, Path, squares
+from lotion_fx.passes.curvature.path import Path, squares
+from lotion_fx.passes.ops import PERMUTES, RESHAPES, SCALED, UNSIGNED
 
 aten = torch.ops.aten
 Dims = tuple[tuple[Atom, ...], ...]
@@ -78,7 +78,7 @@ def _track(path: Path) -> Dims | None:
     dims = below[0] if below else None
     if dims is None or any(other != dims for other in below[1:]):
         return None
-    if node.target in UNSIGNED or _is_sum_of_uses(node) or (node.target in SCALES and _is_scalar(_scale(path))):
+    if node.target in UNSIGNED or _is_sum_of_uses(node) or (node.target in SCALED and _is_scalar(_scale(path))):
         return dims
     if node.target in PERMUTES:
         return _permute(dims, node)
@@ -97,7 +97,7 @@ def _sums(path: Path) -> Factors:
     first, *rest = [_sums(child) for child in _nonzero(path)]
     for other in rest:
         first = Factors(*(emit(graph, aten.add.Tensor, a, b) for a, b in zip(first, other, strict=True)))
-    if node.target in SCALES:
+    if node.target in SCALED:
         left = emit(graph, node.target, emit(graph, node.target, first.left, _scale(path)), _scale(path))
         return first._replace(left=left)
     if node.target is aten.sum.dim_IntList:

@@ -7,38 +7,25 @@ compared by number, as in common subexpression elimination, and not by node.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
-from lotion_fx.passes.curvature.contraction import CONTRACTIONS
+from lotion_fx.passes.ops import (
+    ADDING,
+    CONTRACTIONS,
+    ELEMENTWISE,
+    GATHERS,
+    HOLDING,
+    SCALINGS,
+    STACK_PRODUCTS,
+    VIEWS,
+)
+from lotion_fx.private import tree_leaves
 
-aten, prims = torch.ops.aten, torch.ops.prims
-
-CASTS = {aten._to_copy.default, prims.convert_element_type.default}
-ALIASES = {aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default} | CASTS
-RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-RESHAPES |= {aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
-PERMUTES = {aten.t.default, aten.transpose.int, aten.permute.default}
-VIEWS = ALIASES | RESHAPES | PERMUTES | {aten.expand.default}
-PARTS: set[Any] = {aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default}
-PARTS |= {aten.flip.default, prims.rev.default, aten.roll.default, aten.neg.default}
-PARTS |= {aten.unbind.int, aten.tril.default, aten.triu.default}
-PARTS |= {aten.constant_pad_nd.default, aten.repeat.default, operator.getitem}
-PARTS |= {aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default}
-JOINS = {aten.cat.default, aten.stack.default}
-GATHERS = {aten.embedding.default, aten.index.Tensor, aten._unsafe_index.Tensor}
-GATHERS |= {aten.index_select.default, aten.gather.default}
-SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.where.self}
-SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
-SCALES |= {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
-ADDING = {aten.addmm.default, aten.baddbmm.default, aten.addmv.default}
-STACK_PRODUCTS = {aten.bmm.default, aten.baddbmm.default, aten.mul.Tensor}
-FORWARD_CONTRACTIONS = {*CONTRACTIONS, *ADDING, aten.convolution.default, aten.dot.default}
+aten = torch.ops.aten
 
 
 def root(node: fx.Node) -> fx.Node:
@@ -118,28 +105,28 @@ class JointGraph:
             node = pending.pop()
             if node not in shadow:
                 shadow.add(node)
-                stops = FORWARD_CONTRACTIONS | GATHERS
+                stops = CONTRACTIONS | GATHERS
                 pending += [user for user in node.users if user not in self.backward and user.target not in stops]
         return shadow
 
     def _hands_on(self, node: fx.Node, user: fx.Node, uses: Uses) -> bool:
         """Records what the weight meets in ``user``, and says whether ``user`` still holds the weight."""
-        if user.target not in VIEWS | PARTS | JOINS | GATHERS | SUMS | SCALES | FORWARD_CONTRACTIONS:
+        if user.target not in HOLDING:
             return False
         if node not in uses.shadow and not _takes_gathered(node, user, uses.stack):
             return False
         arguments = operands(user)
         others = [other for other in arguments if other is not node]
         meets_itself = arguments.count(node) > 1 or any(other in uses.shadow for other in others)
-        if user.target in SCALES | FORWARD_CONTRACTIONS and meets_itself:
+        if user.target in SCALINGS | CONTRACTIONS and meets_itself:
             uses.nonlinear = user
         uses.partners.update(self.number(other) for other in others)
         if user.target in ADDING and user.args[0] is node:
             uses.copies.add(numel(user))
-        if user.target in SUMS | SCALES:
+        if user.target in ELEMENTWISE:
             uses.copies.add(numel(user))
             return node.meta["val"].dim() == user.meta["val"].dim() and numel(node) == numel(user)
-        return user.target not in FORWARD_CONTRACTIONS
+        return user.target not in CONTRACTIONS
 
 
 def _takes_gathered(node: fx.Node, user: fx.Node, stack: bool) -> bool:
@@ -154,4 +141,4 @@ def _takes_gathered(node: fx.Node, user: fx.Node, stack: bool) -> bool:
 
 def operands(node: fx.Node) -> list[fx.Node]:
     """The node's arguments that are nodes, one that occurs twice given twice."""
-    return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
+    return [leaf for leaf in tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from lotion_fx.passes.curvature.contraction import CONTRACTIONS, after, contraction_at, emit
-from lotion_fx.passes.curvature.joint import ADDING, JointGraph, Uses, numel, operands
+from lotion_fx.passes.curvature.contraction import after, emit
+from lotion_fx.passes.curvature.joint import JointGraph, Uses, numel, operands
 from lotion_fx.passes.curvature.path import Path
+from lotion_fx.passes.ops import ADDING, MATRIX_PRODUCTS, contraction_at, makes_gradients
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm.default, aten.bmm.default, aten._grouped_mm.default, *ADDING}
 
 
-def loss_terms(joint: JointGraph, uses: Sequence[Uses], ends: Sequence[Path]) -> fx.Node | None:
+def loss_count(joint: JointGraph, uses: Sequence[Uses], ends: Sequence[Path]) -> fx.Node | None:
     """Emits T, a float32 scalar; None where no gradient in the graph has positions.
 
     Args:
@@ -30,7 +30,7 @@ def loss_terms(joint: JointGraph, uses: Sequence[Uses], ends: Sequence[Path]) ->
     """
     found = {_op(end.node): end for end in ends}
     for node in joint.graph.nodes:
-        contraction = contraction_at(node) if node.target in CONTRACTIONS or node in found else None
+        contraction = contraction_at(node) if makes_gradients(node) or node in found else None
         if contraction is None:
             continue
         gradients = [operand for operand in contraction.operands if operand in joint.backward]
@@ -82,7 +82,7 @@ def _meets_weight(joint: JointGraph, uses: Sequence[Uses], gradient: fx.Node, pa
     is by convention in a matrix product.
     """
     for node in joint.graph.nodes:
-        if node in joint.backward or node.target not in PRODUCTS or numel(node) != numel(gradient):
+        if node in joint.backward or node.target not in MATRIX_PRODUCTS or numel(node) != numel(gradient):
             continue
         first, second = operands(node)[-2:] if node.target in ADDING else operands(node)[:2]
         if joint.number(partner) in (joint.number(first), joint.number(second)):

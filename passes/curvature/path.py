@@ -13,63 +13,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from lotion_fx.passes.attach.probe import Code
-from lotion_fx.passes.curvature.contraction import Contraction, arguments, contraction_at, emit, square, to_float
-from lotion_fx.passes.curvature.joint import ALIASES, PERMUTES, RESHAPES, JointGraph, Uses, numel, operands
+from lotion_fx.passes.curvature.contraction import Contraction, arguments, emit, square, to_float
+from lotion_fx.passes.curvature.joint import JointGraph, Uses, numel, operands
+from lotion_fx.passes.ops import ADDING_POSITIONS, FILLS, SCALED, UNSIGNED, WALKED, ZEROS, contraction_at
+from lotion_fx.private import tree_leaves
 
 aten = torch.ops.aten
-
-# Linear ops, with the positions of the arguments that hold gradients. The same op takes squares to squares.
-PLACEMENTS: dict[Any, tuple[int, ...]] = dict.fromkeys(PERMUTES | RESHAPES, (0,)) | {
-    aten.expand.default: (0,),
-    aten.select.int: (0,),
-    aten.slice.Tensor: (0,),
-    aten.flip.default: (0,),
-    torch.ops.prims.rev.default: (0,),
-    aten.roll.default: (0,),
-    aten.tril.default: (0,),
-    aten.triu.default: (0,),
-    aten.index.Tensor: (0,),
-    aten.constant_pad_nd.default: (0,),
-    aten.select_backward.default: (0,),
-    aten.slice_backward.default: (0,),
-    aten.slice_scatter.default: (0, 1),
-    aten.select_scatter.default: (0, 1),
-    aten.where.self: (1, 2),
-    aten.masked_fill.Scalar: (0,),
-    aten.cat.default: (0,),
-    aten.stack.default: (0,),
-}
-REDUCTIONS: dict[Any, tuple[int, ...]] = {
-    aten.sum.dim_IntList: (0,),
-    aten.sum.default: (0,),
-    aten.index_put.default: (0, 2),
-    aten._unsafe_index_put.default: (0, 2),
-    aten._unsafe_masked_index_put_accumulate.default: (0, 3),
-    aten.scatter_add.default: (0, 3),
-    aten.embedding_dense_backward.default: (0,),
-}
-# These change signs, precision or scale, or add, so that squares need their own form of them.
-UNSIGNED = ALIASES | {aten.neg.default}
-SUMS: dict[Any, tuple[int, ...]] = {aten.add.Tensor: (0, 1), aten.sub.Tensor: (0, 1), aten.index_add.default: (0, 3)}
-SCALES: dict[Any, tuple[int, ...]] = {
-    aten.mul.Tensor: (0, 1),
-    aten.mul.Scalar: (0,),
-    aten.div.Tensor: (0,),
-    aten.div.Scalar: (0,),
-}
-HELD = dict.fromkeys(UNSIGNED, (0,)) | PLACEMENTS | REDUCTIONS | SUMS | SCALES
-ADDS_POSITIONS = {*REDUCTIONS, aten.index_add.default}
-
-ZEROS = {aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default}
-FILLS: dict[Any, int] = {
-    aten.full.default: 1,
-    aten.new_full.default: 2,
-    aten.full_like.default: 1,
-    aten.scalar_tensor.default: 0,
-}
 
 
 @dataclass(frozen=True)
@@ -133,7 +84,7 @@ class _Walk:
             return self.walk(child)
         except Stop:
             of_copies = child in self.joint.backward and numel(child) in self.uses.copies
-            if node.target in ADDS_POSITIONS and of_copies:
+            if node.target in ADDING_POSITIONS and of_copies:
                 return Path(child, below=node)
             raise
 
@@ -143,9 +94,9 @@ class _Walk:
         fills = node.target is aten.masked_fill.Scalar and node.args[2] != 0
         if node not in self.joint.backward or by_frequency or fills:
             return []
-        chosen = [node.args[position] for position in HELD.get(node.target, ())]
-        held = [leaf for leaf in pytree.tree_leaves(chosen) if isinstance(leaf, fx.Node)]
-        return [n for n in held if n in self.joint.backward] if node.target in SCALES else held
+        chosen = [node.args[position] for position in WALKED.get(node.target, ())]
+        held = [leaf for leaf in tree_leaves(chosen) if isinstance(leaf, fx.Node)]
+        return [n for n in held if n in self.joint.backward] if node.target in SCALED else held
 
     def _is_use(self, pair: tuple[fx.Node, fx.Node]) -> bool:
         """Whether one operand is a gradient and the other what the weight met, and no function of the weight."""
@@ -180,7 +131,7 @@ def squares(path: Path) -> fx.Node:
     op = aten.add.Tensor if node.target is aten.sub.Tensor else node.target
     args: Any = fx.node.map_arg(node.args, lambda n: below[n] if n in below else _factor(node, n))
     kwargs: dict[str, Any] = {name: value for name, value in node.kwargs.items() if name != "dtype"}
-    if node.target in SCALES:
+    if node.target in SCALED:
         args = tuple(a if isinstance(a, fx.Node) else a * a for a in args)
     if "alpha" in kwargs:
         kwargs["alpha"] = kwargs["alpha"] ** 2
@@ -189,4 +140,4 @@ def squares(path: Path) -> fx.Node:
 
 def _factor(node: fx.Node, other: fx.Node) -> fx.Node:
     """Another argument of an op on the path: a factor of a scale is squared, an index or a mask is not."""
-    return square(other) if node.target in SCALES else other
+    return square(other) if node.target in SCALED else other

@@ -9,7 +9,8 @@ function of the weight itself, proves the op linear in the weight. What ends any
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -18,9 +19,11 @@ from lotion_fx.passes.attach.probe import Code, Layout
 from lotion_fx.passes.curvature.contraction import after, arguments, constant, emit
 from lotion_fx.passes.curvature.factors import factored
 from lotion_fx.passes.curvature.joint import JointGraph, Uses
-from lotion_fx.passes.curvature.loss_count import loss_terms
+from lotion_fx.passes.curvature.loss_count import loss_count
 from lotion_fx.passes.curvature.path import Path, Stop, find_path, squares
-from lotion_fx.passes.lower.fusion import fuse, on_gpu
+
+if TYPE_CHECKING:
+    from lotion_fx.passes.pipeline import JointState
 
 aten = torch.ops.aten
 
@@ -34,12 +37,21 @@ class Resolution:
         op: the contractions found, joined by ``+``, or the op that stopped the walk.
         uses: number of contractions found.
         reason: why it takes the Fisher form; empty where it does not.
+        kind: of the vector, see `Layout`.
+        vector: the probe vector that was made.
     """
 
     code: Code
     op: str
     uses: int
     reason: str
+    kind: str
+    vector: fx.Node
+
+
+def resolve_state(state: JointState) -> JointState:
+    """`resolve_curvature`, as a pass."""
+    return replace(state, resolutions=tuple(resolve_curvature(state.graph)))
 
 
 def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
@@ -58,18 +70,14 @@ def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
     uses = [joint.uses(_unviewed(arguments(node)[1])) for node in targets]
     found = [_find(joint, use, node) for node, use in zip(targets, uses, strict=True)]
     ends = [end for item in found if isinstance(item, Path) for end in item.ends()]
-    terms = loss_terms(joint, uses, ends)
+    count = loss_count(joint, uses, ends)
     resolutions: list[Resolution] = []
-    small: list[fx.Node] = []  # vectors without a full payload
     for node, item in zip(targets, found, strict=True):
         # A weight used after the last contraction has its curvature before T is known.
-        with graph.inserting_before(after(terms) if terms is not None and node < terms else node):
-            vector, resolution = _vector(node, item, terms)
-        node.replace_all_uses_with(vector)
+        with graph.inserting_before(after(count) if count is not None and node < count else node):
+            resolution = _resolution(node, item, count)
+        node.replace_all_uses_with(resolution.vector)
         resolutions.append(resolution)
-        small += [vector] if arguments(node)[2] != "full" else []
-    if on_gpu(targets[0]):
-        fuse(graph, small)
     graph.eliminate_dead_code()
     graph.lint()
     return resolutions
@@ -83,31 +91,29 @@ def _find(joint: JointGraph, uses: Uses, node: fx.Node) -> Path | Stop:
         return stop
 
 
-def _vector(node: fx.Node, found: Path | Stop, terms: fx.Node | None) -> tuple[fx.Node, Resolution]:
-    """The probe vector that takes the node's place: payload, calls = 1, code, terms."""
+def _resolution(node: fx.Node, found: Path | Stop, count: fx.Node | None) -> Resolution:
+    """Emits the probe vector that takes the node's place: payload, calls = 1, code, loss count."""
     grad, _, kind, groups, rows = arguments(node)
     layout = Layout(kind, tuple(grad.meta["val"].shape), groups, rows)
     payload: list[fx.Node] = []
-    if kind == "none":
-        resolution = Resolution(Code.BY_CHOICE, "", 0, Code.BY_CHOICE.reason)
-    elif isinstance(found, Path):
-        payload, resolution = _payload(found, layout), _resolution(found)
-    else:
+    code, op, uses = Code.BY_CHOICE, "", 0
+    if isinstance(found, Path) and kind != "none":
+        payload, code = _payload(found, layout), Code.ANALYTIC
+        names = [_name(end.below or end.node) for end in found.ends()]
+        op, uses = "+".join(dict.fromkeys(names)), len(names)
+    elif kind != "none":
+        assert isinstance(found, Stop)
         payload = [constant(grad, [layout.payload], 0)]
-        resolution = Resolution(found.code, _name(found.node), 0, found.code.reason)
-    header = [constant(grad, [1], value) for value in (1, int(resolution.code))]
-    header.append(constant(grad, [1], 0) if terms is None else emit(node.graph, aten.reshape.default, terms, [1]))
-    return emit(node.graph, aten.cat.default, [*payload, *header]), resolution
+        code, op = found.code, _name(found.node)
+    header = [constant(grad, [1], value) for value in (1, int(code))]
+    header.append(constant(grad, [1], 0) if count is None else emit(node.graph, aten.reshape.default, count, [1]))
+    vector = emit(node.graph, aten.cat.default, [*payload, *header])
+    return Resolution(code, op, uses, code.reason, kind, vector)
 
 
 def _payload(path: Path, layout: Layout) -> list[fx.Node]:
     parts = [squares(path)] if layout.kind == "full" else factored(path, layout)
     return [emit(path.node.graph, aten.reshape.default, part, [-1]) for part in parts]
-
-
-def _resolution(path: Path) -> Resolution:
-    names = [_name(end.below or end.node) for end in path.ends()]
-    return Resolution(Code.ANALYTIC, "+".join(dict.fromkeys(names)), len(names), "")
 
 
 def _name(node: fx.Node) -> str:

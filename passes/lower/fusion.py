@@ -19,15 +19,19 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 
 from lotion_fx.kernels.targets import TARGETS
 from lotion_fx.passes.curvature.contraction import after, arguments, emit, filled, square
-from lotion_fx.passes.curvature.joint import ALIASES, CASTS, PERMUTES, RESHAPES, JointGraph
-from lotion_fx.passes.curvature.path import FILLS
+from lotion_fx.passes.curvature.joint import JointGraph
+from lotion_fx.passes.ops import ALIASES, CASTS, FILLS, PERMUTES, RESHAPES
+from lotion_fx.private import OpOverload
+
+if TYPE_CHECKING:
+    from lotion_fx.passes.pipeline import JointState
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -81,6 +85,16 @@ class Operand(NamedTuple):
 def on_gpu(node: fx.Node) -> bool:
     """Whether a node's value is on a device whose kernels these forms are for."""
     return node.meta["val"].device.type != "cpu"
+
+
+def fuse_vectors(state: JointState) -> JointState:
+    """`fuse`, as a pass."""
+    vectors = [found.vector for found in state.resolutions if found.vector.users and found.kind != "full"]
+    if vectors and on_gpu(vectors[0]):
+        fuse(state.graph, vectors)
+        state.graph.eliminate_dead_code()
+        state.graph.lint()
+    return state
 
 
 def fuse(graph: fx.Graph, vectors: Sequence[fx.Node]) -> None:
@@ -171,7 +185,7 @@ def _made_by_pointwise(node: fx.Node) -> bool:
 def _pointwise(node: fx.Node) -> bool:
     if node.target is aten.clone.default:
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 # ------------------------------------------------------------------ partial sums

@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 import lotion_fx.kernels.curvature  # noqa: F401  registers the op
-from lotion_fx.passes.curvature.joint import CASTS
 from lotion_fx.passes.lower.nodes import products, squared, transposed
+from lotion_fx.passes.ops import CASTS
 
 aten = torch.ops.aten
 

@@ -19,12 +19,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.passes.attach.attach import RR, STE, STE_SCALE, smooth, variance
+
+if TYPE_CHECKING:
+    from lotion_fx.passes.pipeline import ForwardState, JointState
 
 RESULTS = {STE: "rtn", STE_SCALE: "rtn", RR: "rr"}  # what a mode's forward asks of the kernel
 
@@ -79,23 +83,26 @@ def lower(gm: fx.GraphModule, arch: int) -> int:
     return count
 
 
-def lower_products(graph: fx.Graph, arch: int) -> int:
-    """Fuses weight gradients with their full curvature in a joint graph, where one kernel beats the library's two.
+def lower_nodes(state: ForwardState) -> ForwardState:
+    """`lower`, as a pass."""
+    if state.plans and state.arch is not None:
+        lower(state.gm, state.arch)
+    return state
 
-    Args:
-        graph: after `passes.curvature.resolve`; changed in place.
-        arch: compute capability of the device that it will run on.
 
-    Returns:
-        How many pairs became one call.
-    """
-    from lotion_fx.passes.lower.linear import match_full_curvature
+def lower_products(state: JointState) -> JointState:
+    """Fuses weight gradients with their full curvature in a joint graph, where one kernel beats the library's two."""
+    arch = state.arch
+    if arch is None:
+        return state
+    from lotion_fx.passes.lower.linear import match_full_curvature  # needs Triton
 
     def wanted(g: fx.Node, x: fx.Node) -> bool:
         (positions, outputs), inputs = _value(g).shape, _value(x).shape[1]
         return prefers_fused_products(positions, outputs, inputs, _value(x).dtype, arch)
 
-    return match_full_curvature(graph, wanted)
+    match_full_curvature(state.graph, wanted)
+    return state
 
 
 def _value(node: fx.Node) -> Tensor:

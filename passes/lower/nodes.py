@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lotion_fx.passes.curvature.joint import ALIASES, CASTS, RESHAPES
+from lotion_fx.passes.ops import CASTS
 
 aten = torch.ops.aten
 
@@ -34,13 +34,6 @@ def transposed(node: Any) -> fx.Node | None:
     swaps |= node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
     swaps |= node.target is aten.transpose.int and {d % 2 for d in node.args[1:]} == {0, 1}  # type: ignore[operator]
     return node.all_input_nodes[0] if swaps else None
-
-
-def reshaped(node: fx.Node) -> fx.Node:
-    """The node whose elements, in the same order and dtype, this one has."""
-    while node.target in RESHAPES | ALIASES - CASTS:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def products(graph: fx.Graph) -> list[fx.Node]:

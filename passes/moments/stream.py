@@ -15,15 +15,19 @@ Source: LOTION, arXiv 2510.08757, section 3; the rules name their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
+from lotion_fx import private
 from lotion_fx.passes.moments.certificate import Certificate, analyse
 from lotion_fx.passes.moments.interpret import interpret
 from lotion_fx.passes.moments.random_tensor import Random, mean_of, weight
+
+if TYPE_CHECKING:
+    from lotion_fx.passes.pipeline import ForwardState
 
 
 @dataclass(frozen=True)
@@ -74,3 +78,34 @@ def stream(
 
 def _random_weight(index: int, mean: Tensor, var: Tensor) -> Random:
     return weight(str(index), mean, var.to(mean.dtype))
+
+
+def stream_losses(state: ForwardState) -> ForwardState:
+    """`stream`, as a pass over a graph of torch functions.
+
+    It does nothing where the graph returns no loss, or has a region that must stay whole: what is checkpointed would be
+    no more.
+    """
+    weights = [index for index, plan in state.plans.items() if plan.moments != "off"]
+    losses = _loss_outputs(state.gm) if weights and state.has_joint else []
+    if not losses or any(isinstance(node.target, private.HigherOrderOperator) for node in state.gm.graph.nodes):
+        return state
+    diagonal = all(state.plans[index].moments == "diagonal" for index in weights)
+    with torch.no_grad(), private.fake_mode_of(state.inputs):
+        inputs = [x.detach() if isinstance(x, Tensor) else x for x in state.inputs]
+        streamed = stream(private.trace(state.gm, inputs), inputs, weights, losses, diagonal, private.trace)
+    for old, new in zip(*(gm.graph.find_nodes(op="placeholder") for gm in (state.gm, streamed.gm)), strict=False):
+        private.copy_source(old, new)
+    plans = {i: replace(p, layout=None) if i in streamed.variances else p for i, p in state.plans.items()}
+    return replace(state, gm=streamed.gm, plans=plans, variances=streamed.variances, certificates=streamed.certificates)
+
+
+def _loss_outputs(gm: fx.GraphModule) -> list[int]:
+    """Which of a graph's outputs may be a loss: the floating scalars that require a gradient."""
+    outputs = private.tree_leaves(gm.graph.output_node().args[0])
+    values = [node.meta.get("example_value") if isinstance(node, fx.Node) else None for node in outputs]
+    return [
+        index
+        for index, value in enumerate(values)
+        if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() and value.requires_grad
+    ]

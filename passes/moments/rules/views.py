@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lotion_fx.passes.attach.usage import rearranged
 from lotion_fx.passes.moments.random_tensor import (
     Call,
     Dims,
@@ -25,6 +24,7 @@ from lotion_fx.passes.moments.random_tensor import (
     stretched,
     var_of,
 )
+from lotion_fx.passes.ops import rearranged
 
 aten = torch.ops.aten
 

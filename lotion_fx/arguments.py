@@ -1,0 +1,230 @@
+"""Every refusal of a bad argument, before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from lotion_fx import private
+from lotion_fx.likelihood import LIKELIHOODS, likelihood_of
+from lotion_fx.numerics.formats import Format, register_format, resolve
+from lotion_fx.numerics.noise import resolve_noise
+from lotion_fx.settings import CURVATURES, INNERS, METHODS, MOMENTS, Settings
+from lotion_fx.state import Smoothing, Weight, registry
+
+Formats = Mapping[str, "str | Format | None"]
+
+
+def settings_of(*, likelihood: Any, by_regions: bool, **given: Any) -> Settings:
+    """The settings that `transform` or the backend was given.
+
+    Args:
+        likelihood: as `transform` takes it.
+        by_regions: whether modules are compiled one by one.
+        given: `Settings`' other arguments, ``noise`` by name or as a law.
+
+    Raises:
+        ValueError: naming the argument, its value and what was expected.
+    """
+    method, curvature, inner, moments = given["method"], given["curvature"], given["inner"], given["moments"]
+    for name, value, known in (
+        ("method", method, tuple(METHODS)),
+        ("curvature", curvature, CURVATURES),
+        ("inner", inner, INNERS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}{near(value, known)}")
+    strength, decay, finish, steps = given["strength"], given["decay"], given["finish"], given["total_steps"]
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"strength={strength!r}: expected a finite number, 0 or more; 1 is the expected loss")
+    if not 0 < decay < 1:
+        raise ValueError(f"decay={decay!r}: expected a number between 0 and 1")
+    if finish is not None and not 0 < finish <= 1:
+        raise ValueError(f"finish={finish!r}: expected a share of the training in (0, 1], such as 0.4, or None")
+    if (finish is None) != (steps is None):
+        raise ValueError(f"finish={finish!r} and steps={steps!r} go together: the share and the number of all steps")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps={steps!r}: expected the number of optimizer steps in the whole training")
+    settings = Settings(**{**given, "noise": resolve_noise(given["noise"]), "likelihood": None})
+    settings = replace(settings, likelihood=_check_ggn(curvature, inner, likelihood, given["refresh"]))
+    if moments not in MOMENTS:
+        raise ValueError(f"moments={moments!r}: expected one of {', '.join(MOMENTS)}{near(moments, MOMENTS)}")
+    _check_loss(settings, by_regions)
+    return settings
+
+
+def _check_ggn(curvature: str, inner: str, likelihood: Any, refresh: int) -> str | None:
+    """The likelihood's name, None for the curvatures that ask for none."""
+    if curvature != "ggn":
+        for name, value, default in (("likelihood", likelihood, None), ("refresh", refresh, 1)):
+            if value != default:
+                raise ValueError(f"{name}={value!r} is for curvature='ggn', and curvature={curvature!r}; leave it out")
+        return None
+    if inner == "eager":
+        raise ValueError("curvature='ggn' is made in the joint graph, and inner='eager' compiles none; try 'aot_eager'")
+    if not isinstance(refresh, int) or refresh < 1:
+        raise ValueError(f"refresh={refresh!r}: expected the number of steps between two curvature passes, 1 or more")
+    likelihood = "categorical" if likelihood is None else likelihood
+    if not isinstance(likelihood, str):
+        return likelihood_of(likelihood)
+    if likelihood not in LIKELIHOODS:
+        expected = f"expected one of {', '.join(LIKELIHOODS)}, or the loss{near(likelihood, LIKELIHOODS)}"
+        raise ValueError(f"likelihood={likelihood!r}: {expected}")
+    return likelihood
+
+
+def _check_loss(settings: Settings, by_regions: bool) -> None:
+    loss_fn = settings.loss_fn
+    if loss_fn is None:
+        return
+    if loss_fn != "model" and not callable(loss_fn):
+        raise ValueError(
+            f"loss_fn={loss_fn!r}: expected a function of (output, targets), 'model' (it returns its loss) or None"
+        )
+    why = ""
+    if settings.method != "lotion":
+        why = f"method={settings.method!r} has no expected loss; leave loss_fn out"
+    elif settings.samples_labels:
+        why = "curvature='ggn' draws labels outside of any loss; choose 'factored', 'full' or 'fisher'"
+    elif settings.inner == "eager":
+        why = "inner='eager' makes no graph; choose 'aot_eager' or 'inductor'"
+    elif by_regions:
+        why = "with regions= no graph holds the whole loss; compile the whole model"
+    if why:
+        raise ValueError(f"loss_fn={loss_fn!r}: {why}")
+
+
+def check_compile_options(mode: str | None, options: Mapping[str, Any], inner: str) -> None:
+    modes = private.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise ValueError(f"mode={mode!r}: expected one of {', '.join(modes)}{near(mode, modes)}")
+    known = set(private.list_options())
+    for name in options:
+        if name not in known:
+            raise ValueError(f"options: {name!r} is no option of Inductor{near(name, known)}")
+    if inner != "inductor" and (mode or options):
+        raise ValueError(f"mode={mode!r} and options are Inductor's, and inner={inner!r}; leave them out")
+
+
+def near(value: Any, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(str(value), list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
+
+
+def check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: expected an nn.Module, not {type(model).__name__}")
+    holds = any(registry.owned.get(module) for module in model.modules())
+    if holds or any(registry[parameter] is not None for parameter in model.parameters()):
+        raise ValueError(
+            f"model: this {type(model).__name__} is already transformed, or holds a part that is; transform a model "
+            "once, the outermost module"
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"model: {name!r} is not initialized yet; run the model once before transform")
+    if not any(True for _ in model.parameters()):
+        raise ValueError(f"model: this {type(model).__name__} has no parameters; transform it after they are made")
+
+
+def check_regions(model: nn.Module, regions: Iterable[nn.Module] | None) -> list[nn.Module]:
+    if regions is None:
+        return [model]
+    inside, chosen = set(model.modules()), list(regions)
+    if not chosen:
+        raise ValueError("regions=[]: expected the modules to compile one by one, or None for the whole model")
+    for region in chosen:
+        if region not in inside:
+            raise ValueError(f"regions: {type(region).__name__} is no submodule of the model")
+    return chosen
+
+
+def weights_for(smoothing: Smoothing, model: nn.Module, fmt: Format, only: Formats) -> Iterator[Weight]:
+    """One `Weight` per parameter, tied ones once, with the format that the globs and the default give it.
+
+    Raises:
+        ValueError: a glob matches no parameter, or a format is unknown.
+    """
+    owners: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    names: dict[Tensor, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for attribute, parameter in private.parameters_of(module).items():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append((module, attribute))
+                names.setdefault(parameter, []).append(f"{prefix}.{attribute}".removeprefix("."))
+    chosen = {glob: known_format(value) for glob, value in only.items()}
+    _check_globs([name for group in names.values() for name in group], only)
+    for parameter, held in owners.items():
+        glob = _last_match(names[parameter], only)
+        forced = glob is not None and glob != "*" and chosen[glob] is not None
+        if glob is None:
+            given, excluded = known_format(fmt), ""
+        else:
+            given, excluded = chosen[glob], f"excluded by only={{{glob!r}: None}}"
+        if parameter.dim() < 2 and not forced:
+            given, excluded = None, "fewer than two dimensions" if given is not None else excluded
+        yield Weight.owned_by(
+            held,
+            parameter,
+            name=names[parameter][0],
+            smoothing=smoothing,
+            format=given,
+            excluded=excluded if given is None else "",
+            forced=forced,
+        )
+
+
+def _check_globs(names: Iterable[str], only: Formats) -> None:
+    names = list(names)
+    for pattern in only:
+        if not fnmatch.filter(names, pattern):
+            prefixes = {name.rpartition(".")[0] for name in names}
+            raise ValueError(
+                f"only: the glob {pattern!r} matches no parameter{near(pattern.strip('*.'), [*names, *prefixes])}"
+            )
+
+
+def _last_match(names: list[str], globs: Iterable[str]) -> str | None:
+    matching = [glob for glob in globs if any(fnmatch.fnmatchcase(name, glob) for name in names)]
+    return matching[-1] if matching else None
+
+
+def known_format(fmt: str | Format | None) -> Format | None:
+    """A format that its own name resolves to: graphs hold formats by name."""
+    if fmt is None:
+        return None
+    found = resolve(fmt)
+    try:
+        if resolve(found.name) == found:
+            return found
+    except ValueError:
+        pass
+    return register_format(found.name, found)
+
+
+def check_weights(smoothing: Smoothing) -> None:
+    for weight in smoothing.weights:
+        parameter = weight.parameter()
+        assert parameter is not None
+        if weight.format is None:
+            continue
+        if not parameter.is_floating_point():
+            raise TypeError(
+                f"model: {weight.name!r} is {parameter.dtype}, expected a floating-point weight; it cannot be trained, "
+                f"so leave it out with only={{{weight.name!r}: None}}"
+            )
+        if parameter.is_meta:
+            raise ValueError(f"model: {weight.name!r} is on the meta device; materialize the model before transform")
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            local = parameter.detach()
+            where = torch.nonzero(~torch.isfinite(local))[0].tolist() if type(local) is Tensor else "some element"
+            raise ValueError(f"model: {weight.name!r} is not finite at {where}; repair the checkpoint before transform")
+    if not any(weight.format is not None for weight in smoothing.weights):
+        raise ValueError("model: no parameter is left to quantize; a weight needs two dimensions, or a glob in only")

@@ -1,0 +1,70 @@
+"""What a resume needs beside the model's and the optimizer's own state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from lotion_fx.passes.attach.probe import Code
+from lotion_fx.passes.attach.usage import Use
+from lotion_fx.state import Weight, names_of, smoothings_of, weights_of
+
+
+def state_dict(model: nn.Module) -> dict[str, Any]:
+    """What resuming needs beside the model's and the optimizer's own state dicts, at a step boundary.
+
+    Plain tensors, numbers and strings: `torch.save` it, load it with ``weights_only=True``.
+    """
+    names = names_of(model)
+    phases = [smoothing.tally.saved() for smoothing in smoothings_of(model)]
+    weights = {
+        names[weight]: {
+            "uses": None if weight.uses is None else [asdict(use) for use in weight.uses],
+            "ema": None if weight.curvature.ema is None else weight.curvature.ema.clone(),
+            "code": None if weight.curvature.code is None else int(weight.curvature.code),
+            "steps": weight.gathered.steps,
+            "gains": list(weight.gains),
+        }
+        for weight in weights_of(model)
+    }
+    return {"version": 1, "phases": phases, "weights": weights}
+
+
+def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Restores what `state_dict` gave, into a model transformed with the same arguments.
+
+    Raises:
+        ValueError: the state is of another version, curvature, noise, or set of parameters; nothing is changed then.
+    """
+    names, smoothings = names_of(model), smoothings_of(model)
+    if state.get("version") != 1:
+        raise ValueError(f"state: expected what lotion_fx.state_dict returned, version 1, got {state.get('version')!r}")
+    if differing := sorted(set(names.values()) ^ set(state["weights"])):
+        raise ValueError(f"state: parameters differ from the model's, first {differing[0]!r}; transform the same model")
+    for setting, expected, default in (
+        ("curvature", [s.settings.curvature for s in smoothings], None),
+        ("noise", [s.settings.noise.name for s in smoothings], "randomized"),
+    ):
+        found = [phase.get(setting, default) for phase in state["phases"]]
+        if expected != found:
+            raise ValueError(
+                f"state: saved with {setting}={found}, this model has {expected}; transform it the same way"
+            )
+    for smoothing, phase in zip(smoothings, state["phases"], strict=True):
+        smoothing.tally.restore(phase)
+    for weight, name in names.items():
+        _restore(weight, state["weights"][name])
+
+
+def _restore(weight: Weight, saved: Mapping[str, Any]) -> None:
+    parameter = weight.parameter()
+    device = parameter.device if parameter is not None else None
+    if saved["uses"] is not None:
+        weight.learn([Use(**use) for use in saved["uses"]])
+    weight.curvature.ema = None if saved["ema"] is None else saved["ema"].to(device, copy=True)
+    weight.curvature.code = None if saved["code"] is None else Code(saved["code"])
+    weight.gains = tuple(saved["gains"])
+    weight.gathered.restore(saved["steps"])

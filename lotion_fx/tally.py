@@ -1,0 +1,329 @@
+"""Where a training stands: the loss terms T of the step under way, bindings of probes, phases and steps.
+
+Whatever of this changes, changes here, by a method named for what happened; every other file only reads it. What
+happens in one step, in this order:
+
+    forward_began      the model is called                        probe_for         a weight enters a graph with a probe
+    curvature_arrived  backward: the first probe tells T          rows_counted      ... or the model's output does
+    backward_ended     gradients are sampled, before clipping     counted           the optimizer's hook knows T
+    took_in            what a weight gathered is used up          stepped           the step is over
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lotion_fx import private
+from lotion_fx.passes.attach.attach import STE_SCALE
+from lotion_fx.passes.attach.probe import Header
+from lotion_fx.passes.moments.certificate import Certificate
+from lotion_fx.settings import Settings
+from lotion_fx.shards import sample
+
+if TYPE_CHECKING:
+    from lotion_fx.state import Weight
+
+
+@dataclass(eq=False)
+class Gathered:
+    """What one weight gathered since the last step.
+
+    Args:
+        probe: its gradient is the curvature; None before the first forward with one.
+        loss_count: what the probe's header said of T when it last told it.
+        bindings: how often the probe entered a graph in the forward ``bound_in``.
+        in_objective: the term came in through `penalty`, and its backward ran.
+        in_loss: the loss of the step under way holds the term, with this certificate.
+        steps: optimizer steps with a gradient so far.
+    """
+
+    probe: Tensor | None = None
+    loss_count: Tensor | None = None
+    bindings: int = 0
+    bound_in: int = -1
+    in_objective: bool = False
+    in_loss: bool = False
+    certificate: Certificate | None = None
+    steps: int = 0
+
+    def drop_probe(self) -> None:
+        """Forgets what the probe gathered."""
+        self.loss_count = None
+        if self.probe is not None:
+            self.probe.grad = None
+
+    def restore(self, steps: int) -> None:
+        """Stands at a step boundary, after so many steps."""
+        self.drop_probe()
+        self.steps = steps
+
+    def entered_loss(self, certificate: Certificate) -> None:
+        """A graph whose loss holds the term runs."""
+        self.certificate, self.in_loss = certificate, True
+
+    def entered_objective(self) -> None:
+        """The backward pass of `penalty` ran."""
+        self.in_objective = True
+
+    def forget_certificate(self) -> None:
+        """Keeps no certificate of a step whose loss held no term."""
+        self.certificate = self.certificate if self.in_loss else None
+
+
+@dataclass(eq=False)
+class Tally:
+    """Of one model.
+
+    Args:
+        settings, weights: the model's.
+        steps: optimizer steps so far.
+        finishing: whether the last phase has begun, with the term if ``finish_term``.
+        override: the forward inside `full_precision` or `randomized`.
+        plain: whether terms are taken without strength and gains.
+        calibrated: at which step.
+        forwards: calls of the model so far.
+        counted_in_graph: whether a joint graph of the forward under way counts T.
+        loss_count: T of the step under way, over all its backward passes.
+        is_used: whether an optimizer took that T; then the next backward pass begins a new one.
+        last_backward: the backward pass in which curvature last arrived.
+        gradients: a few elements of each gradient as backward left it.
+        group: DistributedDataParallel's process group.
+        last_loss_count: T of the last step, over all ranks.
+        clip2: moving average of the squared clipping factor, as Adam averages squared gradients.
+        turn: steps as forwards see them: a new one begins with the first forward after an optimizer's step.
+        is_closed: whether an optimizer stepped since the last forward.
+        last_pass: the turn of the last curvature pass of ``"ggn"``.
+        sampling: whether that pass is under way.
+        draws: labels that it drew.
+    """
+
+    settings: Settings
+    weights: list[Weight]
+    steps: int = 0
+    finishing: bool = False
+    finish_term: bool = True
+    override: str | None = None
+    plain: bool = False
+    calibrated: int | None = None
+    forwards: int = 0
+    counted_in_graph: bool = False
+    loss_count: Tensor | None = None
+    is_used: bool = False
+    last_backward: int = -1
+    gradients: dict[Weight, Tensor] = field(default_factory=dict)
+    group: Any = None
+    last_loss_count: Tensor | None = None
+    clip2: Tensor | None = None
+    turn: int = 0
+    is_closed: bool = False
+    last_pass: int | None = None
+    sampling: bool = False
+    draws: int = 1
+
+    # ------------------------------------------------------------------------------------------------------- questions
+
+    @property
+    def forward_mode(self) -> str:
+        """The training forward: by method, or rounded with the scale differentiated once finishing."""
+        return STE_SCALE if self.finishing else self.settings.forward_mode
+
+    @property
+    def has_term(self) -> bool:
+        return self.settings.method == "lotion" and (self.finish_term or not self.finishing)
+
+    @property
+    def probes(self) -> bool:
+        """Whether curvature is asked of the forward that comes next."""
+        return self.has_term and not self.override and (not self.settings.samples_labels or self.sampling)
+
+    @property
+    def resting(self) -> bool:
+        """Whether the step under way has had no curvature pass."""
+        return self.settings.samples_labels and self.last_pass != self.turn
+
+    @property
+    def pass_is_due(self) -> bool:
+        return self.resting and self.turn % self.settings.refresh == 0
+
+    @property
+    def needs_loss_count(self) -> bool:
+        """Whether some weight's curvature takes T from the user's own loss."""
+        return not self.settings.samples_labels or any(w.selected and not w.is_analytic for w in self.weights)
+
+    # --------------------------------------------------------------------------------------------------------- phases
+
+    def finish(self, *, term: bool) -> None:
+        """The last phase begins."""
+        self.finishing, self.finish_term = True, term
+
+    def calibrated_now(self) -> None:
+        self.calibrated = self.steps
+
+    @contextlib.contextmanager
+    def switched(self, **fields: Any) -> Iterator[None]:
+        """Inside, some fields have other values."""
+        before = {name: getattr(self, name) for name in fields}
+        vars(self).update(fields)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    # -------------------------------------------------------------------------------------------------- forward passes
+
+    def turn_began(self) -> None:
+        """A forward comes, the first of a turn where an optimizer stepped since the last."""
+        self.turn, self.is_closed = self.turn + self.is_closed, False
+
+    def forward_began(self) -> None:
+        self.counted_in_graph = False
+        self.forwards += 1
+
+    def runs_in(self, group: Any) -> None:
+        """The forward under way is that of a DistributedDataParallel over this group; None of no such module."""
+        self.group = group
+
+    def graph_runs(self, weights: Sequence[Weight], *, counts: bool) -> None:
+        """A graph with these weights' probes runs; ``counts`` where its joint graph tells T."""
+        self.counted_in_graph |= counts
+        self.runs_in(private.active_data_parallel_group())
+        if private.current_backward() == -1:  # what checkpointing recomputes is no second use
+            for weight in weights:
+                gathered = weight.gathered
+                if gathered.bound_in != self.forwards or self.settings.adopted:
+                    gathered.bound_in, gathered.bindings = self.forwards, 0
+                gathered.bindings += 1
+
+    def probe_for(self, weight: Weight, tensor: Tensor) -> Tensor:
+        """A weight's probe for one more graph; what it gathered is dropped where the step it was for never came.
+
+        Args:
+            tensor: the weight as the graph takes it.
+        """
+        gathered, size, master = weight.gathered, weight.layout.size, weight.master
+        if gathered.probe is None or gathered.probe.numel() != size or gathered.probe.device != tensor.device:
+            # One zero, however long the vector: only its gradient is ever stored.
+            gathered.probe = torch.zeros((), device=tensor.device).expand(size).requires_grad_()
+            known = weakref.ref(weight)  # a hook is kept alive from C++, where no garbage collector looks
+            gathered.probe.register_post_accumulate_grad_hook(lambda _: _arrived(known()))
+        # Between micro-batches FSDP2 may hold the gradient at the unsharded parameter.
+        if master is not None and master.grad is None and tensor.grad is None and gathered.probe.grad is not None:
+            gathered.drop_probe()
+            self.loss_count = None
+        return gathered.probe
+
+    def forget_skipped_step(self) -> None:
+        """T begins anew where the gradients of a step that never came were dropped."""
+        masters = [weight.master for weight in self.weights]
+        if all(master is None or master.grad is None for master in masters):
+            self.loss_count = None
+
+    @contextlib.contextmanager
+    def curvature_pass(self) -> Iterator[None]:
+        """Inside, forwards carry probes; at the end this turn has had its pass."""
+        with self.switched(sampling=True):
+            yield
+        self.last_pass = self.turn
+
+    def drew(self, labels: int) -> None:
+        """The curvature pass drew so many labels."""
+        self.draws = labels
+
+    # ------------------------------------------------------------------------------------------------- backward passes
+
+    def curvature_arrived(self, weight: Weight) -> None:
+        """A weight's curvature arrived. The first one of a backward pass is nearest the loss, and tells T."""
+        gathered, backward = weight.gathered, private.current_backward()
+        if gathered.probe is None or gathered.probe.grad is None or self.last_backward == backward:
+            return
+        self.last_backward = backward
+        now = Header.of(gathered.probe.grad).loss_count.clone()
+        new = now if gathered.loss_count is None else now - gathered.loss_count
+        gathered.loss_count = now
+        self.rows_counted(new / max(1, gathered.bindings))
+
+    def rows_counted(self, count: Tensor) -> None:
+        """One backward pass counted so many loss terms; T begins anew after a step."""
+        self.loss_count = count if self.loss_count is None or self.is_used else self.loss_count + count
+        self.is_used = False
+        private.after_backward(self.backward_ended)
+
+    def backward_ended(self) -> None:
+        """Samples the gradients that Fisher curvature will read, so that later clipping can be divided out."""
+        for weight in self.weights:
+            master = weight.master
+            if master is not None and master.grad is not None and not weight.is_analytic and weight.selected:
+                self.gradients[weight] = sample(master.grad).clone()
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+
+    def counted(self, loss_count: Tensor) -> None:
+        """T of the step, over all ranks."""
+        self.last_loss_count = loss_count
+
+    def took_in(self, clip: Tensor | float, decay: float) -> None:
+        """An optimizer's step has its term.
+
+        Args:
+            clip: the factor by which clipping shrank the gradients.
+            decay: of the optimizer's moving average of squared gradients.
+        """
+        if self.settings.reads_moment and not self.is_used:
+            assert self.last_loss_count is not None
+            now = torch.as_tensor(clip, dtype=torch.float32, device=self.last_loss_count.device) ** 2
+            before = torch.zeros_like(now) if self.clip2 is None else self.clip2
+            self.clip2 = decay * before + (1 - decay) * now
+        self.is_used = True
+
+    def stepped(self, weights: Sequence[Weight], *, counts: bool) -> None:
+        """A step is over: probes are emptied, it is counted, and the finishing phase begins when its time has come.
+
+        Args:
+            weights: those that the optimizer steps.
+            counts: whether this is one more step of the training.
+        """
+        for weight in weights:
+            gathered = weight.gathered
+            gathered.drop_probe()
+            gathered.steps += counts
+            gathered.in_objective = gathered.in_loss = False
+            self.gradients.pop(weight, None)
+        self.is_closed = True
+        self.steps = max(self.steps, *(weight.gathered.steps for weight in weights))
+        finish, total = self.settings.finish, self.settings.total_steps
+        if finish and total and not self.finishing:
+            self.finishing = self.steps >= round(total * (1 - finish))
+
+    # ----------------------------------------------------------------------------------------------------- saved state
+
+    def saved(self) -> dict[str, Any]:
+        """What resuming needs, at a step boundary."""
+        return {
+            "steps": self.steps,
+            "finishing": self.finishing,
+            "finish_term": self.finish_term,
+            "curvature": self.settings.curvature,
+            "terms": self.last_loss_count,
+            "clip2": self.clip2,
+            "calibrated": self.calibrated,
+            "turn": self.turn + self.is_closed,
+            "noise": self.settings.noise.name,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Stands where `saved` was called."""
+        self.steps, self.finishing, self.finish_term = saved["steps"], saved["finishing"], saved["finish_term"]
+        self.last_loss_count, self.clip2, self.calibrated = saved["terms"], saved["clip2"], saved["calibrated"]
+        self.turn, self.is_closed, self.last_pass = saved["turn"], False, None
+
+
+def _arrived(weight: Weight | None) -> None:
+    if weight is not None:
+        weight.smoothing.tally.curvature_arrived(weight)

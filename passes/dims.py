@@ -1,0 +1,65 @@
+"""Which dimensions of a weight each dimension of a rearranged tensor holds, op by op.
+
+Each function takes the dimensions held before, the op's arguments, and the shapes before and after.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Dims = tuple[frozenset[int], ...]  # for each dimension of a tensor, the weight's dimensions it holds
+
+
+def same(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    """Of an op that keeps every dimension where it is, if not all of it."""
+    return dims
+
+
+def permute(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    return tuple(dims[d] for d in args[1])
+
+
+def transpose(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    swapped = list(dims)
+    swapped[args[1]], swapped[args[2]] = swapped[args[2]], swapped[args[1]]
+    return tuple(swapped)
+
+
+def unsqueeze(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    at = args[1] % len(new)
+    return (*dims[:at], frozenset(), *dims[at:])
+
+
+def drop(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    return tuple(d for i, d in enumerate(dims) if i != args[1] % len(dims))
+
+
+def expand(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    return (*(frozenset[int]() for _ in range(len(new) - len(dims))), *dims)
+
+
+def index(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    """Advanced indexing of leading dimensions, as experts are gathered: the gathered dimensions hold what they did."""
+    tail = dims[len(args[1]) :]
+    return (*(frozenset[int]() for _ in range(len(new) - len(tail))), *tail)
+
+
+def reshape(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    """Matches dimensions of equal running product; a merged or split dimension holds all that went into it."""
+    result: list[frozenset[int]] = []
+    i = j = 0
+    while j < len(new):
+        a, b, held, start = 1, 1, frozenset[int](), j
+        while True:
+            if a <= b and i < len(old):
+                a, held, i = a * old[i], held | dims[i], i + 1
+            elif j < len(new):
+                b, j = b * new[j], j + 1
+            if (a == b and j > start) or (i >= len(old) and j >= len(new)):
+                break
+        result += [held] * (j - start)
+    return tuple(result)
+
+
+def reverse(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    return tuple(reversed(dims))
