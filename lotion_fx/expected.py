@@ -30,6 +30,7 @@ from lotion_fx.passes.moments import random_tensor
 from lotion_fx.passes.moments.certificate import ANALYTIC, EXACT, FISHER, SECOND_ORDER, Certificate, analyse
 from lotion_fx.passes.moments.interpret import interpret
 from lotion_fx.passes.moments.random_tensor import Note, Random
+from lotion_fx.private import faked
 from lotion_fx.state import MOMENTS, Weight
 from lotion_fx.transformation import names_of
 from lotion_fx.update import dense, marginals
@@ -268,7 +269,7 @@ def estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments
             raise ValueError(f"model: {name!r} is sharded; expected_loss needs whole weights")
     graph = loss_graph(model, batch, loss_fn)
     at = {name: index for index, name in enumerate(graph.parameters)}
-    with grad_mode_kept(), backend.faked(graph.inputs({})) as fakes:
+    with grad_mode_kept(), faked(graph.inputs({})) as fakes:
         new = {at[name]: weight for weight, name in names.items() if weight.uses is None and name in at}
         for index, uses in weight_uses(graph.gm, fakes, list(new)).items():
             new[index].learn(uses)

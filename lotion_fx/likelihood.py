@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from lotion_fx.private import tree_leaves
 
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 _LOSSES = {

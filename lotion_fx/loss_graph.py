@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lotion_fx import variants as backend
 from lotion_fx.passes.attach.attach import LATENT
+from lotion_fx.private import trace, tree_flatten, tree_unflatten, uncompiled
 from lotion_fx.sampling import kept_buffers
 from lotion_fx.state import smoothings_of
 
@@ -89,7 +88,7 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Lo
         return [scalar(loss_fn(out, targets), "loss_fn"), *_prediction(out)]
 
     with as_evaluated(model):
-        gm = backend.trace(run, ({name: p.detach() for name, p in parameters.items()}, tensors))
+        gm = trace(run, ({name: p.detach() for name, p in parameters.items()}, tensors))
     for node in gm.graph.find_nodes(op="get_attr"):  # a buffer that the graph changes is not the model's
         value = getattr(gm, node.target)
         if isinstance(value, Tensor):
@@ -154,7 +153,7 @@ def as_evaluated(model: nn.Module) -> Iterator[None]:
     model.eval()
     try:
         # Gradients are on, as a region without them ends in what it began in; the parameters given are detached.
-        with backend.uncompiled(model), kept_buffers(model), torch.enable_grad():
+        with uncompiled(model), kept_buffers(model), torch.enable_grad():
             yield
     finally:
         for module, mode in training.items():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lotion_fx.numerics.formats import Format
 from lotion_fx.passes.lower.lower import arch_of
+from lotion_fx.private import foreach_add_, foreach_sub_, version_of
 from lotion_fx.state import Weight
 from lotion_fx.term import Term
 
@@ -84,7 +85,7 @@ class AdamW(torch.optim.AdamW):
             return False
         return tuple(t.dtype for t in tensors) in _DTYPES and _fits(parameter, weight.format, weight.axis)
 
-    # The one private method of torch's that is touched: its step asks it for what to update, group by group.
+    # Private, see `private.WHY`: the step asks it for what to update, group by group.
     def _init_group(self, group: dict[str, Any], params: list[Tensor], *lists: list[Tensor]) -> bool:
         """Updates the weights whose term was handed over; the lists get the rest, for torch's own update."""
         has_complex = super()._init_group(group, params, *lists)
@@ -113,7 +114,7 @@ class AdamW(torch.optim.AdamW):
         weight, found_inf = terms[0].weight, getattr(self, "found_inf", None)
         assert weight.format is not None
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
+        foreach_add_(steps, 1)
         for term, state in zip(terms, states, strict=True):
             term.weight.moment = state["exp_avg_sq"]
         two_level = weight.format.law.two_level
@@ -131,7 +132,7 @@ class AdamW(torch.optim.AdamW):
             *group["betas"],
         )
         if found_inf is not None:
-            torch._foreach_sub_(steps, [found_inf.to(step.device) for step in steps])
+            foreach_sub_(steps, [found_inf.to(step.device) for step in steps])
         self._amax.update({p: (one, _contents(p)) for p, one in zip(params, largest, strict=False)})
 
     def _factors(
@@ -175,4 +176,4 @@ def _fits(weight: Tensor, fmt: Format, axis: int) -> bool:
 
 def _contents(parameter: Tensor) -> tuple[int, int]:
     """Changes with what a parameter holds: in place, or by another tensor put in its place."""
-    return parameter.data_ptr(), parameter._version
+    return parameter.data_ptr(), version_of(parameter)

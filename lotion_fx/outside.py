@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
-from lotion_fx import variants as backend
 from lotion_fx.numerics import rounding
 from lotion_fx.passes.attach.attach import LATENT, MEAN, RR
+from lotion_fx.private import after_backward, hook_forward, tree_leaves
 from lotion_fx.state import Smoothing, Weight, registry
 
 _latent: weakref.WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
@@ -29,7 +28,7 @@ def hook_owners(weights: Iterable[Weight]) -> None:
     """Hooks every module that owns a weight with a format."""
     modules = {module: None for weight in weights if weight.format for ref, _ in weight.owners if (module := ref())}
     for module in modules:
-        backend.hook_forward(module, _round, _restore)
+        hook_forward(module, _round, _restore)
 
 
 def _round(module: nn.Module, args: Any) -> None:
@@ -117,4 +116,4 @@ def _count(grad: Tensor | None, every: Tensor, smoothing: Smoothing) -> None:
         nonzero = grad.ne(0)
         every = (nonzero.any(-1) if grad.dim() > 1 else nonzero).sum().float()
     smoothing.add_terms(every)
-    backend.after_backward(smoothing.backward_is_over)
+    after_backward(smoothing.backward_is_over)

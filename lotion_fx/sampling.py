@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lotion_fx import variants as backend
 from lotion_fx.likelihood import draws, output_in, sampled_loss
+from lotion_fx.private import active_data_parallel_group, buffers_of, version_of
 from lotion_fx.state import Smoothing
 
 
@@ -30,7 +30,7 @@ def sample_first(
     def run(*args: Any, **kwargs: Any) -> Any:
         smoothing.turn, smoothing.closed = smoothing.turn + smoothing.closed, False
         if model.training and torch.is_grad_enabled():
-            smoothing.group = backend.active_data_parallel_group()
+            smoothing.group = active_data_parallel_group()
             _forget_skipped_step(smoothing)
             if smoothing.has_term and smoothing.pass_is_due and not smoothing.override:
                 check_placement(model, smoothing)
@@ -102,13 +102,14 @@ def _undone(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
     """Puts every buffer back at the end, as a tensor and in its values."""
-    held = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    kept = [(owner, name, b, b._version, b.detach().clone()) for owner, name, b in held if b is not None]
+    owners = map(buffers_of, model.modules())
+    held = [(owner, name, buffer) for owner in owners for name, buffer in owner.items()]
+    kept = [(owner, name, b, version_of(b), b.detach().clone()) for owner, name, b in held if b is not None]
     try:
         yield
     finally:
         with torch.no_grad():
             for owner, name, buffer, version, values in kept:
                 owner[name] = buffer
-                if buffer._version != version:
+                if version_of(buffer) != version:
                     buffer.copy_(values)

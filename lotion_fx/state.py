@@ -22,6 +22,7 @@ from lotion_fx.passes.attach.attach import LATENT, MEAN, RR, STE, STE_SCALE, Pla
 from lotion_fx.passes.attach.probe import Code, Layout
 from lotion_fx.passes.attach.usage import CONTRACTION, EMBEDDING, Use
 from lotion_fx.passes.moments.certificate import Certificate
+from lotion_fx.private import parameters_of
 
 METHODS = {"ptq": LATENT, "ste": STE, "ste_scale": STE_SCALE, "rr": RR, "lotion": LATENT}
 MOMENTS = ("closed", "diagonal", "off")
@@ -160,7 +161,7 @@ class Weight:
         """The tensor that the owner holds now (sharded or not), None if it is gone."""
         for ref, attribute in self.owners:
             module = ref()
-            if module is not None and isinstance(tensor := module._parameters.get(attribute), Tensor):
+            if module is not None and isinstance(tensor := parameters_of(module).get(attribute), Tensor):
                 return tensor
         return None
 
@@ -310,7 +311,7 @@ class Registry:
     def _held(self) -> Iterator[tuple[Weight, Any]]:
         for module, attributes in self.owned.items():
             for attribute, weight in attributes.items():
-                yield weight, module._parameters.get(attribute)
+                yield weight, parameters_of(module).get(attribute)
 
 
 registry = Registry()

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lotion_fx import variants as backend
 from lotion_fx.numerics import rounding
 from lotion_fx.passes.attach.probe import HEADER, Code
+from lotion_fx.private import mesh_group, take_grad_scale, watch_grad_scaler
 from lotion_fx.state import Smoothing, Weight, local_of, registry, sample, weights_of
 from lotion_fx.update import FISHER, HELD, MOMENT, VECTOR, Spec, curvature_of, span_of, stored, update
 
@@ -34,7 +34,7 @@ def install() -> None:
     global _handles
     if not _handles:
         _handles = [register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)]
-        backend.watch_grad_scaler()
+        watch_grad_scaler()
 
 
 _handles: list[Any] = []
@@ -138,7 +138,7 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
                 if parameter.grad is not None and weight.selected:
                     mine.setdefault(weight.smoothing, []).append((weight, parameter))
                     _done.add(weight)
-    unscaled_by, pending = backend.take_grad_scale(optimizer), getattr(optimizer, "grad_scale", None)
+    unscaled_by, pending = take_grad_scale(optimizer), getattr(optimizer, "grad_scale", None)
     for smoothing, pairs in mine.items():
         # What a moment stream put into the loss needs no more, unless another graph without the loss used the weight.
         outside = [(w, p) for w, p in pairs if not w.in_loss or (w.probe is not None and w.probe.grad is not None)]
@@ -161,7 +161,8 @@ class _Step:
 
     def run(self, pairs: list[tuple[Weight, Tensor]]) -> None:
         smoothing = self.smoothing
-        self.group = smoothing.group or next((_mesh_group(p) for _, p in pairs if isinstance(p, DTensor)), None)
+        meshes = (p.device_mesh for _, p in pairs if isinstance(p, DTensor))
+        self.group = smoothing.group or next(map(mesh_group, meshes), None)
         terms = self._terms(pairs[0][1].device)
         loss_scale = 1.0 if self.loss_scale is None else self.loss_scale.to(terms.device)
         shrunk = self._clip(pairs)
@@ -386,12 +387,6 @@ def _is(reference: Any, value: Any) -> bool:
     return reference is not None and reference() is value
 
 
-def _mesh_group(parameter: DTensor) -> Any:
-    """The process group over which a fully sharded parameter's gradients are averaged."""
-    mesh = parameter.device_mesh
-    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
-
-
 def _amax(weight: Weight, parameter: Tensor) -> list[Tensor]:
     """The tensor-wide absmax over all shards, for the formats that need it of a sharded weight."""
     fmt = weight.format
@@ -408,7 +403,7 @@ def _amax(weight: Weight, parameter: Tensor) -> list[Tensor]:
         )
     local = local_of(parameter)
     amax = local.abs().amax().float() if local.numel() else torch.zeros((), device=local.device)
-    dist.all_reduce(amax, dist.ReduceOp.MAX, group=_mesh_group(parameter))
+    dist.all_reduce(amax, dist.ReduceOp.MAX, group=mesh_group(parameter.device_mesh))
     return [amax]
 
 

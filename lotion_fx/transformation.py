@@ -23,6 +23,7 @@ from lotion_fx.outside import count_terms, hook_owners
 from lotion_fx.passes.attach.attach import LATENT, RR
 from lotion_fx.passes.attach.probe import Code
 from lotion_fx.passes.attach.usage import Use
+from lotion_fx.private import call_of, list_mode_options, list_options, parameters_of, plain_call, replace_call
 from lotion_fx.sampling import check_placement, sample_first
 from lotion_fx.state import CURVATURES, METHODS, MOMENTS, Smoothing, Weight, registry, smoothings_of, weights_of
 from lotion_fx.variants import INNERS, Backend, CompiledCalls, with_own_code
@@ -111,13 +112,14 @@ def transform(
     backend = Backend(inner, mode, tuple(sorted(options.items())))
     compiled_call = CompiledCalls(backend, **compile_options)
     for region in regions:
-        region._compiled_call_impl = compiled_call(region)
+        replace_call(region, compiled_call(region))
     if callable(loss_fn):
         smoothing.loss_call = count_terms(_with_loss(model, loss_fn, backend, compile_options), smoothing)
-    call = model._compiled_call_impl or model._call_impl
-    model._compiled_call_impl = count_terms(call, smoothing)
+    call = call_of(model)
+    counted = count_terms(call, smoothing)
     if curvature == "ggn":
-        model._compiled_call_impl = sample_first(call, model._compiled_call_impl, model, smoothing)
+        counted = sample_first(call, counted, model, smoothing)
+    replace_call(model, counted)
     return model
 
 
@@ -126,7 +128,7 @@ def _with_loss(model: nn.Module, loss_fn: Callable[..., Tensor], backend: Backen
     reference = weakref.ref(model)  # the model's own state must not keep it alive
 
     def loss(inputs: Any, targets: Any) -> Tensor:
-        return loss_fn(called(reference()._call_impl, inputs), targets)  # type: ignore[union-attr]
+        return loss_fn(called(plain_call(reference()), inputs), targets)  # type: ignore[arg-type]
 
     return torch.compile(with_own_code(loss), backend=backend, **options)
 
@@ -348,10 +350,10 @@ def _check_loss(loss_fn: Any, smoothing: Smoothing, regions: bool) -> Any:
 
 
 def _check_compile_options(mode: str | None, options: Mapping[str, Any], inner: str) -> None:
-    modes = torch._inductor.list_mode_options()
+    modes = list_mode_options()
     if mode is not None and mode not in modes:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(modes)}{_near(mode, modes)}")
-    known = set(torch._inductor.list_options())
+    known = set(list_options())
     for name in options:
         if name not in known:
             raise ValueError(f"options: {name!r} is no option of Inductor{_near(name, known)}")
@@ -397,7 +399,7 @@ def _add_weights(smoothing: Smoothing, model: nn.Module, fmt: Format, only: Form
     owners: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     names: dict[Tensor, list[str]] = {}
     for prefix, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
+        for attribute, parameter in parameters_of(module).items():
             if parameter is not None:
                 owners.setdefault(parameter, []).append((module, attribute))
                 names.setdefault(parameter, []).append(f"{prefix}.{attribute}".removeprefix("."))

@@ -27,6 +27,7 @@ from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.noise import NoiseLaw
 from lotion_fx.passes.attach.probe import Layout
 from lotion_fx.passes.lower import lower
+from lotion_fx.private import local_span
 from lotion_fx.state import Weight, local_of
 
 CHUNK = 16  # weights in one compiled update at most, which bounds the time to compile it
@@ -223,7 +224,7 @@ def span_of(parameter: Tensor) -> tuple[int, int]:
     """The part of dimension 0 that this rank holds."""
     if not isinstance(parameter, DTensor):
         return 0, parameter.shape[0]
-    return backend.local_span(parameter)
+    return local_span(parameter)
 
 
 def term_of(weight: Weight) -> Tensor | None:

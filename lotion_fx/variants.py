@@ -1,4 +1,4 @@
-"""The compiler backend, and where training touches torch's private interfaces.
+"""The compiler backend.
 
 Dynamo calls `Backend` with a forward graph. The graph is compiled once per *plan*, the tuple of what each of its
 weights needs: training or evaluation, finishing, with or without a probe. Which plan holds is decided at every call by
@@ -7,37 +7,19 @@ looking at the weights that come in: one compiled graph serves many modules, and
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import operator
 import os
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._functorch.config
-from functorch.compile import aot_function, nop
 from torch import Tensor, fx
-from torch._dynamo import trace_rules
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.eval_frame import skip_code
-from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.symbolic_convert import InstructionTranslator, tls
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
 from lotion_fx import kernels, numerics, passes
 from lotion_fx.numerics.formats import registered
@@ -48,6 +30,40 @@ from lotion_fx.passes.curvature.resolve import resolve_curvature
 from lotion_fx.passes.lower.lower import arch_of, lower, lower_products
 from lotion_fx.passes.moments.certificate import Certificate
 from lotion_fx.passes.moments.stream import Streamed, stream
+from lotion_fx.private import (
+    EXACT_DIVISION,
+    CustomGraphPass,
+    FakeTensor,
+    FakeTensorMode,
+    HigherOrderOperator,
+    TracingContext,
+    active_data_parallel_group,
+    after_backward,
+    aot_autograd,
+    aot_function,
+    cacheable_functions,
+    compile_fx,
+    complete_sources,
+    copy_source,
+    current_backward,
+    current_context,
+    fake_input,
+    fake_mode_of,
+    frame_names,
+    get_hash_for_files,
+    guard_identity,
+    list_mode_options,
+    live_tensor,
+    min_cut_rematerialization_partition,
+    needs_frame,
+    nop,
+    plain_call,
+    source_of,
+    trace,
+    tracing,
+    tree_leaves,
+    within,
+)
 from lotion_fx.state import Weight, registry
 
 INNERS = ("inductor", "aot_eager", "eager")
@@ -121,13 +137,12 @@ class Backend:
         return compiled
 
     def _inductor_options(self) -> dict[str, Any]:
-        options = dict(torch._inductor.list_mode_options(self.mode)) if self.mode else {}
+        options = dict(list_mode_options(self.mode)) if self.mode else {}
         options.update(self.options)
         theirs = options.get("joint_custom_pre_pass") or ()
         theirs = theirs if isinstance(theirs, (list, tuple)) else (theirs,)
         options["joint_custom_pre_pass"] = [CurvaturePass(), *theirs] if theirs else CurvaturePass()
-        # A code depends on w / s: Triton's approximate division would make codes that eager does not.
-        options.setdefault("eager_numerics.division_rounding", True)
+        options.setdefault(EXACT_DIVISION, True)
         options["unsafe_marked_cacheable_functions"] = _cacheable()
         return options
 
@@ -140,10 +155,7 @@ def _cacheable() -> dict[str, str]:
     named = repr((registered(), registered_noises(), os.environ.get("LOTION_FX_AUTOTUNE")))
     source = get_hash_for_files(_SOURCES, extra=named).hex()
     nodes = {f"{node.__module__}.{node.__name__}": source for node in (smooth, variance)}
-    return {**torch._inductor.config.unsafe_marked_cacheable_functions, **nodes}
-
-
-_HOOK: Any = "lotion_fx"  # the key of our hooks
+    return {**cacheable_functions(), **nodes}
 
 
 class CompiledCalls:
@@ -159,9 +171,8 @@ class CompiledCalls:
         self.code = with_own_code(_frame(id)).__code__
 
     def __call__(self, module: torch.nn.Module) -> Callable[..., Any]:
-        call: Callable[..., Any] = module._call_impl
-        hooks: set[Any] = {*module._forward_pre_hooks, *module._forward_hooks}
-        if hooks == {_HOOK} or trace_rules.check(module.forward):
+        call = plain_call(module)
+        if needs_frame(module):
             call = _frame(call)
             call.__code__ = self.code  # type: ignore[attr-defined]
         return torch.compile(call, **self.options)
@@ -180,42 +191,6 @@ def _frame(call: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def hook_forward(module: torch.nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
-    """Registers two forward hooks, the second also for a forward that raises, under the same key in every module.
-
-    Dynamo guards on the keys: with those that `nn.Module` numbers itself, no two blocks could share compiled code.
-    """
-    key = _HOOK
-    for hook in (before, after):  # inlined where their module is traced, never a graph of their own
-        skip_code(hook.__code__)
-    module._forward_pre_hooks[key] = before
-    module._forward_hooks[key] = after
-    module._forward_hooks_always_called[key] = True
-
-
-@contextlib.contextmanager
-def uncompiled(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, no module of the model runs compiled."""
-    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
-    for module in compiled:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
-
-
-def trace(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
-    """A function's graph of ATen ops before dispatch: ``linear``, ``layer_norm``, ``cross_entropy_loss`` are whole."""
-    # A value that Python branches on is taken as it is here; the op that read it is then dead.
-    gm = make_fx(function, pre_dispatch=True, _error_on_data_dependent_ops=False)(*args)
-    gm.graph.eliminate_dead_code()
-    gm.graph.set_codegen(fx.graph.CodeGen())  # flat arguments, in the order of the placeholders
-    gm.recompile()
-    return gm
-
-
 def _lifted(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]]:
     """A copy of a graph whose constants are its last inputs, and their values."""
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -230,13 +205,6 @@ def _lifted(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]]:
         node.replace_all_uses_with(last)
         graph.erase_node(node)
     return fx.GraphModule(gm, graph), values
-
-
-@contextlib.contextmanager
-def faked(inputs: Sequence[Any]) -> Iterator[list[Any]]:
-    """Inside, tensors hold no data; gives the inputs as such."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in inputs]
 
 
 def joint_vectors(
@@ -277,10 +245,11 @@ class Variants:
 
     def __init__(self, backend: Backend, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         self.backend, self.gm = backend, gm
-        self.context = TracingContext.try_get()
+        self.context = current_context()
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        self.inputs = [_fake(x, self.context) for x in example_inputs]  # kept: every variant must reuse their symbols
-        live = [_live(node, x) for node, x in zip(nodes, example_inputs, strict=True)]
+        # Kept, for every variant must reuse their symbols.
+        self.inputs = [fake_input(x, self.context) for x in example_inputs]
+        live = [live_tensor(node, x) for node, x in zip(nodes, example_inputs, strict=True)]
         if backend.adopt:
             for node, x in zip(nodes, live, strict=True):
                 _adopt(backend.adopt, node, x)
@@ -334,8 +303,7 @@ class Variants:
     def _variant(self, plans: Mapping[int, Plan]) -> _Compiled:
         key = tuple(plans.items())
         if key not in self.compiled:
-            context = None if TracingContext.try_get() else self.context
-            with tracing(_alone(context)) if context else contextlib.nullcontext():
+            with within(self.context):
                 self.compiled[key] = self._compile(plans)
         return self.compiled[key]
 
@@ -354,9 +322,7 @@ class Variants:
             arch = arch_of(self.inputs[next(iter(plans))].device)
             if arch is not None:
                 lower(gm, arch)
-        for node in gm.graph.nodes:
-            if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
-                node._dynamo_source = None
+        complete_sources(gm)
         gains = [_fake_gain(self.inputs[i]) for i in variances]
         inputs = [*self.inputs, *gains, *(_fake_probe(self.inputs[i], plans[i]) for i in probed)]
         certificates = streamed.certificates if streamed else {}
@@ -368,17 +334,16 @@ class Variants:
         None where it returns no loss, or has a region that must stay whole: what is checkpointed would be no more.
         """
         losses = _loss_outputs(self.gm)
-        nested = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in self.gm.graph.nodes)
+        nested = any(isinstance(node.target, HigherOrderOperator) for node in self.gm.graph.nodes)
         if not losses or nested:
             return None
         weights = [i for i, plan in plans.items() if plan.moments != "off"]
         diagonal = all(plans[i].moments == "diagonal" for i in weights)
-        with torch.no_grad(), _fake_mode_of(self.inputs):
+        with torch.no_grad(), fake_mode_of(self.inputs):
             inputs = [x.detach() if isinstance(x, Tensor) else x for x in self.inputs]
             streamed = stream(trace(self.gm, inputs), inputs, weights, losses, diagonal, trace)
         for old, new in zip(*(gm.graph.find_nodes(op="placeholder") for gm in (self.gm, streamed.gm)), strict=False):
-            if hasattr(old, "_dynamo_source"):
-                new._dynamo_source = old._dynamo_source
+            copy_source(old, new)
         return streamed
 
 
@@ -408,46 +373,14 @@ def _loss_outputs(gm: fx.GraphModule) -> list[int]:
     ]
 
 
-def _fake_mode_of(inputs: Sequence[Any]) -> Any:
-    modes = [x.fake_mode for x in inputs if isinstance(x, FakeTensor)]
-    return modes[0] if modes else contextlib.nullcontext()
-
-
 def _fake_gain(weight: Any) -> Tensor:
     gain = torch.ones((), device=weight.device)
     return weight.fake_mode.from_tensor(gain, static_shapes=True) if isinstance(weight, FakeTensor) else gain
 
 
-def _alone(context: TracingContext) -> TracingContext:
-    """A context for one later variant: that of DDP's graph splitter is counted, one compile for each of its parts."""
-    context = copy.copy(context)
-    context.ddp_optimizer_ctx = None
-    return context
-
-
-def _live(node: fx.Node, example: Any) -> Any:
-    """The tensor behind a placeholder. DDP's graph splitter hands over fakes: then Dynamo's source expression tells."""
-    source = getattr(node, "_dynamo_source", None)
-    if not isinstance(example, FakeTensor) or source is None:
-        return example
-    scope = _scope()
-    try:
-        return eval(source.name, {"L": scope[0], "G": scope[1]}) if scope else example
-    except Exception:  # a source that is no plain expression is no parameter's
-        return example
-
-
-def _scope() -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-    """The local and global names of the frame that Dynamo is compiling."""
-    if getattr(tls, "current_tx", None) is None:
-        return None
-    output = InstructionTranslator.current_tx().output
-    return output.local_scope, output.global_scope
-
-
 def _adopt(adopt: Callable[..., None], node: fx.Node, value: Any) -> None:
     """Registers a parameter that came in through ``torch.compile(model, backend="lotion_fx")``."""
-    source, scope = getattr(node, "_dynamo_source", None), _scope()
+    source, scope = source_of(node), frame_names()
     if not isinstance(value, torch.nn.Parameter) or source is None or scope is None:
         return
     known = registry[value]
@@ -461,21 +394,11 @@ def _adopt(adopt: Callable[..., None], node: fx.Node, value: Any) -> None:
     attribute = attribute.strip("'\"]")
     names = {"L": scope[0], "G": scope[1]}
     # Another model of the same class must not run this one's code unseen: it would never come here.
-    install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+    guard_identity(source)
     if known is not None:
         return
     root, module = eval(owner.partition("._modules")[0], names), eval(owner, names)
     adopt(root, f"{prefix}.{attribute}" if prefix else attribute, module, attribute, value)
-
-
-def _fake(value: Any, context: TracingContext | None) -> Any:
-    """What AOTAutograd would make of an example input, made beforehand and by the same rule."""
-    mode = context.fake_mode if context else None
-    if context is None or mode is None or not isinstance(value, Tensor) or isinstance(value, FakeTensor):
-        return value
-    symbolic = context.tensor_to_context.get(value)
-    source = symbolic.tensor_source if symbolic else None
-    return mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=symbolic is None)
 
 
 def _uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> dict[int, list[Use]]:
@@ -532,17 +455,6 @@ def _fired(weight: Weight | None) -> None:
     after_backward(smoothing.backward_is_over)
 
 
-def current_backward() -> int:
-    """A number for the backward pass that is running on this thread, -1 outside of one."""
-    return torch._C._current_graph_task_id()
-
-
-def after_backward(callback: Callable[[], None]) -> None:
-    """Runs a callback when the backward pass under way is over, after DDP's and FSDP's own."""
-    engine = torch.autograd.Variable._execution_engine
-    engine.queue_callback(lambda: engine.queue_callback(callback))
-
-
 def _fake_probe(weight: Any, plan: Plan) -> Tensor:
     assert plan.layout is not None
     mode = weight.fake_mode if isinstance(weight, FakeTensor) else None
@@ -567,43 +479,6 @@ def compile_function(function: Callable[..., Any], args: Sequence[Any], inner: s
         gm = make_fx(function)(*fakes)
     compiles["update"] += 1
     with torch.no_grad(), tracing(TracingContext(mode)):
-        options = {"eager_numerics.division_rounding": True, "unsafe_marked_cacheable_functions": _cacheable()}
+        options = {EXACT_DIVISION: True, "unsafe_marked_cacheable_functions": _cacheable()}
         compiled: Any = compile_fx(gm, fakes, config_patches=options)
     return compiled
-
-
-def active_data_parallel_group() -> Any:
-    """The process group of the DistributedDataParallel module whose forward is running, None outside of one."""
-    module = DistributedDataParallel._get_active_ddp_module()
-    return module.process_group if module is not None else None
-
-
-def local_span(parameter: DTensor) -> tuple[int, int]:
-    """[start, stop) of dimension 0 in this rank's shard of a parameter sharded along it."""
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    if tuple(shape[1:]) != tuple(parameter.shape[1:]):
-        raise ValueError(f"parameter of shape {tuple(parameter.shape)}: only sharding along dimension 0 is supported")
-    return offset[0], offset[0] + shape[0]
-
-
-_grad_scales: weakref.WeakKeyDictionary[torch.optim.Optimizer, Tensor] = weakref.WeakKeyDictionary()
-
-
-def take_grad_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """The loss scale that a GradScaler divided out of this optimizer's gradients for the step under way."""
-    return _grad_scales.pop(optimizer, None)
-
-
-def watch_grad_scaler() -> None:
-    """Makes `torch.amp.GradScaler.unscale_` note the scale: nothing public tells it to an optimizer's hook."""
-    original = torch.amp.GradScaler.unscale_
-    if getattr(original, "_lotion_fx", False):
-        return
-
-    def unscale_(self: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
-        if self.is_enabled() and self._scale is not None:
-            _grad_scales[optimizer] = self._scale.clone()
-        original(self, optimizer)
-
-    unscale_._lotion_fx = True  # type: ignore[attr-defined]
-    torch.amp.GradScaler.unscale_ = unscale_  # type: ignore[method-assign]

@@ -21,6 +21,7 @@ from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import resolve
 from lotion_fx.numerics.noise import resolve_noise
 from lotion_fx.passes.attach.probe import Layout
+from lotion_fx.private import copy_source
 
 LATENT, STE, STE_SCALE, RR, MEAN = "latent", "ste", "ste_scale", "rr", "mean"
 
@@ -111,8 +112,7 @@ def _copy(gm: fx.GraphModule) -> fx.Graph:
     graph.output(graph.graph_copy(gm.graph, copied))
     for old, new in copied.items():
         new.meta = dict(old.meta)
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
+        copy_source(old, new)
     return graph
 
 

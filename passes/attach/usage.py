@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+
+from lotion_fx.private import OpOverload, TorchDispatchMode, tree_flatten
 
 aten = torch.ops.aten
 
@@ -98,7 +98,7 @@ class _Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not isinstance(func, torch._ops.OpOverload):
+        if not isinstance(func, OpOverload):
             return out
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         results = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]

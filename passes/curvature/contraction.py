@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from lotion_fx.private import OpOverload
+
 aten = torch.ops.aten
 GROUP, LEFT, RIGHT = "group", "left", "right"
 
@@ -60,7 +62,7 @@ Rule = Callable[[fx.Node], Contraction]
 CONTRACTIONS: dict[Any, Rule] = {}
 
 
-def rule(op: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
+def rule(op: OpOverload) -> Callable[[Rule], Rule]:
     """Registers the rule of one op."""
 
     def register(function: Rule) -> Rule:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from lotion_fx.passes.curvature.contraction import CONTRACTIONS
+from lotion_fx.private import tree_leaves
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -154,4 +154,4 @@ def _takes_gathered(node: fx.Node, user: fx.Node, stack: bool) -> bool:
 
 def operands(node: fx.Node) -> list[fx.Node]:
     """The node's arguments that are nodes, one that occurs twice given twice."""
-    return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
+    return [leaf for leaf in tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]

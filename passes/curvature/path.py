@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from lotion_fx.passes.attach.probe import Code
 from lotion_fx.passes.curvature.contraction import Contraction, arguments, contraction_at, emit, square, to_float
 from lotion_fx.passes.curvature.joint import ALIASES, PERMUTES, RESHAPES, JointGraph, Uses, numel, operands
+from lotion_fx.private import tree_leaves
 
 aten = torch.ops.aten
 
@@ -144,7 +144,7 @@ class _Walk:
         if node not in self.joint.backward or by_frequency or fills:
             return []
         chosen = [node.args[position] for position in HELD.get(node.target, ())]
-        held = [leaf for leaf in pytree.tree_leaves(chosen) if isinstance(leaf, fx.Node)]
+        held = [leaf for leaf in tree_leaves(chosen) if isinstance(leaf, fx.Node)]
         return [n for n in held if n in self.joint.backward] if node.target in SCALES else held
 
     def _is_use(self, pair: tuple[fx.Node, fx.Node]) -> bool:

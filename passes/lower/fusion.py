@@ -28,6 +28,7 @@ from lotion_fx.kernels.targets import TARGETS
 from lotion_fx.passes.curvature.contraction import after, arguments, emit, filled, square
 from lotion_fx.passes.curvature.joint import ALIASES, CASTS, PERMUTES, RESHAPES, JointGraph
 from lotion_fx.passes.curvature.path import FILLS
+from lotion_fx.private import OpOverload
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -171,7 +172,7 @@ def _made_by_pointwise(node: fx.Node) -> bool:
 def _pointwise(node: fx.Node) -> bool:
     if node.target is aten.clone.default:
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 # ------------------------------------------------------------------ partial sums

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from lotion_fx.passes.curvature.contraction import arguments
 from lotion_fx.passes.moments.random_tensor import RULES, Call, Ended, Rule, mean_of, randoms
 from lotion_fx.passes.moments.rules import affine, losses, nonlinear, views
+from lotion_fx.private import tree_leaves
 
 RULE_FILES = (views, affine, nonlinear, losses)
 """Whose decorators fill `RULES`."""

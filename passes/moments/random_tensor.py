@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+
+from lotion_fx.private import tree_leaves, tree_map
 
 COVARIANCE_WIDTH = 32
 """Up to this many units a linear layer's outputs keep their full covariance, [..., d, d]: what stacked random layers

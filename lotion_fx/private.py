@@ -1,0 +1,344 @@
+"""PyTorch's private interfaces: each name that the package takes from them, and why.
+
+Nothing public does these things, and any release may change them. So no other module imports such a name or reads such
+an attribute, `WHY` has a reason for each, and `tests/runtime/test_private.py` is the canary that names the one which a
+release took away. This module knows torch alone: every other may import it.
+
+Not here: names of ATen's operators, which are a schema of their own; what Inductor asks of a CUDA device, which
+`kernels/emit/absent_cuda.py` replaces; Triton's compiler, which that file and `kernels/audit/aot.py` drive.
+"""
+
+# ruff: noqa: F401 - names are imported here for others
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import aot_function, nop
+from torch import Tensor, fx, nn
+from torch._dynamo import trace_rules
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.symbolic_convert import InstructionTranslator, tls
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import aot_export_module
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options, list_options
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.triton_heuristics import GridExpr
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+WHY = {
+    # The compilers.
+    "functorch.compile.aot_function": "a function's joint graph of forward and backward, run once without a compiler",
+    "functorch.compile.nop": "the compiler that runs a graph as it is",
+    "torch._dynamo.backends.common.aot_autograd": "the inner compiler 'aot_eager' with a partition function of ours",
+    "torch._functorch.partitioners.min_cut_rematerialization_partition": "that partition, after our passes",
+    "torch._inductor.compile_fx.compile_fx": "the inner compiler 'inductor', with options for one graph",
+    "torch._inductor.custom_graph_pass.CustomGraphPass": "what a joint pass must be for the compile caches to stay on",
+    "torch._inductor.custom_graph_pass.get_hash_for_files": "that pass's key: our sources",
+    "torch._inductor.list_mode_options": "what `mode=` stands for, where we call Inductor and not torch.compile",
+    "torch._inductor.list_options": "an unknown name in `options=` is refused before anything is compiled",
+    "torch._inductor.config": "functions that others marked as cacheable are to stay so beside ours",
+    # What Dynamo knows of a graph's inputs.
+    "torch.fx.Node._dynamo_source": "the expression of a graph's input: AOTAutograd, DDP's splitter and we read it",
+    "torch._dynamo.symbolic_convert.tls": "whether Dynamo is compiling a frame at all",
+    "torch._dynamo.symbolic_convert.InstructionTranslator": "that frame's names, in which such an expression holds",
+    "torch._dynamo.guards.install_guard": "a model that was not registered must not run the code of one that was",
+    "torch._dynamo.guards.GuardBuilder": "that guard is on the parameter's identity",
+    "torch._dynamo.trace_rules": "Dynamo skips forwards of torch's own, such as Sequential's",
+    "torch._dynamo.eval_frame.skip_code": "our hooks are no graphs of their own",
+    "torch._guards.TracingContext": "a later variant is compiled with the fake inputs and symbols of the first",
+    "torch._guards.tracing": "enters that context again",
+    # Graphs, and tensors without data.
+    "torch._subclasses.fake_tensor.FakeTensor": "an input without data is nobody's weight",
+    "torch._subclasses.fake_tensor.FakeTensorMode": "analyses run a graph without data",
+    "torch._ops.OpOverload": "a graph's operator, apart from other callables",
+    "torch._ops.HigherOrderOperator": "a region that must stay whole, such as a checkpointed one",
+    "torch.utils._python_dispatch.TorchDispatchMode": "sees each operator of a function that runs",
+    "torch.utils._pytree.tree_flatten": "the tensors in nested arguments, in the order that torch's graphs use",
+    "torch.utils._pytree.tree_leaves": "likewise",
+    "torch.utils._pytree.tree_map": "likewise",
+    "torch.utils._pytree.tree_unflatten": "likewise",
+    # Modules, tensors and training.
+    "torch.nn.Module._call_impl": "a module's hooks and forward, for us to compile as `Module.compile` does",
+    "torch.nn.Module._compiled_call_impl": "where `Module.compile` puts the compiled call",
+    "torch.nn.Module._forward_pre_hooks": "hooks of ours with one key for all modules, which Dynamo guards on",
+    "torch.nn.Module._forward_hooks": "likewise",
+    "torch.nn.Module._forward_hooks_always_called": "likewise, also after a forward that raises",
+    "torch.nn.Module._parameters": "a module's own parameters by attribute, tied ones and None included",
+    "torch.nn.Module._buffers": "a module's own buffers, to put them back as tensors",
+    "torch.Tensor._version": "whether a tensor was changed in place",
+    "torch._C._current_graph_task_id": "which backward pass is running, if any",
+    "torch.autograd.Variable._execution_engine": "a call after that pass: no public hook comes after DDP's and FSDP's",
+    "torch.optim.AdamW._init_group": "overridden in `optim`: the step asks it, group by group, for what to update",
+    "torch._foreach_add_": "an optimizer's step counts in one launch",
+    "torch._foreach_sub_": "likewise",
+    "torch.amp.GradScaler._scale": "the loss scale that was divided out of the gradients",
+    "torch.nn.parallel.DistributedDataParallel._get_active_ddp_module": "whose processes share the forward under way",
+    "torch.distributed.tensor._utils.compute_local_shape_and_global_offset": "which part of a weight this rank holds",
+    "torch.distributed.device_mesh.DeviceMesh._flatten": "one process group for a mesh of several dimensions",
+    # Emitting for a GPU that is not there: `kernels/emit`.
+    "torch._functorch.config": "backward is compiled at once; `triton_op`s stay whole until they are on the device",
+    "torch._functorch.aot_autograd.aot_export_module": "makes of those the kernels that they launch",
+    "torch._inductor.decomposition.select_decomp_table": "by Inductor's decompositions",
+    "torch._inductor.compile_fx.compile_fx_inner": "lowers a graph that we moved to the device",
+    "torch._inductor.graph.GraphLowering": "its source is read where it would be loaded",
+    "torch._inductor.codecache.PyCodeCache": "loads one kernel of that source",
+    "torch._inductor.runtime.triton_heuristics.GridExpr": "how many programs such a kernel is launched with",
+    "torch._inductor.fx_passes.joint_graph.UniformValueConstantFolder": "it folds constants on the device; on CPU here",
+}
+"""Each private name, and what it is needed for."""
+
+EXACT_DIVISION = "eager_numerics.division_rounding"
+"""Inductor's option to divide as eager does: a code depends on w / s, and Triton's own division is approximate."""
+
+foreach_add_, foreach_sub_ = torch._foreach_add_, torch._foreach_sub_
+
+
+def cacheable_functions() -> dict[str, str]:
+    """The functions in graphs that Inductor's caches accept, each with the key of what it computes."""
+    return dict(inductor_config.unsafe_marked_cacheable_functions)
+
+
+# --- graphs ---
+
+
+def trace(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
+    """A function's graph of ATen ops before dispatch: ``linear``, ``layer_norm``, ``cross_entropy_loss`` are whole."""
+    # A value that Python branches on is taken as it is here; the op that read it is then dead.
+    gm = make_fx(function, pre_dispatch=True, _error_on_data_dependent_ops=False)(*args)
+    gm.graph.eliminate_dead_code()
+    gm.graph.set_codegen(fx.graph.CodeGen())  # flat arguments, in the order of the placeholders
+    gm.recompile()
+    return gm
+
+
+@contextlib.contextmanager
+def faked(inputs: Sequence[Any]) -> Iterator[list[Any]]:
+    """Inside, tensors hold no data; gives the inputs as such."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in inputs]
+
+
+def fake_mode_of(inputs: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """The mode that made the inputs without data; where there is none, a context that does nothing."""
+    modes = [x.fake_mode for x in inputs if isinstance(x, FakeTensor)]
+    return modes[0] if modes else contextlib.nullcontext()
+
+
+# --- what Dynamo knows of a graph's inputs ---
+
+
+def source_of(placeholder: fx.Node) -> Any:
+    """Dynamo's source of a graph's input, whose ``name`` is a Python expression; None where there is none."""
+    return getattr(placeholder, "_dynamo_source", None)
+
+
+def copy_source(old: fx.Node, new: fx.Node) -> None:
+    """Gives an input the source of another, if that has one."""
+    if hasattr(old, "_dynamo_source"):
+        new._dynamo_source = old._dynamo_source
+
+
+def complete_sources(gm: fx.GraphModule) -> None:
+    """Says of every input without a source that it has none: where one input has, AOTAutograd asks all."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = source_of(node)
+
+
+def frame_names() -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The local and global names of the frame that Dynamo is compiling, None outside of that."""
+    if getattr(tls, "current_tx", None) is None:
+        return None
+    output = InstructionTranslator.current_tx().output
+    return output.local_scope, output.global_scope
+
+
+def live_tensor(placeholder: fx.Node, example: Any) -> Any:
+    """The tensor behind a placeholder. DDP's graph splitter hands over fakes: then Dynamo's source expression tells."""
+    source, names = source_of(placeholder), frame_names()
+    if not isinstance(example, FakeTensor) or source is None or names is None:
+        return example
+    try:
+        return eval(source.name, {"L": names[0], "G": names[1]})
+    except Exception:  # a source that is no plain expression is no parameter's
+        return example
+
+
+def guard_identity(source: Any) -> None:
+    """Makes what Dynamo is compiling hold for the object behind a source alone."""
+    install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def current_context() -> TracingContext | None:
+    """What Dynamo and AOTAutograd share about the graph under way."""
+    return TracingContext.try_get()
+
+
+@contextlib.contextmanager
+def within(context: TracingContext | None) -> Iterator[None]:
+    """Inside, a later variant of the context's graph is compiled, unless a graph is under way already."""
+    if context is None or current_context() is not None:
+        yield
+        return
+    context = copy.copy(context)
+    context.ddp_optimizer_ctx = None  # DDP's graph splitter counts in it, one compile for each of its parts
+    with tracing(context):
+        yield
+
+
+def fake_input(value: Any, context: TracingContext | None) -> Any:
+    """What AOTAutograd would make of an example input, made beforehand and by the same rule."""
+    mode = context.fake_mode if context else None
+    if context is None or mode is None or not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+        return value
+    symbolic = context.tensor_to_context.get(value)
+    source = symbolic.tensor_source if symbolic else None
+    return mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=symbolic is None)
+
+
+# --- modules ---
+
+_HOOK: Any = "lotion_fx"  # the key of our hooks
+
+
+def hook_forward(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
+    """Registers two forward hooks, the second also for a forward that raises, under the same key in every module.
+
+    Dynamo guards on the keys: with those that `nn.Module` numbers itself, no two blocks could share compiled code.
+    """
+    for hook in (before, after):  # inlined where their module is traced, never a graph of their own
+        skip_code(hook.__code__)
+    module._forward_pre_hooks[_HOOK] = before
+    module._forward_hooks[_HOOK] = after
+    module._forward_hooks_always_called[_HOOK] = True
+
+
+def needs_frame(module: nn.Module) -> bool:
+    """Whether a module's call, compiled by itself, stays in Python: a forward of torch's own, or our hooks alone."""
+    hooks: set[Any] = {*module._forward_pre_hooks, *module._forward_hooks}
+    return hooks == {_HOOK} or bool(trace_rules.check(module.forward))
+
+
+def plain_call(module: nn.Module) -> Callable[..., Any]:
+    """The module's hooks and forward, not compiled."""
+    call: Callable[..., Any] = module._call_impl
+    return call
+
+
+def call_of(module: nn.Module) -> Callable[..., Any]:
+    """What calling the module runs: its compiled call, where it has one."""
+    return module._compiled_call_impl or plain_call(module)
+
+
+def replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Makes calling the module run something else."""
+    module._compiled_call_impl = call
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Inside, no module of the model runs compiled."""
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
+def parameters_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own parameters by attribute, each a tensor or None."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own buffers by attribute."""
+    return module._buffers
+
+
+def version_of(tensor: Tensor) -> int:
+    """A number that grows with each change in place."""
+    return tensor._version
+
+
+# --- backward passes and steps ---
+
+
+def current_backward() -> int:
+    """A number for the backward pass that is running on this thread, -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Runs a callback when the backward pass under way is over, after DDP's and FSDP's own."""
+    engine = torch.autograd.Variable._execution_engine
+    engine.queue_callback(lambda: engine.queue_callback(callback))
+
+
+_grad_scales: weakref.WeakKeyDictionary[torch.optim.Optimizer, Tensor] = weakref.WeakKeyDictionary()
+
+
+def take_grad_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """The loss scale that a GradScaler divided out of this optimizer's gradients for the step under way."""
+    return _grad_scales.pop(optimizer, None)
+
+
+def watch_grad_scaler() -> None:
+    """Makes `torch.amp.GradScaler.unscale_` note the scale: nothing public tells it to an optimizer's hook."""
+    original = torch.amp.GradScaler.unscale_
+    if getattr(original, "_lotion_fx", False):
+        return
+
+    def unscale_(self: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        if self.is_enabled() and self._scale is not None:
+            _grad_scales[optimizer] = self._scale.clone()
+        original(self, optimizer)
+
+    unscale_._lotion_fx = True  # type: ignore[attr-defined]
+    torch.amp.GradScaler.unscale_ = unscale_  # type: ignore[method-assign]
+
+
+# --- processes ---
+
+
+def active_data_parallel_group() -> Any:
+    """The process group of the DistributedDataParallel module whose forward is running, None outside of one."""
+    module = DistributedDataParallel._get_active_ddp_module()
+    return module.process_group if module is not None else None
+
+
+def mesh_group(mesh: DeviceMesh) -> Any:
+    """One process group of all of a mesh's processes."""
+    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
+
+
+def local_span(parameter: DTensor) -> tuple[int, int]:
+    """[start, stop) of dimension 0 in this rank's shard of a parameter sharded along it."""
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    if tuple(shape[1:]) != tuple(parameter.shape[1:]):
+        raise ValueError(f"parameter of shape {tuple(parameter.shape)}: only sharding along dimension 0 is supported")
+    return offset[0], offset[0] + shape[0]
