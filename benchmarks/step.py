@@ -95,7 +95,9 @@ def persistent(model: nn.Module) -> float:
         weights = [weight for weight in weights_of(model) if weight.selected]
     except ValueError:
         return 0.0
-    kept = [tensor for weight in weights for tensor in (weight.ema, weight.probe) if tensor is not None]
+    kept = [
+        tensor for weight in weights for tensor in (weight.curvature.ema, weight.gathered.probe) if tensor is not None
+    ]
     held = sum(tensor.untyped_storage().nbytes() for tensor in kept)
     return held / sum(torch.Size(weight.shape).numel() for weight in weights)
 

@@ -7,6 +7,7 @@ from lotion_fx import noise, optim, rounding
 from lotion_fx.calibration import calibrate
 from lotion_fx.coverage import CoverageReport, report
 from lotion_fx.expected import ExpectedLoss, expected_loss
+from lotion_fx.explanation import Explanation, explain, log_as_asked
 from lotion_fx.numerics.formats import Format, codebook, formats, register_format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, noises, register_noise
 from lotion_fx.objective import penalty
@@ -14,15 +15,19 @@ from lotion_fx.saved import load_state_dict, state_dict
 from lotion_fx.switches import finish, full_precision, randomized
 from lotion_fx.transformation import training_loss, transform
 
+log_as_asked()
+
 __version__ = "0.1.0"
 __all__ = [
     "CoverageReport",
     "ExpectedLoss",
+    "Explanation",
     "Format",
     "NoiseLaw",
     "calibrate",
     "codebook",
     "expected_loss",
+    "explain",
     "finish",
     "formats",
     "full_precision",

@@ -18,7 +18,7 @@ from lotion_fx import kernels, numerics, passes, private
 from lotion_fx.numerics.formats import registered
 from lotion_fx.numerics.noise import registered_noises
 from lotion_fx.passes.attach.attach import Plan, attach, smooth, variance
-from lotion_fx.passes.lower.lower import arch_of
+from lotion_fx.passes.lower import lower
 from lotion_fx.passes.pipeline import JointState, run
 
 compiles: Counter[str] = Counter()
@@ -49,7 +49,7 @@ class JointPasses(private.CustomGraphPass):
 def rewrite_joint(graph: fx.Graph) -> JointState:
     """Runs `passes.JOINT` on a joint graph, in place."""
     given = (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
-    archs = (arch_of(x.device) for x in given if isinstance(x, Tensor))
+    archs = (lower.arch_of(x.device) for x in given if isinstance(x, Tensor))
     return run(passes.JOINT, JointState(graph, next((arch for arch in archs if arch is not None), None)))
 
 

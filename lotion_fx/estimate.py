@@ -183,4 +183,5 @@ def _mean(weight: Weight, parameter: Tensor) -> Tensor:
     """The mean of a weight's random rounding, differentiable: itself, if the law is unbiased and nothing saturates."""
     if weight.quantizer.unbiased:
         return parameter
-    return smooth(parameter, None, MEAN, *weight.quantizer.constants, "none", 1, 1)
+    fmt, axis, noise = weight.quantizer.constants
+    return smooth(parameter, None, MEAN, fmt, axis, "none", 1, 1, noise)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lotion_fx import private
 from lotion_fx.numerics.quantizer import Quantizer
-from lotion_fx.passes.lower.lower import arch_of
+from lotion_fx.passes.lower import lower
 from lotion_fx.state import Weight
 from lotion_fx.term import Term
 
@@ -75,7 +75,7 @@ class AdamW(torch.optim.AdamW):
             return False
         if type(parameter) not in (Tensor, nn.Parameter) or parameter.device.type not in self.devices:
             return False
-        if parameter.device.type != "cpu" and arch_of(parameter.device) is None:
+        if parameter.device.type != "cpu" and lower.arch_of(parameter.device) is None:
             return False
         assert parameter.grad is not None
         state = self.state.get(parameter, {})

@@ -166,11 +166,14 @@ class Weight:
     def layout(self) -> Layout:
         """Of its probe, and of its state unless that is the optimizer's."""
         if self._layout is None:
-            use, kind = self.contraction, self.smoothing.settings.curvature
-            groups, rows = (use.groups, use.rows) if use else (1, self.shape[0])
-            kind = {"fisher": "none", "ggn": "factored"}.get(kind, kind)
-            self._layout = Layout(kind, self.shape, groups, rows)
+            self._layout = self._make_layout()
         return self._layout
+
+    def _make_layout(self) -> Layout:
+        use, kind = self.contraction, self.smoothing.settings.curvature
+        groups, rows = (use.groups, use.rows) if use else (1, self.shape[0])
+        kind = {"fisher": "none", "ggn": "factored"}.get(kind, kind)
+        return Layout(kind, self.shape, groups, rows)
 
     @property
     def is_analytic(self) -> bool:

@@ -19,7 +19,7 @@ from lotion_fx import passes, private
 from lotion_fx.compiling import compile_graph, fake_gain, fake_probe
 from lotion_fx.passes.attach.attach import Plan
 from lotion_fx.passes.attach.usage import Use, weight_uses
-from lotion_fx.passes.lower.lower import arch_of
+from lotion_fx.passes.lower import lower
 from lotion_fx.passes.moments.certificate import Certificate
 from lotion_fx.passes.pipeline import ForwardState, run
 from lotion_fx.state import Weight, registry
@@ -127,7 +127,7 @@ class Variants:
     def compile(self, plans: Mapping[int, Plan], backend: Backend) -> _Compiled:
         """Runs `passes.FORWARD` over the graph and hands the outcome to the inner compiler."""
         with private.within(self.context):
-            arch = arch_of(self.inputs[next(iter(plans))].device) if plans else None
+            arch = lower.arch_of(self.inputs[next(iter(plans))].device) if plans else None
             state = ForwardState(self.gm, self.inputs, plans, backend.inner != "eager", arch)
             state = run(passes.FORWARD, state)
             private.complete_sources(state.gm)
@@ -136,14 +136,15 @@ class Variants:
             made = compile_graph(state.gm, inputs, backend.inner, backend.mode, dict(backend.options))
         return _Compiled(made, state.probed, state.certificates)
 
-    def rehearse_passes(self) -> Iterator[Mapping[int, Plan]]:
-        """Compiles every variant once more without Inductor, for whoever watches the passes; gives each one's plans.
+    def rehearsal(self) -> Iterator[Mapping[int, Plan]]:
+        """Compiles every variant once more, after giving its plans, for whoever watches the passes.
 
-        Compile caches keep passes from running: what is in them is not looked up here.
+        Without Inductor, whose caches keep passes from running.
         """
+        inner = "eager" if self.backend.inner == "eager" else "aot_eager"
         for key in list(self.compiled):
             yield dict(key)
-            self.compile(dict(key), replace(self.backend, inner="aot_eager"))
+            self.compile(dict(key), replace(self.backend, inner=inner))
 
 
 def _uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> dict[int, list[Use]]:

@@ -58,6 +58,7 @@ class ForwardState:
         variances: of the weights in a moment stream, the index of the input that its variance is, then its gain.
         certificates: of the same weights.
         probed: the weights with a probe, in the order in which the probes follow all other inputs.
+        fired: how many nodes each pass that counts rewrote, by the pass's name.
     """
 
     gm: fx.GraphModule
@@ -68,6 +69,7 @@ class ForwardState:
     variances: Mapping[int, int] = field(default_factory=dict)
     certificates: Mapping[int, Certificate] = field(default_factory=dict)
     probed: tuple[int, ...] = ()
+    fired: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -82,11 +84,13 @@ class JointState:
         graph: with ``meta["val"]`` on every node.
         arch: compute capability of its device, 80 for sm_80; None on a CPU.
         resolutions: what was found for each weight with a probe.
+        fired: how many nodes each pass that counts rewrote, by the pass's name.
     """
 
     graph: fx.Graph
     arch: int | None
     resolutions: tuple[Resolution, ...] = ()
+    fired: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def text(self) -> str:

@@ -287,8 +287,8 @@ def hooked_curvature(plain: nn.Module, batch, names) -> dict[str, torch.Tensor]:
 def curvature_of(model: nn.Module, name: str) -> torch.Tensor:
     """The estimate after a first step, from the state."""
     weight = registry[model.get_parameter(name)]
-    assert weight is not None and weight.ema is not None
-    return dense(weight.ema, weight.layout, (0, weight.shape[0])).double()
+    assert weight is not None and weight.curvature.ema is not None
+    return dense(weight.curvature.ema, weight.layout, (0, weight.shape[0])).double()
 
 
 def assert_curvature(run: Trained, names, tolerance: float = 1e-4) -> None:

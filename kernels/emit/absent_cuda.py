@@ -1,9 +1,8 @@
 """The mocks: what PyTorch, Inductor and Triton ask of a CUDA device, answered for one that is not there.
 
 Inductor writes a kernel's source without launching anything; it only asks which device it writes for. Inside
-`absent_cuda(80)` it is told an A100. This is the one module besides `lotion_fx.backend` that touches PyTorch's private
-interfaces: each is an entry of `MOCKS` that says why it is there, and `tests/compiled/test_mocks.py` is the canary that
-names the entry which a new release of PyTorch or Triton took away.
+`absent_cuda(80)` it is told an A100. What is replaced is an entry of `MOCKS` that says why it is there, and
+`tests/compiled/test_mocks.py` is the canary that names the entry which a new release of PyTorch or Triton took away.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 from lotion_fx.kernels.targets import TARGETS
+from lotion_fx.private import TorchDispatchMode, UniformValueConstantFolder
 
 
 def properties(arch: int) -> SimpleNamespace:

@@ -22,25 +22,29 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_export_module
-from torch._inductor import config
-from torch._inductor.codecache import PyCodeCache
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.graph import GraphLowering
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_map
 
 import lotion_fx
-from lotion_fx import update
-from lotion_fx import variants as backend
+from lotion_fx import private, update
+from lotion_fx.compiling import compile_graph
 from lotion_fx.kernels.emit.absent_cuda import absent_cuda
 from lotion_fx.kernels.work import Config
 from lotion_fx.passes.lower import lower
+from lotion_fx.private import (
+    CustomGraphPass,
+    FakeTensor,
+    GraphLowering,
+    PyCodeCache,
+    aot_export_module,
+    compile_fx,
+    compile_fx_inner,
+    functorch_config,
+    inductor_config,
+    select_decomp_table,
+    tree_map,
+)
+from lotion_fx.variants import Backend
 
 DEVICE = torch.device("cuda", 0)
 
@@ -122,7 +126,7 @@ def emitted(
     """
     block = Block(shape[2], heads)
     if method is None:
-        block.compile(backend=backend.Backend())
+        block.compile(backend=Backend())
     else:
         lotion_fx.transform(block, fmt, method=method, **settings)
 
@@ -150,8 +154,8 @@ def forward_and_backward(function: Callable[[], Any], arch: int) -> list[Emitted
         shapes = [node.meta["example_value"].shape for node in results]
         return lambda *args: [torch.zeros(()).expand(shape) for shape in shapes]
 
-    torch._dynamo.reset()
-    with mock.patch.object(backend, "compile_fx", emit), lowered_for(arch):
+    torch.compiler.reset()
+    with mock.patch.object(private, "compile_fx", emit), lowered_for(arch):
         function()
     return found
 
@@ -163,12 +167,12 @@ def others(function: Callable[[], Any], arch: int) -> list[Emitted]:
     def emit(gm: fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
         if any(x.requires_grad for x in inputs):
             # Not eagerly: the update's code depends on what the curvature pass found.
-            return backend.Backend("aot_eager").compile(gm, inputs)
+            return compile_graph(gm, inputs, "aot_eager", None, {})
         found.extend(compile_for(arch, copy.deepcopy(gm), inputs, config_patches)[1])
         return gm.forward
 
-    torch._dynamo.reset()
-    with mock.patch.object(backend, "compile_fx", emit), lowered_for(arch):
+    torch.compiler.reset()
+    with mock.patch.object(private, "compile_fx", emit), lowered_for(arch):
         function()
     return found
 
@@ -177,8 +181,7 @@ def others(function: Callable[[], Any], arch: int) -> list[Emitted]:
 def lowered_for(arch: int) -> Iterator[None]:
     """Inside, what is compiled for CPU tensors takes the kernels that it would take on a device, see `passes.lower`."""
     with contextlib.ExitStack() as stack:
-        for module in (backend, lower):
-            stack.enter_context(mock.patch.object(module, "arch_of", lambda device: arch))
+        stack.enter_context(mock.patch.object(lower, "arch_of", lambda device: arch))
         for kept in (update._compiled, update._specs):
             stack.enter_context(mock.patch.dict(kept, clear=True))
         yield
@@ -211,8 +214,8 @@ def compile_for(
     with (
         absent_cuda(arch),
         warnings.catch_warnings(),
-        config.patch(force_disable_caches=True, compile_threads=1, shape_padding=False),
-        torch._functorch.config.patch(force_non_lazy_backward_lowering=True, decompose_custom_triton_ops=False),
+        inductor_config.patch(force_disable_caches=True, compile_threads=1, shape_padding=False),
+        functorch_config.patch(force_non_lazy_backward_lowering=True, decompose_custom_triton_ops=False),
     ):
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # the user's choice, not ours
         warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)  # Triton 3.9's
@@ -278,7 +281,7 @@ def _inlined(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     ours = [node for node in gm.graph.nodes if getattr(node.target, "namespace", "") == "lotion_fx"]
     if not ours:
         return gm
-    with torch.no_grad(), torch._functorch.config.patch(decompose_custom_triton_ops=True):
+    with torch.no_grad(), functorch_config.patch(decompose_custom_triton_ops=True):
         exported: Any = aot_export_module(gm, inputs, trace_joint=False, decompositions=select_decomp_table())[0]
     return exported
 
@@ -321,7 +324,7 @@ def compile_kernels(source: str, arch: int) -> list[tuple[str, Config, Any]]:
         configuration and Triton's ``CompiledKernel``.
     """
     compiled = []
-    with absent_cuda(arch), config.patch(use_static_triton_launcher=False), warnings.catch_warnings():
+    with absent_cuda(arch), inductor_config.patch(use_static_triton_launcher=False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)  # of kernels that a user wrote
         for name, code in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'", source, re.S):
             tuner = getattr(PyCodeCache.load(code), name)

@@ -11,13 +11,10 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from torch._inductor import config
-from torch._inductor.codecache import PyCodeCache
-from torch._inductor.runtime.triton_heuristics import GridExpr
-
 from lotion_fx.kernels.emit.absent_cuda import absent_cuda
 from lotion_fx.kernels.emit.emitted import Emitted, emitted
 from lotion_fx.kernels.work import Config, Work
+from lotion_fx.private import GridExpr, PyCodeCache, inductor_config
 
 
 def emitted_works(arch: int) -> list[Work]:
@@ -26,7 +23,7 @@ def emitted_works(arch: int) -> list[Work]:
     Args:
         arch: compute capability, 80 for ``sm_80``.
     """
-    with config.patch(profile_bandwidth=True):  # writes the bytes into the source
+    with inductor_config.patch(profile_bandwidth=True):  # writes the bytes into the source
         return [work for graph in emitted(arch) for work in _works(graph, arch)]
 
 

@@ -115,10 +115,10 @@ def _copy(gm: fx.GraphModule) -> fx.Graph:
     return graph
 
 
-def _constants(plan: Plan) -> tuple[str, str, int, str, str, int, int]:
+def _constants(plan: Plan) -> tuple[str, str, int, str, int, int, str]:
     """The plan as plain values, which graphs and compile caches can hold."""
-    layout = plan.layout or Layout("none", (1,), 1, 1)
-    return plan.mode, *plan.quantizer.constants, layout.kind, layout.groups, layout.rows
+    layout, (fmt, axis, noise) = plan.layout or Layout("none", (1,), 1, 1), plan.quantizer.constants
+    return plan.mode, fmt, axis, layout.kind, layout.groups, layout.rows, noise
 
 
 def smooth(
@@ -127,10 +127,10 @@ def smooth(
     mode: str,
     fmt: str,
     axis: int,
-    noise: str,
     kind: str,
     groups: int,
     rows: int,
+    noise: str = "randomized",
     kernel: bool = False,
 ) -> Tensor:
     """The quantize-and-smooth node: see the module's docstring, `Plan` and `Layout` for the arguments.

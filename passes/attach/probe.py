@@ -60,7 +60,7 @@ class Header(NamedTuple):
 
     @classmethod
     def of(cls, vector: Tensor) -> Header:
-        return cls(*vector[-len(cls._fields) :].unbind())
+        return cls(*vector[-HEADER:].unbind())
 
     @property
     def common_code(self) -> Code:
@@ -70,7 +70,7 @@ class Header(NamedTuple):
         return Code(int(mean)) if mean in set(Code) else Code.MIXED
 
 
-HEADER = len(Header._fields)
+HEADER = 3  # its length
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -90,11 +91,12 @@ def on_gpu(node: fx.Node) -> bool:
 def fuse_vectors(state: JointState) -> JointState:
     """`fuse`, as a pass."""
     vectors = [found.vector for found in state.resolutions if found.vector.users and found.kind != "full"]
-    if vectors and on_gpu(vectors[0]):
-        fuse(state.graph, vectors)
-        state.graph.eliminate_dead_code()
-        state.graph.lint()
-    return state
+    if not vectors or not on_gpu(vectors[0]):
+        return state
+    fuse(state.graph, vectors)
+    state.graph.eliminate_dead_code()
+    state.graph.lint()
+    return replace(state, fired={**state.fired, "fuse vectors": len(vectors)})
 
 
 def fuse(graph: fx.Graph, vectors: Sequence[fx.Node]) -> None:

@@ -17,7 +17,7 @@ Graphs stay free of devices: the decision is made when a graph is compiled for o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -85,9 +85,9 @@ def lower(gm: fx.GraphModule, arch: int) -> int:
 
 def lower_nodes(state: ForwardState) -> ForwardState:
     """`lower`, as a pass."""
-    if state.plans and state.arch is not None:
-        lower(state.gm, state.arch)
-    return state
+    if not state.plans or state.arch is None:
+        return state
+    return replace(state, fired={**state.fired, "lower": lower(state.gm, state.arch)})
 
 
 def lower_products(state: JointState) -> JointState:
@@ -101,8 +101,7 @@ def lower_products(state: JointState) -> JointState:
         (positions, outputs), inputs = _value(g).shape, _value(x).shape[1]
         return prefers_fused_products(positions, outputs, inputs, _value(x).dtype, arch)
 
-    match_full_curvature(state.graph, wanted)
-    return state
+    return replace(state, fired={**state.fired, "lower products": match_full_curvature(state.graph, wanted)})
 
 
 def _value(node: fx.Node) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lotion_fx.kernels.emit.emitted import emitted
-from lotion_fx.passes.curvature import resolve as curvature
+from lotion_fx.passes.lower import fusion
 
 WEIGHTS = 4  # of a block
 SHAPE = (16, 1024, 768)  # the sizes of GPT-2 small; nothing of them is run
@@ -53,6 +53,6 @@ def test_so_it_does_at_other_sizes(dtype, shape):
 
 @pytest.mark.slow
 def test_the_plain_forms_would_cost_what_is_forbidden(monkeypatch):
-    monkeypatch.setattr(curvature, "on_gpu", lambda node: False)
+    monkeypatch.setattr(fusion, "on_gpu", lambda node: False)
     with pytest.raises(AssertionError, match="of the bytes"):
         check(80, torch.float32)

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 import lotion_fx
-from lotion_fx import variants as backend
+from lotion_fx import private
 from lotion_fx.kernels.emit.emitted import Block, compile_kernels, emitted, forward_and_backward
+from lotion_fx.variants import Backend
 
 SMALL = {"shape": (4, 64, 64), "heads": 2}
 
@@ -43,10 +44,10 @@ def test_what_is_emitted_is_what_a_user_of_bf16_gets():
 
 
 def test_nothing_is_left_behind():
-    before = torch.cuda.is_available(), torch.Tensor.copy_, backend.compile_fx
+    before = torch.cuda.is_available(), torch.Tensor.copy_, private.compile_fx
     model = lotion_fx.transform(Block(32, 2), "int4/8")
     forward_and_backward(lambda: model(torch.randn(2, 8, 32, requires_grad=True)), 80)
-    assert (torch.cuda.is_available(), torch.Tensor.copy_, backend.compile_fx) == before
+    assert (torch.cuda.is_available(), torch.Tensor.copy_, private.compile_fx) == before
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def doubled(x: torch.Tensor) -> torch.Tensor:
 def test_an_op_of_ours_is_inlined():
     doubled.register_autograd(lambda ctx, grad: doubled(grad), setup_context=lambda ctx, inputs, output: None)
     linear = torch.nn.Linear(32, 32)
-    call = torch.compile(lambda x: linear(doubled(x)), backend=backend.Backend())
+    call = torch.compile(lambda x: linear(doubled(x)), backend=Backend())
     graphs = forward_and_backward(lambda: call(torch.randn(64, 32, requires_grad=True)), 80)
     for each in graphs:
         assert any(name.startswith("_doubled") for name in each.triton_launches)

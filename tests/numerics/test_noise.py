@@ -498,7 +498,7 @@ def test_a_registered_noise_is_in_the_key_of_compile_caches():
 def test_an_unbiased_noise_adds_no_node():
     for noise, mode in (("randomized", "latent"), ("gaussian", "mean")):
         model = lotion_fx.transform(MLP(), "int4", noise=noise, inner="eager")
-        assert [smoothing.forward_mode for smoothing in smoothings_of(model)] == [mode]
+        assert [smoothing.tally.forward_mode for smoothing in smoothings_of(model)] == [mode]
 
 
 def never() -> NoiseLaw:

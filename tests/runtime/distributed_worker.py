@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import lotion_fx
-from lotion_fx import variants as backend
+from lotion_fx.compiling import compiles
 from lotion_fx.passes.attach.probe import Layout
 from lotion_fx.state import Weight, weights_of
 from lotion_fx.update import dense
@@ -126,14 +126,14 @@ def result(model: nn.Module) -> dict[str, Any]:
     """Parameters, curvature and evaluation, with the names of the plain model."""
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     weights = {weight.name.removeprefix("module."): weight for weight in weights_of(inner)}
-    learned = {name: weight for name, weight in weights.items() if weight.ema is not None}
+    learned = {name: weight for name, weight in weights.items() if weight.curvature.ema is not None}
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
     found = {
         "parameters": {name: whole(p) for name, p in inner.named_parameters()},
-        "state": {name: weight.ema.clone() for name, weight in learned.items()},
+        "state": {name: weight.curvature.ema.clone() for name, weight in learned.items()},
         "estimator": {row.name: row.estimator for row in lotion_fx.report(inner).rows if row.format},
     }
-    if not (sharded and any(weight.smoothing.curvature == "fisher" for weight in learned.values())):
+    if not (sharded and any(weight.smoothing.settings.curvature == "fisher" for weight in learned.values())):
         whole_rows = {name: (0, weight.shape[0]) for name, weight in learned.items()}
         found["curvature"] = {n: dense(w.ema, _layout(w), whole_rows[n]).clone() for n, w in learned.items()}
     model.eval()
@@ -143,7 +143,7 @@ def result(model: nn.Module) -> dict[str, Any]:
 
 
 def _layout(weight: Weight) -> Layout:
-    fisher = weight.smoothing.curvature == "fisher"
+    fisher = weight.smoothing.settings.curvature == "fisher"
     return Layout("full", weight.shape, 1, weight.shape[0]) if fisher else weight.layout
 
 
@@ -175,9 +175,9 @@ def ddp(
     model = DistributedDataParallel(model, bucket_cap_mb=bucket)
     if outside:
         lotion_fx.transform(model, fmt, **options)
-    before = backend.compiles[options["inner"]]
+    before = compiles[options["inner"]]
     train(model, rank, world, accumulate)
-    return {"graphs": backend.compiles[options["inner"]] - before} | result(model)
+    return {"graphs": compiles[options["inner"]] - before} | result(model)
 
 
 def fsdp(

@@ -143,7 +143,7 @@ def test_the_pass_equals_torch_and_the_hook(loop, fmt, on_cpu):
 def test_a_strong_term_is_in_the_equality(on_cpu):
     """What the tests above hold equal would differ without the term, and from another second-moment."""
     (model, optimizer), (other, another) = make(lotion_fx.optim.AdamW), make(lotion_fx.optim.AdamW)
-    registry[other.head.weight].smoothing.strength = 0.0
+    registry[other.head.weight].gains = (0.0, 0.0)
     for step in range(2):
         plain(model, optimizer, step)
         plain(other, another, step)

@@ -87,9 +87,9 @@ def test_the_passes_average_to_the_exact_diagonal(likelihood, make, name, shape,
     weight = registry[model.get_parameter(name)]
     drawn = []
     for step in range(200):
-        weight.smoothing.turn = step
+        weight.smoothing.tally.turn = step
         model(batch)
-        drawn.append(weight.probe.grad[:-HEADER].view(expected.shape).double() / weight.smoothing.draws)
+        drawn.append(weight.gathered.probe.grad[:-HEADER].view(expected.shape).double() / weight.smoothing.tally.draws)
     drawn = torch.stack(drawn)
     for found, exact in ((drawn, expected), (drawn.sum((1, 2)), expected.sum())):
         error = found.std(0) / math.sqrt(len(found))
@@ -185,10 +185,10 @@ def test_the_pass_touches_no_gradient_and_the_user_s_forward_carries_no_probe(pa
     parameter.register_post_accumulate_grad_hook(fired.append)
     out = model(ids())
     weight = registry[parameter]
-    vector = weight.probe.grad.clone()
+    vector = weight.gathered.probe.grad.clone()
     assert len(passes) == 1 and not fired and torch.equal(parameter.grad, torch.ones_like(parameter))
     lm_loss(lambda _: out, ids()).backward()
-    assert fired and torch.equal(weight.probe.grad, vector)
+    assert fired and torch.equal(weight.gathered.probe.grad, vector)
 
 
 def test_a_pass_that_raises_leaves_things_as_they_were():
@@ -206,7 +206,8 @@ def test_a_pass_that_raises_leaves_things_as_they_were():
     assert all(map(torch.equal, model.buffers(), before)) and torch.equal(torch.get_rng_state(), state)
     model.good = True
     model(x)
-    assert registry[model.head.weight].probe.grad is not None and not registry[model.head.weight].smoothing.sampling
+    assert registry[model.head.weight].gathered.probe.grad is not None
+    assert not registry[model.head.weight].smoothing.tally.sampling
 
 
 # ----------------------------------------------------------------------------------------------------- training's loops
@@ -224,7 +225,9 @@ def trained(loss, steps=1, likelihood=None, make=LM, **options):
 
 
 def states(model):
-    return {w.name: w.ema for w in registry[model.head.weight].smoothing.weights if w.ema is not None}
+    return {
+        w.name: w.curvature.ema for w in registry[model.head.weight].smoothing.weights if w.curvature.ema is not None
+    }
 
 
 def test_accumulation_makes_one_pass_and_dividing_the_loss_changes_nothing(passes):
@@ -323,7 +326,7 @@ def test_refresh_rests_between_passes(passes):
     masses = []
     for step in range(7):
         one_step(model, recorder, lambda m, step=step: lm_loss(m, ids(seed=step)))
-        masses.append(registry[model.head.weight].ema[-1].item())
+        masses.append(registry[model.head.weight].curvature.ema[-1].item())
         plain = copy.deepcopy(model)
         lm_loss(plain, ids(seed=step)).backward()
         assert not torch.allclose(recorder.given["head.weight"], plain.head.weight.grad, rtol=1e-5, atol=0)
@@ -363,14 +366,14 @@ def test_training_in_eval_mode_keeps_the_last_curvature():
     model = lotion_fx.transform(LM(), "int4", inner="aot_eager", curvature="ggn")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     one_step(model, optimizer, lambda m: lm_loss(m, ids()))
-    before = registry[model.head.weight].ema.clone()
+    before = registry[model.head.weight].curvature.ema.clone()
     model.eval()
     with pytest.warns(UserWarning, match=r"curvature of .*head.weight did not arrive"):
         one_step(model, optimizer, lambda m: lm_loss(m, ids()))
-    assert torch.equal(registry[model.head.weight].ema, before)
+    assert torch.equal(registry[model.head.weight].curvature.ema, before)
     one_step(model, optimizer, lambda m: lm_loss(m, ids()))  # said once
     one_step(model.train(), optimizer, lambda m: lm_loss(m, ids()))
-    assert not torch.equal(registry[model.head.weight].ema, before)
+    assert not torch.equal(registry[model.head.weight].curvature.ema, before)
 
 
 @pytest.mark.parametrize("at", [2, 4])
@@ -457,7 +460,7 @@ def test_terms_of_a_skipped_step_do_not_stay():
         model.zero_grad()
         lm_loss(lambda x: model(x)["logits"], ids()).backward()
     optimizer.step()
-    assert smoothing.known_terms == 40
+    assert smoothing.tally.last_loss_count == 40
 
 
 def test_a_model_of_analytic_weights_counts_no_terms():

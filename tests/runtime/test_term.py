@@ -189,7 +189,9 @@ def test_an_lbfgs_closure_gets_the_term():
         return optimizer.step(closure)
 
     assert torch.isfinite(run(model)) and torch.isfinite(run(plain))
-    assert registry[model.up.weight].steps == 1 and registry[model.up.weight].ema[-1] > 0.02  # three calls, one step
+    assert (
+        registry[model.up.weight].gathered.steps == 1 and registry[model.up.weight].curvature.ema[-1] > 0.02
+    )  # three calls, one step
     assert not torch.allclose(model.up.weight, plain.up.weight)
 
 
@@ -232,12 +234,12 @@ def test_fisher_takes_adam_s_second_moment_and_no_state():
     one_step(model, optimizer, lambda m: lm_loss(m, ids()))
     moment = optimizer.state[model.head.weight]["exp_avg_sq"].clone() / (1 - 0.9)
     weight = registry[model.head.weight]
-    weight.ema = None
+    weight.curvature.ema = None
     optimizer.zero_grad()
     lm_loss(model, ids(seed=1)).backward()
     grad = model.head.weight.grad.clone()
     optimizer.step()
-    assert weight.ema is None and weight.code is Code.BY_CHOICE
+    assert weight.curvature.ema is None and weight.curvature.code is Code.BY_CHOICE
     fmt = lotion_fx.resolve("int4")
     expected = 0.5 * rounding.variance_vjp(model.head.weight.detach(), ids().numel() * moment, fmt, 1)
     torch.testing.assert_close(model.head.weight.grad - grad, expected, rtol=1e-4, atol=1e-8)
@@ -351,15 +353,15 @@ def test_terms_add_up_over_forwards_and_backwards():
     model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
     smoothing = registry[model.head.weight].smoothing
     ((lm_loss(model, ids(8)) + lm_loss(model, ids(6))) / 2).backward()  # two forwards, one backward
-    assert smoothing.terms == (8 + 6) * 5
+    assert smoothing.tally.loss_count == (8 + 6) * 5
     (lm_loss(model, ids(4)) / 3).backward()
-    assert smoothing.terms == (8 + 6 + 4) * 5
+    assert smoothing.tally.loss_count == (8 + 6 + 4) * 5
     head_left_out = [p for p in model.parameters() if p is not model.head.weight]
     optimizer = torch.optim.SGD(head_left_out, lr=0.1)
     optimizer.step()
     for _ in range(3):
         one_step(model, optimizer, lambda m: lm_loss(m, ids(8)))
-        assert smoothing.known_terms == 40
+        assert smoothing.tally.last_loss_count == 40
 
 
 def test_a_backward_that_raised_does_not_stop_the_count():
@@ -375,8 +377,8 @@ def test_a_backward_that_raised_does_not_stop_the_count():
     handle.remove()
     for batch in (8, 6):
         one_step(model, optimizer, lambda m, batch=batch: lm_loss(m, ids(batch)))
-        assert registry[model.head.weight].smoothing.known_terms >= batch * 5
-    assert registry[model.head.weight].smoothing.known_terms == 30
+        assert registry[model.head.weight].smoothing.tally.last_loss_count >= batch * 5
+    assert registry[model.head.weight].smoothing.tally.last_loss_count == 30
 
 
 def test_an_optimizer_around_another_adds_the_term_once():
@@ -398,7 +400,7 @@ def test_an_optimizer_around_another_adds_the_term_once():
         for step in range(2):
             one_step(model, optimizer, lambda m, step=step: lm_loss(m, ids(seed=step)))
     assert torch.equal(models[0].head.weight, models[1].head.weight)
-    assert registry[models[1].head.weight].steps == 2
+    assert registry[models[1].head.weight].gathered.steps == 2
 
 
 def test_a_step_that_raised_leaves_later_ones_their_term():
@@ -413,7 +415,7 @@ def test_a_step_that_raised_leaves_later_ones_their_term():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         one_step(model, optimizer, lambda m: lm_loss(m, ids()))
-    assert registry[model.head.weight].steps == 3
+    assert registry[model.head.weight].gathered.steps == 3
 
 
 def test_a_clipped_spike_leaves_fisher_curvature_as_it_was():
@@ -437,11 +439,11 @@ def test_training_in_eval_mode_keeps_the_last_curvature():
     model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     one_step(model, optimizer, lambda m: lm_loss(m, ids()))
-    before = registry[model.head.weight].ema.clone()
+    before = registry[model.head.weight].curvature.ema.clone()
     model.eval()
     with pytest.warns(UserWarning, match=r"curvature of .*head.weight did not arrive"):
         one_step(model, optimizer, lambda m: lm_loss(m, ids()))
-    assert torch.equal(registry[model.head.weight].ema, before)
+    assert torch.equal(registry[model.head.weight].curvature.ema, before)
     one_step(model, optimizer, lambda m: lm_loss(m, ids()))  # said once
 
 

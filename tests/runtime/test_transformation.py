@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lotion_fx
-from lotion_fx import variants as backend
+from lotion_fx.compiling import compiles
 from lotion_fx.examples.quickstart import GPT
 from lotion_fx.numerics import rounding
 from lotion_fx.state import registry
@@ -160,11 +160,11 @@ def test_the_loss_gradients_are_unchanged(inner, exact, curvature):
 def test_one_compile_for_each_mode_and_shape():
     torch._dynamo.reset()
     model = lotion_fx.transform(LM(), inner="aot_eager")
-    before = backend.compiles["aot_eager"]
+    before = compiles["aot_eager"]
 
     def fresh():
         nonlocal before
-        made, before = backend.compiles["aot_eager"] - before, backend.compiles["aot_eager"]
+        made, before = compiles["aot_eager"] - before, compiles["aot_eager"]
         return made
 
     optimizer = train(model)
@@ -207,9 +207,9 @@ def test_dynamic_shapes_compile_as_often_as_without_us():
     plain.compile(backend=plain_backend)
     expected = count(plain, lambda: len(graphs))
     torch._dynamo.reset()
-    before = backend.compiles["aot_eager"]
+    before = compiles["aot_eager"]
     model = lotion_fx.transform(LM(), inner="aot_eager")
-    assert count(model, lambda: backend.compiles["aot_eager"] - before) == expected
+    assert count(model, lambda: compiles["aot_eager"] - before) == expected
 
 
 def test_a_later_variant_of_a_dynamic_graph():
@@ -304,16 +304,16 @@ def test_regions_are_compiled_one_by_one():
     model = nn.Sequential(*(MLP() for _ in range(3)))
     for block in model:
         block.down = nn.Linear(33, 20)
-    before = backend.compiles["aot_eager"]
+    before = compiles["aot_eager"]
     lotion_fx.transform(model, "int4", inner="aot_eager", regions=list(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.randn(4, 20)).square().mean().backward()
     optimizer.step()
     # Identical blocks share their code; the first one's input needs no gradient, which is one more case.
-    assert backend.compiles["aot_eager"] - before == 2
+    assert compiles["aot_eager"] - before == 2
     rows = [row for row in lotion_fx.report(model).rows if row.name.endswith("weight")]
     assert len(rows) == 6 and all(row.estimator == "analytic" and row.block_axis == 1 for row in rows)
-    states = [registry[block.up.weight].ema for block in model]
+    states = [registry[block.up.weight].curvature.ema for block in model]
     assert not torch.allclose(states[0], states[1]), "each weight has its own probe"
 
 
@@ -383,7 +383,7 @@ def test_an_unreached_weight_is_reported_and_trained():
     F.cross_entropy(model(torch.randn(4, 6, 16)).flatten(0, 1), torch.randint(VOCAB, (24,))).backward()
     with pytest.warns(UserWarning, match="no compiled graph contains rnn.weight_ih_l0"):
         optimizer.step()
-    assert registry[model.rnn.weight_ih_l0].smoothing.terms == 24
+    assert registry[model.rnn.weight_ih_l0].smoothing.tally.loss_count == 24
     row = lotion_fx.report(model)["rnn.weight_ih_l0"]
     assert row.estimator == "fisher" and "no compiled graph" in row.reason and row.term > 0
     plain = copy.deepcopy(model).eval()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import lotion_fx.kernels.smooth  # noqa: F401  registers the op
+from lotion_fx.compiling import compile_function
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import codebook, register_format
-from lotion_fx.variants import compile_function
 
 
 def main() -> None:

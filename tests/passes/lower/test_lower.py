@@ -6,6 +6,7 @@ No device is needed: the kernels' operators have a CPU path, and which architect
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,30 +16,28 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import lotion_fx
 from lotion_fx import update
-from lotion_fx import variants as backend
 from lotion_fx.kernels.device_code import device_function
 from lotion_fx.numerics.formats import resolve
 from lotion_fx.passes.lower import lower
 from lotion_fx.passes.lower.lower import inductor_cost, kernel_cost, prefers_kernel
+from lotion_fx.passes.pipeline import ForwardState, JointState, Pass, watched
 from tests.models import MLP
 
 
 @pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """CPU graphs are lowered as if for sm_100; how many nodes each took."""
     taken: list[int] = []
-
-    def counting(gm: torch.fx.GraphModule, arch: int) -> int:
-        taken.append(lower.lower(gm, arch))
-        return taken[-1]
-
-    monkeypatch.setattr(backend, "arch_of", lambda device: 100)
-    monkeypatch.setattr(backend, "lower", counting)
     monkeypatch.setattr(lower, "arch_of", lambda device: 100)
     monkeypatch.setattr(update, "_specs", {})
     monkeypatch.setattr(update, "_compiled", {})
     torch._dynamo.reset()  # or the code that was compiled without is found again
-    return taken
+    with watched(lambda each, _, state: taken.append(state.fired[each.name]) if fired(each, state, "lower") else None):
+        yield taken
+
+
+def fired(each: Pass, state: ForwardState | JointState, name: str) -> bool:
+    return each.name == name and name in state.fired
 
 
 def trained(method: str, fmt: str, **settings: object) -> tuple[list[torch.Tensor], nn.Module]:
@@ -129,14 +128,10 @@ def test_only_wanted_products_are_fused(monkeypatch: pytest.MonkeyPatch) -> None
     for wanted in (False, True):
         torch._dynamo.reset()
         monkeypatch.setattr(lower, "prefers_fused_products", lambda *args, wanted=wanted: wanted)
-        monkeypatch.setattr(backend, "arch_of", lambda device: 86)
-
-        def counting(graph: torch.fx.Graph, arch: int) -> int:
-            found.append(lower.lower_products(graph, arch))
-            return found[-1]
-
-        monkeypatch.setattr(backend, "lower_products", counting)
-        _trained_by_pass("full")
+        monkeypatch.setattr(lower, "arch_of", lambda device: 86)
+        name = "lower products"
+        with watched(lambda each, _, state: found.append(state.fired[name]) if fired(each, state, name) else None):
+            _trained_by_pass("full")
     assert found[0] == 0 and found[1] == 2
 
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lotion_fx import variants as backend
 from lotion_fx.passes.moments import random_tensor
 from lotion_fx.passes.moments.certificate import analyse
 from lotion_fx.passes.moments.interpret import EndedAt, interpret
 from lotion_fx.passes.moments.random_tensor import Random
+from lotion_fx.private import trace
 
 # torch.func's own, at the first call of jacfwd
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -31,7 +31,7 @@ def double(*shape: int, seed: int = 0) -> Tensor:
 def moments(function: Function, *inputs: Tensor, spread: float = 0.3) -> tuple[Random, list[Tensor]]:
     """What the rules say of a function whose inputs are independent, with their standard deviations."""
     deviations = [spread * (0.5 + torch.rand_like(x)) for x in inputs]
-    gm = backend.trace(lambda *args: [function(*args)], inputs)
+    gm = trace(lambda *args: [function(*args)], inputs)
     values = [
         random_tensor.weight(str(i), x, d.square()) for i, (x, d) in enumerate(zip(inputs, deviations, strict=True))
     ]
@@ -303,7 +303,7 @@ def test_a_fixed_element_has_a_finite_gradient():
     """ReLU's moments hold a square root of the variance, which is 0 at a level."""
     mean = torch.tensor([[0.0, -2.0, 3.0]], requires_grad=True)
     var = torch.zeros(1, 3, requires_grad=True)
-    gm = backend.trace(lambda x: [F.relu(x)], [torch.zeros(1, 3)])
+    gm = trace(lambda x: [F.relu(x)], [torch.zeros(1, 3)])
     out = interpret(gm, [random_tensor.weight("x", mean, var)]).outputs[0]
     assert out.mean.tolist() == [[pytest.approx(0, abs=1e-12), 0.0, 3.0]]
     grads = torch.autograd.grad(out.mean.sum() + out.var.sum(), [mean, var])
@@ -363,7 +363,7 @@ def test_attention_with_shared_heads():
 
 
 def certify(function: Function, *weights: Tensor, diagonal: bool = False) -> tuple[dict[str, str], dict[str, str]]:
-    gm = backend.trace(lambda *args: [function(*args)], weights)
+    gm = trace(lambda *args: [function(*args)], weights)
     values = [random_tensor.weight(str(i), w, torch.full_like(w, 0.01)) for i, w in enumerate(weights)]
     found = analyse(gm, values, [0], diagonal)
     return {name: str(certificate) for name, certificate in found.certificates.items()}, dict(found.ended)
@@ -418,7 +418,7 @@ def test_a_metric_beside_the_loss_costs_nothing():
         logits = F.linear(X, w)
         return [F.cross_entropy(logits, LABELS[:2]), (logits.argmax(-1) == LABELS[:2]).double().mean()]
 
-    gm = backend.trace(loss_and_metric, [W])
+    gm = trace(loss_and_metric, [W])
     found = analyse(gm, [random_tensor.weight("w", W, torch.full_like(W, 0.01))], [0])
     assert set(found.certificates) == {"w"} and not found.ended
     out = interpret(gm, [random_tensor.weight("w", W, torch.full_like(W, 0.01))]).outputs
@@ -426,7 +426,7 @@ def test_a_metric_beside_the_loss_costs_nothing():
 
 
 def test_a_scalar_that_the_noise_does_not_reach_is_no_loss_of_its():
-    gm = backend.trace(lambda w, t: [t.exp(), F.linear(X, w)], [W, torch.tensor(1.0)])
+    gm = trace(lambda w, t: [t.exp(), F.linear(X, w)], [W, torch.tensor(1.0)])
     found = analyse(gm, [random_tensor.weight("w", W, torch.full_like(W, 0.01)), torch.tensor(1.0)], [0])
     assert not found.certificates and found.ended == {"w": "it does not reach the loss"}
 

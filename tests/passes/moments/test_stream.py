@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lotion_fx
+from lotion_fx.compiling import compiles
 from lotion_fx.numerics import rounding
 from lotion_fx.state import weights_of
-from lotion_fx.variants import compiles
 from tests.models import LM, VOCAB, ids
 
 
@@ -126,9 +126,12 @@ def test_what_the_stream_cannot_reach_gets_its_term_at_the_step():
     # The convolution's term is that of a model without the loss in the graph, but for the head's noise in its gradient.
     F.cross_entropy(plain(x), y).backward()
     h = next(w for w in weights_of(plain) if w.name == "conv.weight")
-    assert h.ema is not None
+    assert h.curvature.ema is not None
     term = 0.5 * rounding.variance_vjp(
-        streamed.conv.weight.detach(), (h.ema[:-1] / h.ema[-1]).view(4, 1, 3, 3), lotion_fx.resolve("int4/tensor"), 1
+        streamed.conv.weight.detach(),
+        (h.curvature.ema[:-1] / h.curvature.ema[-1]).view(4, 1, 3, 3),
+        lotion_fx.resolve("int4/tensor"),
+        1,
     )
     assert (added - term).norm() < 0.2 * term.norm()
 
