@@ -3,6 +3,7 @@
 No device is needed: the kernels' operators have a CPU path, and which architecture a graph is for is a number.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -32,12 +33,20 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(update, "_specs", {})
     monkeypatch.setattr(update, "_compiled", {})
     torch._dynamo.reset()  # or the code that was compiled without is found again
-    with watched(lambda each, _, state: taken.append(state.fired[each.name]) if fired(each, state, "lower") else None):
+    with counted("lower", taken):
         yield taken
 
 
-def fired(each: Pass, state: ForwardState | JointState, name: str) -> bool:
-    return each.name == name and name in state.fired
+@contextlib.contextmanager
+def counted(name: str, counts: list[int]) -> Iterator[None]:
+    """Inside, how often a pass fired on each graph is added to the counts."""
+
+    def watcher(each: Pass, before: str, state: ForwardState | JointState) -> None:
+        if each.name == name and name in state.fired:
+            counts.append(state.fired[name])
+
+    with watched(watcher):
+        yield
 
 
 def trained(method: str, fmt: str, **settings: object) -> tuple[list[torch.Tensor], nn.Module]:
@@ -129,8 +138,7 @@ def test_only_wanted_products_are_fused(monkeypatch: pytest.MonkeyPatch) -> None
         torch._dynamo.reset()
         monkeypatch.setattr(lower, "prefers_fused_products", lambda *args, wanted=wanted: wanted)
         monkeypatch.setattr(lower, "arch_of", lambda device: 86)
-        name = "lower products"
-        with watched(lambda each, _, state: found.append(state.fired[name]) if fired(each, state, name) else None):
+        with counted("lower products", found):
             _trained_by_pass("full")
     assert found[0] == 0 and found[1] == 2
 

@@ -126,10 +126,11 @@ def test_what_the_stream_cannot_reach_gets_its_term_at_the_step():
     # The convolution's term is that of a model without the loss in the graph, but for the head's noise in its gradient.
     F.cross_entropy(plain(x), y).backward()
     h = next(w for w in weights_of(plain) if w.name == "conv.weight")
-    assert h.curvature.ema is not None
+    state = h.curvature.ema
+    assert state is not None
     term = 0.5 * rounding.variance_vjp(
         streamed.conv.weight.detach(),
-        (h.curvature.ema[:-1] / h.curvature.ema[-1]).view(4, 1, 3, 3),
+        (state[:-1] / state[-1]).view(4, 1, 3, 3),
         lotion_fx.resolve("int4/tensor"),
         1,
     )
