@@ -159,6 +159,29 @@ def test_a_missed_dependence_would_show(name):
     assert exact or out.mean_notes
 
 
+def twice(op: Function) -> Function:
+    """The sum of a product whose factors are one weight's."""
+    return lambda w: op(F.linear(X, w), F.linear(X.sin(), w)).sum()
+
+
+SHARED: dict[str, Function] = {
+    "mul": twice(torch.mul),
+    "mul, broadcast": twice(lambda a, b: a * b[:1]),
+    "matmul": twice(torch.matmul),
+    "bmm": twice(lambda a, b: torch.bmm(a[None], b[None])),
+    "linear": twice(F.linear),
+    "conv1d": twice(lambda a, b: F.conv1d(a[None], b[None])),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_product_s_mean_is_not_called_exact_where_its_factors_share_noise(name):
+    """Its loss is linear in the product, so that nothing but the product's own mean can leave a note."""
+    out, deviations = moments(SHARED[name], W)
+    assert not torch.isclose(out.mean, all_outcomes(SHARED[name], (W,), deviations)[0], rtol=1e-3)
+    assert any("covariance between factors dropped" in str(note) for note in out.mean_notes)
+
+
 SQUARES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "square": (lambda x: x**2, (X,)),
     "square, as a product": (lambda x: x * x, (X,)),
