@@ -184,7 +184,8 @@ class _Step:
         if smoothing.curvature == "fisher" and not smoothing.stepped:
             now = torch.as_tensor(clip, dtype=torch.float32, device=terms.device) ** 2
             decay = self._decay(pairs[0][1])
-            before = torch.zeros_like(now) if smoothing.clip2 is None else smoothing.clip2
+            taken = self.optimizer.state.get(pairs[0][1], {}).get("step", 0)  # steps whose clipping nobody saw
+            before = 1 - decay**taken if smoothing.clip2 is None else smoothing.clip2
             smoothing.clip2 = decay * before + (1 - decay) * now
         smoothing.stepped = True
 

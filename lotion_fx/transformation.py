@@ -248,6 +248,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         smoothing.finish_term = phase["finish_term"]
         smoothing.known_terms, smoothing.clip2 = phase["terms"], phase["clip2"]
         smoothing.calibrated = phase["calibrated"]
+        smoothing.terms = None  # of the step under way, as the probes that are dropped below
         smoothing.turn, smoothing.closed, smoothing.last_pass = phase["turn"], False, None
     for weight, name in names.items():
         saved, held = state["weights"][name], weight.held()
