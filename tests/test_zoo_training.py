@@ -45,7 +45,11 @@ def test_autocast():
     assert_curvature(run, HOOKED["llama"], 0.05)
 
 
-@pytest.mark.parametrize("frozen", [("q_proj",), ("lm_head",), ("lm_head", "mlp", "o_proj")], ids="+".join)
+@pytest.mark.parametrize(
+    "frozen",
+    [("q_proj",), pytest.param(("lm_head",), marks=pytest.mark.slow), ("lm_head", "mlp", "o_proj")],
+    ids="+".join,
+)
 def test_frozen_weights_have_no_term(frozen):
     model = fresh()
     for name, parameter in model.named_parameters():

@@ -25,20 +25,21 @@ SIZES = {
     "num_attention_heads": 4,
 }
 DECODER = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}
+ONE_LAYER = {"num_hidden_layers": 1}  # that layers share a frame's code, llama, mixtral and gpt2 show
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FORMAT = lotion_fx.resolve("nvfp4")
 
 
 def llama(**options):
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, **options))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(DECODER | options)))
 
 
 def tied_llama():
-    return llama(tie_word_embeddings=True)
+    return llama(tie_word_embeddings=True, **ONE_LAYER)
 
 
 def qwen3():
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**DECODER, head_dim=8))
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**DECODER | ONE_LAYER, head_dim=8))
 
 
 def mixtral():
@@ -56,12 +57,12 @@ def gpt2():
 
 
 def bert():
-    config = transformers.BertConfig(**SIZES, **NO_DROPOUT, max_position_embeddings=64, num_labels=3)
+    config = transformers.BertConfig(**SIZES | ONE_LAYER, **NO_DROPOUT, max_position_embeddings=64, num_labels=3)
     return transformers.BertForSequenceClassification(config)
 
 
 def vit():
-    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    sizes = {name: size for name, size in (SIZES | ONE_LAYER).items() if name != "vocab_size"}
     config = transformers.ViTConfig(**sizes, **NO_DROPOUT, image_size=16, patch_size=4, num_labels=3)
     return transformers.ViTForImageClassification(config)
 

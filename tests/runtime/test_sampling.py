@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 
 import pytest
@@ -272,40 +273,50 @@ def test_training_in_eval_mode_keeps_the_last_curvature():
     assert not torch.equal(registry[model.head.weight].ema, before)
 
 
+def resumable(state=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(LM(), nn.Dropout(0.2))
+    if state is not None:
+        model.load_state_dict(state["model"])
+    lotion_fx.transform(model, "nvfp4", curvature="ggn", refresh=4, inner="aot_eager", finish=0.5, steps=10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        lotion_fx.load_state_dict(model, state["lotion"])
+        torch.set_rng_state(state["rng"])
+    return model, optimizer
+
+
+def saved(model, optimizer):
+    file = io.BytesIO()
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lotion": lotion_fx.state_dict(model)}
+    torch.save(states | {"rng": torch.get_rng_state()}, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@functools.cache
+def whole_run():
+    """A model after ten steps, and what was saved before each."""
+    model, optimizer = resumable()
+    states = []
+    for step in range(10):
+        states.append(saved(model, optimizer))
+        one_step(model, optimizer, lambda m, step=step: lm_loss(m, ids(seed=step)))
+    return model, states
+
+
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_resumed_run_is_bit_identical(at):
-    def make(state=None):
-        torch.manual_seed(0)
-        model = nn.Sequential(LM(), nn.Dropout(0.2))
-        if state is not None:
-            model.load_state_dict(state["model"])
-        lotion_fx.transform(model, "nvfp4", curvature="ggn", refresh=4, inner="aot_eager", finish=0.5, steps=10)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        if state is not None:
-            optimizer.load_state_dict(state["optimizer"])
-            lotion_fx.load_state_dict(model, state["lotion"])
-            torch.set_rng_state(state["rng"])
-        return model, optimizer
-
-    def run(model, optimizer, steps):
-        for step in steps:
-            one_step(model, optimizer, lambda m, step=step: lm_loss(m, ids(seed=step)))
-
-    whole, optimizer = make()
-    run(whole, optimizer, range(10))
-    first, optimizer = make()
-    run(first, optimizer, range(at))
-    file = io.BytesIO()
-    saved = {"model": first.state_dict(), "optimizer": optimizer.state_dict(), "lotion": lotion_fx.state_dict(first)}
-    torch.save(saved | {"rng": torch.get_rng_state()}, file)
-    file.seek(0)
-    resumed, optimizer = make(torch.load(file, weights_only=True))
-    run(resumed, optimizer, range(at, 10))
+    whole, states = whole_run()
+    resumed, optimizer = resumable(states[at])
+    for step in range(at, 10):
+        one_step(resumed, optimizer, lambda m, step=step: lm_loss(m, ids(seed=step)))
     for (name, mine), theirs in zip(resumed.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
     assert lotion_fx.report(resumed).to_dict() == lotion_fx.report(whole).to_dict()
     with pytest.raises(ValueError, match="curvature=.*'ggn'.*'factored'"):
-        lotion_fx.load_state_dict(lotion_fx.transform(nn.Sequential(LM()), inner="eager"), saved["lotion"])
+        lotion_fx.load_state_dict(lotion_fx.transform(nn.Sequential(LM()), inner="eager"), states[at]["lotion"])
 
 
 # ------------------------------------------------------------------------------------ weights without Gauss-Newton form
