@@ -85,11 +85,11 @@ def _inductor_options(mode: str | None, given: Mapping[str, Any]) -> dict[str, A
     theirs = theirs if isinstance(theirs, (list, tuple)) else (theirs,)
     options["joint_custom_pre_pass"] = [JointPasses(), *theirs] if theirs else JointPasses()
     options.setdefault(private.EXACT_DIVISION, True)
-    options["unsafe_marked_cacheable_functions"] = _cacheable()
+    options["unsafe_marked_cacheable_functions"] = cacheable()
     return options
 
 
-def _cacheable() -> dict[str, str]:
+def cacheable() -> dict[str, str]:
     """Our nodes as cacheable as their sources; without this AOTAutograd's cache steps aside for the whole graph.
 
     A graph names formats and laws, and holds kernels as ops: what these stand for is part of the caches' key this way.
@@ -117,7 +117,7 @@ def compile_function(function: Callable[..., Any], args: Sequence[Any], inner: s
         gm = make_fx(function)(*fakes)
     compiles["update"] += 1
     with torch.no_grad(), private.tracing(private.TracingContext(mode)):
-        options = {private.EXACT_DIVISION: True, "unsafe_marked_cacheable_functions": _cacheable()}
+        options = {private.EXACT_DIVISION: True, "unsafe_marked_cacheable_functions": cacheable()}
         compiled: Any = private.compile_fx(gm, fakes, config_patches=options)
     return compiled
 

@@ -268,18 +268,19 @@ class Tally:
         """T of the step, over all ranks."""
         self.last_loss_count = loss_count
 
-    def took_in(self, clip: Tensor | float, decay: float) -> None:
+    def took_in(self, clip: Tensor | float, decay: float, before: Tensor | float) -> None:
         """An optimizer's step has its term.
 
         Args:
             clip: the factor by which clipping shrank the gradients.
             decay: of the optimizer's moving average of squared gradients.
+            before: how many steps that average had before this one.
         """
         if self.settings.reads_moment and not self.is_used:
             assert self.last_loss_count is not None
             now = torch.as_tensor(clip, dtype=torch.float32, device=self.last_loss_count.device) ** 2
-            before = torch.zeros_like(now) if self.clip2 is None else self.clip2
-            self.clip2 = decay * before + (1 - decay) * now
+            known = 1 - decay**before if self.clip2 is None else self.clip2  # of steps that nobody saw: not clipped
+            self.clip2 = decay * known + (1 - decay) * now
         self.is_used = True
 
     def stepped(self, weights: Sequence[Weight], *, counts: bool) -> None:
@@ -322,6 +323,7 @@ class Tally:
         self.steps, self.finishing, self.finish_term = saved["steps"], saved["finishing"], saved["finish_term"]
         self.last_loss_count, self.clip2, self.calibrated = saved["terms"], saved["clip2"], saved["calibrated"]
         self.turn, self.is_closed, self.last_pass = saved["turn"], False, None
+        self.loss_count = None  # of a step under way, as the probes that are dropped with it
 
 
 def _arrived(weight: Weight | None) -> None:

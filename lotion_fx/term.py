@@ -112,7 +112,9 @@ class Step:
         jobs = [self._job(*pair, vector, factors, gain) for pair, vector, gain in triples]
         update(self.settings.inner, [job for job in jobs if job is not None])
         clip = shrunk if self.pending is not None or self.loss_scale is None else shrunk * self._on(self.loss_scale)
-        self.tally.took_in(clip, self._decay(self.pairs[0][1]) if self.settings.reads_moment else 0.0)
+        first = self.pairs[0][1]
+        decay = self._decay(first) if self.settings.reads_moment else 0.0
+        self.tally.took_in(clip, decay, self._steps_before(first))
 
     # --------------------------------------------------------------------------------------------------------- factors
 
@@ -155,6 +157,10 @@ class Step:
         """Of the optimizer's moving average of squared gradients."""
         group = next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
         return group.get("betas", (0.0, 0.999))[1]
+
+    def _steps_before(self, parameter: Tensor) -> Tensor | float:
+        """How many steps the optimizer has taken."""
+        return self.optimizer.state.get(parameter, {}).get("step", 0)
 
     def _shrunk(self) -> Tensor | float:
         """By what factor the gradients shrank since the backward pass, the loss scale included."""
@@ -281,7 +287,7 @@ class Step:
         """
         if factors.moment is not None:
             return factors.moment
-        count = torch.as_tensor(self.optimizer.state[parameter].get("step", 0), dtype=torch.float32)
+        count = torch.as_tensor(self._steps_before(parameter), dtype=torch.float32)
         clip2 = (1 - self._decay(parameter) ** count).to(local_of(parameter).device)
         assert self.tally.last_loss_count is not None
         return _ratio(self.tally.last_loss_count, clip2)

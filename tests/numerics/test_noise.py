@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import mpmath
 import pytest
@@ -16,12 +11,11 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lotion_fx
 from lotion_fx.numerics import rounding
-from lotion_fx.numerics.formats import codebook, resolve
+from lotion_fx.numerics.formats import resolve
 from lotion_fx.numerics.noise import (
     RANDOMIZED,
     SMOOTHSTEP,
@@ -32,76 +26,21 @@ from lotion_fx.numerics.noise import (
     register_noise,
     resolve_noise,
 )
-from lotion_fx.numerics.printer import TorchPrinter, gap, hi, lo, reach, source, third, torch_function, z
-from lotion_fx.state import registry, smoothings_of
-from lotion_fx.update import term_of
-from lotion_fx.variants import Backend
-from tests.models import MLP
-
-HALF = sympy.Rational(1, 2)
-HUMP = sympy.Piecewise((D**2 * (1 - 2 * D) ** 2, D < HALF), ((1 - D) ** 2 * (2 * D - 1) ** 2, True))
-WIDE = NoiseLaw("wide", (2 * D**2 * (3 - 2 * D) + D) / 3 - HUMP, 2 * HUMP)  # with a third level
-CLIPPED = NoiseLaw("clipped", sympy.Min(1, sympy.Max(0, 2 * D - HALF)))
-BENT = NoiseLaw("bent", (sympy.tanh(6 * D - 3) / sympy.tanh(3) + (2 * D - 1) * sympy.Abs(2 * D - 1)) / 4 + HALF)
-ROOTS = NoiseLaw(
-    "roots",
-    (D * sympy.sqrt(D) + sympy.log(1 + D) / sympy.log(2) + 1 - sympy.cos(sympy.pi * D / 2)) / 4
-    + (1 - 1 / sympy.sqrt(1 + D)) / (1 - 1 / sympy.sqrt(2)) / 4,
+from lotion_fx.numerics.printer import hi, lo, z
+from tests.numerics.laws import (
+    FORMATS,
+    HALF,
+    HUMP,
+    LAWS,
+    WIDE,
+    formats,
+    laws,
+    moments,
+    one_block,
+    points,
+    spread,
+    unit,
 )
-SHIPPED = [resolve_noise(name) for name in ("randomized", "smoothstep", "gaussian", "gaussian/0.5")]
-LAWS = [*SHIPPED, WIDE, CLIPPED, BENT, ROOTS]
-FORMATS = [resolve("int4"), resolve("fp4"), resolve("nf4"), codebook((-1.5, -0.25, 0.0, 0.1, 0.75), name="lopsided")]
-laws = pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
-
-
-# --- the reference: the law's levels and probabilities, one number at a time, in mpmath ------------------------------
-
-
-@cache
-def probabilities(law: NoiseLaw) -> list[Callable[[mpmath.mpf], mpmath.mpf]]:
-    return [sympy.lambdify(D, part, "mpmath") for part in (law.up, law.beyond or sympy.Integer(0))]
-
-
-def points(value: float, levels: tuple[float, ...], law: NoiseLaw) -> list[tuple[float, mpmath.mpf]]:
-    """The levels that ``value``, in grid units, may be rounded to, each with its probability."""
-    value = min(max(value, levels[0]), levels[-1])
-    i, j = bisect_right(levels, value) - 1, bisect_left(levels, value)
-    if i == j:
-        return [(levels[i], mpmath.mpf(1))]
-    at = (mpmath.mpf(value) - levels[i]) / (mpmath.mpf(levels[j]) - levels[i])
-    up, beyond = (function(at) for function in probabilities(law))
-    outer = levels[max(i - 1, 0)] if at < 0.5 else levels[min(j + 1, len(levels) - 1)]
-    return [(levels[i], 1 - up - beyond), (levels[j], up), (outer, beyond)]
-
-
-def moments(value: float, levels: tuple[float, ...], law: NoiseLaw) -> tuple[mpmath.mpf, mpmath.mpf]:
-    chances = points(value, levels, law)
-    mean = sum(p * q for q, p in chances)
-    return mean, sum(p * (q - mean) ** 2 for q, p in chances)
-
-
-def unit(values: list[float], fmt: lotion_fx.Format, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """A block whose scale is 1: the numbers with q_max in front."""
-    q_max = max(fmt.grid.levels, key=abs)
-    return torch.tensor([q_max, *values], dtype=dtype)
-
-
-def one_block(fmt: lotion_fx.Format) -> lotion_fx.Format:
-    return lotion_fx.Format("one", fmt.grid, "channel")
-
-
-def spread(fmt: lotion_fx.Format, count: int = 60, seed: int = 0) -> list[float]:
-    """Numbers over the grid, off its levels and off the middles between them."""
-    g = torch.Generator().manual_seed(seed)
-    levels = torch.tensor(fmt.grid.levels, dtype=torch.float64)
-    position = 0.02 + 0.96 * torch.rand(count, generator=g, dtype=torch.float64)
-    position += 0.01 * ((position - 0.5).abs() < 0.005)
-    at = torch.randint(len(levels) - 1, (count,), generator=g)
-    return (levels[at] + position * (levels[at + 1] - levels[at])).tolist()
-
-
-# --- moments --------------------------------------------------------------------------------------------------------
 
 
 @laws
@@ -212,81 +151,6 @@ def test_a_weight_past_the_grid_has_the_last_level_and_no_slope(law):
     assert rounding.mean_vjp(w, alone, fmt, law=law)[0].item() == pytest.approx(1)
 
 
-# --- printing -------------------------------------------------------------------------------------------------------
-
-
-def random_points(n: int = 10_000, seed: int = 0) -> list[torch.Tensor]:
-    """z, lo, hi and the third level, float32, on uneven grids and at a few levels."""
-    g = torch.Generator().manual_seed(seed)
-    low = torch.randint(-12, 12, (n,), generator=g) / 4
-    high = low + torch.randint(1, 9, (n,), generator=g) / 8
-    at = low + (high - low) * torch.rand(n, generator=g)
-    outer = torch.randint(0, 5, (n,), generator=g) / 4
-    outer = torch.where(at - low < high - at, low - outer, high + outer)
-    at[::50] = low[::50] = high[::50]
-    return [at, low, high, outer]
-
-
-def symbolic(law: NoiseLaw, name: str, given: list[torch.Tensor]) -> torch.Tensor:
-    """The expressions by SymPy's own printing to NumPy, at the float32 points in float64; [outputs, n]."""
-    at, low, high, outer = (x.double() for x in given)
-    distance = high - low
-    safe = torch.where(distance == 0, 1.0, distance)
-    position, far = (at - low) / safe, torch.where(distance == 0, 0.0, outer - low) / safe
-    function = sympy.lambdify((z, lo, hi, third, gap, D, reach), law.expressions[name], ["scipy", "numpy"])
-    values = function(*(x.numpy() for x in (at, low, high, outer, distance, position, far)))
-    return torch.stack([torch.as_tensor(value, dtype=torch.float64).expand_as(at) for value in values])
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    scale = expected.abs().amax(1, keepdim=True).clamp(min=1)
-    assert torch.allclose(found.double() / scale, expected / scale, rtol=1e-6, atol=1e-6)
-
-
-@laws
-def test_printed_pytorch_agrees_with_the_expression(law):
-    given = random_points()
-    for name in law.expressions:
-        for dtype, compare in ((torch.float32, close), (torch.float64, torch.testing.assert_close)):
-            outputs = law.torch[name](*(x.to(dtype) for x in given))
-            found = torch.stack([torch.as_tensor(out, dtype=dtype).expand(10_000) for out in outputs])
-            compare(found, symbolic(law, name, given))
-
-
-def test_printed_triton_agrees_with_the_expression(tmp_path):
-    pytest.importorskip("triton")
-    given = random_points(seed=1)
-    parts = [(law.name, str(law.up), str(law.beyond) if law.beyond is not None else None) for law in LAWS]
-    torch.save((parts, given), tmp_path / "inputs.pt")
-    worker = [sys.executable, "-m", "tests.numerics.noise_worker", tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
-    subprocess.run(worker, check=True, cwd=Path(__file__).parents[2])
-    found = torch.load(tmp_path / "outputs.pt")
-    assert len(found) == 5 * len(LAWS)
-    for law, name in itertools.product(LAWS, RANDOMIZED.expressions):
-        close(found[law.name, name], symbolic(law, name, given))
-
-
-def test_printed_powers():
-    exponents = [sympy.Rational(e) for e in ("-1", "-2", "-1/2", "1/2", "3/2", "-1/3", "5", "17", "-20")]
-    at = torch.linspace(0, 1, 11, dtype=torch.float64)
-    found = torch_function("powers", [(1 + D) ** e for e in exponents])(at, 0 * at, 0 * at + 1, 0 * at)
-    for exponent, value in zip(exponents, found, strict=True):
-        torch.testing.assert_close(value, (1 + at) ** float(exponent))
-
-
-def test_printed_source_takes_common_subexpressions_once():
-    text = source("mean_slopes", gaussian().expressions["mean_slopes"], TorchPrinter())
-    assert text.count("torch.exp") == 1
-    assert "torch.sqrt" not in text  # constants are worked out beforehand
-
-
-def test_the_core_package_imports_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import lotion_fx.noise, lotion_fx.rounding"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# --- properties: one weight, one function ---------------------------------------------------------------------------
-
 law_of = st.sampled_from(LAWS)
 format_of = st.sampled_from([one_block(fmt) for fmt in FORMATS])
 loss_of = st.tuples(*[st.floats(-3, 3)] * 3).map(lambda c: lambda q: c[0] * q**2 + torch.sin(3 * q + c[1]) + c[2] * q)
@@ -360,9 +224,6 @@ def test_smoothstep_is_c1_at_levels_and_randomized_rounding_is_not():
         assert right - left == pytest.approx(kink, abs=1e-3)
 
 
-# --- names and refusals ---------------------------------------------------------------------------------------------
-
-
 def test_names():
     assert {"randomized", "smoothstep", "gaussian"} <= set(noises())
     assert resolve_noise("gaussian/0.2") == resolve_noise("gaussian") == gaussian(0.2)
@@ -421,9 +282,6 @@ def test_a_law_is_an_expression():
         NoiseLaw("text", "D/")
 
 
-# --- compilers ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("law", [SMOOTHSTEP, gaussian(), WIDE], ids=lambda law: law.name)
 def test_compiled_is_eager(law):
     torch._dynamo.reset()
@@ -440,139 +298,3 @@ def test_traced_on_fakes_is_eager(law, fmt):
     for function in (rounding.mean, rounding.variance, lambda x, *a, **k: rounding.mean_vjp(x, x, *a, **k)):
         traced = make_fx(partial(function, fmt=fmt, law=law), tracing_mode="fake")(w)
         assert torch.equal(traced(w), function(w, fmt=fmt, law=law))
-
-
-# --- training -------------------------------------------------------------------------------------------------------
-
-
-def objective_gradient(weight: torch.Tensor, loss, h: torch.Tensor, fmt: lotion_fx.Format, law: NoiseLaw):
-    """d/dw [L(mean) + 1/2 sum h sigma^2] by autograd in float64 through the symbolic law; two-level laws."""
-    w = weight.detach().double().requires_grad_()
-    s = w.abs().amax(-1, keepdim=True) / fmt.grid.max
-    x = w / s
-    low, high = (level.detach() for level in fmt.grid.neighbours(x.detach()))
-    position = (x - low) / torch.where(high == low, 1.0, high - low)
-    p = position**2 * (3 - 2 * position) if law is SMOOTHSTEP else None
-    assert p is not None
-    mean = s * (low + (high - low) * p)
-    sigma2 = s**2 * (high - low) ** 2 * p * (1 - p)
-    return torch.autograd.grad(loss(mean) + 0.5 * (h * sigma2).sum(), w)[0]
-
-
-def test_a_step_trains_the_objective_around_the_mean():
-    torch.manual_seed(0)
-    model, fmt = nn.Sequential(nn.Linear(12, 5, bias=False)).double(), resolve("int4/channel")
-    x, y = torch.randn(20, 12, dtype=torch.float64), torch.randn(20, 5, dtype=torch.float64)
-    weight = model[0].weight
-    lotion_fx.transform(model, "int4/channel", noise="smoothstep", curvature="full", inner="aot_eager")
-    loss = (model(x) - y).square().sum() / 20
-    loss.backward()
-    mean = rounding.mean(weight.detach(), fmt, law=SMOOTHSTEP)
-    error = x @ mean.T - y
-    assert loss.item() == pytest.approx((error.square().sum() / 20).item())
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    before = weight.detach().clone()
-    optimizer.step()
-    g = 2 * error / 20
-    h = 20 * g.square().T @ x.square()  # T = 20 rows
-    expected = objective_gradient(before, lambda m: (x @ m.T - y).square().sum() / 20, h, fmt, SMOOTHSTEP)
-    assert (before - weight.detach() - expected).norm() < 1e-5 * expected.norm()
-    assert smoothings_of(model)[0].noise is SMOOTHSTEP
-    term, after = lotion_fx.penalty(model), weight.detach()
-    expected = 0.5 * (h * rounding.variance(after, fmt, law=SMOOTHSTEP)).sum()
-    torch.testing.assert_close(term.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(term_of(registry[weight]), expected, rtol=1e-5, atol=0)
-    (slope,) = torch.autograd.grad(term, weight)
-    torch.testing.assert_close(slope, 0.5 * rounding.variance_vjp(after, h, fmt, law=SMOOTHSTEP), rtol=1e-4, atol=1e-9)
-
-
-def test_a_registered_noise_is_in_the_key_of_compile_caches():
-    def key():
-        return Backend()._inductor_options()["unsafe_marked_cacheable_functions"]
-
-    before = key()
-    register_noise("test_key", D**2)
-    assert key() != before
-
-
-def test_an_unbiased_noise_adds_no_node():
-    for noise, mode in (("randomized", "latent"), ("gaussian", "mean")):
-        model = lotion_fx.transform(MLP(), "int4", noise=noise, inner="eager")
-        assert [smoothing.tally.forward_mode for smoothing in smoothings_of(model)] == [mode]
-
-
-def never() -> NoiseLaw:
-    """A law that rounds down up to D = 0.9."""
-    return register_noise("test_never", sympy.Piecewise((0, D < 0.9), (10 * D - 9, True)))
-
-
-def rounds_down(rounded: torch.Tensor, weight: torch.Tensor, fmt: lotion_fx.Format) -> bool:
-    scale = rounding.scale(weight, fmt)[..., 0]
-    x, low = weight / scale, (weight / scale).remainder(1) < 0.89
-    return torch.allclose((rounded / scale)[low], x.floor()[low], atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_randomized_and_rr_sample_from_the_law(inner):
-    model, fmt = nn.Sequential(nn.Linear(64, 64, bias=False)), resolve("int4/channel")
-    lotion_fx.transform(model, "int4/channel", method="rr", noise=never(), inner=inner)
-    weight = model[0].weight.detach()
-    assert rounds_down(model(torch.eye(64)).T.detach(), weight, fmt)
-    with lotion_fx.randomized(model), torch.no_grad():
-        assert rounds_down(model(torch.eye(64)).T, weight, fmt)
-
-
-def test_eval_is_at_the_nearest_whatever_the_noise():
-    model = lotion_fx.transform(nn.Sequential(nn.Linear(32, 8, bias=False)), "int4", noise="smoothstep", inner="eager")
-    weight = model[0].weight.detach()
-    torch.testing.assert_close(model.eval()(torch.eye(32)).T, rounding.rtn(weight, resolve("int4")))
-
-
-def test_the_state_of_another_noise_is_refused():
-    make = lambda noise: lotion_fx.transform(MLP(), "int4", noise=noise, inner="eager")  # noqa: E731
-    state = lotion_fx.state_dict(make("smoothstep"))
-    lotion_fx.load_state_dict(make("smoothstep"), state)
-    with pytest.raises(ValueError, match=r"noise=\['smoothstep'\], this model has \['randomized'\]"):
-        lotion_fx.load_state_dict(make("randomized"), state)
-
-
-def test_unknown_noise_is_refused_before_anything_changes():
-    model = MLP()
-    with pytest.raises(ValueError, match="noise='gausian': unknown noise; did you mean gaussian"):
-        lotion_fx.transform(model, noise="gausian")
-    lotion_fx.transform(model, noise="gaussian", inner="eager")
-
-
-def test_torch_compile_s_backend_takes_a_noise():
-    torch._dynamo.reset()
-    model = nn.Sequential(nn.Linear(32, 8, bias=False))
-    options = {"fmt": "int4", "noise": "smoothstep", "inner": "aot_eager"}
-    out = torch.compile(model, backend="lotion_fx", options=options)(torch.eye(32))
-    mean = rounding.mean(model[0].weight.detach(), resolve("int4"), law=SMOOTHSTEP)
-    torch.testing.assert_close(out.detach().T, mean)
-
-
-class Recurrent(nn.Module):
-    """Dynamo skips its recurrent part."""
-
-    def __init__(self):
-        super().__init__()
-        self.rnn, self.head = nn.RNN(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.head(self.rnn(x)[0])
-
-
-def test_a_weight_outside_of_every_graph_cannot_run_at_the_mean():
-    model = lotion_fx.transform(Recurrent(), "int4", noise="smoothstep", inner="eager")
-    with pytest.raises(ValueError, match="noise='smoothstep' needs a rounded training forward.*noise='randomized'"):
-        model(torch.randn(3, 2, 8))
-
-
-def test_a_weight_outside_of_every_graph_is_sampled_from_the_law():
-    model = lotion_fx.transform(Recurrent(), "int4/channel", noise=never(), inner="eager")
-    weight, seen = model.rnn.weight_ih_l0.detach().clone(), []
-    model.rnn.register_forward_pre_hook(lambda module, _: seen.append(module.weight_ih_l0.detach().clone()))
-    with lotion_fx.randomized(model), torch.no_grad():
-        model(torch.randn(3, 2, 8))
-    assert not torch.equal(seen[0], weight) and rounds_down(seen[0], weight, resolve("int4/channel"))

@@ -1,22 +1,15 @@
-"""Rounding against a reference that walks through the blocks one by one, float64 autograd, and enumeration."""
+"""Rounding against a reference that walks through the blocks one by one, and enumeration."""
 
 import itertools
-from collections.abc import Iterator
-from functools import partial
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from lotion_fx.numerics.formats import Format, codebook, formats, resolve
-from lotion_fx.numerics.grids import Codebook
+from lotion_fx.numerics.formats import resolve
 from lotion_fx.numerics.rounding import (
     from_blocks,
     rr,
@@ -28,105 +21,19 @@ from lotion_fx.numerics.rounding import (
     variance,
     variance_vjp,
 )
-from lotion_fx.numerics.scales import PowerOfTwoScale, TwoLevelScale
-
-LOPSIDED = codebook((-1.5, -0.25, 0.0, 0.1, 0.75), block=6, name="lopsided")
-OPTIONS = ("int4/tensor", "fp4/channel", "int3/5", "int4/1", "mxfp4/floor", "mxfp4/even", "mxfp8_e4m3/floor")
-# Aliases name the same format, hence the dict; other tests may have registered theirs.
-EVERY = [*dict.fromkeys(resolve(n) for n in (*formats(), *OPTIONS) if not n.startswith("test_")), LOPSIDED]
-# Nothing passes the last level, so randomized rounding has mean w everywhere. (A lopsided codebook clips one side.)
-SATURATING = [f for f in EVERY if f.name in ("nvfp4", "mxfp4/floor", "mxfp4/even", "mxfp8_e4m3/floor", "lopsided")]
-UNBIASED = [f for f in EVERY if f not in SATURATING]
-SHAPES = [((7,), 0), ((1, 1), -1), ((5, 37), -1), ((37, 5), 0), ((3, 33, 4), 1), ((4, 64), 1)]
-every = pytest.mark.parametrize("fmt", EVERY, ids=lambda f: f.name)
-unbiased = pytest.mark.parametrize("fmt", UNBIASED, ids=lambda f: f.name)
-saturating = pytest.mark.parametrize("fmt", SATURATING, ids=lambda f: f.name)
-shapes = pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-
-
-def draw(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Weights whose blocks differ in size, with zeros and an all-zero block among them."""
-    g = torch.Generator().manual_seed(seed)
-    w = torch.randn(shape, generator=g, dtype=torch.float64)
-    w = w * torch.exp(2 * torch.randn(shape[0], generator=g, dtype=torch.float64)).view(-1, *[1] * (len(shape) - 1))
-    w.view(-1)[:: max(w.numel() // 3, 2)] = 0
-    if len(shape) > 1 and shape[0] > 1:
-        w[0] = 0
-    return w.to(dtype)
-
-
-FUNCTIONS = {
-    "rtn": rtn,
-    "rr": lambda w, fmt, axis=-1: rr(w, fmt, axis, uniform=w.abs().remainder(1)),
-    "variance": variance,
-    "variance_vjp": lambda w, fmt, axis=-1: variance_vjp(w, w * w, fmt, axis),
-    "rtn_vjp": lambda w, fmt, axis=-1: rtn_vjp(w, w, fmt, axis),
-}
-
-
-# --- the reference: no padding, no views, one block at a time -------------------------------------------------------
-
-
-def block_indices(shape: tuple[int, ...], fmt: Format, axis: int) -> Iterator[tuple]:
-    """Where each block's weights are, as something to index with."""
-    if fmt.block == "tensor":
-        yield tuple(slice(None) for _ in shape)
-        return
-    axis %= len(shape)
-    length = shape[axis]
-    block = length if fmt.block == "channel" else fmt.block
-    others = [range(n) if d != axis else range(0, length, block) for d, n in enumerate(shape)]
-    for index in itertools.product(*others):
-        yield tuple(slice(i, i + block) if d == axis else i for d, i in enumerate(index))
-
-
-def reference_scale(amax: Tensor, amax_tensor: Tensor, fmt: Format) -> Tensor:
-    """One block's scale, 0-d float64; differentiable by ``amax``, snapping passed straight through."""
-    q_max = max(abs(x) for x in fmt.grid.levels)
-    if isinstance(fmt.law, TwoLevelScale):
-        ts = (amax_tensor.detach() / (q_max * 448)).clamp(min=2.0**-117)
-        s = (amax / q_max / ts).clamp(min=2.0**-9)
-        snapped = float(np.float64(min(s.item(), 448.0)).astype(ml_dtypes.float8_e4m3fn))
-        return ts * (s + (snapped - s).detach())
-    if isinstance(fmt.law, PowerOfTwoScale):
-        s = (amax / q_max).clamp(min=2.0**-126)
-        if fmt.law.rule == "ceil":
-            e = next(e for e in range(-126, 129) if q_max * 2.0**e >= amax.item())
-        else:
-            m, e = np.frexp(max(amax.item(), 2.0**-126))
-            if fmt.law.rule == "even":
-                e += np.rint(m * 2 ** (fmt.grid.mantissa_bits + 1)) == 2 ** (fmt.grid.mantissa_bits + 1)
-            e = max(int(e - np.frexp(q_max)[1]), -126)
-        return s + (2.0**e - s).detach()
-    return (amax / q_max).clamp(min=2.0**-126)
-
-
-def reference(w: Tensor, fmt: Format, axis: int) -> tuple[Tensor, ...]:
-    """``s, lo, hi, nearest`` of every weight (float64), ``s`` differentiable by ``w``, the levels found by search."""
-    levels = np.array(fmt.grid.levels)
-    codes = fmt.grid.encode(torch.tensor(levels, dtype=torch.float32)).numpy()
-    s = torch.zeros_like(w)
-    lo, hi, near = np.zeros(w.shape), np.zeros(w.shape), np.zeros(w.shape)
-    for index in block_indices(w.shape, fmt, axis):
-        s_block = reference_scale(w[index].abs().amax(), w.abs().amax(), fmt)
-        s = s.index_put((torch.zeros(w.shape).bool().index_put_(*_where(w, index)),), s_block)
-        z = np.clip((w[index] / s_block).detach().numpy(), levels[0], levels[-1])
-        i, j = np.searchsorted(levels, z, side="right") - 1, np.searchsorted(levels, z, side="left")
-        lo[index], hi[index] = levels[i], levels[j]
-        mid = (levels[i] + levels[j]) / 2
-        if isinstance(fmt.grid, Codebook):
-            mid = mid.astype(np.float32)
-        near[index] = np.where((z > mid) | ((z == mid) & (codes[j] % 2 == 0)), levels[j], levels[i])
-    return s, torch.from_numpy(lo), torch.from_numpy(hi), torch.from_numpy(near)
-
-
-def _where(w: Tensor, index: tuple) -> tuple:
-    mask = torch.zeros(w.shape, dtype=torch.bool)
-    mask[index] = True
-    return (mask,), torch.tensor(True)
-
-
-# --- values -----------------------------------------------------------------------------------------------------
+from lotion_fx.numerics.scales import PowerOfTwoScale
+from tests.numerics.reference import (
+    EVERY,
+    FUNCTIONS,
+    UNBIASED,
+    block_indices,
+    draw,
+    every,
+    reference,
+    saturating,
+    shapes,
+    unbiased,
+)
 
 
 @every
@@ -204,9 +111,6 @@ def test_shards_with_the_whole_amax_are_the_whole(name):
     assert not torch.equal(rtn(w[:2], fmt), whole[0][:2])  # the argument matters
 
 
-# --- edges ------------------------------------------------------------------------------------------------------
-
-
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_zero_tensor_and_zero_block(fmt, dtype):
@@ -277,9 +181,6 @@ def test_a_block_of_one_is_itself():
     assert (variance(w, resolve("int4/1")) <= (1e-15 * w) ** 2 * 100 + 1e-30 * w * w).all()
 
 
-# --- randomized rounding ------------------------------------------------------------------------------------------
-
-
 @unbiased
 def test_all_roundings_average_to_w_and_spread_as_the_variance(fmt):
     n = 8
@@ -328,70 +229,6 @@ def test_randomness_is_independent_between_weights():
     assert abs(up.mean() - 0.5) < 0.04
     assert abs(torch.corrcoef(torch.stack([up[:-1], up[1:]]))[0, 1]) < 0.08
 
-
-# --- gradients, by float64 autograd of the reference --------------------------------------------------------------
-
-
-def weights_with_ties(shape: tuple[int, ...]) -> Tensor:
-    w = draw(shape, seed=11)
-    flat = w.view(-1)
-    top = flat.abs().argmax()
-    flat[(top + 1) % flat.numel()] = -flat[top]  # the absmax twice, once with each sign
-    return w
-
-
-@every
-@shapes
-@pytest.mark.parametrize("scale_grad", [False, True])
-def test_variance_vjp_is_autograd(fmt, shape, axis, scale_grad):
-    w = weights_with_ties(shape).requires_grad_()
-    h = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    s, lo, hi, _ = reference(w, fmt, axis)
-    s = s if scale_grad else s.detach()
-    term = torch.where(lo < hi, h * (w - s * lo) * (s * hi - w), 0.0).sum()
-    (want,) = torch.autograd.grad(term, w)
-    got = variance_vjp(w.detach(), h, fmt, axis, scale_grad=scale_grad)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12 * float(w.detach().abs().max()))
-
-
-@every
-@shapes
-@pytest.mark.parametrize("scale_grad", [False, True])
-def test_rtn_vjp_is_autograd(fmt, shape, axis, scale_grad):
-    w = weights_with_ties(shape).requires_grad_()
-    grad = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    s, _, _, near = reference(w, fmt, axis)
-    z = (w / s).detach().clamp(fmt.grid.levels[0], fmt.grid.levels[-1])
-    s = s if scale_grad else s.detach()
-    (want,) = torch.autograd.grad((grad * (s * (near - z) + w)).sum(), w)
-    got = rtn_vjp(w.detach(), grad, fmt, axis, scale_grad=scale_grad)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12 * float(w.detach().abs().max()))
-
-
-@pytest.mark.parametrize("name", ["int4", "nf4", "fp4/tensor"])
-def test_variance_vjp_is_the_slope_of_the_variance(name):
-    """Where the scale is not snapped the gradient is the true one: central differences away from levels."""
-    fmt = resolve(name)
-    w = torch.randn(2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    h = torch.rand(w.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
-    got = variance_vjp(w, h, fmt)
-    step = 1e-7
-    for i in range(w.numel()):
-        d = torch.zeros_like(w)
-        d.view(-1)[i] = step
-        slope = ((h * variance(w + d, fmt)).sum() - (h * variance(w - d, fmt)).sum()) / (2 * step)
-        assert abs(slope - got.flatten()[i]) < 1e-5, i
-
-
-def test_curvature_broadcasts_and_results_have_the_compute_dtype():
-    w, fmt = draw((6, 40), dtype=torch.bfloat16), resolve("int4")
-    row = torch.rand(1, 40)
-    got = variance_vjp(w, row, fmt)
-    assert got.dtype == torch.float32 == rtn_vjp(w, w, fmt).dtype
-    assert torch.equal(got, variance_vjp(w, row.expand(6, 40).contiguous(), fmt))
-
-
-# --- properties -------------------------------------------------------------------------------------------------
 
 weights = hnp.arrays(
     np.float32,
@@ -463,58 +300,3 @@ def test_variance_is_exactly_zero_at_every_level(fmt):
     between = levels.clone()
     between.view(len(fmt.grid.levels), -1)[fmt.grid.levels.index(0) + 1, 0] *= 0.99
     assert (variance(between, fmt) > 0).sum() == 1
-
-
-# --- compilers --------------------------------------------------------------------------------------------------
-
-
-@every
-def test_traced_graphs_are_plain_and_give_the_same_bits(fmt):
-    w, other = draw((5, 37), dtype=torch.float32), draw((5, 37), seed=1, dtype=torch.float32)
-    for name, function in FUNCTIONS.items():
-        graph = make_fx(partial(function, fmt=fmt), tracing_mode="fake")(w)
-        assert torch.equal(graph(other), function(other, fmt)), name
-        for node in graph.graph.nodes:
-            value = node.meta.get("val")
-            assert not isinstance(value, Tensor) or "float8" not in str(value.dtype), node
-
-
-@pytest.mark.parametrize("name", ["int4", "int4/tensor", "nvfp4", "mxfp4", "nf4"])
-def test_dynamo_captures_whole_functions(name):
-    fmt, w = resolve(name), draw((5, 37), dtype=torch.float32)
-    for function in FUNCTIONS.values():
-        torch._dynamo.reset()
-        compiled = torch.compile(partial(function, fmt=fmt), backend="eager", fullgraph=True)
-        assert torch.equal(compiled(w), function(w, fmt))
-
-
-@every
-def test_fake_tensors_pass_through(fmt):
-    with FakeTensorMode():
-        for dtype in (torch.float32, torch.bfloat16):
-            w = torch.empty(5, 37, dtype=dtype)
-            for name, function in FUNCTIONS.items():
-                out = function(w, fmt)
-                assert out.shape == w.shape, name
-                assert out.dtype == (dtype if name in ("rtn", "rr") else torch.float32)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["int4", "int3/5", "int8", "nvfp4", "mxfp4", "mxfp6_e3m2", "fp8", "nf4"])
-def test_inductor_gives_the_same_bits(name, dtype):
-    fmt = resolve(name)
-    # Random bit patterns, ties, zeros of both signs, blocks with tiny scales, a short last block.
-    w = draw((64, 103), dtype=torch.float32) * torch.logspace(-40, 3, 64)[:, None]
-    w[1] = torch.arange(103) / 2 - 25
-    w[2, ::2] = -0.0
-    w = w.to(dtype)
-    torch._dynamo.reset()
-    # Something elementwise (and exact) follows: a compiler that fuses it must not lose the short last block.
-    got, want = torch.compile(lambda x: -rtn(x, fmt), fullgraph=True)(w), -rtn(w, fmt)
-    bits = torch.int32 if dtype == torch.float32 else torch.int16
-    assert torch.equal(got.view(bits), want.view(bits))
-    assert torch.equal(torch.compile(lambda x: scale(x, fmt), fullgraph=True)(w), scale(w, fmt))
-    h = w.float() ** 2
-    vjp = torch.compile(lambda x: variance_vjp(x, h, fmt), fullgraph=True)(w)
-    torch.testing.assert_close(vjp, variance_vjp(w, h, fmt), rtol=1e-4, atol=1e-5 * float(vjp.abs().max()))

@@ -135,7 +135,7 @@ def result(model: nn.Module) -> dict[str, Any]:
     }
     if not (sharded and any(weight.smoothing.settings.curvature == "fisher" for weight in learned.values())):
         whole_rows = {name: (0, weight.shape[0]) for name, weight in learned.items()}
-        found["curvature"] = {n: dense(w.ema, _layout(w), whole_rows[n]).clone() for n, w in learned.items()}
+        found["curvature"] = {n: dense(w.curvature.ema, _layout(w), whole_rows[n]).clone() for n, w in learned.items()}
     model.eval()
     with torch.no_grad():
         found["logits"] = model(batch(0)[0]).clone()

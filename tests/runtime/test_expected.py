@@ -1,4 +1,4 @@
-"""`expected_loss` and `calibrate` against the sum over all roundings, and the properties that theory promises."""
+"""`expected_loss` against the sum over all roundings, and the properties that theory promises."""
 
 from __future__ import annotations
 
@@ -13,34 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lotion_fx
-from lotion_fx.calibration import _fit, _Measured
 from lotion_fx.numerics import rounding
-from lotion_fx.passes.moments.certificate import Certificate
-from tests.enumeration import expectation, two_points, unbiased
-from tests.models import LM, ids
+from tests.enumeration import two_points
+from tests.models import LM
+from tests.runtime.expected_cases import affine, enumerated, lm_batch, lm_loss, weights_of
 
 FORMATS = ["int4/tensor", "int3/tensor", "int2/channel", "int4/2", "fp4/tensor", "fp4/4", "mxfp4", "nf4/tensor"]
-
-
-def affine(sizes: list[int], bias: bool, seed: int) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(*(nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(sizes))).double()
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.dim() == 2}
-
-
-def enumerated(model: nn.Module, x: Tensor, y: Tensor, fmt: str, loss_fn=F.mse_loss, up=unbiased) -> Tensor:
-    weights = weights_of(model)
-    fixed = {name: p for name, p in model.named_parameters() if name not in weights}
-
-    def loss(values: list[Tensor]) -> Tensor:
-        parameters = {**fixed, **dict(zip(weights, values, strict=True))}
-        return loss_fn(torch.func.functional_call(model, parameters, (x,)), y)
-
-    with lotion_fx.full_precision(model):
-        return expectation(loss, list(weights.values()), lotion_fx.resolve(fmt), up)
 
 
 def away_from_ties(model: nn.Module, fmt: str) -> bool:
@@ -64,7 +42,7 @@ def away_from_ties(model: nn.Module, fmt: str) -> bool:
     batch=st.integers(1, 5),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_it_is_the_sum_over_all_roundings(sizes, fmt, bias, batch, seed):
     assume(sum(a * b for a, b in itertools.pairwise(sizes)) <= 14)
     model = affine(sizes, bias, seed)
@@ -321,27 +299,6 @@ def test_fisher_is_the_squared_gradient():
         assert float(result.terms[name]) == pytest.approx(float(0.5 * (16 * grad.square() * sigma2).sum()), rel=1e-5)
 
 
-def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def lm_batch(seed: int) -> tuple[Tensor, Tensor]:
-    tokens = ids(16, 6, seed)
-    return tokens, tokens.roll(-1, 1)
-
-
-def trained_lm(**options) -> nn.Module:
-    torch.manual_seed(0)
-    model = lotion_fx.transform(LM(), "int4/tensor", inner="aot_eager", **options)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for step in range(40):
-        optimizer.zero_grad()
-        inputs, targets = lm_batch(step)
-        lm_loss(model(inputs), targets).backward()
-        optimizer.step()
-    return model
-
-
 def test_sampling_is_unbiased_and_says_how_sure_it_is():
     """Against the sum over all roundings: of all weights, and of each alone."""
     model = affine([2, 2, 2], True, 3)
@@ -441,107 +398,6 @@ def test_nothing_quantized_is_said():
     model = lotion_fx.transform(nn.Sequential(nn.Embedding(5, 3), nn.Flatten()), "int4", inner="eager")
     with pytest.raises(ValueError, match="no weight of it is quantized"):
         lotion_fx.expected_loss(model, (torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 3)), F.mse_loss)
-
-
-def test_calibration_meets_what_was_measured_on_other_batches():
-    model = trained_lm()
-    batches = [lm_batch(seed) for seed in range(100, 106)]
-    factors = lotion_fx.calibrate(model, batches, lm_loss, samples=16, generator=torch.Generator().manual_seed(0))
-    assert set(factors) == {"mlp.0.weight", "mlp.2.weight", "head.weight"}
-    for moments in ("closed", "off"):
-        predicted = measured = 0.0
-        for seed in range(200, 206):
-            result = lotion_fx.expected_loss(
-                model, lm_batch(seed), lm_loss, 16, moments=moments, generator=torch.Generator().manual_seed(seed)
-            )
-            predicted += (result.total - result.loss).item()
-            measured += result.sampled - result.loss.item()
-        assert predicted / measured == pytest.approx(1, abs=0.1)
-
-
-class Interacting:
-    """Two weights whose increase is more than the sum of each one's, as `calibrate` asks an estimate for it."""
-
-    def __init__(self) -> None:
-        self.weights: dict[str, None] = {"a": None, "b": None}
-        self.certificates = dict.fromkeys(self.weights, Certificate("analytic"))
-
-    def predicted(self, names: list[str], factors: dict[str, float]) -> float:
-        chosen = [factors.get(name, 1.0) for name in names]
-        return sum(chosen) + (math.prod(chosen) if len(chosen) == 2 else 0.0)
-
-
-def test_calibration_meets_the_increase_of_all_together():
-    measured = _Measured(together=5.0, alone={"a": 1.0, "b": 1.0}, error2={"a": 0.0, "b": 0.0})
-    factors = _fit([Interacting()], measured)
-    assert Interacting().predicted(["a", "b"], factors) == pytest.approx(5, rel=0.05)
-
-
-def test_calibration_scales_the_step_s_term_and_is_saved():
-    model = trained_lm()
-    batch = lm_batch(50)
-    gradients = []
-    for factor in (None, 0.5):
-        if factor is not None:
-            state = lotion_fx.state_dict(model)
-            for saved in state["weights"].values():
-                saved["gains"] = [1.0, factor]
-            lotion_fx.load_state_dict(model, state)
-            assert lotion_fx.state_dict(model)["weights"]["head.weight"]["gains"] == [1.0, factor]
-        before = lotion_fx.state_dict(model)
-        model.zero_grad()
-        lm_loss(model(batch[0]), batch[1]).backward()
-        plain = model.head.weight.grad.clone()
-        torch.optim.SGD(model.parameters(), lr=0.0).step()
-        gradients.append(model.head.weight.grad - plain)
-        lotion_fx.load_state_dict(model, before)
-    torch.testing.assert_close(gradients[1], gradients[0] / 2)
-    assert gradients[0].norm() > 0
-
-
-def test_calibration_leaves_exact_terms_and_waits_its_turn():
-    model = affine([3, 2], True, 0)
-    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
-    lotion_fx.transform(model, "int4/tensor", inner="aot_eager", loss_fn=F.mse_loss)
-    assert lotion_fx.calibrate(model, [batch], F.mse_loss, every=2) != {}
-    assert lotion_fx.expected_loss(model, batch, F.mse_loss).certificates["0.weight"].kind == "exact"
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    done = []
-    for _ in range(4):
-        lotion_fx.training_loss(model, batch).backward()
-        optimizer.step()
-        done.append(bool(lotion_fx.calibrate(model, [batch], F.mse_loss, every=2)))
-    assert done == [False, True, False, True]
-
-
-def test_calibration_leaves_the_user_s_strength_and_what_it_cannot_redo():
-    model = affine([3, 2], True, 0)
-    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
-    lotion_fx.transform(model, "int4/tensor", inner="eager", strength=3.0)
-    assert lotion_fx.calibrate(model, [batch], F.mse_loss)["0.weight"] == pytest.approx(1, abs=0.8)
-    result = lotion_fx.expected_loss(model, batch, F.mse_loss)  # in the stream, where it is exact
-    exact = enumerated(model, *batch, "int4/tensor")
-    assert float(result.terms["0.weight"]) == pytest.approx(3 * (exact - result.loss).item(), rel=1e-9)
-    before = lotion_fx.state_dict(model)["weights"]["0.weight"]["gains"]
-    for bad in ([], [batch, "nonsense"]):
-        with pytest.raises(ValueError):
-            lotion_fx.calibrate(model, bad, F.mse_loss)
-    assert lotion_fx.state_dict(model)["weights"]["0.weight"]["gains"] == before
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"samples": 1}, "at least 2 roundings"),
-        ({"every": 0}, "number of optimizer steps"),
-        ({"batches": []}, "at least one batch"),
-    ],
-)
-def test_bad_calibrations_are_named(arguments, message):
-    model = lotion_fx.transform(affine([3, 2], True, 0), "int4", inner="eager")
-    batches = arguments.pop("batches", [(torch.randn(5, 3).double(), torch.randn(5, 2).double())])
-    with pytest.raises(ValueError, match=message):
-        lotion_fx.calibrate(model, batches, F.mse_loss, **arguments)
 
 
 def test_tied_weights_are_one_parameter():

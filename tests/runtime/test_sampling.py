@@ -1,24 +1,23 @@
-"""curvature="ggn" is the Gauss-Newton diagonal on average, and its pass leaves no trace in the user's own step."""
+"""The pass that curvature="ggn" makes of its own leaves no trace in the user's step, and comes when it is due."""
 
 import contextlib
 import copy
+import functools
 import io
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, grad, jacrev, vmap
 
 import lotion_fx
 from lotion_fx import sampling
 from lotion_fx.likelihood import sampled_loss
-from lotion_fx.passes.attach.probe import HEADER, Code, Layout
-from lotion_fx.state import Weight, registry
+from lotion_fx.passes.attach.probe import Code
+from lotion_fx.state import registry
 from lotion_fx.update import curvature_of
 from tests.models import LM, MLP, VOCAB, ids, lm_loss
-from tests.runtime.test_term import Recorder, curvature, inputs_and_gradients, one_step, term_gradient
+from tests.runtime.steps import Recorder, one_step
 
 
 @pytest.fixture
@@ -32,105 +31,6 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(sampling, "sampled_loss", counted)
     return made
-
-
-# -------------------------------------------------------------------------------------------------------------- oracles
-
-
-def output_hessian(output, likelihood):
-    """The Hessian in one sample's output [D] of its own -log p, [D, D], from torch.func."""
-    if likelihood == "categorical":
-        return jacrev(jacrev(lambda row: -row.log_softmax(-1)[0]))(output)
-    if likelihood == "bernoulli":
-        return jacrev(jacrev(lambda row: F.softplus(row).sum()))(output)
-    return jacrev(jacrev(lambda row: row.square().sum()))(output)
-
-
-def gauss_newton(model, name, batch, likelihood):
-    """The exact diagonal of sum_n J_n^T H_n J_n over the number of labels, in the weight's shape."""
-    weights = {key: p.detach() for key, p in model.named_parameters()}
-    rows = lambda weight: functional_call(model, {**weights, name: weight}, batch).flatten(0, -2)  # noqa: E731
-    jacobian, outputs = jacrev(rows)(weights[name]), rows(weights[name])
-    hessians = torch.stack([output_hessian(row, likelihood) for row in outputs])
-    count = len(outputs) if likelihood == "categorical" else outputs.numel()
-    return torch.einsum("ncij,ncd,ndij->ij", jacobian, hessians, jacobian) / count
-
-
-def linear():
-    return nn.Sequential(nn.Linear(6, 5))
-
-
-EXACT = [
-    ("categorical", MLP, "up.weight", (9, 20)),
-    ("categorical", MLP, "down.weight", (9, 20)),
-    ("categorical", LM, "mlp.0.weight", None),  # its positions do not mix
-    ("bernoulli", MLP, "up.weight", (9, 20)),
-    ("gaussian", MLP, "up.weight", (9, 20)),
-    ("gaussian", linear, "0.weight", (4, 6)),
-]
-
-
-@pytest.mark.parametrize(("likelihood", "make", "name", "shape"), EXACT, ids=[f"{a} {c}" for a, _, c, _ in EXACT])
-def test_the_passes_average_to_the_exact_diagonal(likelihood, make, name, shape, monkeypatch):
-    def in_full(weight):
-        return Layout("full", weight.shape, 1, weight.shape[0])
-
-    monkeypatch.setattr(Weight, "_make_layout", in_full)  # the contraction as it is, before it is factored
-    torch.manual_seed(0)
-    model = make().double()
-    batch = ids(4, 3) if shape is None else torch.randn(shape, dtype=torch.float64)
-    expected = gauss_newton(copy.deepcopy(model), name, batch, likelihood)
-    if make is linear:  # and by hand
-        by_hand = 2 / (len(batch) * 5) * batch.square().sum(0).expand(5, -1)
-        torch.testing.assert_close(expected, by_hand)
-    lotion_fx.transform(model, "int4/tensor", inner="aot_eager", curvature="ggn", likelihood=likelihood)
-    weight = registry[model.get_parameter(name)]
-    drawn = []
-    for step in range(200):
-        weight.smoothing.tally.turn = step
-        model(batch)
-        drawn.append(weight.gathered.probe.grad[:-HEADER].view(expected.shape).double() / weight.smoothing.tally.draws)
-    drawn = torch.stack(drawn)
-    for found, exact in ((drawn, expected), (drawn.sum((1, 2)), expected.sum())):
-        error = found.std(0) / math.sqrt(len(found))
-        assert ((found.mean(0) - exact).abs() <= 5 * error + 1e-9).all()
-    assert drawn.sum((1, 2)).std() / math.sqrt(len(drawn)) < 0.05 * expected.sum()  # a factor would have shown
-
-
-def test_empirical_curvature_is_the_fisher_diagonal():
-    """curvature="full" is T times the sum of squared per-sample gradients, by torch.func."""
-    model = MLP()
-    x, labels = torch.randn(9, 20), torch.randint(7, (9,))
-    weights = {key: p.detach().double() for key, p in model.named_parameters()}
-
-    def loss(weights, x, label):
-        return F.cross_entropy(functional_call(model, weights, x), label) / 9
-
-    each = vmap(grad(loss), (None, 0, 0))(weights, x.double(), labels)
-    lotion_fx.transform(model, "int4/tensor", inner="aot_eager", curvature="full")
-    one_step(model, torch.optim.SGD(model.parameters(), lr=0.0), lambda m: F.cross_entropy(m(x), labels))
-    for name in ("up.weight", "down.weight"):
-        parameter = model.get_parameter(name)
-        expected = 9 * each[name].square().sum(0)
-        found = curvature_of(registry[parameter], parameter)
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * expected.max().item())
-
-
-def test_the_step_adds_the_formula():
-    """Against hooks on a plain model that is given the same labels."""
-    plain = LM().double()
-    model = lotion_fx.transform(copy.deepcopy(plain), "int4/channel", inner="aot_eager", curvature="ggn")
-    recorder = Recorder(model)
-    one_step(model, recorder, lambda m: lm_loss(m, ids()))
-    generator = torch.Generator().manual_seed(hash((torch.initial_seed(), 0, 0)))
-    seen = inputs_and_gradients(plain, lambda m: sampled_loss(m(ids()), "categorical", generator))
-    plain.zero_grad()
-    lm_loss(plain, ids()).backward()
-    for name in ("mlp.0", "mlp.2", "head"):
-        linear = plain.get_submodule(name)
-        expected = term_gradient(linear.weight, curvature(*seen[linear], "factored", ids().numel()), "int4/channel")
-        added = recorder.given[f"{name}.weight"] - linear.weight.grad
-        assert (added - expected).norm() < 1e-5 * expected.norm(), name
 
 
 # ------------------------------------------------------------------------------------------------- no trace of the pass
@@ -206,8 +106,10 @@ def test_a_pass_that_raises_leaves_things_as_they_were():
     assert all(map(torch.equal, model.buffers(), before)) and torch.equal(torch.get_rng_state(), state)
     model.good = True
     model(x)
-    assert registry[model.head.weight].gathered.probe.grad is not None
-    assert not registry[model.head.weight].smoothing.tally.sampling
+    assert (
+        registry[model.head.weight].gathered.probe.grad is not None
+        and not registry[model.head.weight].smoothing.tally.sampling
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- training's loops
@@ -376,40 +278,50 @@ def test_training_in_eval_mode_keeps_the_last_curvature():
     assert not torch.equal(registry[model.head.weight].curvature.ema, before)
 
 
+def resumable(state=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(LM(), nn.Dropout(0.2))
+    if state is not None:
+        model.load_state_dict(state["model"])
+    lotion_fx.transform(model, "nvfp4", curvature="ggn", refresh=4, inner="aot_eager", finish=0.5, steps=10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        lotion_fx.load_state_dict(model, state["lotion"])
+        torch.set_rng_state(state["rng"])
+    return model, optimizer
+
+
+def saved(model, optimizer):
+    file = io.BytesIO()
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lotion": lotion_fx.state_dict(model)}
+    torch.save(states | {"rng": torch.get_rng_state()}, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@functools.cache
+def whole_run():
+    """A model after ten steps, and what was saved before each."""
+    model, optimizer = resumable()
+    states = []
+    for step in range(10):
+        states.append(saved(model, optimizer))
+        one_step(model, optimizer, lambda m, step=step: lm_loss(m, ids(seed=step)))
+    return model, states
+
+
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_resumed_run_is_bit_identical(at):
-    def make(state=None):
-        torch.manual_seed(0)
-        model = nn.Sequential(LM(), nn.Dropout(0.2))
-        if state is not None:
-            model.load_state_dict(state["model"])
-        lotion_fx.transform(model, "nvfp4", curvature="ggn", refresh=4, inner="aot_eager", finish=0.5, steps=10)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        if state is not None:
-            optimizer.load_state_dict(state["optimizer"])
-            lotion_fx.load_state_dict(model, state["lotion"])
-            torch.set_rng_state(state["rng"])
-        return model, optimizer
-
-    def run(model, optimizer, steps):
-        for step in steps:
-            one_step(model, optimizer, lambda m, step=step: lm_loss(m, ids(seed=step)))
-
-    whole, optimizer = make()
-    run(whole, optimizer, range(10))
-    first, optimizer = make()
-    run(first, optimizer, range(at))
-    file = io.BytesIO()
-    saved = {"model": first.state_dict(), "optimizer": optimizer.state_dict(), "lotion": lotion_fx.state_dict(first)}
-    torch.save(saved | {"rng": torch.get_rng_state()}, file)
-    file.seek(0)
-    resumed, optimizer = make(torch.load(file, weights_only=True))
-    run(resumed, optimizer, range(at, 10))
+    whole, states = whole_run()
+    resumed, optimizer = resumable(states[at])
+    for step in range(at, 10):
+        one_step(resumed, optimizer, lambda m, step=step: lm_loss(m, ids(seed=step)))
     for (name, mine), theirs in zip(resumed.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
     assert lotion_fx.report(resumed).to_dict() == lotion_fx.report(whole).to_dict()
     with pytest.raises(ValueError, match="curvature=.*'ggn'.*'factored'"):
-        lotion_fx.load_state_dict(lotion_fx.transform(nn.Sequential(LM()), inner="eager"), saved["lotion"])
+        lotion_fx.load_state_dict(lotion_fx.transform(nn.Sequential(LM()), inner="eager"), states[at]["lotion"])
 
 
 # ------------------------------------------------------------------------------------ weights without Gauss-Newton form

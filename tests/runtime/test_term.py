@@ -1,7 +1,6 @@
 """The term enters once a step, and is the formula's, under whatever the training loop does."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -13,60 +12,7 @@ from lotion_fx.numerics import rounding
 from lotion_fx.passes.attach.probe import Code
 from lotion_fx.state import registry
 from tests.models import LM, MLP, ids, lm_loss
-
-
-def inputs_and_gradients(model, loss):
-    """Every Linear's input x [N, in] and output gradient g [N, out], float64, by hooks."""
-    seen = {}
-
-    def forward(module, args, output):
-        seen[module] = [args[0].detach().flatten(0, -2).double()]
-        output.register_hook(lambda grad: seen[module].append(grad.detach().flatten(0, -2).double()))
-
-    handles = [m.register_forward_hook(forward) for m in model.modules() if isinstance(m, nn.Linear)]
-    loss(model).backward()
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-def curvature(x, g, kind, terms):
-    """h of MATH: T * contraction of squares, or its factored form."""
-    if kind == "full":
-        return terms * g.square().T @ x.square()
-    return terms / len(x) * g.square().sum(0)[:, None] * x.square().sum(0)
-
-
-def term_gradient(weight, h, fmt):
-    """d/dw 1/2 sum h sigma^2 by autograd in float64, scale included."""
-    fmt = lotion_fx.resolve(fmt)
-    w = weight.detach().double().requires_grad_()
-    blocks = (
-        w.unflatten(1, (-1, fmt.block)) if isinstance(fmt.block, int) and w.shape[1] % fmt.block == 0 else w[:, None]
-    )
-    scale = blocks.abs().amax(-1, keepdim=True) / fmt.grid.max
-    z = (blocks / scale).detach().float()
-    lo, hi = (level.double() for level in fmt.grid.neighbours(z))
-    sigma2 = ((blocks - scale * lo) * (scale * hi - blocks)).reshape(w.shape)
-    return torch.autograd.grad(0.5 * (h * sigma2).sum(), w)[0]
-
-
-def one_step(model, optimizer, loss):
-    optimizer.zero_grad()
-    loss(model).backward()
-    optimizer.step()
-
-
-class Recorder(torch.optim.SGD):
-    """An optimizer that changes nothing and keeps the gradients it was given."""
-
-    def __init__(self, model):
-        super().__init__(model.parameters(), lr=0.0)
-        self.register_step_pre_hook(self.record)
-        self.model = model
-
-    def record(self, *_):
-        self.given = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+from tests.runtime.steps import Recorder, curvature, inputs_and_gradients, one_step, term_gradient
 
 
 @pytest.mark.parametrize("kind", ["factored", "full"])
@@ -155,23 +101,6 @@ def test_grad_scaler_is_divided_out(kind, unscale_first):
         torch.testing.assert_close(mine, recorders[0].given[name], rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_a_step_that_overflowed_leaves_nothing_behind():
-    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
-    scaler.scale(lm_loss(model, ids()) * 1e3).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    before = copy.deepcopy(model)
-    recorder = Recorder(model)
-    one_step(model, recorder, lambda m: lm_loss(m, ids()))
-    lotion_fx.transform(before, "int4", inner="aot_eager")
-    fresh = Recorder(before)
-    one_step(before, fresh, lambda m: lm_loss(m, ids()))
-    assert torch.equal(recorder.given["head.weight"], fresh.given["head.weight"])
-
-
 def test_an_lbfgs_closure_gets_the_term():
     model = lotion_fx.transform(MLP(), "int2/tensor", inner="aot_eager", strength=100.0)
     plain = copy.deepcopy(model)
@@ -245,52 +174,6 @@ def test_fisher_takes_adam_s_second_moment_and_no_state():
     torch.testing.assert_close(model.head.weight.grad - grad, expected, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["factored", "full", "fisher"])
-def test_a_resumed_run_is_bit_identical(inner, kind):
-    def make(state=None):
-        torch.manual_seed(0)
-        model = LM()
-        if state is not None:
-            model.load_state_dict(state["model"])
-        lotion_fx.transform(model, "nvfp4", curvature=kind, inner=inner, finish=0.5, steps=6)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        if state is not None:
-            optimizer.load_state_dict(state["optimizer"])
-            lotion_fx.load_state_dict(model, state["lotion"])
-        return model, optimizer
-
-    def run(model, optimizer, steps):
-        for step in steps:
-            one_step(model, optimizer, lambda m, step=step: lm_loss(m, ids(seed=step)))
-
-    whole, optimizer = make()
-    run(whole, optimizer, range(6))
-    first, optimizer = make()
-    run(first, optimizer, range(2))
-    file = io.BytesIO()
-    saved = {"model": first.state_dict(), "optimizer": optimizer.state_dict(), "lotion": lotion_fx.state_dict(first)}
-    torch.save(saved, file)
-    file.seek(0)
-    resumed, optimizer = make(torch.load(file, weights_only=True))
-    run(resumed, optimizer, range(2, 6))
-    for (name, mine), theirs in zip(resumed.named_parameters(), whole.parameters(), strict=True):
-        assert torch.equal(mine, theirs), name
-    assert lotion_fx.report(resumed).to_dict() == lotion_fx.report(whole).to_dict()
-
-
-def test_states_that_do_not_fit_are_refused():
-    model = lotion_fx.transform(LM(), inner="eager")
-    state = lotion_fx.state_dict(model)
-    other = lotion_fx.transform(MLP(), inner="eager")
-    with pytest.raises(ValueError, match="parameters differ.*'down"):
-        lotion_fx.load_state_dict(other, state)
-    with pytest.raises(ValueError, match="curvature=.*'factored'.*'full'"):
-        lotion_fx.load_state_dict(lotion_fx.transform(LM(), curvature="full", inner="eager"), state)
-    with pytest.raises(ValueError, match="version"):
-        lotion_fx.load_state_dict(model, {})
-
-
 def test_penalty_is_the_term_and_enters_once():
     model = lotion_fx.transform(LM(), "int4", inner="aot_eager", strength=2.0, decay=0.5)
     recorder = Recorder(model)
@@ -347,38 +230,6 @@ def test_two_optimizers_share_one_step():
     rest.step()
     for name, parameter in both.named_parameters():
         torch.testing.assert_close(parameter.grad, one.given[name], msg=name)
-
-
-def test_terms_add_up_over_forwards_and_backwards():
-    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
-    smoothing = registry[model.head.weight].smoothing
-    ((lm_loss(model, ids(8)) + lm_loss(model, ids(6))) / 2).backward()  # two forwards, one backward
-    assert smoothing.tally.loss_count == (8 + 6) * 5
-    (lm_loss(model, ids(4)) / 3).backward()
-    assert smoothing.tally.loss_count == (8 + 6 + 4) * 5
-    head_left_out = [p for p in model.parameters() if p is not model.head.weight]
-    optimizer = torch.optim.SGD(head_left_out, lr=0.1)
-    optimizer.step()
-    for _ in range(3):
-        one_step(model, optimizer, lambda m: lm_loss(m, ids(8)))
-        assert smoothing.tally.last_loss_count == 40
-
-
-def test_a_backward_that_raised_does_not_stop_the_count():
-    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def fail(_):
-        raise RuntimeError("out of memory")
-
-    handle = model.mlp[0].weight.register_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        lm_loss(model, ids(2)).backward()
-    handle.remove()
-    for batch in (8, 6):
-        one_step(model, optimizer, lambda m, batch=batch: lm_loss(m, ids(batch)))
-        assert registry[model.head.weight].smoothing.tally.last_loss_count >= batch * 5
-    assert registry[model.head.weight].smoothing.tally.last_loss_count == 30
 
 
 def test_an_optimizer_around_another_adds_the_term_once():
@@ -445,19 +296,3 @@ def test_training_in_eval_mode_keeps_the_last_curvature():
         one_step(model, optimizer, lambda m: lm_loss(m, ids()))
     assert torch.equal(registry[model.head.weight].curvature.ema, before)
     one_step(model, optimizer, lambda m: lm_loss(m, ids()))  # said once
-
-
-def test_training_pulls_weights_to_their_levels():
-    """At a loss whose gradient is noise, the term alone moves the weights: to where rounding costs less."""
-
-    def final_term(strength):
-        torch.manual_seed(0)
-        model = lotion_fx.transform(MLP(bias=False), "int4/tensor", inner="aot_eager", strength=strength)
-        optimizer = torch.optim.SGD(model.parameters(), lr=2e-3)
-        x = torch.randn(256, 20)
-        target = model(x).detach()
-        for _ in range(150):
-            one_step(model, optimizer, lambda m: (m(x) - target + torch.randn_like(target)).square().sum(1).mean())
-        return lotion_fx.report(model).term
-
-    assert final_term(3.0) < 0.8 * final_term(0.0)

@@ -46,6 +46,12 @@ CASES = {
     "grouped conv": (lambda w, x: F.conv1d(x.view(1, 6, 5), w, groups=3), (9, 2, 3), CONTRACTION, 1, (3, 3)),
     "depthwise conv": (lambda w, x: F.conv1d(x.view(1, 6, 5), w, groups=6), (6, 1, 3), CONTRACTION, 2, (6, 1)),
     "transposed conv": (lambda w, x: F.conv_transpose1d(x[None], w), (5, 8, 3), CONTRACTION, 0, (1, 5)),
+    "grouped transposed conv": (
+        lambda w, x: F.conv_transpose1d(x.view(1, 6, 5), w, groups=3), (6, 4, 3), CONTRACTION, 0, (3, 2),
+    ),
+    "depthwise transposed conv": (
+        lambda w, x: F.conv_transpose1d(x.view(1, 6, 5), w, groups=6), (6, 1, 3), CONTRACTION, 2, (6, 1),
+    ),
     "embedding": (lambda w, x: F.embedding(x.abs().long().clamp(max=6), w), (7, 6), EMBEDDING, 1, (1, 7)),
     "elementwise": (lambda w, x: w * x, (5, 6), ELEMENTWISE, 1, (1, 5)),
     "softmax": (lambda w, x: x @ w.softmax(0), (6, 7), OTHER, None, (1, 6)),

@@ -1,0 +1,48 @@
+"""One clone a run: an editable install made in another one would give its folders to the tests of this one, unseen."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {
+    "lotion_fx": "lotion_fx",
+    "lotion_fx.passes": "passes",
+    "lotion_fx.kernels": "kernels",
+    "lotion_fx.examples": "examples",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if refusal := from_elsewhere({name: _folder(name) for name in FOLDERS}, ROOT):
+        raise pytest.UsageError(refusal)
+
+
+def from_elsewhere(found: Mapping[str, Path | None], root: Path) -> str:
+    """What is wrong where a package is not the clone's own, in one sentence; empty where all are.
+
+    Args:
+        found: the folder that each package imports from, None where there is none.
+        root: of the clone whose tests are to run.
+    """
+    strangers = {name: path for name, path in found.items() if path is None or not _same(path, root / FOLDERS[name])}
+    if not strangers:
+        return ""
+    where = ", ".join(f"{name} from {path or 'nowhere'}" for name, path in strangers.items())
+    return f"the tests of {root} would run {where}; run `pip install -e .` in {root}"
+
+
+def _same(path: Path, other: Path) -> bool:
+    return path.resolve() == other.resolve()
+
+
+def _folder(name: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # of the package around it
+        return None
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None

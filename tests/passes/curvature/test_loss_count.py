@@ -1,0 +1,120 @@
+"""T, the loss terms of a backward pass, read off the joint graph."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lotion_fx.passes.attach.probe import Layout
+from tests.passes.curvature.running import TABLES, TOKENS, loss_of, randn, run
+
+
+def terms_of(function: Callable[..., Tensor], shape: tuple[int, ...], *data: Any) -> list[float]:
+    layout = Layout("factored", shape, 1, shape[0])
+    return [run(function, [randn(*shape) / 2], [layout], data, table).probes[0][-1].item() for table in TABLES]
+
+
+LABELS = torch.tensor([[1, -100, 3, 0, 2], [-100, -100, 4, 1, 1], [2, 2, 1, -100, 0]])
+
+
+def test_terms_are_the_tokens_with_a_label() -> None:
+    def token_loss(w: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w).flatten(0, 1), labels.flatten())
+
+    assert terms_of(token_loss, (5, 7), randn(3, 5, 7), LABELS) == [11, 11]
+
+
+def test_terms_do_not_change_behind_a_hidden_layer_or_an_unsmoothed_head() -> None:
+    def token_loss(w: Tensor, x: Tensor, labels: Tensor, head: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(F.linear(x, w).tanh(), head).flatten(0, 1), labels.flatten())
+
+    frozen, trained = randn(5, 6), randn(5, 6).requires_grad_()
+    for head in (frozen, trained):
+        assert terms_of(token_loss, (6, 7), randn(3, 5, 7), LABELS, head) == [11, 11]
+
+
+def test_terms_with_a_tied_head_that_is_not_smoothed() -> None:
+    def token_loss(w: Tensor, table: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
+        hidden = F.linear(F.embedding(tokens, table), w).tanh()
+        return F.cross_entropy(F.linear(hidden, table).flatten(0, 1), labels.flatten())
+
+    table = randn(9, 7).requires_grad_()
+    assert terms_of(token_loss, (7, 7), table, TOKENS, LABELS) == [11, 11]
+
+
+def test_terms_with_one_unsmoothed_layer_of_given_input() -> None:
+    """Head and input are both placeholders; that the input comes first says which is which."""
+
+    def token_loss(w: Tensor, head: Tensor, x: Tensor) -> Tensor:
+        return loss_of(F.linear(x, head)) + loss_of(x * w)
+
+    assert terms_of(token_loss, (7,), randn(3, 7).requires_grad_(), randn(13, 7)) == [13, 13]
+
+
+def test_terms_where_the_input_is_also_the_second_operand() -> None:
+    """Scores of 5 queries against 13 keys; the keys are also the input of another product, of another size."""
+
+    def retrieval(w: Tensor, queries: Tensor, keys: Tensor, head: Tensor) -> Tensor:
+        auxiliary = loss_of(keys @ head)
+        return auxiliary + loss_of((queries @ w).tanh() @ keys.T)
+
+    assert terms_of(retrieval, (7, 7), randn(5, 7), randn(13, 7), randn(7, 3).requires_grad_()) == [5, 5]
+
+
+def test_terms_of_a_mean_pooled_classifier_are_the_samples() -> None:
+    def classifier(w: Tensor, x: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(F.linear(x, w).relu().mean(1), head), labels)
+
+    head, labels = randn(4, 5).requires_grad_(), torch.tensor([1, 0, 2])
+    assert terms_of(classifier, (5, 7), randn(3, 11, 7), head, labels) == [3, 3]
+
+
+def test_terms_of_a_segmentation_are_the_pixels() -> None:
+    labels = torch.arange(2 * 5 * 7).reshape(2, 5, 7) % 3
+    labels[0, 0, :4] = 255
+
+    def segmentation(w: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.conv2d(x, w, padding=1), labels, ignore_index=255)
+
+    assert terms_of(segmentation, (3, 4, 3, 3), randn(2, 4, 5, 7), labels) == [66, 66]
+
+
+def test_terms_of_a_regression() -> None:
+    assert terms_of(lambda w, x, y: F.mse_loss(F.linear(x, w), y), (5, 7), randn(13, 7), randn(13, 5)) == [13, 13]
+    assert terms_of(lambda w, x, y: F.mse_loss(x @ w, y), (7,), randn(13, 7), randn(13)) == [13, 13]
+
+
+@pytest.mark.parametrize("kind", ["none", "factored"])
+def test_terms_where_the_weight_comes_first(kind: str) -> None:
+    """[O, I] @ [I, N]: positions are the output's columns."""
+    for function in (lambda w: w, lambda w: w * w):
+        for table in TABLES:
+            layouts = [Layout(kind, (5, 7), 1, 5), Layout(kind, (7, 4), 1, 7)]
+            made = run(
+                lambda w, v, x, function=function: loss_of(function(w) @ (v @ x).tanh()),
+                [randn(5, 7), randn(7, 4)],
+                layouts,
+                (randn(4, 13),),
+                table,
+            )
+            assert [probe[-1] for probe in made.probes] == [13, 13]
+
+
+def test_terms_where_nothing_is_contracted() -> None:
+    assert terms_of(lambda w, i: loss_of(F.embedding(i, w)), (9, 7), TOKENS) == [15, 15]
+    assert terms_of(lambda w, x: loss_of(x * w), (7,), randn(3, 5, 7)) == [15, 15]
+
+
+def test_terms_with_the_loss_outside_the_graph() -> None:
+    layout, data = Layout("factored", (5, 7), 1, 5), (randn(3, 5, 7),)
+    seen = run(lambda w, x: F.linear(x, w), [randn(5, 7)], [layout], data)
+    assert seen.probes[0][-1] == 15
+
+
+def test_terms_are_known_to_a_weight_used_after_the_last_contraction() -> None:
+    layouts = [Layout("factored", (5, 7), 1, 5), Layout("factored", (5,), 1, 5)]
+    made = run(lambda w, s, x: loss_of(F.linear(x, w) * s), [randn(5, 7), randn(5)], layouts, (randn(13, 7),))
+    assert [probe[-1].item() for probe in made.probes] == [13, 13]
