@@ -144,7 +144,7 @@ def test_plot(tmp_path):
     assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [COMMANDS[0], pytest.param(COMMANDS[1], marks=pytest.mark.slow)])
 def test_quick_run_writes_rows_and_curves(command, tmp_path):
     rows, curves = tmp_path / "rows.json", tmp_path / "curves.png"
     methods = ",".join(testbed.METHODS)

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import jacrev
 
+import lotion_fx
 from lotion_fx.likelihood import LIKELIHOODS, draws, likelihood_of, output_in, sampled_loss
+from tests.models import LM, MLP
 
 LOSSES = {
     "categorical": lambda output, labels: F.cross_entropy(output, labels),
@@ -117,3 +119,27 @@ def test_the_output_is_found():
     for out in (loss, {"loss": loss}, scores, mask, logits.long(), None):
         with pytest.raises(ValueError, match=r"holds no differentiable.*2 or more dimensions.*return logits"):
             output_in(out, "categorical")
+
+
+BAD = [
+    (dict(likelihood="gaussian"), "likelihood='gaussian' is for curvature='ggn'.*'factored'"),
+    (dict(refresh=2, curvature="full"), "refresh=2 is for curvature='ggn'.*'full'"),
+    (dict(curvature="ggn", likelihood="gausian"), "likelihood='gausian'.*did you mean 'gaussian'"),
+    (dict(curvature="ggn", likelihood=F.l1_loss), "likelihood=.*l1_loss.*name it"),
+    (dict(curvature="ggn", refresh=0), "refresh=0.*1 or more"),
+    (dict(curvature="ggn", refresh=0.5), "refresh=0.5.*1 or more"),
+    (dict(curvature="ggn", inner="eager"), "inner='eager' compiles none"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(arguments) for arguments, _ in BAD])
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lotion_fx.transform(LM(), **arguments)
+
+
+def test_the_dynamo_backend_refuses():
+    torch._dynamo.reset()
+    compiled = torch.compile(MLP(), backend="lotion_fx", options={"curvature": "ggn", "inner": "aot_eager"})
+    with pytest.raises(Exception, match=r"curvature='ggn' needs the model's call.*transform\(model\)"):
+        compiled(torch.randn(3, 20))

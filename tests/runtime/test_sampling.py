@@ -382,34 +382,11 @@ def test_a_model_of_analytic_weights_counts_no_terms():
 
 # ------------------------------------------------------------------------------------------------------------- refusals
 
-BAD = [
-    (dict(likelihood="gaussian"), "likelihood='gaussian' is for curvature='ggn'.*'factored'"),
-    (dict(refresh=2, curvature="full"), "refresh=2 is for curvature='ggn'.*'full'"),
-    (dict(curvature="ggn", likelihood="gausian"), "likelihood='gausian'.*did you mean 'gaussian'"),
-    (dict(curvature="ggn", likelihood=F.l1_loss), "likelihood=.*l1_loss.*name it"),
-    (dict(curvature="ggn", refresh=0), "refresh=0.*1 or more"),
-    (dict(curvature="ggn", refresh=0.5), "refresh=0.5.*1 or more"),
-    (dict(curvature="ggn", inner="eager"), "inner='eager' compiles none"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(arguments) for arguments, _ in BAD])
-def test_bad_arguments_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        lotion_fx.transform(LM(), **arguments)
-
 
 def test_the_loss_itself_names_the_likelihood(passes):
     for loss in (F.mse_loss, nn.BCEWithLogitsLoss()):
         lotion_fx.transform(MLP(), inner="aot_eager", curvature="ggn", likelihood=loss)(torch.randn(3, 20))
     assert passes == ["gaussian", "bernoulli"]
-
-
-def test_the_dynamo_backend_refuses():
-    torch._dynamo.reset()
-    compiled = torch.compile(MLP(), backend="lotion_fx", options={"curvature": "ggn", "inner": "aot_eager"})
-    with pytest.raises(Exception, match=r"curvature='ggn' needs the model's call.*transform\(model\)"):
-        compiled(torch.randn(3, 20))
 
 
 def test_a_model_that_returns_a_loss_alone_is_told_what_to_return():
