@@ -87,10 +87,10 @@ def test_a_module_with_torch_s_own_forward_is_compiled():
     assert compiles["aot_eager"] == before + 1
 
 
-def test_many_models_of_torch_s_own_classes_are_compiled(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_many_models_of_torch_s_own_classes_are_compiled():
     """Dynamo gives up on a frame after a few recompilations: were it shared, later models would be left in Python."""
     x, y = torch.randn(2, 20), torch.zeros(2, dtype=torch.long)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     for width in range(2, 2 + 2 + 2):
         model = nn.Sequential(nn.Linear(20, width))
         lotion_fx.transform(model, "int4", loss_fn=nn.functional.cross_entropy, inner="aot_eager")
