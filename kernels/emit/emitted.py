@@ -38,8 +38,8 @@ from torch.utils._pytree import tree_map
 import lotion_fx
 from lotion_fx import update
 from lotion_fx import variants as backend
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.emit.absent_cuda import absent_cuda
-from lotion_fx.kernels.work import Config
 from lotion_fx.passes.lower import lower
 
 DEVICE = torch.device("cuda", 0)

@@ -15,9 +15,10 @@ from torch._inductor import config
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime.triton_heuristics import GridExpr
 
+from lotion_fx.kernels.audit.work import Work
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.emit.absent_cuda import absent_cuda
 from lotion_fx.kernels.emit.emitted import Emitted, emitted
-from lotion_fx.kernels.work import Config, Work
 
 
 def emitted_works(arch: int) -> list[Work]:
