@@ -130,7 +130,7 @@ def main() -> None:
         parser.exit(1, "no CUDA device; --device cpu --quick runs the plumbing, `lotion-fx kernels` predicts times\n")
     bandwidth = None
     if device.type == "cuda":
-        from lotion_fx.kernels.targets import target_of
+        from lotion_fx.kernels.device import target_of
 
         bandwidth = target_of(device).bandwidth
         print(torch.cuda.get_device_name(device))

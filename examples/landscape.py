@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
-from lotion_fx.examples.quickstart import _in_a_folder, _known_format, start
+from lotion_fx.examples.options import in_a_folder, known_format, start
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
@@ -176,7 +176,7 @@ def plot(found: Curves, rows: list[Minimum], fmt: Format, law: NoiseLaw, path: P
 
 # ------------------------------------------------------------------ command line
 def _shared_scale(fmt: str) -> str:
-    if resolve(_known_format(fmt)).block == 1:
+    if resolve(known_format(fmt)).block == 1:
         raise typer.BadParameter(f"{fmt!r} gives every weight a scale of its own, and no rounding error")
     return fmt
 
@@ -192,8 +192,8 @@ def _known_noise(noise: str) -> str:
 def main(
     fmt: Annotated[str, typer.Option(callback=_shared_scale, help="Number format of the weight.")] = "int4",
     noise: Annotated[str, typer.Option(callback=_known_noise, help="Noise law that smooths the loss.")] = "randomized",
-    plot_to: Annotated[Path, typer.Option("--plot", callback=_in_a_folder, help="Write the curves.")] = PLOT,
-    rows_to: Annotated[Path | None, typer.Option("--json", callback=_in_a_folder, help="Write the minima.")] = None,
+    plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = PLOT,
+    rows_to: Annotated[Path | None, typer.Option("--json", callback=in_a_folder, help="Write the minima.")] = None,
 ) -> None:
     """Draw a quantized loss of one weight, the smoothed loss, its slope and the minima of both."""
     found = curves(resolve(fmt), resolve_noise(noise))

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lotion_fx.examples import quickstart, testbed
+from lotion_fx.examples import options, testbed
 
 
 class LinearRegression(nn.Module):
@@ -58,4 +58,4 @@ main = testbed.command(
 )
 
 if __name__ == "__main__":
-    quickstart.start(main)
+    options.start(main)

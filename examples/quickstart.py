@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lotion_fx
+from lotion_fx.examples.options import in_a_folder, known_format, start
 
 # The arguments of `lotion_fx.transform`, and what the table calls the method. "ptq" trains the latent weights as they
 # are, so that its run is the full-precision run as well.
@@ -259,14 +260,6 @@ def plot(curves: dict[str, list[Curve]], full_precision: float | None, fmt: str,
 
 
 # ------------------------------------------------------------------ command line
-def _known_format(fmt: str) -> str:
-    try:
-        lotion_fx.resolve(fmt)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    return fmt
-
-
 def _known_methods(names: str | None) -> str | None:
     for name in names.split(",") if names is not None else []:
         if name not in METHODS:
@@ -274,34 +267,19 @@ def _known_methods(names: str | None) -> str | None:
     return names
 
 
-def _in_a_folder(path: Path | None) -> Path | None:
-    if path is not None and not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {path.parent}")
-    return path
-
-
-def start(main: Callable[..., None]) -> None:
-    """Runs a command as a script."""
-    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    app()
-
-
 def main(
-    fmt: Annotated[str, typer.Option(callback=_known_format, help="Number format of the Linear weights.")] = "nvfp4",
+    fmt: Annotated[str, typer.Option(callback=known_format, help="Number format of the Linear weights.")] = "nvfp4",
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds 0, 1, ...")] = 1,
     steps: Annotated[int | None, typer.Option(min=10, help="Training steps [default: 600; 200 with --quick].")] = None,
     methods: Annotated[str | None, typer.Option(callback=_known_methods, help=f"Some of {','.join(METHODS)}.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and methods, no C++ compiled.")] = False,
-    rows_to: Annotated[Path | None, typer.Option("--json", callback=_in_a_folder, help="Write a row per run.")] = None,
-    plot_to: Annotated[Path, typer.Option("--plot", callback=_in_a_folder, help="Write the curves.")] = PLOT,
+    rows_to: Annotated[Path | None, typer.Option("--json", callback=in_a_folder, help="Write a row per run.")] = None,
+    plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = PLOT,
 ) -> None:
     """Train a small GPT on the Python library's own source by several quantization methods and compare them."""
     torch.set_num_threads(1)  # so small a model gains nothing from more, and suffers from them on a busy machine
     steps = steps or (200 if quick else 600)
-    inner = (
-        "aot_eager" if quick else "inductor"
-    )  # the same graphs: Inductor's code is faster, but takes time to compile
+    inner = "aot_eager" if quick else "inductor"  # the same graphs: Inductor's code is faster, and slow to compile
     names = (methods or (QUICK_METHODS if quick else ",".join(METHODS))).split(",")
     training, validation = split_files(source_files(Path(sysconfig.get_paths()["stdlib"])))
     text, unseen = tokens(training), tokens(validation)

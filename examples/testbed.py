@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lotion_fx
-from lotion_fx.examples.quickstart import _in_a_folder
+from lotion_fx.examples.options import in_a_folder
 
 # The arguments of `lotion_fx.transform`, and what the table calls the method. "Exact": the loss that the model returns
 # becomes its expectation, variances and all. "Second order": the term enters at the optimizer's step, with the diagonal
@@ -206,8 +206,8 @@ def command(bed: Testbed) -> Callable[..., None]:
         steps: Annotated[int | None, typer.Option(min=10, help="Training steps [default: the testbed's].")] = None,
         methods: Annotated[str, typer.Option(callback=_known_methods, help="Which to compare.")] = ",".join(METHODS),
         quick: Annotated[bool, typer.Option("--quick", help="A smoke run, too short to rank the methods.")] = False,
-        rows_to: Annotated[Path | None, typer.Option("--json", callback=_in_a_folder, help="Write each run.")] = None,
-        plot_to: Annotated[Path, typer.Option("--plot", callback=_in_a_folder, help="Write the curves.")] = picture,
+        rows_to: Annotated[Path | None, typer.Option("--json", callback=in_a_folder, help="Write each run.")] = None,
+        plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = picture,
     ) -> None:
         torch.set_num_threads(1)  # so small a model gains nothing from more, and suffers from them on a busy machine
         seeds, steps = seeds or (2 if quick else 5), steps or (20 if quick else bed.steps)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lotion_fx.examples import quickstart, testbed
+from lotion_fx.examples import options, testbed
 
 
 class TwoLayer(nn.Module):
@@ -54,4 +54,4 @@ main = testbed.command(
 )
 
 if __name__ == "__main__":
-    quickstart.start(main)
+    options.start(main)

@@ -21,15 +21,18 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lotion_fx.kernels.blocks import at_amax, in_grid_units, third_level
+from lotion_fx.kernels.config import Config
+from lotion_fx.kernels.device import on_device
 from lotion_fx.kernels.device_code import (
     TWO_LEVEL,
-    block_scale,
     clamp,
     neighbours,
     specialized,
@@ -37,13 +40,10 @@ from lotion_fx.kernels.device_code import (
     tensor_scale,
     variance_slopes,
 )
-from lotion_fx.kernels.division import inverse, quotient
-from lotion_fx.kernels.smooth import arch_of, at_amax, third_level
 from lotion_fx.kernels.tiles import absmax
-from lotion_fx.kernels.tuning import choose, options
-from lotion_fx.kernels.work import Config, Work
+from lotion_fx.kernels.tuning import choose
 from lotion_fx.numerics import rounding
-from lotion_fx.numerics.formats import Format, resolve
+from lotion_fx.numerics.formats import resolve
 from lotion_fx.numerics.noise import resolve_noise
 
 # Columns of `factors`: what differs from weight to weight.
@@ -62,10 +62,7 @@ _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 def term_slope(w, h, inside, ts):
     """``d/dw sum_i h_i sigma_i^2`` of whole blocks, `rounding.variance_vjp`; w and h float32 [blocks, block]."""
     amax = absmax(w)
-    s = block_scale(amax, ts)
-    s = s * ts if TWO_LEVEL else s
-    one_over_p, m, r, t = inverse(s)
-    z = quotient(w, one_over_p, m, r, t)
+    z, _, s = in_grid_units(w, amax, ts)
     lo, hi = neighbours(z)
     z = clamp(z)  # as `neighbours` begins, which makes one operation of the two
     by_w, by_s = variance_slopes(z, lo, hi, third_level(z, lo, hi))
@@ -128,6 +125,32 @@ def adamw_smooth_kernel(
         tl.atomic_max(amax_after + n, largest.to(tl.int32, bitcast=True), sem="relaxed")
 
 
+class Step(NamedTuple):
+    """A step of n weights, which become ``params``, ``exp_avgs`` and ``exp_avg_sqs`` after it, in place.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs: n contiguous tensors each, float32, bfloat16 or float16, of one dtype per
+            list, on one device. The last dimension holds whole blocks.
+        factors: float32 [n, 6], `FACTORS` of each weight.
+        amax: float32 [n], the absmax of each weight, for a two-level format; else empty.
+        found_inf: 0-d, not 0 where the gradients overflowed, upon which nothing is written.
+        fmt, noise: names of the format and of the noise law.
+        beta1, beta2: decay of the moments.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    factors: Tensor
+    amax: Tensor
+    found_inf: Tensor | None
+    fmt: str
+    noise: str
+    beta1: float
+    beta2: float
+
+
 @torch.library.custom_op("lotion_fx::adamw_smooth", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
 def adamw_smooth(
     params: Sequence[Tensor],
@@ -147,102 +170,71 @@ def adamw_smooth(
     No `triton_op`: its pointer tables hold addresses, which a trace does not have.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: n contiguous tensors each, float32, bfloat16 or float16, of one dtype per
-            list, on one device. The last dimension holds whole blocks.
-        factors: float32 [n, 6], `FACTORS` of each weight.
-        amax: float32 [n], the absmax of each weight, for a two-level format; else empty.
-        found_inf: 0-d, not 0 where the gradients overflowed, upon which nothing is written.
-        fmt, noise: names of the format and of the noise law.
-        beta1, beta2: decay of the moments.
+        params, grads, exp_avgs, exp_avg_sqs, factors, amax, found_inf, fmt, noise, beta1, beta2: see `Step`.
 
     Returns:
         The absmax of each updated weight, float32 [n]; empty unless the format is two-level.
     """
-    arguments = (params, grads, exp_avgs, exp_avg_sqs, factors, amax, found_inf, fmt, noise, beta1, beta2)
+    step = Step(params, grads, exp_avgs, exp_avg_sqs, factors, amax, found_inf, fmt, noise, beta1, beta2)
     if params[0].device.type == "cpu":
-        return reference(*arguments)
-    with torch.cuda.device(params[0].device):
-        return launch(*arguments, choose("adamw_smooth", "", arch_of(params[0].device)))
+        return reference(step)
+    with on_device(params[0].device) as arch:
+        return launch(step, choose("adamw_smooth", "", arch, CONFIGS))
 
 
-def reference(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    factors: Tensor,
-    amax: Tensor,
-    found_inf: Tensor | None,
-    fmt: str,
-    noise: str,
-    beta1: float,
-    beta2: float,
-) -> Tensor:
+def reference(step: Step) -> Tensor:
     """`adamw_smooth` weight by weight in ATen."""
-    if found_inf is not None and found_inf:
-        return amax.clone()
-    law, form = resolve_noise(noise), resolve(fmt)
-    for i, (w, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+    if step.found_inf is not None and step.found_inf:
+        return step.amax.clone()
+    law, form, beta1, beta2 = resolve_noise(step.noise), resolve(step.fmt), step.beta1, step.beta2
+    for i, (w, grad, m, v) in enumerate(zip(*step[:4], strict=True)):
         dtype = rounding.compute_dtype(w)
-        of_moment, of_square, unscale, keep, step, eps = factors[i].to(dtype)
+        of_moment, of_square, unscale, keep, size, eps = step.factors[i].to(dtype)
         before, g, first, second = (t.to(dtype) for t in (w, grad, m, v))
         h = of_moment * second + of_square * g.square()
-        largest = amax[i] if form.law.two_level else None
+        largest = step.amax[i] if form.law.two_level else None
         g = unscale * (g + rounding.variance_vjp(before, h, form, law=law, amax_tensor=largest))
         first = beta1 * first + (1 - beta1) * g
         second = beta2 * second + (1 - beta2) * g.square()
         m.copy_(first)
         v.copy_(second)
-        w.copy_(keep * before - step * first / (second.sqrt() + eps))
-    return torch.stack([w.abs().amax().float() for w in params]) if form.law.two_level else amax.clone()
+        w.copy_(keep * before - size * first / (second.sqrt() + eps))
+    return torch.stack([w.abs().amax().float() for w in step.params]) if form.law.two_level else step.amax.clone()
 
 
-def launch(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    factors: Tensor,
-    amax: Tensor,
-    found_inf: Tensor | None,
-    fmt: str,
-    noise: str,
-    beta1: float,
-    beta2: float,
-    config: Config = CONFIGS[0],
-) -> Tensor:
+def launch(step: Step, config: Config = CONFIGS[0]) -> Tensor:
     """`adamw_smooth` by the kernel, in one launch on whatever device the tensors are."""
-    device, form = params[0].device, resolve(fmt)
-    programs = tuple(_programs(p.numel(), config) for p in params)
+    device, form, amax, found_inf = step.params[0].device, resolve(step.fmt), step.amax, step.found_inf
+    programs = tuple(programs_of(p.numel(), config) for p in step.params)
     first = accumulate(programs, initial=0)
-    columns = ([t.data_ptr() for t in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs))
-    rows = list(zip(*columns, (p.numel() for p in params), first, strict=False))
+    columns = ([t.data_ptr() for t in tensors] for tensors in step[:4])
+    rows = list(zip(*columns, (p.numel() for p in step.params), first, strict=False))
     table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
     if found_inf is not None:
         table[:, 4] *= found_inf.to(table.device) == 0  # no elements, so nothing is written
     after = torch.zeros(amax.shape, dtype=torch.int32, device=device)
-    specialized(adamw_smooth_kernel, form, resolve_noise(noise))[(sum(programs),)](
+    specialized(adamw_smooth_kernel, form, resolve_noise(step.noise))[(sum(programs),)](
         table,
-        factors,
+        step.factors,
         _owners(programs, device),
         amax,
         after,
-        beta1,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        WEIGHT=_TRITON[params[0].dtype],
-        MOMENT=_TRITON[exp_avgs[0].dtype],
+        step.beta1,
+        1 - step.beta1,
+        step.beta2,
+        1 - step.beta2,
+        WEIGHT=_TRITON[step.params[0].dtype],
+        MOMENT=_TRITON[step.exp_avgs[0].dtype],
         ALIGNMENT=math.gcd(16, *(address for row in rows for address in row[:4])),
         BLOCK=form.block,
-        **options(config),
+        **config.options,
     )
     largest = after.view(torch.float32)
     return largest if found_inf is None else torch.where(found_inf.to(amax.device) == 0, largest, amax)
 
 
-def _programs(elements: int, config: Config) -> int:
-    """Of one weight."""
+def programs_of(elements: int, config: Config) -> int:
+    """How many programs a weight of so many elements takes."""
     return triton.cdiv(elements, config.constants["TILE"] * config.constants["TILES"])
 
 
@@ -251,61 +243,3 @@ def _owners(programs: tuple[int, ...], device: torch.device) -> Tensor:
     """The weight of each program: the same from step to step."""
     owner = torch.arange(len(programs), dtype=torch.int32)
     return owner.repeat_interleave(torch.tensor(programs)).to(device)
-
-
-# --------------------------------------------------------------------------------------------------- without a device
-
-# Layers, and the matrices of one.
-_MODELS = {
-    "150M": (12, [(768, 768)] * 4 + [(3072, 768), (768, 3072)]),
-    "8B": (32, [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]),
-    "70B": (80, [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28672, 8192)] * 2 + [(8192, 28672)]),
-}
-
-
-def works(arch: int) -> list[Work]:
-    """What the kernel does in a step of all layers of a 150M, an 8B and a 70B model, whichever the architecture."""
-    return [
-        _work(model, name, dtype)
-        for model in _MODELS
-        for name, dtype in (("nvfp4", "fp32"), ("mxfp4", "fp32"), ("int4", "fp32"), ("nvfp4", "bf16"))
-    ]
-
-
-def _work(model: str, name: str, dtype: str) -> Work:
-    layers, shapes = _MODELS[model]
-    fmt, elements = resolve(name), [rows * cols for rows, cols in shapes]
-    size, wide = {"fp32": (4, tl.float32), "bf16": (2, tl.bfloat16)}[dtype]
-
-    def programs(config: Config) -> int:
-        return layers * sum(_programs(n, config) for n in elements)
-
-    return Work(
-        kernel="adamw_smooth",
-        shape=f"{model} {dtype} {name}",
-        fn=specialized(adamw_smooth_kernel, fmt),
-        signature={
-            **{"table": "*i64", "factors": "*fp32", "owner": "*i32", "amax": "*fp32", "amax_after": "*i32"},
-            **dict.fromkeys(("beta1", "rest1", "beta2", "rest2"), "fp32"),
-        },
-        constants={"WEIGHT": wide, "MOMENT": wide, "ALIGNMENT": 16, "BLOCK": fmt.block},
-        configs=CONFIGS,
-        programs=programs,
-        bytes=lambda config: traffic(layers * sum(elements), programs(config), size, size, fmt),
-        minimum_bytes=traffic(layers * sum(elements), layers * len(shapes), size, size, fmt),
-        iterations=lambda config: config.constants["TILES"],
-        wide=0.9,
-    )
-
-
-def traffic(elements: int, programs: int, size: int, moment_size: int, fmt: Format) -> int:
-    """Bytes that the kernel's loads and stores move.
-
-    Args:
-        elements: of all weights.
-        programs: of a launch.
-        size, moment_size: bytes of an element of w and g, and of m and v.
-        fmt: a two-level one reads and updates an absmax in each program.
-    """
-    tables = 4 + 6 * 8 + len(FACTORS) * 4 + (3 * 4 if fmt.law.two_level else 0)
-    return elements * (3 * size + 4 * moment_size) + programs * tables

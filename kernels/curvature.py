@@ -1,20 +1,19 @@
-"""A linear layer's weight gradient and its curvature, full or factored, from one read of both operands.
+"""A linear layer's weight gradient and its curvature from one read of both operands.
 
 Over positions n, with the output's gradient g [N, O] and the input x [N, I], and up to the factor T,
 
-    gradient   sum_n g_n x_n^T                            [O, I]
-    full       h = sum_n g_n^2 (x_n^2)^T                  [O, I]
-    factored   a = sum_n g_n^2 and b = sum_n x_n^2        [O + I]       h ~ a b^T / N
+    gradient    sum_n g_n x_n^T                   [O, I]
+    curvature   h = sum_n g_n^2 (x_n^2)^T         [O, I]
 
 A program makes one tile of the gradient and of h in two float32 accumulators; the squares are made in registers of the
-tiles that the gradient's product reads. Of the factored form, the programs of the first tile column sum a and those of
-the first row b. Every value is summed by one program in a fixed order, without atomics: results are deterministic.
+tiles that the gradient's product reads. Every value is summed by one program in a fixed order, without atomics: results
+are deterministic.
 
-How exact: the gradient is the dtype's own product with a float32 sum; a and b are float32 sums. h's squares are rounded
-to the type of their product, of bfloat16 to bfloat16 and of float16 to TF32, each by half a unit in the last place of
-the operands' dtype. As all summands are positive, h is within one such unit, 2^-7 or 2^-10 of it, whatever the sum; the
-graph's own form rounds the sum to bfloat16 as well. Float32 products follow `torch.get_float32_matmul_precision`: IEEE
-for "highest", else TF32.
+How exact: the gradient is the dtype's own product with a float32 sum. h's squares are rounded to the type of their
+product, of bfloat16 to bfloat16 and of float16 to TF32, each by half a unit in the last place of the operands' dtype.
+As all summands are positive, h is within one such unit, 2^-7 or 2^-10 of it, whatever the sum; the graph's own form
+rounds the sum to bfloat16 as well. Float32 products follow `torch.get_float32_matmul_precision`: IEEE for "highest",
+else TF32.
 
 Sampling: with ``every`` > 1, h is made of each ``every``-th run of `RUN` positions, beginning with run ``phase``, and
 multiplied by N over the number of positions in those. Where ``every * RUN`` divides N, its mean over all phases is h
@@ -26,7 +25,6 @@ Source: LOTION, Kwun et al. 2025, arXiv 2510.08757, for what h is for; the contr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,20 +34,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from lotion_fx.kernels.config import Config
+from lotion_fx.kernels.device import on_device
 from lotion_fx.kernels.operands import precisions, square
-from lotion_fx.kernels.smooth import arch_of, on_device
-from lotion_fx.kernels.tiles import load, place, store
-from lotion_fx.kernels.tuning import launchable, options
-from lotion_fx.kernels.work import Config, Work
+from lotion_fx.kernels.tiles import count, load, place, store
+from lotion_fx.kernels.tuning import launchable
 from lotion_fx.numerics.rounding import compute_dtype
 
 RUN = 64  # positions that are sampled together: a multiple of every config's BK
-
-
-@triton.jit
-def _sum_of_squares(tile, AXIS: tl.constexpr):
-    tile = tile.to(tl.float32)
-    return tl.sum(tile * tile, AXIS)
 
 
 @triton.jit
@@ -86,7 +78,6 @@ def curvature_kernel(
     g_stride,
     x_stride,
     phase,
-    FULL: tl.constexpr,
     EVERY: tl.constexpr,
     PRECISION: tl.constexpr,
     SQUARES: tl.constexpr,
@@ -100,7 +91,6 @@ def curvature_kernel(
     row, column = place(tl.cdiv(outputs, BM), tl.cdiv(inputs, BN), GROUP)
     m, n, k = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
     sum_gx, sum_h = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
-    sum_a, sum_b = tl.zeros((BM,), tl.float32), tl.zeros((BN,), tl.float32)
 
     TILES: tl.constexpr = RUN // BK
     runs = tl.cdiv(positions, RUN)
@@ -110,14 +100,8 @@ def curvature_kernel(
         tile_g = _load_g(g, first, k, m, g_stride, positions, outputs, TRANSPOSE)
         tile_x = load(x, first, k[:, None], n[None, :], x_stride, positions, inputs)
         sum_gx = tl.dot(_left(tile_g, TRANSPOSE), tile_x, sum_gx, input_precision=PRECISION)
-        if FULL:
-            square_g = _left(square(tile_g, SQUARES), TRANSPOSE)
-            sum_h = tl.dot(square_g, square(tile_x, SQUARES), sum_h, input_precision=SQUARES)
-        else:
-            if column == 0:
-                sum_a += _sum_of_squares(tile_g, 0 if TRANSPOSE else 1)
-            if row == 0:
-                sum_b += _sum_of_squares(tile_x, 0)
+        square_g = _left(square(tile_g, SQUARES), TRANSPOSE)
+        sum_h = tl.dot(square_g, square(tile_x, SQUARES), sum_h, input_precision=SQUARES)
     if EVERY > 1:
         for i in range((runs - sampled) * TILES):
             skipped = i // TILES  # of the runs left out; each ``EVERY - 1`` of them stand around a sampled one
@@ -129,15 +113,9 @@ def curvature_kernel(
 
     down, across = tl.arange(0, BM)[:, None], n[None, :]
     store(gradient, row * BM, down, across, outputs, inputs, sum_gx)
-    if FULL:
-        missing = tl.where((runs - 1) % EVERY == phase, runs * RUN - positions, 0)
-        count = tl.maximum(sampled * RUN - missing, 1)
-        store(curvature, row * BM, down, across, outputs, inputs, sum_h * (tl.full((), positions, tl.float32) / count))
-    else:
-        if column == 0:
-            tl.store(curvature + m, sum_a, mask=m < outputs)
-        if row == 0:
-            tl.store(curvature + outputs + n, sum_b, mask=n < inputs)
+    missing = tl.where((runs - 1) % EVERY == phase, runs * RUN - positions, 0)
+    taken = tl.maximum(sampled * RUN - missing, 1)
+    store(curvature, row * BM, down, across, outputs, inputs, sum_h * (tl.full((), positions, tl.float32) / taken))
 
 
 def shape_class(outputs: int, inputs: int, dtype: torch.dtype, precision: str, every: int) -> str:
@@ -160,7 +138,6 @@ def launch(
     x: Tensor,
     gradient: Tensor,
     curvature: Tensor,
-    kind: str,
     every: int = 1,
     phase: int = 0,
     *,
@@ -171,7 +148,7 @@ def launch(
     """Runs the kernel where the tensors are.
 
     Args:
-        g, x, kind, every, phase: as in `curvature_linear`, the operands' last dimension contiguous.
+        g, x, every, phase: as in `curvature_linear`, the operands' last dimension contiguous.
         gradient, curvature: the outputs, contiguous; overwritten.
         arch: compute capability of the device, 80 for ``sm_80``.
         config: one of `CONFIGS`; by default the tuning table's choice.
@@ -180,14 +157,9 @@ def launch(
     (positions, outputs), inputs = g.shape, x.shape[1]
     precision, squares = precisions(g.dtype)
     row = shape_class(outputs, inputs, g.dtype, precision, every)
-    kernel: Any = curvature_kernel
-    if config is None:
-        kernel, tile = launchable(
-            kernel, f"curvature/{kind}", row, arch, CONFIGS[row], key=("positions", "outputs", "inputs")
-        )
-    else:
-        tile = options(config)
-    wrap(kernel)[lambda meta: (triton.cdiv(outputs, meta["BM"]) * triton.cdiv(inputs, meta["BN"]),)](
+    key = ("positions", "outputs", "inputs")
+    kernel, tile = launchable(curvature_kernel, "curvature/full", row, arch, CONFIGS[row], config=config, key=key)
+    wrap(kernel)[lambda meta: (count(outputs, inputs, meta),)](
         g,
         x,
         gradient,
@@ -198,7 +170,6 @@ def launch(
         g.stride(0),
         x.stride(0),
         phase,
-        FULL=kind == "full",
         EVERY=every,
         PRECISION=precision,
         SQUARES=squares,
@@ -208,55 +179,47 @@ def launch(
 
 
 @triton_op("lotion_fx::curvature_linear", mutates_args=())
-def curvature_linear(g: Tensor, x: Tensor, kind: str, every: int = 1, phase: int = 0) -> tuple[Tensor, Tensor]:
+def curvature_linear(g: Tensor, x: Tensor, every: int = 1, phase: int = 0) -> tuple[Tensor, Tensor]:
     """The gradient of a linear layer's weight and its curvature, without the factor T.
 
     Args:
         g: gradient of the loss with respect to the output, [N, O]; bfloat16, float16 or float32.
         x: the input, [N, I], of the same dtype.
-        kind: ``"full"`` or ``"factored"``.
-        every: how many runs of `RUN` positions there are to one that the full curvature is made of.
+        every: how many runs of `RUN` positions there are to one that the curvature is made of.
         phase: the first of those runs, less than ``every``.
 
     Returns:
-        The gradient g^T x [O, I] in g's dtype; and, in float32, h [O, I] or a and b joined [O + I].
+        The gradient g^T x [O, I] in g's dtype; and h [O, I] in float32.
 
     Raises:
-        ValueError: the shapes or dtypes do not match, or kind, every or phase is none of the above.
+        ValueError: the shapes or dtypes do not match, or every or phase is none of the above.
     """
-    _check(g, x, kind, every, phase)
+    _check(g, x, every, phase)
     if g.device.type == "cpu":
-        return reference(g, x, kind, every, phase)
+        return reference(g, x, every, phase)
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
-    outputs, inputs = g.shape[1], x.shape[1]
-    gradient = g.new_empty(outputs, inputs)
-    shape = (outputs, inputs) if kind == "full" else (outputs + inputs,)
-    curvature = g.new_empty(shape, dtype=torch.float32)
-    with on_device(g.device):
-        launch(g, x, gradient, curvature, kind, every, phase, arch=arch_of(g.device), wrap=wrap_triton)
+    gradient = g.new_empty(g.shape[1], x.shape[1])
+    curvature = torch.empty_like(gradient, dtype=torch.float32)
+    with on_device(g.device) as arch:
+        launch(g, x, gradient, curvature, every, phase, arch=arch, wrap=wrap_triton)
     return gradient, curvature
 
 
-def _check(g: Tensor, x: Tensor, kind: str, every: int, phase: int) -> None:
+def _check(g: Tensor, x: Tensor, every: int, phase: int) -> None:
+    """Raises what `curvature_linear` says."""
     if g.dim() != 2 or x.dim() != 2 or g.shape[0] != x.shape[0] or g.dtype != x.dtype:
         raise ValueError(
             f"g is {g.dtype} {tuple(g.shape)} and x {x.dtype} {tuple(x.shape)}: expected [N, O] and [N, I] of one "
             "dtype; flatten leading dimensions into N"
         )
-    if kind not in ("full", "factored"):
-        raise ValueError(f"kind={kind!r}: expected 'full' or 'factored'")
     if every < 1 or not 0 <= phase < every:
         raise ValueError(f"every={every!r}, phase={phase!r}: expected 0 <= phase < every")
-    if kind == "factored" and every != 1:
-        raise ValueError(f"every={every!r} with kind='factored': expected 1, since its sums take all positions")
 
 
-def reference(g: Tensor, x: Tensor, kind: str, every: int = 1, phase: int = 0) -> tuple[Tensor, Tensor]:
+def reference(g: Tensor, x: Tensor, every: int = 1, phase: int = 0) -> tuple[Tensor, Tensor]:
     """`curvature_linear` in ATen, squares in float32 (float64 for float64 operands)."""
     gradient = g.t() @ x
     g, x = (t.to(compute_dtype(t)).square() for t in (g, x))
-    if kind == "factored":
-        return gradient, torch.cat([g.sum(0), x.sum(0)])
     if every > 1:
         run = torch.arange(len(g), device=g.device) // RUN
         chosen = (run % every == phase).to(g.dtype)
@@ -265,6 +228,7 @@ def reference(g: Tensor, x: Tensor, kind: str, every: int = 1, phase: int = 0) -
 
 
 def _configs(*rows: tuple[int, int, int, int, int, int]) -> tuple[Config, ...]:
+    """Candidates: rows, columns and positions of a tile, whether it is transposed, warps, stages."""
     names = ("BM", "BN", "BK", "TRANSPOSE")
     return tuple(
         Config({**dict(zip(names, sizes, strict=True)), "GROUP": 8}, warps, stages) for *sizes, warps, stages in rows
@@ -285,62 +249,3 @@ CONFIGS = {
     "tf32": _configs((64, 64, 32, 0, 4, 3), (128, 64, 32, 0, 8, 3)),
     "ieee": _configs((64, 64, 16, 0, 4, 3), (64, 64, 16, 0, 8, 3), (64, 128, 16, 0, 8, 3)),
 }
-
-_PRODUCT = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA", 120: "HMMA"}
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_LINEARS = ((4096, 768, 768), (4096, 3072, 768), (8192, 4096, 4096), (8192, 14336, 4096), (8192, 28672, 8192))
-
-
-_KINDS = ("full", "factored")
-
-
-def works(arch: int) -> list[Work]:
-    """What to compile for an architecture: N, O, I of a 150M, an 8B and a 70B model's layers."""
-    found = [_work(arch, shape, torch.bfloat16, kind) for kind in _KINDS for shape in _LINEARS]
-    found += [_work(arch, shape, torch.bfloat16, "full", every=4) for shape in _LINEARS[3:]]
-    found += [_work(arch, _LINEARS[1], torch.float16, kind) for kind in _KINDS]
-    return found + [_work(arch, _LINEARS[1], torch.float32, kind, p) for kind in _KINDS for p in ("ieee", "tf32")]
-
-
-def _work(
-    arch: int, shape: tuple[int, int, int], dtype: torch.dtype, kind: str, precision: str = "ieee", every: int = 1
-) -> Work:
-    (positions, outputs, inputs), size, name = shape, dtype.itemsize, _TYPES[dtype]
-    full, tensor_cores = kind == "full", dtype != torch.float32 or precision == "tf32"
-    squares = "tf32" if dtype == torch.float16 else precision
-    written = outputs * inputs * size + 4 * (outputs * inputs if full else outputs + inputs)
-    scalars = ("positions", "outputs", "inputs", "g_stride", "x_stride", "phase")
-    row = shape_class(outputs, inputs, dtype, precision, every)
-    noted = [name, "tf32" * (precision == "tf32"), f"every {every}" * (every > 1)]
-
-    def tiles(config: Config) -> tuple[int, int]:
-        return triton.cdiv(outputs, config.constants["BM"]), triton.cdiv(inputs, config.constants["BN"])
-
-    def bytes_moved(config: Config) -> int:
-        down, across = tiles(config)
-        return positions * size * (outputs * across + inputs * down) + written
-
-    # In units of bfloat16 products, which take half of the time of TF32's.
-    of_operands = 2 if dtype == torch.float32 else 1
-    of_squares = full * (2 if squares == "tf32" else 1) / every
-    flops = round(2 * math.prod(shape) * (of_operands + of_squares))
-    return Work(
-        kernel=f"curvature/{kind}",
-        shape=f"{positions}x{outputs}x{inputs} {' '.join(filter(None, noted))}",
-        fn=curvature_kernel,
-        signature={
-            **dict.fromkeys(("g", "x", "gradient"), f"*{name}"),
-            "curvature": "*fp32",
-            **dict.fromkeys(scalars, "i32"),
-        },
-        constants={"FULL": full, "EVERY": every, "PRECISION": precision, "SQUARES": squares, "RUN": RUN},
-        configs=CONFIGS[row],
-        programs=lambda config: math.prod(tiles(config)),
-        bytes=bytes_moved,
-        minimum_bytes=positions * size * (outputs + inputs) + written,
-        tensor_flops={"bf16": flops} if tensor_cores else {},
-        iterations=lambda config: triton.cdiv(positions, config.constants["BK"]),
-        requires={arch: (_PRODUCT[arch], "LDGSTS")} if tensor_cores else {},
-        aligned=scalars[1:],
-        shape_class=row,
-    )

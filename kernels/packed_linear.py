@@ -23,22 +23,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from lotion_fx.kernels.pack import Packed, unpack
-from lotion_fx.kernels.smooth import on_device
-from lotion_fx.kernels.targets import TARGETS, target_of
-from lotion_fx.kernels.tuning import launchable, options
-from lotion_fx.kernels.work import Config, Work
+from lotion_fx.kernels.config import Config
+from lotion_fx.kernels.device import on_device, target_of
+from lotion_fx.kernels.packed import FEW, Packed, check, product, step_of, unpack
+from lotion_fx.kernels.targets import TARGETS
+from lotion_fx.kernels.tiles import count
+from lotion_fx.kernels.tuning import launchable
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.grids import Integer, Minifloat
 from lotion_fx.numerics.scales import PowerOfTwo
 
-__all__ = ["launch", "packed_linear", "works"]
+__all__ = ["launch", "packed_linear"]
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding
@@ -68,6 +68,7 @@ def fields(word, T: tl.constexpr, LANES: tl.constexpr, BITS: tl.constexpr, MANTI
 
 @triton.jit
 def as_float(bits, T: tl.constexpr):
+    """The ``T``s whose bits lie in the low bits of integers."""
     return bits.to(tl.uint16 if T.primitive_bitwidth == 16 else tl.uint32).to(T, bitcast=True)
 
 
@@ -105,18 +106,10 @@ def decoded_scale(stored, T: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.cons
 
 @triton.jit
 def scaled_levels(
-    byte,
-    stored,
-    T: tl.constexpr,
-    LEVEL_BITS: tl.constexpr,
-    LEVEL_MANTISSA: tl.constexpr,
-    LEVEL_EXPONENT: tl.constexpr,
-    SCALE_BITS: tl.constexpr,
-    SCALE_MANTISSA: tl.constexpr,
-    SCALE_EXPONENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    byte, stored, T: tl.constexpr, LEVEL_BITS: tl.constexpr, LEVEL_MANTISSA: tl.constexpr, LEVEL_EXPONENT: tl.constexpr,
+    SCALE_BITS: tl.constexpr, SCALE_MANTISSA: tl.constexpr, SCALE_EXPONENT: tl.constexpr, BLOCK: tl.constexpr,
     BK: tl.constexpr,
-):
+):  # fmt: skip
     """Levels times their blocks' scales [BN, BK], from codes and from stored scales [BN, BK/BLOCK]."""
     level = levels(byte, T, LEVEL_BITS, LEVEL_MANTISSA, BK)
     if LEVEL_EXPONENT:
@@ -133,34 +126,16 @@ def scaled_levels(
 CHUNK = tl.constexpr(1024)  # what a split sum is split into; a multiple of any tile and block
 
 
+# `chunks`: of K that one program adds up.
 @triton.jit
 def packed_linear_kernel(
-    x,
-    codes,
-    scales,
-    tensor_scale,
-    row_scales,
-    bias,
-    y,
-    M,
-    N,
-    K,
-    code_width,
-    scale_width,
-    chunks,  # of K that one program adds up
-    LEVEL_BITS: tl.constexpr,
-    LEVEL_MANTISSA: tl.constexpr,
-    LEVEL_EXPONENT: tl.constexpr,
-    SCALE_BITS: tl.constexpr,
-    SCALE_MANTISSA: tl.constexpr,
-    SCALE_EXPONENT: tl.constexpr,
-    SUM_EXPONENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PLACE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
+    x, codes, scales, tensor_scale, row_scales, bias, y,
+    M, N, K, code_width, scale_width, chunks,
+    LEVEL_BITS: tl.constexpr, LEVEL_MANTISSA: tl.constexpr, LEVEL_EXPONENT: tl.constexpr,
+    SCALE_BITS: tl.constexpr, SCALE_MANTISSA: tl.constexpr, SCALE_EXPONENT: tl.constexpr,
+    SUM_EXPONENT: tl.constexpr, BLOCK: tl.constexpr, PLACE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     T: tl.constexpr = x.dtype.element_ty
     PER_BYTE: tl.constexpr = 2 if LEVEL_BITS <= 4 else 1
     # Consecutive programs take a square of tiles, whose operands stay in the second-level cache.
@@ -185,18 +160,8 @@ def packed_linear_kernel(
             b = start // BLOCK + tl.arange(0, BK // BLOCK)
             stored = tl.load(scale_rows[:, None] + b[None], mask=in_n[:, None] & (b < scale_width)[None], other=0)
             weight = scaled_levels(
-                code,
-                stored,
-                T,
-                LEVEL_BITS,
-                LEVEL_MANTISSA,
-                LEVEL_EXPONENT,
-                SCALE_BITS,
-                SCALE_MANTISSA,
-                SCALE_EXPONENT,
-                BLOCK,
-                BK,
-            )
+                code, stored, T, LEVEL_BITS, LEVEL_MANTISSA, LEVEL_EXPONENT, SCALE_BITS, SCALE_MANTISSA, SCALE_EXPONENT,
+                BLOCK, BK)  # fmt: skip
         else:
             weight = levels(code, T, LEVEL_BITS, LEVEL_MANTISSA, BK)
             if LEVEL_EXPONENT:
@@ -298,19 +263,8 @@ def constants(fmt: Format, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ reference
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product in float32 (float64 for float64 activations), rounded once."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
-
-
 # ------------------------------------------------------------------------------------------------------------ launching
 
-# Rows of x up to which a step is a decoding one: the height of a tensor core's tile.
-FEW = 16
 _DECODE = (Config({"BM": 16, "BN": 32, "BK": 128}, 2, 4), Config({"BM": 16, "BN": 64, "BK": 128}, 4, 4))
 _PREFILL = (Config({"BM": 64, "BN": 128, "BK": 64}, 4, 3), Config({"BM": 64, "BN": 128, "BK": 128}, 4, 2))
 # Where products read their operands from shared memory and not from registers, a tile can be larger before it spills.
@@ -344,7 +298,7 @@ def candidates(where: Mapping[str, Any], rows: int, arch: int) -> tuple[Config, 
 def classified(where: Mapping[str, Any], rows: int) -> tuple[str, str]:
     """The names of the kernel and of the shape's class in the tuning table."""
     block = where["BLOCK"] if where["PLACE"] == "block" else ""
-    return f"packed_linear/{where['PLACE']}{block}x{where['LEVEL_BITS']}", "decode" if rows <= FEW else "prefill"
+    return f"packed_linear/{where['PLACE']}{block}x{where['LEVEL_BITS']}", step_of(rows)
 
 
 def launch(
@@ -374,11 +328,9 @@ def launch(
         return y.new_empty((rows, outputs), dtype=dtype)
     where = constants(fmt, x.dtype)
     arch = target_of(x.device).arch if x.is_cuda else min(TARGETS)
-    kernel, chosen = packed_linear_kernel, options(config or candidates(where, rows, arch)[0])
-    if config is None:
-        names, tried = classified(where, rows), candidates(where, rows, arch)
-        kernel, chosen = launchable(kernel, *names, arch, tried, key=("M", "N", "K"))
-    wrap_triton(kernel)[lambda meta: (tiles(rows, outputs, meta), parts)](
+    names, tried = classified(where, rows), candidates(where, rows, arch)
+    kernel, chosen = launchable(packed_linear_kernel, *names, arch, tried, config=config, key=("M", "N", "K"))
+    wrap_triton(kernel)[lambda meta: (count(rows, outputs, meta), parts)](
         x.contiguous(),
         codes,
         scales,
@@ -411,34 +363,6 @@ def chunks_of(rows: int, outputs: int, features: int) -> int:
     return triton.cdiv(chunks, max(split, 1))
 
 
-def tiles(rows: int, outputs: int, constants: Mapping[str, Any]) -> int:
-    return triton.cdiv(rows, constants["BM"]) * triton.cdiv(outputs, constants["BN"])
-
-
-def check(
-    features: int, codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, bias: Tensor | None, fmt: Format
-) -> None:
-    """Raises `ValueError` where a packed weight has not the shapes and dtypes of ``features`` inputs in its format."""
-    width = -(-features // 2) if fmt.grid.bits <= 4 else features
-    if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] != width:
-        raise ValueError(
-            f"codes: got {codes.dtype} {list(codes.shape)}, expected torch.uint8 [outputs, {width}] for {features} "
-            f"inputs in {fmt.name}"
-        )
-    blocks = -(-features // fmt.block) if isinstance(fmt.block, int) else 1
-    shape = [1] if fmt.block == "tensor" else [codes.shape[0], blocks]
-    stored = torch.uint8 if hasattr(fmt.law, "type") else torch.float32
-    if scales.dtype != stored or list(scales.shape) != shape:
-        raise ValueError(
-            f"scales: got {scales.dtype} {list(scales.shape)}, expected {stored} {shape} for {features} inputs "
-            f"in {fmt.name}"
-        )
-    if (tensor_scale is not None) != fmt.law.two_level:
-        raise ValueError(f"tensor_scale={tensor_scale!r}: {fmt.name} has {'one' if fmt.law.two_level else 'none'}")
-    if bias is not None and bias.shape != codes.shape[:1]:
-        raise ValueError(f"bias: got {list(bias.shape)}, expected [{codes.shape[0]}]")
-
-
 @triton_op("lotion_fx::packed_linear", mutates_args=())
 def packed_linear(
     x: Tensor, codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, bias: Tensor | None, fmt: str
@@ -467,70 +391,3 @@ def packed_linear(
     with on_device(x.device):
         y = launch(x.reshape(-1, x.shape[-1]), codes, scales, tensor_scale, bias, format)
     return y.reshape(*x.shape[:-1], codes.shape[0])
-
-
-# --------------------------------------------------------------------------------------------------- what is compiled
-
-# Outputs and inputs of layers of a 150M, an 8B and a 70B model.
-SHAPES = ((3072, 768), (768, 3072), (14336, 4096), (1024, 4096), (4096, 14336), (28672, 8192), (8192, 28672))
-ROWS = (1, FEW, 4096)
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-
-
-def works(arch: int) -> list[Work]:
-    """What is compiled and audited for an architecture: one row, 16 and 4096 rows of ``x``."""
-    listed = [("nvfp4", torch.bfloat16, shape) for shape in SHAPES]
-    others = (("nvfp4", torch.float16), ("mxfp4", torch.bfloat16), ("int4", torch.bfloat16), ("int8", torch.bfloat16))
-    listed += [(*other, (14336, 4096)) for other in others]
-    return [work(resolve(name), dtype, rows, *shape, arch) for name, dtype, shape in listed for rows in ROWS]
-
-
-def work(
-    fmt: Format, dtype: torch.dtype, rows: int, outputs: int, features: int, arch: int, *, row_scales: bool = False
-) -> Work:
-    """The kernel on one shape, whose numbers of inputs and outputs are multiples of 16 and of the block."""
-    where = constants(fmt, dtype)
-    kernel, shape_class = classified(where, rows)
-    width = features // 2 if fmt.grid.bits <= 4 else features
-    blocks = features // fmt.block if isinstance(fmt.block, int) else 1
-    absent = {"bias": None, **({} if fmt.law.two_level else {"tensor_scale": None})}
-    absent |= {} if row_scales else {"row_scales": None}
-    from_shared = arch in FROM_SHARED and rows > FEW
-    added = chunks_of(rows, outputs, features) * CHUNK.value
-    parts = triton.cdiv(features, added)
-
-    def moved(config: Config) -> int:
-        across, down = triton.cdiv(outputs, config.constants["BN"]), triton.cdiv(rows, config.constants["BM"])
-        # A tile within a block reads the block's scale anew, and each part of a split sum a channel's.
-        again = {"weight": blocks, "block": triton.cdiv(features, config.constants["BK"]), "sum": parts}
-        scales = outputs * again[where["PLACE"]] * fmt.law.bits // 8
-        once = rows * outputs * (dtype.itemsize if parts == 1 else 4 * parts)
-        once += 4 * parts * across * (down * fmt.law.two_level + rows * row_scales)
-        return down * (outputs * width + scales) + across * rows * features * dtype.itemsize + once
-
-    weight = outputs * (width + blocks * fmt.law.bits // 8) + 4 * fmt.law.two_level
-    return Work(
-        kernel=kernel,
-        shape=f"{rows}x{outputs}x{features} {TYPES[dtype][1:]} {fmt.name}{' W4A4' if row_scales else ''}",
-        fn=packed_linear_kernel,
-        signature={
-            name: kind
-            for name, kind in {
-                **{"x": TYPES[dtype], "codes": "*u8", "scales": "*u8" if fmt.law.bits == 8 else "*fp32"},
-                **{"tensor_scale": "*fp32", "row_scales": "*fp32"},
-                **{"y": TYPES[dtype] if parts == 1 else "*fp32"},
-                **dict.fromkeys(("M", "N", "K", "code_width", "scale_width", "chunks"), "i32"),
-            }.items()
-            if name not in absent
-        },
-        constants={**where, **absent},
-        configs=candidates(where, rows, arch),
-        programs=lambda config: parts * tiles(rows, outputs, config.constants),
-        bytes=moved,
-        minimum_bytes=weight + rows * (features + outputs) * dtype.itemsize + 4 * rows * row_scales,
-        tensor_flops={"bf16": 2 * rows * outputs * features},
-        iterations=lambda config: triton.cdiv(min(added, features), config.constants["BK"]),
-        requires={arch: ("LDGSTS", ("HGMMA" if arch == 90 else "UTCHMMA") if from_shared else "HMMA")},
-        aligned=("N", "K", "code_width", *(("scale_width",) if blocks % 16 == 0 else ())),
-        shape_class=shape_class,
-    )

@@ -22,20 +22,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from lotion_fx.kernels.device_code import TWO_LEVEL, block_scale, encode, encode_scale, nearest, specialized, template
+from lotion_fx.kernels import packed_linear
+from lotion_fx.kernels.config import Config
+from lotion_fx.kernels.device import on_device, target_of
+from lotion_fx.kernels.device_code import TWO_LEVEL, block_scale, encode_scale, specialized, template
 from lotion_fx.kernels.division import inverse, quotient
-from lotion_fx.kernels.pack import E2M1_PAIRS, Packed, unpack
-from lotion_fx.kernels.packed_linear import FEW, SHAPES, TYPES, check, launch, product, tiles
-from lotion_fx.kernels.packed_linear import work as packed_work
-from lotion_fx.kernels.smooth import on_device
-from lotion_fx.kernels.targets import TARGETS, Target, target_of
-from lotion_fx.kernels.tiles import absmax
-from lotion_fx.kernels.tuning import launchable, options
-from lotion_fx.kernels.work import Config, Work
+from lotion_fx.kernels.e2m1 import nearest_pair
+from lotion_fx.kernels.packed import Packed, check, product, step_of, unpack
+from lotion_fx.kernels.targets import TARGETS, Target
+from lotion_fx.kernels.tiles import absmax, count
+from lotion_fx.kernels.tuning import launchable
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.rounding import to_blocks
 
-__all__ = ["quantize_rows", "scaled_linear", "scaled_product", "works"]
+__all__ = ["quantize_rows", "scaled_linear", "scaled_product"]
 
 
 def supported(fmt: Format) -> Format:
@@ -84,13 +84,7 @@ def quantize_rows_kernel(
     s = s * ts if TWO_LEVEL else s
     one_over_p, m, r, t = inverse(s)
     even, odd = tl.split(tl.reshape(quotient(w, one_over_p, m, r, t), (SIZE // 2, 2)))
-    if E2M1_CVT:
-        pair = tl.inline_asm_elementwise(
-            E2M1_PAIRS, "=r,r,r,r,r,r,r,r,r", [even, odd], dtype=tl.uint8, is_pure=True, pack=4
-        )
-    else:
-        pair = encode(nearest(even)) | (encode(nearest(odd)) << 4)
-    tl.store(codes + row * width + byte, pair, mask=byte < width)
+    tl.store(codes + row * width + byte, nearest_pair(even, odd, E2M1_CVT), mask=byte < width)
 
 
 def row_scales(x: Tensor, fmt: Format) -> Tensor:
@@ -145,9 +139,8 @@ def launch_rows(
     scales = x.new_empty((rows, -(-features // int(fmt.block))), dtype=torch.uint8)
     of_rows = row_scales(x, fmt)
     if x.numel():
-        kernel, chosen = specialized(quantize_rows_kernel, fmt), options(config or _ROWS[0])
-        if config is None:
-            kernel, chosen = launchable(kernel, "scaled_linear/rows", fmt.name, target.arch, _ROWS, key=("K",))
+        names, kernel = ("scaled_linear/rows", fmt.name), specialized(quantize_rows_kernel, fmt)
+        kernel, chosen = launchable(kernel, *names, target.arch, ROW_CONFIGS, config=config, key=("K",))
         wrap_triton(kernel)[lambda meta: (rows, triton.cdiv(features, meta["SIZE"]))](
             x.contiguous(),
             of_rows,
@@ -164,6 +157,7 @@ def launch_rows(
 
 
 def _target(x: Tensor) -> Target:
+    """The target of a tensor's device; in the interpreter, on a CPU, the oldest."""
     return target_of(x.device) if x.is_cuda else TARGETS[min(TARGETS)]
 
 
@@ -226,7 +220,7 @@ def block_scaled(target: Target) -> bool:
 
 
 # The first of each is launched where the tuning table has none.
-_ROWS = (Config({"SIZE": 1024}, 4, 1), Config({"SIZE": 2048}, 4, 1))
+ROW_CONFIGS = (Config({"SIZE": 1024}, 4, 1), Config({"SIZE": 2048}, 4, 1))
 # ``tcgen05.mma`` takes tiles of 128 rows; smaller ones, and Triton decodes them.
 _TCGEN05 = (
     Config({"BM": 128, "BN": 128, "BK": 256}, 4, 3),
@@ -247,7 +241,7 @@ def candidates(target: Target) -> tuple[Config, ...]:
 
 def classified(fmt: Format, rows: int) -> tuple[str, str]:
     """The names of the kernel and of the shape's class in the tuning table."""
-    return f"scaled_linear/product_{fmt.block}", "decode" if rows <= FEW else "prefill"
+    return f"scaled_linear/product_{fmt.block}", step_of(rows)
 
 
 @triton_op("lotion_fx::scaled_product", mutates_args=())
@@ -290,7 +284,7 @@ def scaled_product(
         if block_scaled(target_of(x_codes.device)):
             return launch_product(x_codes, x_scales, row_scales, *packed, dtype)
         x = decoded_rows(x_codes, x_scales, format)
-        return launch(x, *packed, row_scales=row_scales, dtype=dtype)
+        return packed_linear.launch(x, *packed, row_scales=row_scales, dtype=dtype)
 
 
 def decoded_rows(codes: Tensor, scales: Tensor, fmt: Format) -> Tensor:
@@ -321,11 +315,11 @@ def launch_product(
     target = target_of(x_codes.device) if x_codes.is_cuda else TARGETS[120]
     y = x_codes.new_empty((rows, outputs), dtype=dtype)
     if y.numel():
-        kernel, chosen = scaled_product_kernel, options(config or candidates(target)[0])
-        if config is None:
-            names = classified(fmt, rows)
-            kernel, chosen = launchable(kernel, *names, target.arch, candidates(target), key=("M", "N", "width"))
-        wrap_triton(kernel)[lambda meta: (tiles(rows, outputs, meta),)](
+        names, key = classified(fmt, rows), ("M", "N", "width")
+        kernel, chosen = launchable(
+            scaled_product_kernel, *names, target.arch, candidates(target), config=config, key=key
+        )
+        wrap_triton(kernel)[lambda meta: (count(rows, outputs, meta),)](
             x_codes,
             x_scales,
             row_scales,
@@ -352,81 +346,3 @@ def scaled_linear(
     rows = quantize_rows(x.reshape(-1, x.shape[-1]), fmt)
     y = scaled_product(*rows, codes, scales, tensor_scale, bias, fmt, x.dtype)
     return y.reshape(*x.shape[:-1], codes.shape[0])
-
-
-# --------------------------------------------------------------------------------------------------- what is compiled
-
-
-def works(arch: int) -> list[Work]:
-    """What is compiled and audited for an architecture: 16 and 4096 rows of ``x``."""
-    target = TARGETS[arch]
-    listed = [("nvfp4", rows, shape) for shape in SHAPES for rows in (FEW, 4096)]
-    listed += [("mxfp4", rows, (14336, 4096)) for rows in (FEW, 4096)]
-    inputs = sorted({(name, rows, features) for name, rows, (_, features) in listed})
-    rounding = [rows_work(resolve(name), rows, features, target) for name, rows, features in inputs]
-    if block_scaled(target):
-        return rounding + [product_work(resolve(name), rows, *shape, target) for name, rows, shape in listed]
-    return rounding + [
-        packed_work(resolve(name), torch.bfloat16, rows, *shape, arch, row_scales=True) for name, rows, shape in listed
-    ]
-
-
-def rows_work(fmt: Format, rows: int, features: int, target: Target) -> Work:
-    block = int(fmt.block)
-
-    def pieces(config: Config) -> int:
-        return triton.cdiv(features, config.constants["SIZE"])
-
-    moved = rows * (2 * features + features // 2 + features // block)
-    return Work(
-        kernel="scaled_linear/rows",
-        shape=f"{rows}x{features} bf16 {fmt.name}",
-        fn=specialized(quantize_rows_kernel, fmt),
-        signature={
-            **{"x": "*bf16", "row_scales": "*fp32", "codes": "*u8", "scales": "*u8"},
-            **dict.fromkeys(("K", "width", "blocks"), "i32"),
-        },
-        constants={"BLOCK": block, "E2M1_CVT": target.supports("e2m1")},
-        configs=_ROWS,
-        programs=lambda config: rows * pieces(config),
-        bytes=lambda config: moved + 4 * rows * pieces(config),
-        minimum_bytes=moved + 4 * rows,
-        requires=dict.fromkeys((100, 103, 120), ("F2FP.SATFINITE.E2M1",)),
-        aligned=("K", "width"),
-        shape_class=fmt.name,
-    )
-
-
-def product_work(fmt: Format, rows: int, outputs: int, features: int, target: Target) -> Work:
-    kernel, shape_class = classified(fmt, rows)
-    width, blocks = features // 2, features // int(fmt.block)
-    two_level = fmt.law.two_level
-
-    def moved(config: Config) -> int:
-        across, down = triton.cdiv(outputs, config.constants["BN"]), triton.cdiv(rows, config.constants["BM"])
-        scales = 4 * (across * rows + two_level * across * down)
-        return (width + blocks) * (across * rows + down * outputs) + scales + 2 * rows * outputs
-
-    return Work(
-        kernel=kernel,
-        shape=f"{rows}x{outputs}x{features} bf16 {fmt.name}",
-        fn=scaled_product_kernel,
-        signature={
-            **{"x_codes": "*u8", "x_scales": "*u8", "row_scales": "*fp32", "codes": "*u8", "scales": "*u8"},
-            **({"tensor_scale": "*fp32"} if two_level else {}),
-            **{"y": TYPES[torch.bfloat16], **dict.fromkeys(("M", "N", "width", "blocks"), "i32")},
-        },
-        constants={
-            **{"BLOCK": fmt.block, "E4M3": two_level, "bias": None},
-            **({} if two_level else {"tensor_scale": None}),
-        },
-        configs=candidates(target),
-        programs=lambda config: tiles(rows, outputs, config.constants),
-        bytes=moved,
-        minimum_bytes=(width + blocks) * (rows + outputs) + 4 * (rows + two_level) + 2 * rows * outputs,
-        tensor_flops={"fp4": 2 * rows * outputs * features},
-        iterations=lambda config: triton.cdiv(features, config.constants["BK"]),
-        requires={target.arch: ("LDGSTS", "UTCOMMA" if target.supports("tcgen05") else "OMMA")},
-        aligned=("N", "width", *(("blocks",) if blocks % 16 == 0 else ())),
-        shape_class=shape_class,
-    )

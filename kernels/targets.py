@@ -16,8 +16,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 # What a feature is called here -> the PTX that it stands for.
 FEATURES = {
     "cp.async": "cp.async.cg.shared.global: copies to shared memory that pass no register",
@@ -247,9 +245,3 @@ def nearest(arch: int) -> Target:
     target = TARGETS[max(older, default=min(TARGETS))]
     warnings.warn(f"sm_{arch} is no known target; its kernels are chosen as for {target.name}", stacklevel=2)
     return target
-
-
-def target_of(device: torch.device) -> Target:
-    """The target nearest to a CUDA device; see `nearest`."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return nearest(10 * major + minor)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import triton
 import triton.language as tl
+
+
+def count(rows: int, columns: int, sizes: Mapping[str, int]) -> int:
+    """How many tiles of ``sizes["BM"]`` rows and ``sizes["BN"]`` columns a matrix has."""
+    return triton.cdiv(rows, sizes["BM"]) * triton.cdiv(columns, sizes["BN"])
 
 
 @triton.jit

@@ -3,13 +3,12 @@
 `choose` reads that table, so a default run is deterministic and compiles nothing but what it launches. On a device,
 with ``LOTION_FX_AUTOTUNE=1`` in the environment, `launchable` times the table's best few and keeps the fastest.
 
-``lotion-fx kernels --tune`` writes the table: by kernel, shape class and architecture, the candidates from the best to
-the worst, with what their machine code showed and the time predicted from it. The first one is the choice.
+``lotion-fx kernels --tune`` writes the table: by kernel, shape class and architecture, the best few candidates, the
+first of which is the choice. What the machine code of all candidates showed is in ``tests/compiled/evidence.json``.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,27 +18,27 @@ from typing import Any
 
 import triton
 
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.targets import nearest
-from lotion_fx.kernels.work import Config
 
 TABLE = files("lotion_fx.kernels") / "tuning.json"
-TOP = 3  # how many candidates a device times
+TOP = 3  # how many candidates the table has, and a device times
 
 
 @cache
 def table() -> Mapping[str, Any]:
-    """The checked-in table: kernel -> shape class -> ``"sm_80"`` -> candidates, the best first."""
+    """The checked-in table: kernel -> shape class -> ``"sm_80"`` -> `Config.options`, the best first."""
     return json.loads(TABLE.read_text())
 
 
-def choose(kernel: str, shape_class: str, arch: int, configs: Sequence[Config] | None = None) -> Config:
+def choose(kernel: str, shape_class: str, arch: int, configs: Sequence[Config]) -> Config:
     """The config that a kernel runs with on an architecture.
 
     Args:
         kernel: its name, ``"smooth/rtn"``: a module of `lotion_fx.kernels`, and what of it.
         shape_class: the kind of shape, as the module names them.
         arch: compute capability, 80 for ``sm_80``; one without a target takes the nearest.
-        configs: the candidates, by default the module's ``CONFIGS``.
+        configs: the candidates.
 
     Returns:
         The table's choice, or the first candidate where the table has none.
@@ -47,19 +46,15 @@ def choose(kernel: str, shape_class: str, arch: int, configs: Sequence[Config] |
     return ranked(kernel, shape_class, arch, configs)[0]
 
 
-def ranked(kernel: str, shape_class: str, arch: int, configs: Sequence[Config] | None = None) -> tuple[Config, ...]:
-    """The table's candidates that compile, from the best to the worst; all in their order where it has none."""
-    if tuned := _tuned(kernel, shape_class, arch):
-        return tuned
-    if configs is None:
-        configs = importlib.import_module(f"lotion_fx.kernels.{kernel.split('/')[0]}").CONFIGS
-    return tuple(configs)
+def ranked(kernel: str, shape_class: str, arch: int, configs: Sequence[Config]) -> tuple[Config, ...]:
+    """The table's candidates, from the best to the worst; all of ``configs`` in their order where it has none."""
+    return _tuned(kernel, shape_class, arch) or tuple(configs)
 
 
 @cache
 def _tuned(kernel: str, shape_class: str, arch: int) -> tuple[Config, ...]:
-    entries = table().get(kernel, {}).get(shape_class, {}).get(nearest(arch).name, ())
-    return tuple(Config(**entry["config"]) for entry in entries if "refused" not in entry)
+    """What the table has for a kernel, a class and an architecture; empty where it has nothing."""
+    return tuple(map(Config.of, table().get(kernel, {}).get(shape_class, {}).get(nearest(arch).name, ())))
 
 
 def forget() -> None:
@@ -73,30 +68,27 @@ def launchable(
     kernel: str,
     shape_class: str,
     arch: int,
-    configs: Sequence[Config] | None = None,
+    configs: Sequence[Config],
     *,
+    config: Config | None = None,
     key: Sequence[str] = (),
     writes: Sequence[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
     """What to launch, and the arguments that its config adds:
 
-        fn, options = launchable(_kernel, "smooth/rtn", "rows", arch)
+        fn, options = launchable(_kernel, "smooth/rtn", "rows", arch, CONFIGS)
         wrap_triton(fn)[lambda meta: (cdiv(rows, meta["ROWS"]),)](w, out, rows, **options)
 
     Args:
         fn: the ``triton.jit`` function.
         kernel, shape_class, arch, configs: as for `choose`.
+        config: taken as it is, instead of the table's choice.
         key: names of integer arguments; autotuning times anew when one of them changes.
         writes: names of tensors that the kernel reads and overwrites; autotuning restores them after each run.
     """
-    if os.environ.get("LOTION_FX_AUTOTUNE") == "1":
+    if config is None and os.environ.get("LOTION_FX_AUTOTUNE") == "1":
         return _autotuned(fn, ranked(kernel, shape_class, arch, configs), tuple(key), tuple(writes)), {}
-    return fn, options(choose(kernel, shape_class, arch, configs))
-
-
-def options(config: Config) -> dict[str, Any]:
-    """A config as keyword arguments of a launch."""
-    return {**config.constants, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    return fn, (config or choose(kernel, shape_class, arch, configs)).options
 
 
 # By the kernel and the values of its configs, which are not hashable.
@@ -107,7 +99,7 @@ def _autotuned(
     fn: Any, configs: Sequence[Config], key: tuple[str, ...], writes: tuple[str, ...]
 ) -> triton.runtime.Autotuner:
     """The kernel, made to time the best few of ranked configs and keep the fastest; one for all its launches."""
-    values = tuple(tuple(sorted(options(config).items())) for config in configs)
+    values = tuple(tuple(sorted(config.options.items())) for config in configs)
     if (fn, values, key, writes) not in _autotuners:
         choices = [
             triton.Config(dict(config.constants), num_warps=config.num_warps, num_stages=config.num_stages)

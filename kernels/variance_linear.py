@@ -20,7 +20,6 @@ Source: LOTION, Kwun et al. 2025, arXiv 2510.08757, section 3, for the variance;
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,12 +30,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from lotion_fx.kernels.blocks import in_grid_units, third_level
+from lotion_fx.kernels.config import Config
+from lotion_fx.kernels.device import on_device
 from lotion_fx.kernels.device_code import (
-    HAS_THIRD,
     TWO_LEVEL,
-    above,
-    below,
-    block_scale,
     clamp,
     neighbours,
     specialized,
@@ -44,13 +42,10 @@ from lotion_fx.kernels.device_code import (
     tensor_scale,
     variance,
 )
-from lotion_fx.kernels.division import inverse, quotient
 from lotion_fx.kernels.operands import operand, precisions, square
-from lotion_fx.kernels.smooth import arch_of, on_device
-from lotion_fx.kernels.tiles import absmax, load, place, store
-from lotion_fx.kernels.tuning import launchable, options
+from lotion_fx.kernels.tiles import absmax, count, load, place, store
+from lotion_fx.kernels.tuning import launchable
 from lotion_fx.kernels.view import amaxes
-from lotion_fx.kernels.work import Config, Work
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.noise import RANDOMIZED, NoiseLaw, resolve_noise
@@ -59,18 +54,28 @@ from lotion_fx.numerics.noise import RANDOMIZED, NoiseLaw, resolve_noise
 @template
 def variance_of(w, amax, amax_tensor):
     """``sigma^2`` of weights whose blocks have the absmax ``amax``, which broadcasts; two levels need the tensor's."""
-    if TWO_LEVEL:
-        ts = tensor_scale(amax_tensor)
-        s = block_scale(amax, ts) * ts
-    else:
-        s = block_scale(amax, amax)
-    one_over_p, m, r, t = inverse(s)
-    z = clamp(quotient(w, one_over_p, m, r, t))
+    z, _, s = in_grid_units(w, amax, tensor_scale(amax_tensor) if TWO_LEVEL else amax)
+    z = clamp(z)
     lo, hi = neighbours(z)
-    third = lo
-    if HAS_THIRD:
-        third = tl.where(z - lo < hi - z, below(lo), above(hi))
-    return variance(z, lo, hi, third)[0] * s * s
+    return variance(z, lo, hi, third_level(z, lo, hi))[0] * s * s
+
+
+@triton.jit
+def _begin(positions, outputs, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """This program's tile: its row and column among all, offsets in it and along the contraction, both sums at zero."""
+    row, column = place(tl.cdiv(positions, BM), tl.cdiv(outputs, BN), GROUP)
+    m, n, k = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], tl.arange(0, BK)
+    return row, column, m, n, k, tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+
+
+@triton.jit
+def _load_input(x, u, row, m, first, k, x_stride, u_stride, positions, inputs, RANDOM: tl.constexpr):
+    """Tiles [BM, BK] of the input's mean and variance; where it is not RANDOM the latter is not read."""
+    tile_x = load(x, row, m, first + k[None, :], x_stride, positions, inputs)
+    tile_u = tile_x
+    if RANDOM:
+        tile_u = load(u, row, m, first + k[None, :], u_stride, positions, inputs)
+    return tile_x, tile_u
 
 
 @triton.jit
@@ -88,33 +93,12 @@ def _add(tile_x, tile_w, s, tile_u, sum_y, sum_v, RANDOM: tl.constexpr, PRECISIO
 
 @template
 def variance_linear_kernel(
-    x,
-    u,
-    w,
-    bias,
-    amax,
-    y,
-    v,
-    positions,
-    outputs,
-    inputs,
-    x_stride,
-    u_stride,
-    w_stride,
-    BLOCK: tl.constexpr,
-    AMAX: tl.constexpr,
-    RANDOM: tl.constexpr,
-    BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SQUARES: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    row, column = place(tl.cdiv(positions, BM), tl.cdiv(outputs, BN), GROUP)
-    m, n, k = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], tl.arange(0, BK)
-    sum_y, sum_v = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    x, u, w, bias, amax, y, v,
+    positions, outputs, inputs, x_stride, u_stride, w_stride,
+    BLOCK: tl.constexpr, AMAX: tl.constexpr, RANDOM: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    SQUARES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row, column, m, n, k, sum_y, sum_v = _begin(positions, outputs, BM, BN, BK, GROUP)
     SIZE: tl.constexpr = BK if BLOCK == 0 else BLOCK
     given = 0.0
     if AMAX == "tensor":
@@ -122,10 +106,7 @@ def variance_linear_kernel(
     elif AMAX == "channel":
         given = tl.load(amax + column * BN + n, mask=column * BN + n < outputs, other=0.0)[None, :, :]
     for first in range(0, inputs, BK):
-        tile_x = load(x, row * BM, m, first + k[None, :], x_stride, positions, inputs)
-        tile_u = tile_x
-        if RANDOM:
-            tile_u = load(u, row * BM, m, first + k[None, :], u_stride, positions, inputs)
+        tile_x, tile_u = _load_input(x, u, row * BM, m, first, k, x_stride, u_stride, positions, inputs, RANDOM)
         tile_w = load(w, column * BN, n, first + k[:, None], w_stride, outputs, inputs)
         blocks = tl.reshape(tile_w.to(tl.float32), (BK // SIZE, SIZE, BN))
         # The reduction also keeps this arithmetic in a layout in which each weight is held by one thread.
@@ -140,37 +121,14 @@ def variance_linear_kernel(
 
 @triton.jit
 def variance_given_kernel(
-    x,
-    u,
-    w,
-    bias,
-    variances,
-    y,
-    v,
-    positions,
-    outputs,
-    inputs,
-    x_stride,
-    u_stride,
-    w_stride,
-    s_stride,
-    RANDOM: tl.constexpr,
-    BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SQUARES: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    row, column = place(tl.cdiv(positions, BM), tl.cdiv(outputs, BN), GROUP)
-    m, n, k = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], tl.arange(0, BK)
-    sum_y, sum_v = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    x, u, w, bias, variances, y, v,
+    positions, outputs, inputs, x_stride, u_stride, w_stride, s_stride,
+    RANDOM: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, SQUARES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row, column, m, n, k, sum_y, sum_v = _begin(positions, outputs, BM, BN, BK, GROUP)
     for first in range(0, inputs, BK):
-        tile_x = load(x, row * BM, m, first + k[None, :], x_stride, positions, inputs)
-        tile_u = tile_x
-        if RANDOM:
-            tile_u = load(u, row * BM, m, first + k[None, :], u_stride, positions, inputs)
+        tile_x, tile_u = _load_input(x, u, row * BM, m, first, k, x_stride, u_stride, positions, inputs, RANDOM)
         tile_w = load(w, column * BN, n, first + k[:, None], w_stride, outputs, inputs).to(tile_x.dtype)
         s = load(variances, column * BN, n, first + k[:, None], s_stride, outputs, inputs)
         s = operand(s.to(tl.float32), tile_x.dtype, SQUARES)
@@ -180,6 +138,7 @@ def variance_given_kernel(
 
 @triton.jit
 def _finish(sum_y, sum_v, bias, y, v, row, column, m, n, positions, outputs, BIAS: tl.constexpr):
+    """Adds the bias, and writes a tile of both outputs."""
     if BIAS:
         sum_y += tl.load(bias + column + n, mask=column + n < outputs, other=0.0).to(tl.float32)
     store(y, row, m, column + n, positions, outputs, sum_y)
@@ -228,7 +187,7 @@ def launch(
     """
     amax = amaxes(weight, fmt, -1) if amax is None else amax.to(torch.float32)
     kernel, of_weight = specialized(variance_linear_kernel, fmt, law), weight if amax is None else amax
-    _run(kernel, "registers", (x, weight, bias, u), of_weight, y, v, (), _format_constants(fmt), **how)
+    _run(kernel, "registers", (x, weight, bias, u), of_weight, y, v, (), format_constants(fmt), **how)
 
 
 def launch_given(
@@ -245,7 +204,8 @@ def launch_given(
     _run(variance_given_kernel, "given", (x, weight, bias, u), variances, y, v, (variances.stride(0),), {}, **how)
 
 
-def _format_constants(fmt: Format) -> dict[str, Any]:
+def format_constants(fmt: Format) -> dict[str, Any]:
+    """What decides where a kernel's absmaxes come from: the block, 0 for a longer one, and what is given of others."""
     if isinstance(fmt.block, int):
         return {"BLOCK": fmt.block, "AMAX": "tensor" if fmt.law.two_level else "none"}
     return {"BLOCK": 0, "AMAX": fmt.block}
@@ -265,17 +225,15 @@ def _run(
     config: Config | None = None,
     wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> None:
+    """Launches one of the two kernels; ``of_weight`` and ``strides`` are what it alone takes."""
     x, weight, bias, u = layer
     (positions, inputs), outputs = x.shape, len(weight)
     precision, squares = precisions(x.dtype)
-    if config is None:
-        row = shape_class(positions, x.dtype, u is not None)
-        key = ("positions", "outputs", "inputs")
-        kernel, tile = launchable(kernel, f"variance_linear/{which}", row, arch, CONFIGS[which][row], key=key)
-    else:
-        tile = options(config)
+    row, key = shape_class(positions, x.dtype, u is not None), ("positions", "outputs", "inputs")
+    choices = f"variance_linear/{which}", row, arch, CONFIGS[which][row]
+    kernel, tile = launchable(kernel, *choices, config=config, key=key)
     # An argument that is not read is given a tensor that is there.
-    wrap(kernel)[lambda meta: (triton.cdiv(positions, meta["BM"]) * triton.cdiv(outputs, meta["BN"]),)](
+    wrap(kernel)[lambda meta: (count(positions, outputs, meta),)](
         x,
         x if u is None else u,
         weight,
@@ -336,8 +294,8 @@ def variance_linear(
         return variance_linear_given(x, weight, variances, bias, u)
     x, weight, u = (_rows(t) for t in (x, weight, u))
     y, v = x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))
-    with on_device(x.device):
-        launch(x, weight, y, v, form, law, bias, u, amax=amax, arch=arch_of(x.device), wrap=wrap_triton)
+    with on_device(x.device) as arch:
+        launch(x, weight, y, v, form, law, bias, u, amax=amax, arch=arch, wrap=wrap_triton)
     return y, v
 
 
@@ -362,16 +320,18 @@ def variance_linear_given(
         return reference(x, weight, variances, bias, u)
     x, weight, variances, u = (_rows(t) for t in (x, weight, variances, u))
     y, v = x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))
-    with on_device(x.device):
-        launch_given(x, weight, variances, y, v, bias, u, arch=arch_of(x.device), wrap=wrap_triton)
+    with on_device(x.device) as arch:
+        launch_given(x, weight, variances, y, v, bias, u, arch=arch, wrap=wrap_triton)
     return y, v
 
 
 def _rows(t: Tensor | None) -> Any:
+    """The tensor with its last dimension contiguous, as the kernels read it."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
 def _check(x: Tensor, weight: Tensor, variances: Tensor | None, bias: Tensor | None, u: Tensor | None) -> None:
+    """Raises what `variance_linear` says."""
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}: expected [N, I] and [O, I]; flatten leading "
@@ -400,6 +360,7 @@ def reference(
 
 
 def _configs(*rows: tuple[int, int, int, int, int]) -> tuple[Config, ...]:
+    """Candidates: positions, outputs and inputs of a tile, warps, stages."""
     return tuple(
         Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, warps, stages) for bm, bn, bk, warps, stages in rows
     )
@@ -419,84 +380,3 @@ CONFIGS = {
         "float32": _configs((64, 64, 16, 8, 3), (64, 64, 16, 4, 3)),
     },
 }
-
-_LAYERS = ((768, 768), (3072, 768), (4096, 4096), (14336, 4096), (28672, 8192))  # O, I of 150M, 8B and 70B models
-_PRODUCT = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA", 120: "HMMA"}
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def works(arch: int) -> list[Work]:
-    """What to compile for an architecture: variances in registers for few positions, and read for a training step's."""
-    few = [_work(arch, (FEW, *layer), "nvfp4") for layer in _LAYERS]
-    few += [_work(arch, (FEW, *_LAYERS[3]), fmt) for fmt in ("mxfp4", "int4", "int8", "nf4")]
-    many = [_work(arch, (8192, *layer), None) for layer in _LAYERS]
-    # For comparison with the one above it: what the choice of FEW rests on.
-    many += [_work(arch, (8192, *_LAYERS[3]), "nvfp4")]
-    random = [
-        _work(arch, (positions, *_LAYERS[3]), fmt, random=True) for positions, fmt in ((FEW, "nvfp4"), (8192, None))
-    ]
-    others = [_work(arch, (4096, *_LAYERS[1]), None, dtype) for dtype in (torch.float16, torch.float32)]
-    return [*few, *many, *random, *others]
-
-
-def _work(
-    arch: int,
-    shape: tuple[int, int, int],
-    fmt: str | None,
-    dtype: torch.dtype = torch.bfloat16,
-    random: bool = False,
-    bias: bool = False,
-) -> Work:
-    """One shape N, O, I, all operands of one dtype; variances are read where there is no format."""
-    (positions, outputs, inputs), name, size = shape, _TYPES[dtype], dtype.itemsize
-    scalars: tuple[str, ...] = ("positions", "outputs", "inputs", "x_stride", "u_stride", "w_stride")
-    constants: dict[str, Any] = {"RANDOM": random, "BIAS": bias, "PRECISION": "ieee"}
-    constants["SQUARES"] = "tf32" if dtype == torch.float16 else "ieee"
-    if fmt is None:
-        which, fn, of_weight, amax = "given", variance_given_kernel, "variances", "none"
-        variance_size = 2 if dtype == torch.bfloat16 else 4
-        of_weight_type = "*bf16" if dtype == torch.bfloat16 else "*fp32"
-        scalars += ("s_stride",)
-    else:
-        which, fn, of_weight = "registers", specialized(variance_linear_kernel, resolve(fmt)), "amax"
-        variance_size = 0
-        constants |= _format_constants(resolve(fmt))
-        amax = constants["AMAX"]
-        of_weight_type = f"*{name}" if amax == "none" else "*fp32"
-
-    def bytes_moved(config: Config) -> int:
-        down, across = _tiles(shape, config)
-        of_positions = positions * inputs * size * (1 + random)
-        of_amax = {"none": 0, "tensor": 4 * across, "channel": 4 * outputs}[amax]
-        of_outputs = outputs * inputs * (size + variance_size) + outputs * size * bias + of_amax
-        return of_positions * across + of_outputs * down + 2 * positions * outputs * size
-
-    whole = Config({"BM": positions, "BN": outputs})
-    return Work(
-        kernel=f"variance_linear/{which}",
-        shape=f"{positions}x{outputs}x{inputs} {name}{f' {fmt}' if fmt else ''}{' random input' if random else ''}",
-        fn=fn,
-        signature={
-            **dict.fromkeys(("x", "u", "w", "bias"), f"*{name}"),
-            of_weight: of_weight_type,
-            **dict.fromkeys(("y", "v"), f"*{name}"),
-            **dict.fromkeys(scalars, "i32"),
-        },
-        constants=constants,
-        configs=CONFIGS[which][shape_class(positions, dtype, random)],
-        programs=lambda config: math.prod(_tiles(shape, config)),
-        bytes=bytes_moved,
-        minimum_bytes=bytes_moved(whole),
-        # The product of squares beside float16 is one in TF32, at half the rate; IEEE float32 takes no tensor core.
-        tensor_flops={}
-        if dtype == torch.float32
-        else {"bf16": 2 * math.prod(shape) * (1 + (1 + random) * (1 + (dtype == torch.float16)))},
-        iterations=lambda config: triton.cdiv(inputs, config.constants["BK"]),
-        requires={} if dtype == torch.float32 else {arch: (_PRODUCT[arch], "LDGSTS")},
-        aligned=scalars[1:],
-        shape_class=shape_class(positions, dtype, random),
-    )
-
-
-def _tiles(shape: tuple[int, int, int], config: Config) -> tuple[int, int]:
-    return triton.cdiv(shape[0], config.constants["BM"]), triton.cdiv(shape[1], config.constants["BN"])

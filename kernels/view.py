@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lotion_fx.kernels.work import Config
+from lotion_fx.kernels.config import Config
 from lotion_fx.numerics.formats import Format
 
 LONGEST = 1024  # elements of a block of a format that a tile can hold
@@ -64,16 +64,17 @@ class View:
 
     @property
     def pieces(self) -> int:
-        """Along ``length``; the last may be short."""
+        """How many pieces there are along ``length``; the last may be short."""
         return -(-self.length // self.block)
 
     @property
     def count(self) -> int:
+        """How many pieces there are, all columns ``inner`` as one."""
         return self.outer * self.pieces
 
     @property
     def scales(self) -> int:
-        """Blocks that are longer than a tile."""
+        """How many scales there are of blocks that are longer than a tile."""
         return 1 if self.shared else self.outer * self.inner
 
     @property
@@ -88,12 +89,12 @@ class View:
 
     @property
     def pad(self) -> int:
-        """Of a tile along a piece; even, for `pack` puts two codes into a byte."""
+        """A tile's elements along a piece; even, for `pack` puts two codes into a byte."""
         return max(2, triton.next_power_of_2(self.block))
 
     @property
     def columns(self) -> int:
-        """Of a tile: elements that lie side by side, each in a block of its own."""
+        """A tile's elements that lie side by side, each in a block of its own."""
         return min(triton.next_power_of_2(self.inner), max(1, 2048 // self.pad))
 
     @property
@@ -121,23 +122,23 @@ class View:
 
     @property
     def arguments(self) -> dict[str, int]:
-        """Of a kernel."""
+        """The integers by which a kernel finds its way: sizes of the weight and of a factored curvature, by name."""
         sizes = {"count": self.count, "pieces": self.pieces, "length": self.length, "inner": self.inner}
         return {**sizes, "line": self.line, "rows": max(self.rows, 1), "cols": max(self.cols, 1)}
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Of a kernel."""
+        """The ``tl.constexpr`` arguments of a kernel that the view decides: the tile's shape, scales, curvature."""
         tile = {"BLOCK": self.block, "PAD": self.pad, "INNER": self.columns, "FLAT": self.flat}
         return {**tile, "SHARED": self.shared, "FACTORED": self.factored}
 
     def programs(self, meta: Mapping[str, int]) -> int:
-        """Of up to ``meta["TILES"]`` tiles of ``meta["SIZE"]`` elements each."""
+        """How many programs there are, each of up to ``meta["TILES"]`` tiles of ``meta["SIZE"]`` elements."""
         rows, tiles = self._tiles(meta["SIZE"])
         return rows * triton.cdiv(tiles, meta["TILES"])
 
     def tiles(self, meta: Mapping[str, int]) -> int:
-        """Of a program, on average, rounded."""
+        """How many tiles a program has, on average, rounded."""
         rows, tiles = self._tiles(meta["SIZE"])
         return round(rows * tiles / self.programs(meta))
 

@@ -30,7 +30,7 @@ def sample_first(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         tally = smoothing.tally
-        tally.turn_began()
+        tally.step_of_forwards_began()
         if model.training and torch.is_grad_enabled():
             tally.runs_in(private.active_data_parallel_group())
             tally.forget_skipped_step()
@@ -79,7 +79,7 @@ def _sample(smoothing: Smoothing, call: Callable[..., Any], args: Any, kwargs: A
 def _generator(tally: Tally, device: torch.device) -> torch.Generator:
     """Fresh labels in each step and on each rank, the same ones in a run resumed under the same seed."""
     rank = dist.get_rank(tally.group) if tally.group is not None else 0
-    return torch.Generator(device).manual_seed(hash((torch.initial_seed(), tally.turn, rank)))
+    return torch.Generator(device).manual_seed(hash((torch.initial_seed(), tally.step_of_forwards, rank)))
 
 
 @contextlib.contextmanager

@@ -97,9 +97,9 @@ class Tally:
         group: DistributedDataParallel's process group.
         last_loss_count: T of the last step, over all ranks.
         clip2: moving average of the squared clipping factor, as Adam averages squared gradients.
-        turn: steps as forwards see them: a new one begins with the first forward after an optimizer's step.
+        step_of_forwards: the step that forwards are part of, which begins with the first after an optimizer's step.
         is_closed: whether an optimizer stepped since the last forward.
-        last_pass: the turn of the last curvature pass of ``"ggn"``.
+        last_pass: the step, so counted, of the last curvature pass of ``"ggn"``.
         sampling: whether that pass is under way.
         draws: labels that it drew.
     """
@@ -121,7 +121,7 @@ class Tally:
     group: Any = None
     last_loss_count: Tensor | None = None
     clip2: Tensor | None = None
-    turn: int = 0
+    step_of_forwards: int = 0
     is_closed: bool = False
     last_pass: int | None = None
     sampling: bool = False
@@ -146,11 +146,11 @@ class Tally:
     @property
     def resting(self) -> bool:
         """Whether the step under way has had no curvature pass."""
-        return self.settings.samples_labels and self.last_pass != self.turn
+        return self.settings.samples_labels and self.last_pass != self.step_of_forwards
 
     @property
     def pass_is_due(self) -> bool:
-        return self.resting and self.turn % self.settings.refresh == 0
+        return self.resting and self.step_of_forwards % self.settings.refresh == 0
 
     @property
     def needs_loss_count(self) -> bool:
@@ -178,9 +178,9 @@ class Tally:
 
     # -------------------------------------------------------------------------------------------------- forward passes
 
-    def turn_began(self) -> None:
-        """A forward comes, the first of a turn where an optimizer stepped since the last."""
-        self.turn, self.is_closed = self.turn + self.is_closed, False
+    def step_of_forwards_began(self) -> None:
+        """A forward comes, the first of a step where an optimizer stepped since the last."""
+        self.step_of_forwards, self.is_closed = self.step_of_forwards + self.is_closed, False
 
     def forward_began(self) -> None:
         self.counted_in_graph = False
@@ -227,10 +227,10 @@ class Tally:
 
     @contextlib.contextmanager
     def curvature_pass(self) -> Iterator[None]:
-        """Inside, forwards carry probes; at the end this turn has had its pass."""
+        """Inside, forwards carry probes; at the end this step has had its pass."""
         with self.switched(sampling=True):
             yield
-        self.last_pass = self.turn
+        self.last_pass = self.step_of_forwards
 
     def drew(self, labels: int) -> None:
         """The curvature pass drew so many labels."""
@@ -314,7 +314,7 @@ class Tally:
             "terms": self.last_loss_count,
             "clip2": self.clip2,
             "calibrated": self.calibrated,
-            "turn": self.turn + self.is_closed,
+            "turn": self.step_of_forwards + self.is_closed,
             "noise": self.settings.noise.name,
         }
 
@@ -322,7 +322,7 @@ class Tally:
         """Stands where `saved` was called."""
         self.steps, self.finishing, self.finish_term = saved["steps"], saved["finishing"], saved["finish_term"]
         self.last_loss_count, self.clip2, self.calibrated = saved["terms"], saved["clip2"], saved["calibrated"]
-        self.turn, self.is_closed, self.last_pass = saved["turn"], False, None
+        self.step_of_forwards, self.is_closed, self.last_pass = saved["turn"], False, None
         self.loss_count = None  # of a step under way, as the probes that are dropped with it
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from lotion_fx.passes.attach.probe import HEADER, Code, Header
 from lotion_fx.shards import group_of, local_of, sample, shared_amax, span_of
 from lotion_fx.state import Smoothing, Weight
-from lotion_fx.update import FISHER, HELD, MOMENT, VECTOR, Spec, stored, update
+from lotion_fx.update import FISHER, KEPT, MOMENT, VECTOR, Spec, stored, update
 
 _PROVISIONAL = (None, Code.UNREACHED, Code.UNRESOLVED)  # another graph may yet show more
 Pairs = Sequence[tuple[Weight, Tensor]]  # each with the parameter that the optimizer steps
@@ -262,7 +262,7 @@ class Step:
         if not local.numel():
             return None
         (layout, span), given = stored(weight, parameter), [] if vector is None else [vector]
-        source = VECTOR if given else HELD if known.code in (None, Code.ANALYTIC) else FISHER
+        source = VECTOR if given else KEPT if known.code in (None, Code.ANALYTIC) else FISHER
         state = known.ema
         if self.settings.reads_moment:
             moment = self.optimizer.state.get(parameter, {}).get("exp_avg_sq")

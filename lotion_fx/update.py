@@ -29,7 +29,7 @@ from lotion_fx.state import Weight
 
 CHUNK = 16  # weights in one compiled update at most, which bounds the time to compile it
 
-VECTOR, FISHER, MOMENT, HELD = "vector", "fisher", "moment", "held"  # where an update takes its curvature from
+VECTOR, FISHER, MOMENT, KEPT = "vector", "fisher", "moment", "kept"  # where an update takes its curvature from
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Spec:
 
     Args:
         source: ``"vector"`` (a payload is given), ``"fisher"`` (from the gradient), ``"moment"`` (exp_avg_sq is given),
-            ``"held"`` (the state as it is).
+            ``"kept"`` (the state as it is).
         quantizer: whose noise's variance is the term's.
         layout: of the whole weight.
         span: [start, stop) of its dimension 0 on this rank.
@@ -62,8 +62,8 @@ class Spec:
         known, decay, quantizer = weight.curvature.spec, weight.smoothing.settings.decay, weight.quantizer
         key = (source, quantizer, layout, span, decay, tensors)
         if known is None or known[0] != key:
-            fmt, axis, arch, (held, grad) = quantizer.format, quantizer.axis, lower.arch_of(args[0].device), args[:2]
-            kernel = arch is not None and grad.is_contiguous() and lower.prefers_kernel("term", held, fmt, axis, arch)
+            fmt, axis, arch, (local, grad) = quantizer.format, quantizer.axis, lower.arch_of(args[0].device), args[:2]
+            kernel = arch is not None and grad.is_contiguous() and lower.prefers_kernel("term", local, fmt, axis, arch)
             spec = Spec(source, quantizer, layout, span, decay, tensors, kernel)
             known = weight.curvature.spec = key, _specs.setdefault(key, spec)
         return known[1]
@@ -119,7 +119,7 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
     h = moved = None
     if spec.source == MOMENT:
         h = given.pop(0).float() * grad_factor
-    elif spec.source == HELD:
+    elif spec.source == KEPT:
         moved = state
     else:
         if spec.source == VECTOR:
@@ -182,8 +182,8 @@ def update(inner: str, work: Sequence[tuple[Spec, list[Tensor]]]) -> None:
     for count, kinds in by_count.items():
         for start in range(0, len(kinds), CHUNK):
             for specs in _known_groups(inner, tuple(kinds[start : start + CHUNK])):
-                for turn in range(count):
-                    flat = [tensor for spec in specs for tensor in alike[spec][turn]]
+                for layer in range(count):
+                    flat = [tensor for spec in specs for tensor in alike[spec][layer]]
                     if (inner, specs) not in _compiled:
                         _compiled[inner, specs] = compiling.compile_function(_many(specs), flat, inner)
                     _compiled[inner, specs](*flat)

@@ -105,3 +105,55 @@ def test_rooms_are_small(name: str) -> None:
     assert source.count("\n") <= LIMITS["file"]
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert not {node.name: lines_of(node) for node in functions if lines_of(node) > LIMITS["function"]}
+
+
+# -------------------------------------------------------------------------------------------------- the owner of state
+
+
+def assigned(tree: ast.AST) -> list[ast.Attribute]:
+    """The attributes that a piece of code sets."""
+    found = []
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+            found += [leaf for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Attribute)]
+    return [leaf for leaf in found if isinstance(leaf.ctx, ast.Store)]
+
+
+def written_elsewhere(source: str) -> list[str]:
+    """What a source sets of a `Tally` or a `Gathered`."""
+    owners = [(ast.unparse(leaf), ast.unparse(leaf.value).split(".")[-1]) for leaf in assigned(ast.parse(source))]
+    return [text for text, owner in owners if owner in ("tally", "gathered")]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_where_a_step_stands_is_written_by_one_module(name: str) -> None:
+    assert name == "lotion_fx.tally" or not written_elsewhere(MODULES[name].read_text())
+
+
+def test_a_write_from_outside_is_seen() -> None:
+    assert written_elsewhere("def f(weight):\n    weight.gathered.probe = None") == ["weight.gathered.probe"]
+    assert written_elsewhere("a, smoothing.tally.loss_count = 1, 2") == ["smoothing.tally.loss_count"]
+
+
+def set_late(source: str) -> list[str]:
+    """Attributes that a class first sets outside of its constructor and its body."""
+    found = []
+    for each in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)):
+        methods = {node.name: node for node in each.body if isinstance(node, ast.FunctionDef)}
+        declared = {node.target.id for node in each.body if isinstance(node, ast.AnnAssign)}
+        declared |= {leaf.attr for leaf in assigned(methods["__init__"])} if "__init__" in methods else set()
+        for name, method in methods.items():
+            late = [leaf.attr for leaf in assigned(method) if ast.unparse(leaf.value) == "self"]
+            found += [f"{each.name}.{attribute} in {name}" for attribute in late if attribute not in declared]
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if floor_of(name) == 3))
+def test_no_attribute_is_first_set_outside_of_a_constructor(name: str) -> None:
+    assert not set_late(MODULES[name].read_text())
+
+
+def test_an_attribute_that_is_set_late_is_seen() -> None:
+    source = "class A:\n    x: int = 0\n    def f(self):\n        self.x, self.y = 1, 2"
+    assert set_late(source) == ["A.y in f"]

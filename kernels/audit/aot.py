@@ -8,17 +8,19 @@ run.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import networkx as nx
 import triton
@@ -28,8 +30,10 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
+from lotion_fx.kernels.audit.kept import Kept
+from lotion_fx.kernels.audit.work import Work
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.targets import TARGETS
-from lotion_fx.kernels.work import Config, Work
 
 # Prefixes of the SASS names that tell how a kernel was lowered: matrix products, asynchronous and tensor-map copies,
 # matrix and tensor memory, conversions and transcendentals, atomics.
@@ -136,29 +140,74 @@ def audit(work: Work, config: Config, arch: int) -> Evidence:
         Refused: an instruction or type is missing, or a multiprocessor cannot hold one program. It names which.
     """
     with _quiet():
-        found = _audited(*_arguments(work, config, arch))
+        found = _audited(_compilation(work, config, arch))
     if isinstance(found, str):
         raise Refused(f"{work.kernel} [{describe(config)}] for sm_{arch}: {found}")
     return replace(found, vector128=_wide_share(found, max(1, work.iterations(config))))
 
 
-def compile_all(kernels: Iterable[tuple[Work, Config, int]]) -> None:
+def _as_they_come(results: Iterable[Any], total: int) -> Iterable[Any]:
+    return results
+
+
+def compile_all(
+    kernels: Iterable[tuple[Work, Config, int]],
+    kept: Kept | None = None,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = _as_they_come,
+) -> None:
     """Compiles kernels on all processors at once, each distinct one once, for `audit` to find.
 
     Args:
         kernels: each with a config and an architecture.
+        kept: where what was found stays from process to process; by default nowhere.
+        progress: passes on what it is given as it comes, told how many there will be.
     """
-    distinct = dict.fromkeys(_arguments(*kernel) for kernel in kernels)
+    distinct = dict.fromkeys(_compilation(*kernel) for kernel in kernels)
     with _quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in [pool.submit(_audited, *arguments) for arguments in distinct]:
+        pending = [pool.submit(_audited, each, kept) for each in distinct]
+        for done in progress(as_completed(pending), len(pending)):
             done.result()
 
 
-def _arguments(work: Work, config: Config, arch: int) -> tuple[Any, ...]:
-    """All that decides what is compiled, as `_audited` takes it."""
+class Compilation(NamedTuple):
+    """All that decides what is compiled; see `Work` and `Config`."""
+
+    fn: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    warps: int
+    stages: int
+    arch: int
+
+    def source(self) -> ASTSource:
+        """What Triton compiles."""
+        names, constants, signature = self.fn.arg_names, dict(self.constants), dict(self.signature)
+        types = {name: "constexpr" if name in constants else signature[name] for name in names}
+        sixteen = [i for i, name in enumerate(names) if types[name].startswith("*") or name in self.aligned]
+        return ASTSource(
+            fn=self.fn,
+            signature=types,
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={(i,): [["tt.divisibility", 16]] for i in sixteen},
+        )
+
+    def key(self) -> str:
+        """A hash of the kernel's source, of all else here, of the compilers and of the code that reads their output."""
+        parts = (self.source().hash(), self.warps, self.stages, self.arch, *_versions(self.arch))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@cache
+def _versions(arch: int) -> tuple[str, ...]:
+    reader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return triton.__version__, get_ptxas(arch).version, reader
+
+
+def _compilation(work: Work, config: Config, arch: int) -> Compilation:
     constants = {**work.constants, **config.constants}
     types = tuple(work.signature.items()), tuple(constants.items()), work.aligned
-    return work.fn, *types, config.num_warps, config.num_stages, arch
+    return Compilation(work.fn, *types, config.num_warps, config.num_stages, arch)
 
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:
@@ -172,48 +221,42 @@ def describe(config: Config) -> str:
     return f"{sizes} warps={config.num_warps} stages={config.num_stages}".strip()
 
 
-@cache
-def _audited(
-    fn: Any,
-    signature: tuple[tuple[str, str], ...],
-    constants: tuple[tuple[str, Any], ...],
-    aligned: tuple[str, ...],
-    warps: int,
-    stages: int,
-    arch: int,
-) -> Evidence | str:
-    """The evidence, or why there is none; shapes that differ in nothing here share one compilation."""
+_known: dict[Compilation, Evidence | str] = {}
+
+
+def _audited(compilation: Compilation, kept: Kept | None = None) -> Evidence | str:
+    """The evidence, or why there is none; shapes that differ in nothing of a compilation share it."""
+    if compilation not in _known:
+        key = compilation.key() if kept else ""
+        found = _restored(kept.read(key)) if kept else None
+        if found is None:
+            found = _made(compilation)
+            if kept:
+                kept.write(key, found if isinstance(found, str) else vars(found))
+        _known[compilation] = found
+    return _known[compilation]
+
+
+def _restored(found: Any) -> Evidence | str | None:
+    """What was kept, unless it is of other fields than those of `Evidence`."""
     try:
-        kernel = _compiled(fn, dict(signature), dict(constants), aligned, warps, stages, arch)
+        return Evidence(**found) if isinstance(found, dict) else found
+    except TypeError:
+        return None
+
+
+def _made(compilation: Compilation) -> Evidence | str:
+    try:
+        kernel = _compiled(compilation)
     except TritonError as error:
         return _missing(str(error))
-    return _evidence(kernel, arch)
+    return _evidence(kernel, compilation.arch)
 
 
-def _compiled(
-    fn: Any,
-    signature: Mapping[str, str],
-    constants: Mapping[str, Any],
-    aligned: tuple[str, ...],
-    warps: int,
-    stages: int,
-    arch: int,
-) -> Any:
-    names = fn.arg_names
-    types = {name: "constexpr" if name in constants else signature[name] for name in names}
-    sixteen = [i for i, name in enumerate(names) if types[name].startswith("*") or name in aligned]
-    source = ASTSource(
-        fn=fn,
-        signature=types,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in sixteen},
-    )
-    return triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        # Said outright, as Triton warns that its default will change.
-        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
-    )
+def _compiled(compilation: Compilation) -> Any:
+    # Said outright, as Triton warns that its default will change.
+    options = {"num_warps": compilation.warps, "num_stages": compilation.stages, "enable_fp_fusion": True}
+    return triton.compile(compilation.source(), target=GPUTarget("cuda", compilation.arch, 32), options=options)
 
 
 def _missing(message: str) -> str:

@@ -29,8 +29,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lotion_fx.kernels.audit.aot import Evidence, base, width
+from lotion_fx.kernels.audit.work import Work
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.targets import Target
-from lotion_fx.kernels.work import Config, Work
 
 ACHIEVABLE = 0.9  # of the memory's bandwidth
 LATENCY = 1.0  # of a loaded memory, us

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lotion_fx.kernels import tuning
-from lotion_fx.kernels.audit.aot import Refused, audit, compile_all
+from lotion_fx.kernels.audit.aot import Refused, audit
 from lotion_fx.kernels.audit.cost import predict
+from lotion_fx.kernels.audit.work import Work
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.targets import TARGETS
-from lotion_fx.kernels.work import Config, Work
+
+Entry = dict[str, Any]  # a candidate's `Config.options`, evidence and predicted times, or why it is refused
 
 
-def rank(works: Sequence[Work], arch: int) -> list[dict[str, Any]]:
+def rank(works: Sequence[Work], arch: int) -> list[Entry]:
     """The entries of one kernel, shape class and architecture, from the best to the worst.
 
     A config without spills comes before one with any, one with all the instructions that the kernel is for before one
@@ -50,12 +53,12 @@ def rank(works: Sequence[Work], arch: int) -> list[dict[str, Any]]:
 
 def _entry(works: Sequence[Work], config: Config, arch: int) -> dict[str, Any]:
     """What a config's machine code shows on each shape, or why it has none."""
-    entry: dict[str, Any] = {"config": asdict(config), "predicted_us": {}, "evidence": []}
+    entry: dict[str, Any] = {"config": config.options, "predicted_us": {}, "evidence": []}
     for work in works:
         try:
             evidence = audit(work, config, arch)
         except Refused as refused:
-            return {"config": asdict(config), "refused": str(refused)}
+            return {"config": config.options, "refused": str(refused)}
         prediction = predict(work, config, evidence, TARGETS[arch])
         entry["predicted_us"][work.shape] = round(prediction.us, 2)
         _record(entry["evidence"], {**evidence.summary(), "lost": evidence.lost(work.requires.get(arch, ()))})
@@ -71,24 +74,41 @@ def _record(evidence: list[dict[str, Any]], seen: dict[str, Any]) -> None:
     evidence.append(seen)
 
 
-def tune(works: Sequence[Work], arch: int) -> dict[str, Any]:
-    """The table's content with new entries of an architecture for some kernels; the others stay as they are.
+def ranked(works: Iterable[Work], arch: int) -> dict[str, dict[str, list[Entry]]]:
+    """The entries of some kernels by kernel and shape class, from the best to the worst.
 
     Args:
-        works: the kernels on all of their shapes; a class that is not among them is dropped.
+        works: the kernels on all of their shapes.
         arch: a key of `TARGETS`.
     """
-    compile_all((work, config, arch) for work in works for config in work.configs)
-    tuned = json.loads(json.dumps(dict(tuning.table())))
-    classes: dict[tuple[str, str], list[Work]] = {}
+    classes: dict[str, dict[str, list[Work]]] = {}
     for work in works:
-        classes.setdefault((work.kernel, work.shape_class), []).append(work)
-    for kernel in {work.kernel for work in works}:
-        for of_class in tuned.setdefault(kernel, {}).values():
+        classes.setdefault(work.kernel, {}).setdefault(work.shape_class, []).append(work)
+    return {kernel: {name: rank(of, arch) for name, of in by_class.items()} for kernel, by_class in classes.items()}
+
+
+def best(entries: Sequence[Entry]) -> list[dict[str, int]]:
+    """What the tuning table keeps of ranked entries: the first few that compile."""
+    return [entry["config"] for entry in entries if "refused" not in entry][: tuning.TOP]
+
+
+def update(path: Path, found: Mapping[str, Mapping[str, Sequence[Any]]], arch: int) -> None:
+    """Writes what was found for an architecture into a file; other kernels and architectures in it stay as they are.
+
+    Args:
+        path: of a JSON object kernel -> shape class -> ``"sm_80"`` -> entries; made where there is none.
+        found: entries of kernels with all of their classes; a class that is not among them is dropped.
+        arch: a key of `TARGETS`.
+    """
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    for kernel, classes in found.items():
+        of_kernel = kept.setdefault(kernel, {})
+        for of_class in of_kernel.values():
             of_class.pop(TARGETS[arch].name, None)
-    for (kernel, shape_class), group in classes.items():
-        tuned[kernel].setdefault(shape_class, {})[TARGETS[arch].name] = rank(group, arch)
-    return {kernel: {name: archs for name, archs in of.items() if archs} for kernel, of in tuned.items()}
+        for name, entries in classes.items():
+            of_kernel.setdefault(name, {})[TARGETS[arch].name] = list(entries)
+        kept[kernel] = {name: archs for name, archs in of_kernel.items() if archs}
+    path.write_text(written(kept) + "\n")
 
 
 def written(value: Any, indent: str = "") -> str:

@@ -28,8 +28,8 @@ from torch import Tensor, fx, nn
 import lotion_fx
 from lotion_fx import private, update
 from lotion_fx.compiling import compile_graph
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.emit.absent_cuda import absent_cuda
-from lotion_fx.kernels.work import Config
 from lotion_fx.passes.lower import lower
 from lotion_fx.private import (
     CustomGraphPass,

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+from lotion_fx.kernels.audit.work import Work
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.emit.absent_cuda import absent_cuda
 from lotion_fx.kernels.emit.emitted import Emitted, emitted
-from lotion_fx.kernels.work import Config, Work
 from lotion_fx.private import GridExpr, PyCodeCache, inductor_config
 
 

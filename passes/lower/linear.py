@@ -1,7 +1,6 @@
 """Fuse: a weight's gradient and the curvature that is made of the same two operands become one call.
 
-    mm(g^T, x)    mm((g^T)^2, x^2)                      lotion_fx::curvature_linear(g, x, "full")
-    mm(g^T, x)    sum((g^T)^2, 1)    sum(x^2, 0)        lotion_fx::curvature_linear(g, x, "factored")
+    mm(g^T, x)    mm((g^T)^2, x^2)        lotion_fx::curvature_linear(g, x)
 
 These are what the rule for ``mm`` in `passes.contraction` emits beside the gradient. The call reads g and x once.
 """
@@ -9,8 +8,7 @@ These are what the rule for ``mm`` in `passes.contraction` emits beside the grad
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +37,7 @@ def match_full_curvature(graph: fx.Graph, wanted: Callable[[fx.Node, fx.Node], b
         gradient = gradients.get(tuple(map(squared, h.args)))
         if gradient is None or not _fits(gradient) or not wanted(*_operands(gradient)):
             continue
-        made, curvature = _fuse(gradient, "full", [gradient, h])
+        made, curvature = _fuse(gradient, h)
         gradient.replace_all_uses_with(made)
         for user in list(h.users):
             if user.target in CASTS and user.meta["val"].dtype == torch.float32:
@@ -50,31 +48,6 @@ def match_full_curvature(graph: fx.Graph, wanted: Callable[[fx.Node, fx.Node], b
                 curvature = _like(h, graph.call_function(cast, (curvature, h.meta["val"].dtype)), h.meta["val"])
         h.replace_all_uses_with(curvature)
         del gradients[gradient.args]
-        fused += 1
-    _cleaned(graph)
-    return fused
-
-
-def match_factored_curvature(graph: fx.Graph) -> int:
-    """Fuses each gradient with the two sums of its factored curvature; see `match_full_curvature`."""
-    sums: dict[Any, list[fx.Node]] = defaultdict(list)
-    for node in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
-        dims: Any = node.args[1]
-        if len(node.args) == 2 and not node.kwargs and node.meta["val"].dtype == torch.float32:
-            sums[(squared(node.args[0]), *dims)].append(node)
-    fused = 0
-    for gradient in products(graph):
-        rows, columns = sums[gradient.args[0], 1], sums[gradient.args[1], 0]
-        if not rows or not columns or not _fits(gradient):
-            continue
-        parts = rows.pop(0), columns.pop(0)
-        made, curvature = _fuse(gradient, "factored", [gradient, *parts])
-        length = gradient.meta["val"].shape[0]
-        with graph.inserting_before(curvature.next):
-            for part, ends in zip(parts, ((0, length), (length, length + gradient.meta["val"].shape[1])), strict=True):
-                piece = graph.call_function(aten.slice.Tensor, (curvature, 0, *ends))
-                part.replace_all_uses_with(_like(part, piece, part.meta["val"]))
-        gradient.replace_all_uses_with(made)
         fused += 1
     _cleaned(graph)
     return fused
@@ -93,17 +66,16 @@ def _operands(gradient: fx.Node) -> tuple[fx.Node, fx.Node]:
     return g, gradient.all_input_nodes[-1]
 
 
-def _fuse(gradient: fx.Node, kind: str, replaced: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """The call's two outputs, placed before whatever it replaces."""
+def _fuse(gradient: fx.Node, h: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The call's two outputs, placed before both of the nodes that it replaces."""
     graph, value = gradient.graph, gradient.meta["val"]
     g, x = transposed(gradient.args[0]), gradient.args[1]
-    shape = value.shape if kind == "full" else (sum(value.shape),)
-    values = value, value.new_empty(shape, dtype=torch.float32)
-    with graph.inserting_before(min(replaced)):
-        call = graph.call_function(torch.ops.lotion_fx.curvature_linear.default, (g, x, kind))
+    values = value, value.new_empty(value.shape, dtype=torch.float32)
+    with graph.inserting_before(min(gradient, h)):
+        call = graph.call_function(torch.ops.lotion_fx.curvature_linear.default, (g, x))
         outputs = [graph.call_function(operator.getitem, (call, index)) for index in range(2)]
-    _like(replaced[-1], call, values)
-    first, second = (_like(replaced[-1], out, each) for out, each in zip(outputs, values, strict=True))
+    _like(h, call, values)
+    first, second = (_like(h, out, each) for out, each in zip(outputs, values, strict=True))
     return first, second
 
 

@@ -18,12 +18,13 @@ Graphs stay free of devices: the decision is made when a graph is compiled for o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
+from lotion_fx.kernels.device import arch_of as arch_of
+from lotion_fx.kernels.targets import nearest
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.passes.attach.attach import RR, STE, STE_SCALE, smooth, variance
 
@@ -49,8 +50,6 @@ class Cost:
 
     def microseconds(self, elements: int, arch: int) -> float:
         """The expected time on the nearest known target."""
-        from lotion_fx.kernels.targets import nearest
-
         target = nearest(arch)
         by_memory = self.bytes / (target.bandwidth * 1e3)
         by_issue = self.instructions / (target.multiprocessors * target.issue * 32 * target.clock * 1e3)
@@ -109,17 +108,6 @@ def _value(node: fx.Node) -> Tensor:
     return meta["example_value"] if "example_value" in meta else meta["val"]
 
 
-def arch_of(device: torch.device) -> int | None:
-    """The compute capability for which a device's graphs are lowered, 80 for sm_80.
-
-    None on a CPU, on AMD, without Triton, and before Ampere, for which no kernel was compiled.
-    """
-    if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor if major >= 8 else None
-
-
 def prefers_kernel(result: str, weight: Tensor, fmt: Format, axis: int, arch: int) -> bool:
     """Whether the kernel is expected to be faster than what Inductor makes of `lotion_fx.rounding`.
 
@@ -152,8 +140,6 @@ def prefers_fused_products(positions: int, outputs: int, inputs: int, dtype: tor
         dtype: of both; bfloat16 and float16 have tensor cores everywhere.
         arch: compute capability.
     """
-    from lotion_fx.kernels.targets import nearest
-
     target = nearest(arch)
     if dtype not in (torch.bfloat16, torch.float16):
         return False

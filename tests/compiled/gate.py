@@ -29,8 +29,10 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from lotion_fx.kernels.audit import table
 from lotion_fx.kernels.audit.aot import Refused, audit, compile_all, describe
+from lotion_fx.kernels.audit.work import Work
+from lotion_fx.kernels.audit.works import catalog
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.targets import TARGETS
-from lotion_fx.kernels.work import Config, Work
 
 BASELINE = Path(__file__).with_name("baseline.json")
 
@@ -143,7 +145,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--update", action="store_true", help="keep what was found as the baseline")
     update = parser.parse_args().update
-    kernels = [(work, table.choose(work, arch), arch) for arch in TARGETS for work in table.catalog(arch)]
+    kernels = [(work, table.choose(work, arch), arch) for arch in TARGETS for work in catalog(arch)]
     compile_all(kernels)
     baseline = load()
     if update:

@@ -4,9 +4,11 @@ import re
 
 import pytest
 
-from lotion_fx.kernels.adamw_smooth import CONFIGS, FACTORS, _work, works
+from lotion_fx.kernels.adamw_smooth import CONFIGS, FACTORS
 from lotion_fx.kernels.audit.aot import audit, width
-from lotion_fx.kernels.work import Work
+from lotion_fx.kernels.audit.models import MIDDLE
+from lotion_fx.kernels.audit.weight_works import adamw_smooth, adamw_works
+from lotion_fx.kernels.audit.work import Work
 
 ARCHS = [80, 120, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (86, 89, 90, 100, 103))]
 
@@ -16,7 +18,7 @@ ARCHS = [80, 120, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (86, 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4"])
 def test_all_weights_gradients_and_moments_move_by_128_bits(name: str, dtype: str, arch: int) -> None:
     config, size, two_level = CONFIGS[0], {"fp32": 4, "bf16": 2}[dtype], name == "nvfp4"
-    evidence = audit(_work("8B", name, dtype), config, arch)
+    evidence = audit(adamw_smooth(MIDDLE, name, dtype), config, arch)
     assert evidence.spills == evidence.local == 0
     assert evidence.vector128 >= 0.9
     once, loop = (
@@ -34,7 +36,7 @@ def test_all_weights_gradients_and_moments_move_by_128_bits(name: str, dtype: st
     assert sum(once.values()) == loads + two_level
 
 
-@pytest.mark.parametrize("work", works(80), ids=lambda work: work.shape)
+@pytest.mark.parametrize("work", adamw_works(80), ids=lambda work: work.shape)
 def test_the_tables_are_next_to_nothing_among_the_bytes(work: Work) -> None:
     """And the rest is what `torch._fused_adamw_` moves."""
     model, dtype, _ = work.shape.split()

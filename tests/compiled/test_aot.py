@@ -10,8 +10,8 @@ import triton.language as tl
 
 from lotion_fx.kernels.audit import aot
 from lotion_fx.kernels.audit.aot import Refused, audit, width
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.targets import TARGETS
-from lotion_fx.kernels.work import Config
 from tests.harness.samples import doubled, product
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from lotion_fx.kernels.audit.aot import Evidence
 from lotion_fx.kernels.audit.cost import ACHIEVABLE, CACHE, LATENCY, START, executed, predict, roofline
+from lotion_fx.kernels.audit.work import Work
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.targets import TARGETS
-from lotion_fx.kernels.work import Config, Work
 
 A100 = TARGETS[80]
 CONFIG = Config({}, 4, 1)

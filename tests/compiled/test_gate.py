@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from lotion_fx.kernels.audit import table
+from lotion_fx.kernels.audit.work import Work
+from lotion_fx.kernels.audit.works import catalog
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.targets import TARGETS
-from lotion_fx.kernels.work import Config, Work
 from tests.compiled import gate
 from tests.harness.samples import doubled, product
 
@@ -117,7 +119,7 @@ def test_other_versions_are_named_and_held_to_the_absolute_rules():
 def representative(arch: int) -> list[Work]:
     """One shape of each module's first kernel."""
     first: dict[str, Work] = {}
-    for work in table.catalog(arch):
+    for work in catalog(arch):
         first.setdefault(work.kernel.split("/")[0], work)
     return list(first.values())
 
@@ -138,4 +140,4 @@ def test_some_kernels_of_the_tree_pass(arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", TARGETS)
 def test_all_kernels_of_the_tree_pass(arch):
-    check(table.catalog(arch), arch)
+    check(catalog(arch), arch)

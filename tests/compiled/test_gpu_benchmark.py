@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lotion_fx.kernels.pack import unpack
+from lotion_fx.kernels.packed import unpack
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import resolve
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lotion_fx.kernels import smooth, tuning
-from lotion_fx.kernels.audit import aot
+from lotion_fx.kernels import tuning
+from lotion_fx.kernels.audit import aot, weight_works
+from lotion_fx.kernels.audit.models import SMALL
 from lotion_fx.kernels.emit.emitted import Emitted, compile_for, compile_kernels
 from lotion_fx.kernels.view import View
 from lotion_fx.numerics import rounding
@@ -52,7 +53,7 @@ def test_bytes_that_inductor_moves(fmt: str, axis: int) -> None:
     expected = inductor_cost("rtn", weight, resolve(fmt), axis).bytes
     assert found.bytes / ELEMENTS == pytest.approx(expected, rel=0.01)
     view = View.of(SHAPE, resolve(fmt), axis)
-    own = smooth.traffic(view, resolve(fmt), "rtn", "bf16")
+    own = weight_works.smooth_traffic(view, resolve(fmt), "rtn", "bf16")
     absmax_pass = 2 * ELEMENTS if resolve(fmt).law.two_level or not view.whole else 0
     assert (own + absmax_pass) / ELEMENTS == pytest.approx(
         kernel_cost("rtn", weight, resolve(fmt), axis).bytes, rel=0.01
@@ -76,7 +77,7 @@ def per_element(once: int, loop: int, iterations: int, warps: int, elements: int
 def test_instructions(result: str) -> None:
     """Of one thread for each element, static counts, int4 on sm_100: what the table says, to a quarter of it."""
     dtype = {"rtn": "bf16", "term": "fp32"}[result]
-    work = next(w for w in smooth.works(100) if w.kernel == f"smooth/{result}" and w.shape.endswith(f"{dtype} int4"))
+    work = weight_works.smooth(100, SMALL.up, -1, "int4", result, dtype)
     config = tuning.choose(work.kernel, work.shape_class, 100, work.configs)
     seen, tiles = aot.audit(work, config, 100), config.constants["TILES"]
     ours = per_element(

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from lotion_fx import cli
 from lotion_fx.kernels import tuning
-from lotion_fx.kernels.audit import table
+from lotion_fx.kernels.audit import aot, table
+from lotion_fx.kernels.targets import TARGETS
 from tests.harness.samples import doubled, product
 
 FIELDS = {
@@ -21,9 +22,9 @@ SAMPLES = [doubled(), product()]
 
 
 @pytest.fixture(autouse=True)
-def nothing_emitted(monkeypatch):
-    """Inductor's kernels, which take a minute, are tested beside their module."""
-    monkeypatch.setattr(table, "_emitted", lambda arch, pattern: [])
+def nothing_kept(monkeypatch, tmp_path):
+    """A cache of its own for each test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -64,17 +65,54 @@ def test_a_kernel_that_does_not_compile_has_a_row_that_says_why(monkeypatch):
     assert "type fp8e4nv not supported" in run("--arch", "sm_80").output
 
 
-def test_tune_writes_the_table(samples, monkeypatch, tmp_path):
-    written = tmp_path / "tuning.json"
+def test_by_default_there_are_two_architectures_and_nothing_that_inductor_emits(samples, monkeypatch):
+    asked = []
+    monkeypatch.setattr(table, "_emitted", lambda arch, pattern, kept: asked.append(arch) or [])
+    assert {row["arch"] for row in json.loads(run("--json", "--kernel", "doubled").output)} == {"sm_80", "sm_100"}
+    assert asked == []
+    found = json.loads(run("--json", "--kernel", "doubled", "--arch", "all", "--emitted").output)
+    assert [row["arch"] for row in found] == [target.name for target in TARGETS.values()]
+    assert asked == list(TARGETS)
+    assert run("--json", "--kernel", "emitted/*", "--arch", "sm_90").exit_code == 0
+    assert asked == [*TARGETS, 90]
+
+
+def test_the_second_time_nothing_is_compiled(samples, monkeypatch):
+    monkeypatch.setattr(aot, "_known", {})
+    first = run("--arch", "sm_80", "--json").output
+    monkeypatch.setattr(aot, "_known", {})
+    monkeypatch.setattr(aot, "_compiled", None)
+    assert run("--arch", "sm_80", "--json").output == first
+
+
+def test_a_bar_is_for_those_who_see_it(monkeypatch):
+    results = iter(range(3))
+    assert table._with_a_bar(results, 3) is results
+    monkeypatch.setattr(table.sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(table._with_a_bar(results, 3)) == [0, 1, 2]
+    monkeypatch.setitem(table.sys.modules, "tqdm", None)
+    assert table._with_a_bar(results, 3) is results
+
+
+def test_the_first_line_of_the_help_names_the_options_that_matter():
+    described = run("--help").output.strip().splitlines()[2]
+    assert "--kernel" in described and "--arch" in described
+
+
+def test_tune_writes_the_table_and_the_evidence(samples, monkeypatch, tmp_path):
+    written, evidence = tmp_path / "tuning.json", tmp_path / "evidence.json"
     written.write_text("{}")
     with monkeypatch.context() as patched:
         patched.setattr(tuning, "TABLE", written)
         tuning.forget()
-        result = run("--arch", "sm_80", "--kernel", "doubled", "--tune", "--json")
+        result = run("--arch", "sm_80", "--kernel", "doubled", "--tune", "--evidence", str(evidence), "--json")
     tuning.forget()
     assert result.exit_code == 0, result.output
-    (best, *_), (row,) = json.loads(written.read_text())["doubled"][""]["sm_80"], json.loads(result.output)
-    assert row["config"]["SIZE"] == best["config"]["constants"]["SIZE"]
+    kept, (row,) = json.loads(written.read_text())["doubled"][""]["sm_80"], json.loads(result.output)
+    assert row["config"] == kept[0]
+    ranked = json.loads(evidence.read_text())["doubled"][""]["sm_80"]
+    assert [entry["config"] for entry in ranked] == kept
+    assert all(entry["evidence"] for entry in ranked)
 
 
 @pytest.mark.parametrize(

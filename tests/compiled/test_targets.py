@@ -8,7 +8,8 @@ import pytest
 import torch
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-from lotion_fx.kernels.targets import FEATURES, TARGETS, nearest, target_of
+from lotion_fx.kernels.device import target_of
+from lotion_fx.kernels.targets import FEATURES, TARGETS, nearest
 
 # The least PTX that uses a feature.
 PTX = {

@@ -1,22 +1,23 @@
-"""The tuning table is read, made and kept as its readers expect."""
+"""The tuning table is read as it is kept, and decides what is launched; the checked-in one is of these kernels."""
 
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import asdict, replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 import triton
 
 from lotion_fx.kernels import tuning
-from lotion_fx.kernels.audit import ranking, table
+from lotion_fx.kernels.audit import ranking
+from lotion_fx.kernels.audit.work import Work
+from lotion_fx.kernels.audit.works import catalog
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.targets import TARGETS
-from lotion_fx.kernels.work import Config, Work
-from tests.harness.samples import doubled, doubled_kernel, product
+from tests.harness.samples import doubled, doubled_kernel
 
+EVIDENCE = Path(__file__).with_name("evidence.json")
 CONFIGS = doubled().configs
 
 
@@ -30,30 +31,20 @@ def kept(monkeypatch):
     tuning._tuned.cache_clear()
 
 
-def entry(config: Config, **more: object) -> dict:
-    return {"config": asdict(config), **more}
-
-
 def test_the_tables_first_candidate_is_chosen(kept):
-    kept["doubled"] = {"": {"sm_80": [entry(CONFIGS[1]), entry(CONFIGS[0])]}}
+    kept["doubled"] = {"": {"sm_80": [CONFIGS[1].options, CONFIGS[0].options]}}
     assert tuning.choose("doubled", "", 80, CONFIGS) == CONFIGS[1]
 
 
-def test_without_an_entry_the_modules_first_config_is_chosen(kept, monkeypatch):
+def test_without_an_entry_the_first_candidate_is_chosen(kept):
     assert tuning.choose("doubled", "", 80, CONFIGS) == CONFIGS[0]
-    monkeypatch.setitem(sys.modules, "lotion_fx.kernels.sample", SimpleNamespace(CONFIGS=CONFIGS[2:]))
-    assert tuning.choose("sample/rtn", "", 80) == CONFIGS[2]
+    assert tuning.choose("doubled", "", 80, CONFIGS[2:]) == CONFIGS[2]
 
 
 def test_a_device_without_a_target_takes_the_nearest(kept):
-    kept["doubled"] = {"": {"sm_120": [entry(CONFIGS[1])]}}
+    kept["doubled"] = {"": {"sm_120": [CONFIGS[1].options]}}
     with pytest.warns(UserWarning, match="sm_121 is no known target"):
         assert tuning.choose("doubled", "", 121, CONFIGS) == CONFIGS[1]
-
-
-def test_refused_candidates_are_never_chosen(kept):
-    kept["doubled"] = {"": {"sm_80": [entry(CONFIGS[1], refused="too large")]}}
-    assert tuning.choose("doubled", "", 80, CONFIGS) == CONFIGS[0]
 
 
 def test_by_default_the_kernel_itself_is_launched_with_the_choice(kept, monkeypatch):
@@ -63,10 +54,18 @@ def test_by_default_the_kernel_itself_is_launched_with_the_choice(kept, monkeypa
     assert options == {"SIZE": 1024, "num_warps": 4, "num_stages": 1}
 
 
+def test_a_config_that_is_given_is_taken(kept, monkeypatch):
+    monkeypatch.setenv("LOTION_FX_AUTOTUNE", "1")
+    kept["doubled"] = {"": {"sm_80": [CONFIGS[1].options]}}
+    fn, options = tuning.launchable(doubled_kernel, "doubled", "", 80, CONFIGS, config=CONFIGS[2])
+    assert fn is doubled_kernel
+    assert options == CONFIGS[2].options
+
+
 def test_autotuning_times_the_tables_best_few(kept, monkeypatch):
     monkeypatch.setenv("LOTION_FX_AUTOTUNE", "1")
     many = [Config({"SIZE": 2**n}, 4, 1) for n in range(8, 13)]
-    kept["doubled"] = {"": {"sm_80": [entry(config) for config in reversed(many)]}}
+    kept["doubled"] = {"": {"sm_80": [config.options for config in reversed(many)]}}
     fn, options = tuning.launchable(doubled_kernel, "doubled", "", 80, CONFIGS, key=("n",), writes=("y",))
     assert options == {}
     assert isinstance(fn, triton.runtime.Autotuner)
@@ -88,84 +87,31 @@ def test_a_device_keeps_one_of_the_best_few(monkeypatch):
     assert fn.best_config.kwargs["SIZE"] in [config.constants["SIZE"] for config in CONFIGS[: tuning.TOP]]
 
 
-def test_ranking_follows_the_cost_model_and_the_modules_order():
-    ranked = ranking.rank([doubled(), doubled(2**26)], 100)
-    assert ranked[-1]["config"]["constants"]["SIZE"] == 256  # narrow loads
-    first, second = (sum(e["predicted_us"].values()) for e in ranked[:2])
-    assert first <= 1.02 * second
-    assert ranked[0]["evidence"][0]["spills"] == 0
-
-
-def test_ranking_puts_spills_lost_instructions_and_refusals_last():
-    spills, refused = Config({"BM": 256, "BN": 256, "BK": 32}, 4, 2), Config({"BM": 256, "BN": 256, "BK": 64}, 8, 4)
-    work = replace(product(), configs=(refused, spills, *product().configs))
-    ranked = ranking.rank([work], 80)
-    assert Config(**ranked[-1]["config"]) == refused
-    assert "cannot hold one program" in ranked[-1]["refused"]
-    assert Config(**ranked[-2]["config"]) == spills
-
-
-def test_ranking_puts_the_instructions_that_a_kernel_is_for_before_its_time():
-    """Four elements a thread, 64-bit loads, are slower than eight."""
-    slower = Config({"SIZE": 512}, 4, 1)
-    work = replace(doubled(), configs=(CONFIGS[0], slower))
-    assert Config(**ranking.rank([work], 100)[0]["config"]) == CONFIGS[0]
-    first, second = ranking.rank([replace(work, requires={100: ("LDG.E.64",)})], 100)
-    assert Config(**first["config"]) == slower
-    assert (first["evidence"][0]["lost"], second["evidence"][0]["lost"]) == ([], ["LDG.E.64"])
-
-
-def test_ranking_puts_wide_accesses_before_time(monkeypatch):
-    narrow, wide = CONFIGS[2], CONFIGS[0]
-    work = replace(doubled(), configs=(narrow, wide))
-    monkeypatch.setattr(ranking, "predict", lambda _, config, *rest: SimpleNamespace(us=2.0 if config is wide else 1.0))
-    assert Config(**ranking.rank([work], 100)[0]["config"]) == narrow
-    assert Config(**ranking.rank([replace(work, wide=0.9)], 100)[0]["config"]) == wide
-
-
-def test_tuning_drops_classes_that_are_gone_for_its_architecture_alone(kept):
-    kept["doubled"] = {"old": {"sm_80": [], "sm_90": [entry(CONFIGS[0])]}, "older": {"sm_80": []}}
-    kept["other"] = {"": {"sm_80": []}}
-    tuned = ranking.tune([doubled()], 80)
-    assert set(tuned) == {"doubled", "other"}
-    assert {name: set(archs) for name, archs in tuned["doubled"].items()} == {"old": {"sm_90"}, "": {"sm_80"}}
-
-
-def test_shapes_that_compile_alike_share_their_evidence():
-    (entry,) = ranking.rank([replace(product(k=k), configs=product().configs[:1]) for k in (64, 4096)], 80)
-    assert len(entry["evidence"]) == 1
-    assert len(entry["predicted_us"]) == 2
-
-
-def test_shapes_of_one_class_share_their_candidates():
-    other = replace(doubled(), configs=CONFIGS[:1])
-    with pytest.raises(ValueError, match="doubled: the shapes of shape_class='' have different configs"):
-        ranking.rank([doubled(), other], 80)
-
-
-def test_what_is_written_is_read_back(kept):
-    tuned = ranking.tune([doubled()], 80)
-    text = ranking.written(tuned)
-    assert json.loads(text) == tuned
-    assert sum("predicted_us" in line for line in text.splitlines()) == len(CONFIGS)
-    kept.update(json.loads(text))
-    assert tuning.choose("doubled", "", 80) in CONFIGS
+def test_options_are_a_config_there_and_back():
+    config = Config({"SIZE": 256, "TILES": 2}, 8, 1)
+    assert config.options == {"SIZE": 256, "TILES": 2, "num_warps": 8, "num_stages": 1}
+    assert Config.of(config.options) == config
 
 
 def entries(work: Work, arch: int) -> list[Config]:
     """The candidates that the checked-in table has for a kernel."""
-    ranked = tuning.table().get(work.kernel, {}).get(work.shape_class, {}).get(TARGETS[arch].name, ())
-    return [Config(**entry["config"]) for entry in ranked]
+    return list(map(Config.of, tuning.table().get(work.kernel, {}).get(work.shape_class, {}).get(f"sm_{arch}", ())))
 
 
 @pytest.mark.parametrize("arch", TARGETS)
-def test_the_checked_in_table_has_no_config_that_is_gone(arch):
-    stale = {w.kernel for w in table.catalog(arch) if any(config not in w.configs for config in entries(w, arch))}
-    assert not stale, f"run: lotion-fx kernels --tune --arch {TARGETS[arch].name}; stale: {sorted(stale)}"
+def test_the_checked_in_table_has_every_kernel_and_no_config_that_is_gone(arch):
+    works, command = catalog(arch), f"run: lotion-fx kernels --tune --arch {TARGETS[arch].name}"
+    stale = {w.kernel for w in works if any(config not in w.configs for config in entries(w, arch))}
+    assert not stale, f"{command}; stale: {sorted(stale)}"
+    missing = {work.kernel for work in works if not entries(work, arch)}
+    assert not missing, f"{command}; missing: {sorted(missing)}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", TARGETS)
-def test_the_checked_in_table_has_every_kernel(arch):
-    missing = {work.kernel for work in table.catalog(arch) if not entries(work, arch)}
-    assert not missing, f"run: lotion-fx kernels --tune --arch {TARGETS[arch].name}; missing: {sorted(missing)}"
+def test_the_checked_in_table_is_what_the_evidence_ranks_first():
+    """And no more than that: it is installed, and the evidence is not."""
+    evidence = json.loads(EVIDENCE.read_text())
+    assert tuning.table() == {
+        kernel: {name: {arch: ranking.best(of) for arch, of in archs.items()} for name, archs in classes.items()}
+        for kernel, classes in evidence.items()
+    }
+    assert len(tuning.TABLE.read_text()) < 84_000

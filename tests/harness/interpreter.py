@@ -411,7 +411,7 @@ class Traffic:
 def counted_traffic() -> Iterator[Traffic]:
     """Counts the bytes that the kernels run inside load and store, of the lanes that are not masked.
 
-    A lane counts each time: what two programs read is counted twice, as `lotion_fx.kernels.work.Work.bytes` counts.
+    A lane counts each time: what two programs read is counted twice, as `kernels.audit.work.Work.bytes` counts.
     """
     traffic, memory = Traffic(), interpreter._interpreter
     load, store, update, exchange = memory.load, memory.store, memory.atomic_rmw, memory.atomic_cas

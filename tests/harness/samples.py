@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lotion_fx.kernels.work import Config, Work
+from lotion_fx.kernels.audit.work import Work
+from lotion_fx.kernels.config import Config
 
 
 @triton.jit

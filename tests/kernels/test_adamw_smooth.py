@@ -11,9 +11,10 @@ from torch import Tensor
 
 import lotion_fx
 from lotion_fx.kernels import adamw_smooth as kernel
-from lotion_fx.kernels.adamw_smooth import launch, reference, traffic
+from lotion_fx.kernels.adamw_smooth import Step, launch, reference
+from lotion_fx.kernels.audit.weight_works import adamw_traffic
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.device_code import specialized
-from lotion_fx.kernels.work import Config
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, codebook, register_format, resolve
 from lotion_fx.numerics.noise import D, register_noise
@@ -95,12 +96,12 @@ class Case:
         amax = [w.abs().amax().float() for w in self.weights]
         self.amax = torch.stack(amax) if fmt.law.two_level else torch.zeros(0, device=device)
 
-    def arguments(self, dtype: torch.dtype | None = None, found_inf: Tensor | None = None) -> tuple:
+    def arguments(self, dtype: torch.dtype | None = None, found_inf: Tensor | None = None) -> Step:
         """Of `launch`, as copies in a dtype if one is given."""
         lists = [self.weights, self.grads, self.m, self.v]
         if dtype is not None:
             lists = [[t.to(dtype, copy=True) for t in tensors] for tensors in lists]
-        return (*lists, self.factors, self.amax, found_inf, self.fmt.name, self.noise, *BETAS)
+        return Step(*lists, self.factors, self.amax, found_inf, self.fmt.name, self.noise, *BETAS)
 
     def states(self) -> list[Tensor]:
         return [*self.weights, *self.m, *self.v]
@@ -123,8 +124,8 @@ def slope_scale(case: Case) -> list[Tensor]:
 def check(case: Case, config: Config = LARGE) -> None:
     """The moments against ATen in float32, whose levels are the same; the weights against float64, from the moments."""
     wanted, given, scales = case.arguments(torch.float32), case.arguments(torch.float64), slope_scale(case)
-    reference(*wanted)
-    amax = launch(*case.arguments(), config)
+    reference(wanted)
+    amax = launch(case.arguments(), config)
     seed = f"seed {case.seed}"
     for i, (w, m, v) in enumerate(zip(case.weights, case.m, case.v, strict=True)):
         _, _, _, keep, step, eps = case.factors[i].double()
@@ -181,7 +182,7 @@ def test_alignment(offset: int, bytes: int, device: str, seed: int, monkeypatch:
 
     monkeypatch.setattr(kernel, "specialized", Spy)
     case = Case(resolve("int4/8"), device, seed, offset=offset, moment=torch.bfloat16)
-    launch(*case.arguments(), LARGE)
+    launch(case.arguments(), LARGE)
     case.check_guards()
     assert told == [bytes]
 
@@ -198,8 +199,8 @@ def test_half_precision(dtype: torch.dtype, moment: torch.dtype, device: str, se
     """What ATen computes in float32 from the same numbers, rounded once."""
     case = Case(resolve("nvfp4"), device, seed, dtype=dtype, moment=moment)
     wanted, scales = case.arguments(torch.float32), slope_scale(case)
-    reference(*wanted)
-    amax = launch(*case.arguments(), LARGE)
+    reference(wanted)
+    amax = launch(case.arguments(), LARGE)
     for i, tensors in enumerate(zip(case.weights, case.m, case.v, strict=True)):
         for mine, true, slack in zip(tensors, (wanted[j][i] for j in (0, 2, 3)), (0, 1, 2), strict=True):
             eps = torch.finfo(mine.dtype)
@@ -213,11 +214,11 @@ def test_half_precision(dtype: torch.dtype, moment: torch.dtype, device: str, se
 def test_an_overflow_leaves_everything_as_it_is(name: str, device: str, seed: int) -> None:
     case = Case(resolve(name), device, seed)
     before = case.arguments(torch.float32)
-    found = launch(*case.arguments(found_inf=torch.ones((), device=device)), LARGE)
+    found = launch(case.arguments(found_inf=torch.ones((), device=device)), LARGE)
     for mine, old in zip(case.arguments()[:4], before[:4], strict=True):
         assert all(map(torch.equal, mine, old))
     assert torch.equal(found, case.amax)
-    check_amax(case, launch(*case.arguments(found_inf=torch.zeros((), device=device)), LARGE))
+    check_amax(case, launch(case.arguments(found_inf=torch.zeros((), device=device)), LARGE))
     assert not torch.equal(case.weights[0], before[0][0])
 
 
@@ -230,11 +231,11 @@ def test_bytes(name: str, dtype: torch.dtype, seed: int) -> None:
     elements = sum(w.numel() for w in case.weights)
     programs = sum(-(-w.numel() // 2048) for w in case.weights)
     with counted_traffic() as counted:
-        launch(*case.arguments(), Config({"TILE": 1024, "TILES": 2}))
+        launch(case.arguments(), Config({"TILE": 1024, "TILES": 2}))
     size = dtype.itemsize
-    assert counted.loaded + counted.stored == traffic(elements, programs, size, size, case.fmt)
-    assert traffic(elements, 0, size, size, case.fmt) == elements * 7 * size
-    assert 0 < traffic(0, 1, size, size, case.fmt) < 100
+    assert counted.loaded + counted.stored == adamw_traffic(elements, programs, size, size, case.fmt)
+    assert adamw_traffic(elements, 0, size, size, case.fmt) == elements * 7 * size
+    assert 0 < adamw_traffic(0, 1, size, size, case.fmt) < 100
 
 
 def test_the_operator(device: str, seed: int) -> None:
@@ -243,7 +244,7 @@ def test_the_operator(device: str, seed: int) -> None:
     wanted = case.arguments(torch.float32)
     versions = [t._version for t in case.states()]
     amax = kernel.adamw_smooth(*case.arguments())
-    reference(*wanted)
+    reference(wanted)
     for mine, theirs in zip(case.weights, wanted[0], strict=True):
         assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
     assert all(t._version > version for t, version in zip(case.states(), versions, strict=True))
@@ -254,7 +255,7 @@ def test_the_optimizer(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several steps of `lotion_fx.optim.AdamW` by the kernel are those of torch's with the hook."""
     if INTERPRETING:
         monkeypatch.setattr(lotion_fx.optim.AdamW, "devices", ("cpu",))
-        monkeypatch.setattr(kernel, "adamw_smooth", lambda *args: launch(*args, LARGE))
+        monkeypatch.setattr(kernel, "adamw_smooth", lambda *args: launch(Step(*args), LARGE))
     launched, original = [], kernel.adamw_smooth
     monkeypatch.setattr(
         kernel, "adamw_smooth", lambda params, *args: launched.append(params) or original(params, *args)

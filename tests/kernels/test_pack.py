@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotion_fx.kernels import pack as module
 from lotion_fx.kernels import tuning
-from lotion_fx.kernels.pack import launch, pack, reference, unpack
-from lotion_fx.kernels.smooth import E2M1_GRID, arch_of
+from lotion_fx.kernels.audit import weight_works
+from lotion_fx.kernels.config import Config
+from lotion_fx.kernels.device import E2M1_GRID, required_arch
+from lotion_fx.kernels.pack import launch, pack, reference
+from lotion_fx.kernels.packed import unpack
 from lotion_fx.kernels.view import amaxes
-from lotion_fx.kernels.work import Config
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, codebook, register_format, resolve
 
@@ -62,7 +63,7 @@ def test_codes_and_scales(
         w = weight(shape, dtype, seed)
         amax = amaxes(w, fmt, -1)
         codes, scales = reference(w, fmt, amax)
-        own = () if device == "cpu" else (arch_of(torch.device(device)),)
+        own = () if device == "cpu" else (required_arch(torch.device(device)),)
         for arch in own or ((80, 100) if fmt.grid == E2M1_GRID else (80,)):
             found = launch(w.to(device), fmt, None if amax is None else amax.to(device), arch=arch)
             assert torch.equal(found[0].cpu(), codes), f"codes of {shape}, sm_{arch}, seed {seed}"
@@ -97,7 +98,7 @@ def test_traffic_is_what_is_claimed(device: str) -> None:
         amax = amaxes(w, fmt, -1)
         with counted_traffic() as traffic:
             launch(w, fmt, amax, arch=80)
-        claimed = module._work(80, shape, name)
+        claimed = weight_works.pack(80, shape, name)
         assert traffic.loaded + traffic.stored == claimed.minimum_bytes == claimed.bytes(claimed.configs[0])
 
 

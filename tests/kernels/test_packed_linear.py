@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotion_fx.kernels import packed_linear as module
-from lotion_fx.kernels.pack import Packed, unpack
-from lotion_fx.kernels.packed_linear import candidates, chunks_of, constants, launch, packed_linear, place, work
+from lotion_fx.kernels.audit import product_works
+from lotion_fx.kernels.packed import FEW, Packed, unpack
+from lotion_fx.kernels.packed_linear import candidates, chunks_of, constants, launch, packed_linear, place
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, codebook, resolve
 from lotion_fx.numerics.grids import Minifloat
@@ -165,7 +165,7 @@ def test_rows_are_scaled_before_the_bias(generator: torch.Generator, device: str
 def test_the_bytes_that_are_predicted_are_the_bytes_that_move(name: str, dtype: torch.dtype, rows: int) -> None:
     fmt = resolve(name)
     features = 2048 if rows == 1 else 256  # split in two parts, or not at all
-    described = work(fmt, dtype, rows, 272, features, 80)
+    described = product_works.packed_linear(fmt, dtype, rows, 272, features, 80)
     arguments = (torch.randn(rows, features).to(dtype), *packed(torch.randn(272, features), fmt), None)
     for config in described.configs:
         with counted_traffic() as traffic:
@@ -248,4 +248,4 @@ def test_the_kernels_constants_are_numbers() -> None:
     # What Inductor writes into its source: nothing that needs an import.
     for name in NAMES:
         assert {type(value) for value in constants(resolve(name), torch.bfloat16).values()} <= {int, str}
-    assert module.FEW == 16
+    assert FEW == 16

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotion_fx.kernels.pack import Packed, unpack
+from lotion_fx.kernels.audit import product_works
+from lotion_fx.kernels.device import target_of
+from lotion_fx.kernels.packed import Packed, unpack
 from lotion_fx.kernels.packed_linear import launch
 from lotion_fx.kernels.scaled_linear import (
     block_scaled,
@@ -16,14 +18,12 @@ from lotion_fx.kernels.scaled_linear import (
     decoded_rows,
     launch_product,
     launch_rows,
-    product_work,
     quantize_rows,
-    rows_work,
     scaled_linear,
     scaled_product,
     supported,
 )
-from lotion_fx.kernels.targets import TARGETS, target_of
+from lotion_fx.kernels.targets import TARGETS
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.scales import PowerOfTwoScale
@@ -117,7 +117,8 @@ def test_the_operators_on_the_cpu_are_the_reference(name: str, generator: torch.
 def test_the_bytes_that_are_predicted_are_the_bytes_that_move(name: str) -> None:
     fmt, target = resolve(name), TARGETS[120]
     x, weight = torch.randn(9, 1536).bfloat16(), packed(torch.randn(144, 1536), fmt)
-    rounding_work, product = rows_work(fmt, 9, 1536, target), product_work(fmt, 9, 144, 1536, target)
+    rounding_work = product_works.scaled_rows(fmt, 9, 1536, target)
+    product = product_works.scaled_product(fmt, 9, 144, 1536, target)
     for config in rounding_work.configs:
         with counted_traffic() as traffic:
             rows = launch_rows(x, fmt, config=config)

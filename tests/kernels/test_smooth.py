@@ -10,10 +10,13 @@ import sympy
 import torch
 from torch import Tensor
 
-from lotion_fx.kernels import smooth, tuning
-from lotion_fx.kernels.smooth import E2M1_GRID, Curvature, Outputs, launch, philox
+from lotion_fx.kernels import tuning
+from lotion_fx.kernels.audit.weight_works import smooth_traffic
+from lotion_fx.kernels.config import Config
+from lotion_fx.kernels.device import E2M1_GRID, required_arch
+from lotion_fx.kernels.philox import philox
+from lotion_fx.kernels.smooth import Curvature, Outputs, launch
 from lotion_fx.kernels.view import ALONG, ELEMENTS, LINE, PIECES, View, amaxes, check, supports
-from lotion_fx.kernels.work import Config
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, codebook, resolve
 from lotion_fx.numerics.noise import RANDOMIZED, D, NoiseLaw, gaussian, resolve_noise
@@ -37,7 +40,7 @@ LAWS = (RANDOMIZED, resolve_noise("smoothstep"), gaussian(), WIDE)
 def archs(fmt: Format, device: str) -> tuple[int, ...]:
     """Both ways to E2M1 in the interpreter; on a GPU its own."""
     if device != "cpu":
-        return (smooth.arch_of(torch.device(device)),)
+        return (required_arch(torch.device(device)),)
     return ARCHS if fmt.grid == E2M1_GRID else ARCHS[:1]
 
 
@@ -265,7 +268,7 @@ def test_traffic_is_what_is_claimed(result: str, dtype: str, name: str, device: 
     amax = amaxes(w, fmt, -1)
     with counted_traffic() as traffic:
         launch(w, fmt, -1, out, amax=amax, seed=torch.tensor(1), curvature=curvature, arch=80)
-    claimed = smooth.traffic(View.of(shape, fmt, -1), fmt, result, dtype)
+    claimed = smooth_traffic(View.of(shape, fmt, -1), fmt, result, dtype)
     assert traffic.loaded + traffic.stored == claimed
 
 

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from lotion_fx.kernels import variance_linear as kernels
+from lotion_fx.kernels.audit import product_works
+from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.variance_linear import (
     CONFIGS,
     FEW,
-    _work,
     in_registers,
     launch,
     launch_given,
     variance_linear,
     variance_linear_given,
 )
-from lotion_fx.kernels.work import Config
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, codebook, formats, resolve
 from lotion_fx.numerics.noise import RANDOMIZED, D, NoiseLaw, resolve_noise
@@ -181,7 +181,7 @@ def test_moves_the_bytes_it_says(device: str, fmt: str | None, random: bool) -> 
     from tests.harness.interpreter import counted_traffic
 
     case = Case(device, torch.bfloat16, 140, 150, 70)
-    work = _work(80, (140, 150, 70), fmt, random=random, bias=True)
+    work = product_works.variance_linear(80, (140, 150, 70), fmt, random=random, bias=True)
     config, u = work.configs[0], case.u if random else None
     with counted_traffic() as traffic:
         if fmt is None:

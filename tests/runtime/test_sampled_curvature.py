@@ -69,7 +69,7 @@ def test_the_passes_average_to_the_exact_diagonal(likelihood, make, name, shape,
     weight = registry[model.get_parameter(name)]
     drawn = []
     for step in range(200):
-        weight.smoothing.tally.turn = step
+        weight.smoothing.tally.step_of_forwards = step
         model(batch)
         drawn.append(weight.gathered.probe.grad[:-HEADER].view(expected.shape).double() / weight.smoothing.tally.draws)
     drawn = torch.stack(drawn)

@@ -6,20 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Config:
-    """One way to launch a kernel.
-
-    Args:
-        constants: the tile's sizes, values of the kernel's ``tl.constexpr`` arguments.
-        num_warps: warps of 32 threads in a program.
-        num_stages: depth of the software pipeline of its loop.
-    """
-
-    constants: Mapping[str, int]
-    num_warps: int = 4
-    num_stages: int = 3
+from lotion_fx.kernels.config import Config
 
 
 @dataclass(frozen=True)

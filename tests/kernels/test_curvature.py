@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from lotion_fx.kernels.curvature import CONFIGS, RUN, _work, curvature_linear, launch, reference, shape_class
-from lotion_fx.kernels.work import Config
+from lotion_fx.kernels.audit import product_works
+from lotion_fx.kernels.config import Config
+from lotion_fx.kernels.curvature import CONFIGS, RUN, curvature_linear, launch, reference, shape_class
 
 # Of the squares' product relative to h, of the gradient relative to its own size; each of one unit in the last place.
 UNIT = {torch.float32: 1e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -28,41 +29,35 @@ def operands(device: str, dtype: torch.dtype, positions: int, outputs: int, inpu
     return draw(outputs), draw(inputs), f"seed {seed}"
 
 
-def run(
-    g: Tensor, x: Tensor, kind: str, every: int = 1, phase: int = 0, config: Config | None = None
-) -> tuple[Tensor, Tensor]:
+def run(g: Tensor, x: Tensor, every: int = 1, phase: int = 0, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """The kernel on poisoned outputs."""
     outputs, inputs = g.shape[1], x.shape[1]
     gradient = torch.full((outputs, inputs), torch.nan, dtype=g.dtype, device=g.device)
-    shape = (outputs, inputs) if kind == "full" else (outputs + inputs,)
-    curvature = torch.full(shape, torch.nan, device=g.device)
-    launch(g, x, gradient, curvature, kind, every, phase, arch=80, config=config)
+    curvature = torch.full((outputs, inputs), torch.nan, device=g.device)
+    launch(g, x, gradient, curvature, every, phase, arch=80, config=config)
     return gradient, curvature
 
 
-def assert_close(found: tuple[Tensor, Tensor], g: Tensor, x: Tensor, kind: str, message: str, **sampling: int) -> None:
+def assert_close(found: tuple[Tensor, Tensor], g: Tensor, x: Tensor, message: str, **sampling: int) -> None:
     """Both outputs within a unit in the last place of float64's, and the gradient's sum within float32's error too."""
-    gradient, curvature = reference(g.double(), x.double(), kind, **sampling)
+    gradient, curvature = reference(g.double(), x.double(), **sampling)
     size = g.double().abs().t() @ x.double().abs()
     error = (found[0].double() - gradient).abs()
     assert (error <= UNIT[g.dtype] * gradient.abs() + 1e-6 * size).all(), message
-    unit = UNIT[g.dtype] if kind == "full" else 1e-6
-    assert ((found[1].double() - curvature).abs() <= unit * curvature).all(), message
+    assert ((found[1].double() - curvature).abs() <= UNIT[g.dtype] * curvature).all(), message
 
 
 @DTYPES
-@pytest.mark.parametrize("kind", ["full", "factored"])
 @pytest.mark.parametrize("shape", [(300, 130, 75), (1, 1, 5), (64, 128, 64)], ids=str)
-def test_equals_float64(device: str, dtype: torch.dtype, kind: str, shape: tuple[int, int, int]) -> None:
+def test_equals_float64(device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     g, x, seed = operands(device, dtype, *shape)
-    assert_close(run(g, x, kind), g, x, kind, seed)
+    assert_close(run(g, x), g, x, seed)
 
 
 def test_every_configuration(device: str) -> None:
     g, x, seed = operands(device, torch.bfloat16, 70, 130, 140)
     for config in {repr(config): config for configs in CONFIGS.values() for config in configs}.values():
-        for kind in ("full", "factored"):
-            assert_close(run(g, x, kind, config=config), g, x, kind, f"{seed} {config}")
+        assert_close(run(g, x, config=config), g, x, f"{seed} {config}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -70,7 +65,7 @@ def test_error_of_every_pair_of_mantissas(device: str, dtype: torch.dtype) -> No
     """With one position, every product that can occur up to powers of two: the bound is one of the worst case."""
     steps = round(1 / torch.finfo(dtype).eps)
     mantissas = ((steps + torch.arange(steps)) / steps).to(dtype).to(device)[None]
-    _, h = run(mantissas, mantissas, "full", config=CONFIGS["large"][2])
+    _, h = run(mantissas, mantissas, config=CONFIGS["large"][2])
     exact = mantissas.double().square().t() @ mantissas.double().square()
     error = ((h.double() - exact) / exact).abs().max()
     assert UNIT[dtype] / 2 < error < UNIT[dtype]
@@ -78,7 +73,7 @@ def test_error_of_every_pair_of_mantissas(device: str, dtype: torch.dtype) -> No
 
 def test_squares_are_the_only_loss(device: str) -> None:
     g, x, seed = operands(device, torch.bfloat16, 300, 60, 50)
-    _, h = run(g, x, "full")
+    _, h = run(g, x)
     rounded = [t.double().square().to(torch.bfloat16).double() for t in (g, x)]
     torch.testing.assert_close(h.double(), rounded[0].t() @ rounded[1], rtol=1e-6, atol=0, msg=seed)
 
@@ -86,7 +81,7 @@ def test_squares_are_the_only_loss(device: str) -> None:
 def test_small_float16_gradients_do_not_vanish(device: str) -> None:
     g = torch.full((64, 16), 2.0**-24, dtype=torch.float16, device=device)
     x = torch.ones(64, 16, dtype=torch.float16, device=device)
-    _, h = run(g, x, "full")
+    _, h = run(g, x)
     assert (h == 64 * 2.0**-48).all()
 
 
@@ -101,7 +96,7 @@ def test_is_the_sum_of_squared_gradients_of_positions(device: str) -> None:
     each = vmap(grad(loss), (None, 0, 0))(weight, x, target)
     y = x @ weight.t()
     g = target - y.softmax(1) * target.sum(1, keepdim=True)
-    gradient, h = run(g.float().to(device), x.float().to(device), "full")
+    gradient, h = run(g.float().to(device), x.float().to(device))
     torch.testing.assert_close(gradient.double().cpu(), each.sum(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(h.double().cpu(), each.square().sum(0), rtol=1e-5, atol=0)
 
@@ -111,16 +106,16 @@ def test_is_the_sum_of_squared_gradients_of_positions(device: str) -> None:
 def test_sampled(device: str, positions: int, every: int, config: Config | None) -> None:
     g, x, seed = operands(device, torch.float32, positions, 40, 30)
     for phase in range(every):
-        found = run(g, x, "full", every, phase, config)
+        found = run(g, x, every, phase, config)
         chosen = [n for n in range(positions) if n // RUN % every == phase]
         h = g[chosen].double().square().t() @ x[chosen].double().square() * (positions / max(len(chosen), 1))
         torch.testing.assert_close(found[1].double(), h, rtol=2e-6, atol=0, msg=f"{seed} phase {phase}")
-        assert_close(found, g, x, "full", seed, every=every, phase=phase)
+        assert_close(found, g, x, seed, every=every, phase=phase)
 
 
 def test_phases_average_to_the_whole(device: str) -> None:
     g, x, seed = operands(device, torch.float32, 2 * 3 * RUN, 20, 30)
-    average = torch.stack([run(g, x, "full", 3, phase)[1].double() for phase in range(3)]).mean(0)
+    average = torch.stack([run(g, x, 3, phase)[1].double() for phase in range(3)]).mean(0)
     whole = g.double().square().t() @ x.double().square()
     torch.testing.assert_close(average, whole, rtol=1e-6, atol=0, msg=seed)
 
@@ -129,36 +124,33 @@ def test_rows_may_stand_apart(device: str) -> None:
     """Slices of a joint projection's output, as of queries, keys and values."""
     g, x, seed = operands(device, torch.float32, 100, 90, 40)
     g, x = g[:, 30:60], x[:, :20]
-    assert_close(run(g, x, "full"), g, x, "full", seed)
-    assert_close(run(g, x, "factored"), g, x, "factored", seed)
+    assert_close(run(g, x), g, x, seed)
 
 
-@pytest.mark.parametrize(("kind", "every"), [("full", 1), ("full", 2), ("factored", 1)])
-def test_moves_the_bytes_it_says(device: str, kind: str, every: int) -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_moves_the_bytes_it_says(device: str, every: int) -> None:
     if device != "cpu":
         pytest.skip("counted in the interpreter")
     from tests.harness.interpreter import counted_traffic
 
     g, x, _ = operands(device, torch.bfloat16, 150, 140, 70)
-    work = _work(80, (150, 140, 70), torch.bfloat16, kind, every=every)
+    work = product_works.curvature(80, (150, 140, 70), torch.bfloat16, every=every)
     for config in (work.configs[0], SMALL):
         with counted_traffic() as traffic:
-            run(g, x, kind, every, config=config)
+            run(g, x, every, config=config)
         assert traffic.loaded + traffic.stored == work.bytes(config) >= work.minimum_bytes, config
 
 
 @DTYPES
-@pytest.mark.parametrize(("kind", "every"), [("full", 1), ("full", 2), ("factored", 1)])
-def test_op(device: str, dtype: torch.dtype, kind: str, every: int) -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_op(device: str, dtype: torch.dtype, every: int) -> None:
     if device != "cpu":
         pytest.skip("opcheck runs on the CPU path")
     g, x, seed = operands(device, dtype, 150, 30, 20)
-    torch.library.opcheck(
-        curvature_linear, (g, x, kind, every, every - 1), test_utils=("test_schema", "test_faketensor")
-    )
-    gradient, curvature = curvature_linear(g, x, kind, every, every - 1)
+    torch.library.opcheck(curvature_linear, (g, x, every, every - 1), test_utils=("test_schema", "test_faketensor"))
+    gradient, curvature = curvature_linear(g, x, every, every - 1)
     assert gradient.dtype == dtype and curvature.dtype == torch.float32
-    assert_close((gradient, curvature), g, x, kind, seed, every=every, phase=every - 1)
+    assert_close((gradient, curvature), g, x, seed, every=every, phase=every - 1)
 
 
 def test_refuses() -> None:
@@ -166,15 +158,11 @@ def test_refuses() -> None:
     with pytest.raises(
         ValueError, match=r"g is torch.float32 \(3, 4\) and x torch.float32 \(4, 2\): expected \[N, O\]"
     ):
-        curvature_linear(g.t(), x, "full")
+        curvature_linear(g.t(), x)
     with pytest.raises(ValueError, match="of one dtype"):
-        curvature_linear(g, x.half(), "full")
-    with pytest.raises(ValueError, match="kind='fisher': expected 'full' or 'factored'"):
-        curvature_linear(g, x, "fisher")
+        curvature_linear(g, x.half())
     with pytest.raises(ValueError, match="every=2, phase=2: expected 0 <= phase < every"):
-        curvature_linear(g, x, "full", 2, 2)
-    with pytest.raises(ValueError, match="every=2 with kind='factored'"):
-        curvature_linear(g, x, "factored", 2)
+        curvature_linear(g, x, 2, 2)
 
 
 def test_shape_classes() -> None:
