@@ -159,7 +159,7 @@ def sums_kernel(
 
 
 def _rows(pad: int) -> tuple[Config, ...]:
-    """Of rows that a tile holds as a whole: 32 or 64 elements a thread."""
+    """Candidates for rows that a tile holds as a whole: 32 or 64 elements a thread."""
     one, two = max(1024, pad), max(2048, pad)
     return configs(*((one, tiles, one // 1024) for tiles in (1, 2, 4)), (two, 1, two // 2048))
 

@@ -29,20 +29,22 @@ class Model:
 
     @property
     def square(self) -> Shape:
-        """Of queries, and of attention's output."""
+        """The matrices of queries and of attention's output."""
         return self.width, self.width
 
     @property
     def key(self) -> Shape:
+        """The matrices of keys and of values."""
         return self.keys, self.width
 
     @property
     def up(self) -> Shape:
-        """The largest matrix, beside `down`."""
+        """The matrices into the feed-forward layer, the model's largest."""
         return self.inner, self.width
 
     @property
     def down(self) -> Shape:
+        """The matrix out of it."""
         return self.width, self.inner
 
     @property

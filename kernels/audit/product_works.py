@@ -127,10 +127,11 @@ def variance_linear(
     of_format = {} if fmt is None else varying.format_constants(resolve(fmt))
     amax = of_format.get("AMAX", "none")
     variance_size = 0 if fmt else 2 if dtype == torch.bfloat16 else 4
-    of_weight = {"variances": f"*{name}" if dtype == torch.bfloat16 else "*fp32"}
-    if fmt is not None:
-        of_weight = {"amax": f"*{name}" if amax == "none" else "*fp32"}
-    strides = ("x_stride", "u_stride", "w_stride", *(("s_stride",) if fmt is None else ()))
+    as_operands = variance_size == 2 or (
+        fmt and amax == "none"
+    )  # then an absmax is absent, and the weight in its place
+    of_weight = {"amax" if fmt else "variances": f"*{name}" if as_operands else "*fp32"}
+    strides = ("x_stride", "u_stride", "w_stride", *(() if fmt else ("s_stride",)))
 
     def bytes_moved(config: Config) -> int:
         down, across = triton.cdiv(positions, config.constants["BM"]), triton.cdiv(outputs, config.constants["BN"])
@@ -141,6 +142,7 @@ def variance_linear(
 
     # The product of squares beside float16 is one in TF32, at half the rate; IEEE float32 takes no tensor core.
     products = 1 + (1 + random) * (1 + (dtype == torch.float16))
+    squares = "tf32" if dtype == torch.float16 else "ieee"
     return Work(
         kernel=f"variance_linear/{which}",
         shape=f"{positions}x{outputs}x{inputs} {name}{f' {fmt}' if fmt else ''}{' random input' if random else ''}",
@@ -151,11 +153,7 @@ def variance_linear(
             **dict.fromkeys(("y", "v"), f"*{name}"),
             **dict.fromkeys(("positions", "outputs", "inputs", *strides), "i32"),
         },
-        constants={
-            **{"RANDOM": random, "BIAS": bias, "PRECISION": "ieee"},
-            **{"SQUARES": "tf32" if dtype == torch.float16 else "ieee"},
-            **of_format,
-        },
+        constants={"RANDOM": random, "BIAS": bias, "PRECISION": "ieee", "SQUARES": squares, **of_format},
         configs=varying.CONFIGS[which][row],
         programs=lambda config: count(positions, outputs, config.constants),
         bytes=bytes_moved,

@@ -32,7 +32,7 @@ def steps(inner: str, fmt: str, method: str, dtype: torch.dtype) -> Step:
     ("fmt", "method", "dtype"),
     [
         ("nvfp4", "lotion", torch.float32),
-        ("int4", "ste_scale", torch.float32),
+        pytest.param("int4", "ste_scale", torch.float32, marks=pytest.mark.slow),
         pytest.param("int4", "lotion", torch.float32, marks=pytest.mark.slow),
         pytest.param("nvfp4", "ste_scale", torch.float32, marks=pytest.mark.slow),
         pytest.param("nvfp4", "lotion", torch.bfloat16, marks=pytest.mark.slow),

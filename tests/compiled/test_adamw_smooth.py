@@ -10,12 +10,13 @@ from lotion_fx.kernels.audit.models import MIDDLE
 from lotion_fx.kernels.audit.weight_works import adamw_smooth, adamw_works
 from lotion_fx.kernels.audit.work import Work
 
-ARCHS = [80, 120, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (86, 89, 90, 100, 103))]
+ARCHS = [80, 100, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (86, 89, 90, 103, 120))]
+NAMES = ["nvfp4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mxfp4", "int4"))]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4"])
+@pytest.mark.parametrize("name", NAMES)
 def test_all_weights_gradients_and_moments_move_by_128_bits(name: str, dtype: str, arch: int) -> None:
     config, size, two_level = CONFIGS[0], {"fp32": 4, "bf16": 2}[dtype], name == "nvfp4"
     evidence = audit(adamw_smooth(MIDDLE, name, dtype), config, arch)

@@ -29,6 +29,7 @@ def check(arch: int, dtype: torch.dtype, shape: tuple[int, int, int] = SHAPE, mo
     return kernels - plain_kernels + sums - plain_sums
 
 
+@pytest.mark.slow
 def test_a_block_moves_few_bytes_more_and_has_at_most_a_kernel_more_for_each_weight():
     assert check(80, torch.float32) <= WEIGHTS
 

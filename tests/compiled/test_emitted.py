@@ -13,7 +13,7 @@ from lotion_fx.variants import Backend
 SMALL = {"shape": (4, 64, 64), "heads": 2}
 
 
-@pytest.mark.parametrize("arch", [80, 100])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 100])
 def test_a_training_step_is_emitted_and_compiles(arch):
     graphs = emitted(arch, "lotion", "nvfp4", **SMALL)
     assert [each.graph for each in graphs] == ["forward", "backward", "step"]

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.interpreted import run_interpreted
+from tests.harness.interpreted import Outcome
 
 CHECKS = Path(__file__).with_name("check_emitted_wrapper.py")
 
 
-def test_emitted_wrapper() -> None:
-    run_interpreted(CHECKS)
+@pytest.mark.interpreted(CHECKS)
+def test_emitted_wrapper(interpreted: Outcome) -> None:
+    interpreted.check()
 
 
 @pytest.mark.slow
-def test_emitted_wrapper_of_another_architecture() -> None:
-    run_interpreted(CHECKS, "-m", "slow")
+@pytest.mark.interpreted(CHECKS)
+def test_emitted_wrapper_of_another_architecture(interpreted: Outcome) -> None:
+    interpreted.check()

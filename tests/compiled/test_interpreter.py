@@ -9,12 +9,13 @@ import pytest
 import triton
 from triton.runtime import interpreter
 
-from tests.harness.interpreted import run_interpreted
+from tests.harness.interpreted import Outcome
 from tests.harness.interpreter import REPLACEMENTS, Replacement
 
 
-def test_corrected_arithmetic() -> None:
-    run_interpreted(Path(__file__).with_name("check_interpreter.py"))
+@pytest.mark.interpreted(Path(__file__).with_name("check_interpreter.py"))
+def test_corrected_arithmetic(interpreted: Outcome) -> None:
+    interpreted.check()
 
 
 @pytest.mark.parametrize("piece", REPLACEMENTS, ids=lambda piece: f"{piece.owner.__name__}.{piece.name}")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lotion_fx.kernels.audit import ranking
+from lotion_fx.kernels.audit.aot import Refused, audit
 from lotion_fx.kernels.config import Config
 from tests.harness.samples import doubled, product
 
@@ -23,13 +24,21 @@ def test_ranking_follows_the_cost_model_and_the_modules_order():
     assert ranked[0]["evidence"][0]["spills"] == 0
 
 
-def test_ranking_puts_spills_lost_instructions_and_refusals_last():
-    spills, refused = Config({"BM": 256, "BN": 256, "BK": 32}, 4, 2), Config({"BM": 256, "BN": 256, "BK": 64}, 8, 4)
-    work = replace(product(), configs=(refused, spills, *product().configs))
-    ranked = ranking.rank([work], 80)
-    assert Config.of(ranked[-1]["config"]) == refused
-    assert "cannot hold one program" in ranked[-1]["refused"]
-    assert Config.of(ranked[-2]["config"]) == spills
+def test_ranking_puts_spills_and_refusals_last(monkeypatch):
+    """Whatever their time; that machine code shows spills and what is too large is `test_aot`'s."""
+    good, spills, refused = CONFIGS
+    seen = audit(doubled(), good, 80)
+
+    def shown(work, config, arch):
+        if config == refused:
+            raise Refused("cannot hold one program")
+        return replace(seen, spills=8 * (config == spills))
+
+    monkeypatch.setattr(ranking, "audit", shown)
+    monkeypatch.setattr(ranking, "predict", lambda _, config, *rest: SimpleNamespace(us=2.0 if config == good else 1.0))
+    ranked = ranking.rank([replace(doubled(), configs=(refused, spills, good))], 80)
+    assert [Config.of(entry["config"]) for entry in ranked] == [good, spills, refused]
+    assert ranked[-1]["refused"] == "cannot hold one program"
 
 
 def test_ranking_puts_the_instructions_that_a_kernel_is_for_before_its_time():

@@ -8,18 +8,20 @@ import pytest
 import torch
 
 from tests.harness.inductor import PRIVATE
-from tests.harness.interpreted import run_interpreted
+from tests.harness.interpreted import Outcome
 
 CHECKS = Path(__file__).with_name("check_step.py")
 
 
-def test_step() -> None:
-    run_interpreted(CHECKS)
+@pytest.mark.interpreted(CHECKS)
+def test_step(interpreted: Outcome) -> None:
+    interpreted.check()
 
 
 @pytest.mark.slow
-def test_step_with_other_formats_and_types() -> None:
-    run_interpreted(CHECKS, "-m", "slow")
+@pytest.mark.interpreted(CHECKS)
+def test_step_with_other_formats_and_types(interpreted: Outcome) -> None:
+    interpreted.check()
 
 
 @pytest.mark.parametrize(("owner", "name"), PRIVATE, ids=lambda value: value if isinstance(value, str) else "")

@@ -217,20 +217,8 @@ def _dot(original: Method, self: Any, a: Any, b: Any, d: Any, *precision: Any) -
     "acc_handle",
     "e4m3 scales are read as e8m0, bfloat16 operands overflow (3.8.0, 3.9.0), e8m0 has no NaN and 2^-127 is 0 (3.8.0)",
 )
-def _dot_scaled(
-    original: Method,
-    self: Any,
-    lhs: Any,
-    lhs_scale: Any,
-    lhs_format: Any,
-    rhs: Any,
-    rhs_scale: Any,
-    rhs_format: Any,
-    fast_math: bool,
-    lhs_k_pack: bool,
-    rhs_k_pack: bool,
-    acc: Any,
-) -> Any:
+def _dot_scaled(original: Method, self: Any, *arguments: Any) -> Any:
+    lhs, lhs_scale, lhs_format, rhs, rhs_scale, rhs_format, _, lhs_k_pack, rhs_k_pack, acc = arguments
     left = _scaled(lhs, lhs_scale, lhs_format, -1, -1 if lhs_k_pack else -2)
     right = _scaled(rhs, rhs_scale, rhs_format, -2, -2 if rhs_k_pack else -1)
     return Handle(np.matmul(left, right) + acc.data, tl.float32)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
 from lotion_fx.kernels.audit import product_works
+from lotion_fx.kernels.audit.aot import describe
 from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.curvature import CONFIGS, RUN, curvature_linear, launch, reference, shape_class
 
@@ -54,13 +57,22 @@ def test_equals_float64(device: str, dtype: torch.dtype, shape: tuple[int, int, 
     assert_close(run(g, x), g, x, seed)
 
 
-def test_every_configuration(device: str) -> None:
+def each_configuration() -> list[Any]:
+    """Each once: the first of each class fast."""
+    first = [configs[0] for configs in CONFIGS.values()]
+    every = {describe(config): config for configs in CONFIGS.values() for config in configs}
+    return [pytest.param(c, marks=() if c in first else pytest.mark.slow, id=name) for name, c in every.items()]
+
+
+@pytest.mark.parametrize("config", each_configuration())
+def test_every_configuration(device: str, config: Config) -> None:
     g, x, seed = operands(device, torch.bfloat16, 70, 130, 140)
-    for config in {repr(config): config for configs in CONFIGS.values() for config in configs}.values():
-        assert_close(run(g, x, config=config), g, x, f"{seed} {config}")
+    assert_close(run(g, x, config=config), g, x, seed)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["bfloat16", "float16"]
+)
 def test_error_of_every_pair_of_mantissas(device: str, dtype: torch.dtype) -> None:
     """With one position, every product that can occur up to powers of two: the bound is one of the worst case."""
     steps = round(1 / torch.finfo(dtype).eps)
@@ -102,7 +114,7 @@ def test_is_the_sum_of_squared_gradients_of_positions(device: str) -> None:
 
 
 @pytest.mark.parametrize("config", [None, SMALL], ids=["default", "two tiles a run"])
-@pytest.mark.parametrize(("positions", "every"), [(400, 2), (400, 3), (64, 2)])
+@pytest.mark.parametrize(("positions", "every"), [pytest.param(400, 2, marks=pytest.mark.slow), (400, 3), (64, 2)])
 def test_sampled(device: str, positions: int, every: int, config: Config | None) -> None:
     g, x, seed = operands(device, torch.float32, positions, 40, 30)
     for phase in range(every):

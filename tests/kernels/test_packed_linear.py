@@ -28,6 +28,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# Where a dtype decides what takes the scale, `test_every_code...` has them all.
+bfloat16_first = pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float32), slow(torch.float16)], ids=str)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     seed = int(torch.randint(2**31, ()))
@@ -43,7 +51,7 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor
 
 
 @pytest.mark.parametrize("name", NAMES)
-@dtypes
+@bfloat16_first
 def test_it_is_the_product_with_the_rounded_weight(
     name: str, dtype: torch.dtype, generator: torch.Generator, device: str, poisoned: None
 ) -> None:
@@ -103,7 +111,7 @@ def test_every_code_at_every_scale_is_decoded_exactly(name: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("name", ("nvfp4", "int4"))
-@dtypes
+@bfloat16_first
 def test_every_pair_of_codes_is_decoded_exactly(name: str, dtype: torch.dtype, device: str) -> None:
     """Every byte that holds two codes of the grid, at scale 1: both are decoded at once, in one register."""
     fmt = resolve(name)
@@ -123,8 +131,7 @@ def test_every_pair_of_codes_is_decoded_exactly(name: str, dtype: torch.dtype, d
 
 
 @pytest.mark.parametrize("rows", (7, 70))
-@pytest.mark.parametrize("arch", (80, 90))
-@pytest.mark.parametrize("name", ("nvfp4", "int4"))
+@pytest.mark.parametrize(("name", "arch"), [("nvfp4", 90), ("int4", 80), slow("nvfp4", 80), slow("int4", 90)])
 def test_every_candidate_tile_gives_the_same(
     name: str, arch: int, rows: int, generator: torch.Generator, device: str, poisoned: None
 ) -> None:
@@ -157,10 +164,13 @@ def test_rows_are_scaled_before_the_bias(generator: torch.Generator, device: str
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="the interpreter counts bytes")
-@pytest.mark.parametrize("rows", (1, 20))
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("nvfp4", torch.bfloat16), ("mxfp4", torch.float16), ("int4/128", torch.bfloat16), ("int8", torch.bfloat16)],
+    ("name", "dtype", "rows"),
+    [
+        *(("nvfp4", torch.bfloat16, 1), ("nvfp4", torch.bfloat16, 20), ("mxfp4", torch.float16, 20)),
+        *(("int4/128", torch.bfloat16, 20), ("int8", torch.bfloat16, 1), ("int8", torch.bfloat16, 20)),
+        *(slow("mxfp4", torch.float16, 1), slow("int4/128", torch.bfloat16, 1)),
+    ],
 )
 def test_the_bytes_that_are_predicted_are_the_bytes_that_move(name: str, dtype: torch.dtype, rows: int) -> None:
     fmt = resolve(name)

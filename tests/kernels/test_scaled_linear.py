@@ -106,10 +106,16 @@ def test_the_operators_on_the_cpu_are_the_reference(name: str, generator: torch.
     assert y.shape == (2, 3, 9)
     assert excess(y.flatten(0, 1), *products(x.flatten(0, 1), w, fmt, weight[-1])).max() <= 1e-6
     rows = quantize_rows(x[0], name)
-    if name == "nvfp4":
-        torch.library.opcheck(torch.ops.lotion_fx.quantize_rows.default, (x[0], name))
-        torch.library.opcheck(torch.ops.lotion_fx.scaled_product.default, (*rows, *weight, name, torch.bfloat16))
     assert scaled_product(*rows, *weight, name, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_the_operators_are_well_formed(generator: torch.Generator) -> None:
+    fmt, x = resolve("nvfp4"), torch.randn(3, 45, generator=generator)
+    weight = (*packed(torch.randn(9, 45, generator=generator), fmt), torch.randn(9, generator=generator))
+    rows = quantize_rows(x, "nvfp4")
+    torch.library.opcheck(torch.ops.lotion_fx.quantize_rows.default, (x, "nvfp4"))
+    torch.library.opcheck(torch.ops.lotion_fx.scaled_product.default, (*rows, *weight, "nvfp4", torch.bfloat16))
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="the interpreter counts bytes")

@@ -34,6 +34,10 @@ WIDE = NoiseLaw("wide in kernels", D - HUMP, 2 * HUMP)  # with a third level
 ARCHS = (80, 100)  # by the exponent's bits, and by Blackwell's conversion
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+# What is made in float32 from a weight of any dtype.
+float32_first = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["fp32", "bf16"]
+)
 LAWS = (RANDOMIZED, resolve_noise("smoothstep"), gaussian(), WIDE)
 
 
@@ -137,7 +141,7 @@ def test_random_rounding(fmt: Format, dtype: torch.dtype, device: str, g: torch.
     same_bits(out + 0.0, wanted + 0.0, f"{shape} {law.name}, seed {seed}")
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "int4/tensor"])
+@pytest.mark.parametrize("name", ["nvfp4", pytest.param("int4/tensor", marks=pytest.mark.slow)])
 def test_random_rounding_has_the_law_s_mean_and_variance(name: str, device: str, g: torch.Generator, seed: int) -> None:
     """A million draws of one weight; five standard errors."""
     fmt, n = resolve(name), 2**20
@@ -153,7 +157,7 @@ def test_random_rounding_has_the_law_s_mean_and_variance(name: str, device: str,
 
 
 @formats
-@dtypes
+@float32_first
 def test_variance(fmt: Format, dtype: torch.dtype, device: str, g: torch.Generator, seed: int) -> None:
     law, (shape, axis) = any_of(LAWS, g), any_of(ODD, g)
     w = weight(shape, dtype, fmt, g)
@@ -163,7 +167,7 @@ def test_variance(fmt: Format, dtype: torch.dtype, device: str, g: torch.Generat
 
 
 @formats
-@dtypes
+@float32_first
 def test_term(fmt: Format, dtype: torch.dtype, device: str, g: torch.Generator, seed: int) -> None:
     law, (shape, axis) = any_of(LAWS, g), any_of(ODD, g)
     w, h, grad = weight(shape, dtype, fmt, g), torch.rand(shape, generator=g), torch.randn(shape, generator=g)
@@ -174,6 +178,10 @@ def test_term(fmt: Format, dtype: torch.dtype, device: str, g: torch.Generator, 
     close(out, wanted, f"{shape} {law.name}, seed {seed}")
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # Shape, axis, groups and rows of a factored curvature, and how its factors lie in a tile.
 FACTORED = [
     ("nvfp4", (64, 128), -1, 1, 64, PIECES),  # rows too short for a tile each
@@ -181,12 +189,12 @@ FACTORED = [
     ("int4", (3, 4, 700), -1, 3, 4, LINE),  # its last block too
     ("nvfp4", (9, 20, 64), -1, 1, 9, ELEMENTS),  # a row of several
     ("nvfp4", (96, 40), 0, 1, 96, ALONG),
-    ("nvfp4", (3, 50, 1100), 1, 3, 50, ALONG),  # several tiles across, and the rows' end in a block
+    slow("nvfp4", (3, 50, 1100), 1, 3, 50, ALONG),  # several tiles across, and the rows' end in a block
     ("nvfp4", (5, 32, 9), 1, 1, 5, ELEMENTS),  # a convolution
     ("int8", (64, 128), -1, 1, 64, PIECES),
     ("int8", (7, 1000), -1, 1, 7, PIECES),  # a tile for a row
-    ("int8", (2, 3, 10000), -1, 2, 3, PIECES),  # longer than a tile
-    ("int8", (200, 300), 0, 1, 200, ALONG),
+    slow("int8", (2, 3, 10000), -1, 2, 3, PIECES),  # longer than a tile
+    slow("int8", (200, 300), 0, 1, 200, ALONG),
     ("int4/tensor", (6, 520), -1, 2, 3, PIECES),
     ("int4/tensor", (3, 5000), 0, 1, 3, PIECES),
     ("int4/tensor", (64, 128), -1, 1, 64, ELEMENTS),

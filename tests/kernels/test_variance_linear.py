@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from lotion_fx.kernels import variance_linear as kernels
 from lotion_fx.kernels.audit import product_works
+from lotion_fx.kernels.audit.aot import describe
 from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.variance_linear import (
     CONFIGS,
@@ -125,17 +128,26 @@ def test_rows_may_stand_apart(device: str) -> None:
     run(case, resolve("mxfp4"), random=True)
 
 
-@pytest.mark.parametrize("which", CONFIGS)
-def test_every_configuration(device: str, which: str) -> None:
+def each_configuration() -> list[Any]:
+    """Of both kernels, each once: the first of each class fast."""
+    found = {}
+    for which, classes in CONFIGS.items():
+        for config in (config for configs in classes.values() for config in configs):
+            marks = () if any(config == configs[0] for configs in classes.values()) else pytest.mark.slow
+            found.setdefault(f"{which} {describe(config)}", pytest.param(which, config, marks=marks))
+    return list(found.values())
+
+
+@pytest.mark.parametrize(("which", "config"), each_configuration())
+def test_every_configuration(device: str, which: str, config: Config) -> None:
     fmt = resolve("nvfp4")
-    for config in {repr(config): config for configs in CONFIGS[which].values() for config in configs}.values():
-        case = Case(device, torch.bfloat16, 130, 66, 70, fmt)
-        if which == "registers":
-            run(case, fmt, bias=True, random=True, config=config)
-        else:
-            variances = variance_of(case, fmt, resolve_noise("randomized")).bfloat16()
-            launch_given(case.x, case.w, variances, case.y, case.v, case.bias, case.u, arch=80, config=config)
-            case.check(variances, bias=True, random=True)
+    case = Case(device, torch.bfloat16, 130, 66, 70, fmt)
+    if which == "registers":
+        run(case, fmt, bias=True, random=True, config=config)
+    else:
+        variances = variance_of(case, fmt, resolve_noise("randomized")).bfloat16()
+        launch_given(case.x, case.w, variances, case.y, case.v, case.bias, case.u, arch=80, config=config)
+        case.check(variances, bias=True, random=True)
 
 
 @DTYPES

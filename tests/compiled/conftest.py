@@ -1,0 +1,37 @@
+"""What runs in Triton's interpreter runs once a session, in one process, however many files a session has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.harness.interpreted import Outcome, run_interpreted
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "interpreted(file): tells what became of a file that `interpreted` ran")
+
+
+@pytest.fixture(scope="session")
+def runs(request: pytest.FixtureRequest) -> Callable[[bool], Mapping[Path, Outcome]]:
+    """What became of all files that this session's tests are about: of their fast tests, or of their slow ones."""
+    wanted: dict[bool, list[Path]] = {False: [], True: []}
+    for item in request.session.items:
+        if marker := item.get_closest_marker("interpreted"):
+            wanted[item.get_closest_marker("slow") is not None].append(marker.args[0])
+
+    @cache
+    def run(slow: bool) -> Mapping[Path, Outcome]:
+        return run_interpreted(wanted[slow], "-m", "slow" if slow else "not slow")
+
+    return run
+
+
+@pytest.fixture
+def interpreted(runs: Callable[[bool], Mapping[Path, Outcome]], request: pytest.FixtureRequest) -> Outcome:
+    """What became of the file in the test's marker; of its slow tests where the test is slow."""
+    marker = request.node.get_closest_marker("interpreted")
+    return runs(request.node.get_closest_marker("slow") is not None)[marker.args[0]]
