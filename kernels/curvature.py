@@ -15,11 +15,6 @@ As all summands are positive, h is within one such unit, 2^-7 or 2^-10 of it, wh
 rounds the sum to bfloat16 as well. Float32 products follow `torch.get_float32_matmul_precision`: IEEE for "highest",
 else TF32.
 
-Sampling: with ``every`` > 1, h is made of each ``every``-th run of `RUN` positions, beginning with run ``phase``, and
-multiplied by N over the number of positions in those. Where ``every * RUN`` divides N, its mean over all phases is h
-itself; so a phase that moves on from step to step leaves h unbiased wherever large inputs stand, such as at the start
-of a sequence.
-
 Source: LOTION, Kwun et al. 2025, arXiv 2510.08757, for what h is for; the contraction of squares is this project's.
 """
 
@@ -40,8 +35,6 @@ from lotion_fx.kernels.operands import precisions, square
 from lotion_fx.kernels.tiles import count, load, place, store
 from lotion_fx.kernels.tuning import launchable
 from lotion_fx.numerics.rounding import compute_dtype
-
-RUN = 64  # positions that are sampled together: a multiple of every config's BK
 
 
 @triton.jit
@@ -77,11 +70,8 @@ def curvature_kernel(
     inputs,
     g_stride,
     x_stride,
-    phase,
-    EVERY: tl.constexpr,
     PRECISION: tl.constexpr,
     SQUARES: tl.constexpr,
-    RUN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -92,42 +82,28 @@ def curvature_kernel(
     m, n, k = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
     sum_gx, sum_h = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
 
-    TILES: tl.constexpr = RUN // BK
-    runs = tl.cdiv(positions, RUN)
-    sampled = (runs - phase + EVERY - 1) // EVERY
-    for i in range(sampled * TILES):
-        first = (i // TILES * EVERY + phase) * RUN + i % TILES * BK
+    for i in range(tl.cdiv(positions, BK)):
+        first = i * BK
         tile_g = _load_g(g, first, k, m, g_stride, positions, outputs, TRANSPOSE)
         tile_x = load(x, first, k[:, None], n[None, :], x_stride, positions, inputs)
         sum_gx = tl.dot(_left(tile_g, TRANSPOSE), tile_x, sum_gx, input_precision=PRECISION)
         square_g = _left(square(tile_g, SQUARES), TRANSPOSE)
         sum_h = tl.dot(square_g, square(tile_x, SQUARES), sum_h, input_precision=SQUARES)
-    if EVERY > 1:
-        for i in range((runs - sampled) * TILES):
-            skipped = i // TILES  # of the runs left out; each ``EVERY - 1`` of them stand around a sampled one
-            run = skipped + (skipped - phase + EVERY - 1) // (EVERY - 1)
-            first = run * RUN + i % TILES * BK
-            tile_g = _load_g(g, first, k, m, g_stride, positions, outputs, TRANSPOSE)
-            tile_x = load(x, first, k[:, None], n[None, :], x_stride, positions, inputs)
-            sum_gx = tl.dot(_left(tile_g, TRANSPOSE), tile_x, sum_gx, input_precision=PRECISION)
 
     down, across = tl.arange(0, BM)[:, None], n[None, :]
     store(gradient, row * BM, down, across, outputs, inputs, sum_gx)
-    missing = tl.where((runs - 1) % EVERY == phase, runs * RUN - positions, 0)
-    taken = tl.maximum(sampled * RUN - missing, 1)
-    store(curvature, row * BM, down, across, outputs, inputs, sum_h * (tl.full((), positions, tl.float32) / taken))
+    store(curvature, row * BM, down, across, outputs, inputs, sum_h)
 
 
-def shape_class(outputs: int, inputs: int, dtype: torch.dtype, precision: str, every: int) -> str:
-    """The row of the tuning table: how products are made, whether there are few tiles, and whether there are two loops.
+def shape_class(outputs: int, inputs: int, dtype: torch.dtype, precision: str) -> str:
+    """The row of the tuning table: how products are made, and whether there are few tiles.
 
     Args:
         precision: the first of `precisions`.
-        every: as in `curvature_linear`.
     """
     if dtype == torch.float32:
         return precision
-    return "sampled" if every > 1 else "small" if outputs * inputs <= SMALL else "large"
+    return "small" if outputs * inputs <= SMALL else "large"
 
 
 SMALL = 2**22  # weights; below it 128 x 128 tiles would not fill every multiprocessor twice
@@ -138,8 +114,6 @@ def launch(
     x: Tensor,
     gradient: Tensor,
     curvature: Tensor,
-    every: int = 1,
-    phase: int = 0,
     *,
     arch: int,
     config: Config | None = None,
@@ -148,7 +122,7 @@ def launch(
     """Runs the kernel where the tensors are.
 
     Args:
-        g, x, every, phase: as in `curvature_linear`, the operands' last dimension contiguous.
+        g, x: as in `curvature_linear`, the operands' last dimension contiguous.
         gradient, curvature: the outputs, contiguous; overwritten.
         arch: compute capability of the device, 80 for ``sm_80``.
         config: one of `CONFIGS`; by default the tuning table's choice.
@@ -156,7 +130,7 @@ def launch(
     """
     (positions, outputs), inputs = g.shape, x.shape[1]
     precision, squares = precisions(g.dtype)
-    row = shape_class(outputs, inputs, g.dtype, precision, every)
+    row = shape_class(outputs, inputs, g.dtype, precision)
     key = ("positions", "outputs", "inputs")
     kernel, tile = launchable(curvature_kernel, "curvature/full", row, arch, CONFIGS[row], config=config, key=key)
     wrap(kernel)[lambda meta: (count(outputs, inputs, meta),)](
@@ -169,61 +143,50 @@ def launch(
         inputs,
         g.stride(0),
         x.stride(0),
-        phase,
-        EVERY=every,
         PRECISION=precision,
         SQUARES=squares,
-        RUN=RUN,
         **tile,
     )
 
 
 @triton_op("lotion_fx::curvature_linear", mutates_args=())
-def curvature_linear(g: Tensor, x: Tensor, every: int = 1, phase: int = 0) -> tuple[Tensor, Tensor]:
+def curvature_linear(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of a linear layer's weight and its curvature, without the factor T.
 
     Args:
         g: gradient of the loss with respect to the output, [N, O]; bfloat16, float16 or float32.
         x: the input, [N, I], of the same dtype.
-        every: how many runs of `RUN` positions there are to one that the curvature is made of.
-        phase: the first of those runs, less than ``every``.
 
     Returns:
         The gradient g^T x [O, I] in g's dtype; and h [O, I] in float32.
 
     Raises:
-        ValueError: the shapes or dtypes do not match, or every or phase is none of the above.
+        ValueError: the shapes or dtypes do not match.
     """
-    _check(g, x, every, phase)
+    _check(g, x)
     if g.device.type == "cpu":
-        return reference(g, x, every, phase)
+        return reference(g, x)
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
     gradient = g.new_empty(g.shape[1], x.shape[1])
     curvature = torch.empty_like(gradient, dtype=torch.float32)
     with on_device(g.device) as arch:
-        launch(g, x, gradient, curvature, every, phase, arch=arch, wrap=wrap_triton)
+        launch(g, x, gradient, curvature, arch=arch, wrap=wrap_triton)
     return gradient, curvature
 
 
-def _check(g: Tensor, x: Tensor, every: int, phase: int) -> None:
+def _check(g: Tensor, x: Tensor) -> None:
     """Raises what `curvature_linear` says."""
     if g.dim() != 2 or x.dim() != 2 or g.shape[0] != x.shape[0] or g.dtype != x.dtype:
         raise ValueError(
             f"g is {g.dtype} {tuple(g.shape)} and x {x.dtype} {tuple(x.shape)}: expected [N, O] and [N, I] of one "
             "dtype; flatten leading dimensions into N"
         )
-    if every < 1 or not 0 <= phase < every:
-        raise ValueError(f"every={every!r}, phase={phase!r}: expected 0 <= phase < every")
 
 
-def reference(g: Tensor, x: Tensor, every: int = 1, phase: int = 0) -> tuple[Tensor, Tensor]:
+def reference(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """`curvature_linear` in ATen, squares in float32 (float64 for float64 operands)."""
     gradient = g.t() @ x
     g, x = (t.to(compute_dtype(t)).square() for t in (g, x))
-    if every > 1:
-        run = torch.arange(len(g), device=g.device) // RUN
-        chosen = (run % every == phase).to(g.dtype)
-        g = g * (chosen * (len(g) / chosen.sum().clamp(min=1)))[:, None]
     return gradient, g.t() @ x
 
 
@@ -245,7 +208,6 @@ _LARGE = _configs(
 CONFIGS = {
     "large": _LARGE,
     "small": _configs((64, 128, 32, 0, 4, 4), (64, 64, 64, 0, 4, 4), (64, 128, 64, 0, 4, 3)),
-    "sampled": _LARGE[:4],
     "tf32": _configs((64, 64, 32, 0, 4, 3), (128, 64, 32, 0, 8, 3)),
     "ieee": _configs((64, 64, 16, 0, 4, 3), (64, 64, 16, 0, 8, 3), (64, 128, 16, 0, 8, 3)),
 }

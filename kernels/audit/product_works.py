@@ -36,14 +36,11 @@ def curvature_works(arch: int) -> list[Work]:
     """`curvature` on the layers of a training step."""
     shapes = [(MANY if layer in SMALL.layer else 2 * MANY, *layer) for layer in TRAINED]
     found = [curvature(arch, shape, torch.bfloat16) for shape in shapes]
-    found += [curvature(arch, shape, torch.bfloat16, every=4) for shape in shapes[3:]]
     found.append(curvature(arch, shapes[1], torch.float16))
     return found + [curvature(arch, shapes[1], torch.float32, precision) for precision in ("ieee", "tf32")]
 
 
-def curvature(
-    arch: int, shape: tuple[int, int, int], dtype: torch.dtype, precision: str = "ieee", every: int = 1
-) -> Work:
+def curvature(arch: int, shape: tuple[int, int, int], dtype: torch.dtype, precision: str = "ieee") -> Work:
     """`curvature` on one layer.
 
     Args:
@@ -51,15 +48,14 @@ def curvature(
         shape: N, O and I.
         dtype: of the operands.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
-        every: as in `curvature_linear`.
     """
     (positions, outputs, inputs), size, name = shape, dtype.itemsize, TYPES[dtype]
     tensor_cores = dtype != torch.float32 or precision == "tf32"
     squares = "tf32" if dtype == torch.float16 else precision
     written = outputs * inputs * (size + 4)
-    scalars = ("positions", "outputs", "inputs", "g_stride", "x_stride", "phase")
-    row = curving.shape_class(outputs, inputs, dtype, precision, every)
-    noted = [name, "tf32" * (precision == "tf32"), f"every {every}" * (every > 1)]
+    scalars = ("positions", "outputs", "inputs", "g_stride", "x_stride")
+    row = curving.shape_class(outputs, inputs, dtype, precision)
+    noted = [name, "tf32" * (precision == "tf32")]
 
     def bytes_moved(config: Config) -> int:
         down, across = triton.cdiv(outputs, config.constants["BM"]), triton.cdiv(inputs, config.constants["BN"])
@@ -67,7 +63,7 @@ def curvature(
 
     # In units of bfloat16 products, which take half of the time of TF32's.
     of_operands = 2 if dtype == torch.float32 else 1
-    flops = round(2 * math.prod(shape) * (of_operands + (2 if squares == "tf32" else 1) / every))
+    flops = round(2 * math.prod(shape) * (of_operands + (2 if squares == "tf32" else 1)))
     return Work(
         kernel="curvature/full",
         shape=f"{positions}x{outputs}x{inputs} {' '.join(filter(None, noted))}",
@@ -77,7 +73,7 @@ def curvature(
             "curvature": "*fp32",
             **dict.fromkeys(scalars, "i32"),
         },
-        constants={"EVERY": every, "PRECISION": precision, "SQUARES": squares, "RUN": curving.RUN},
+        constants={"PRECISION": precision, "SQUARES": squares},
         configs=curving.CONFIGS[row],
         programs=lambda config: count(outputs, inputs, config.constants),
         bytes=bytes_moved,

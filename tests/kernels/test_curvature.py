@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 from lotion_fx.kernels.audit import product_works
 from lotion_fx.kernels.audit.aot import describe
 from lotion_fx.kernels.config import Config
-from lotion_fx.kernels.curvature import CONFIGS, RUN, curvature_linear, launch, reference, shape_class
+from lotion_fx.kernels.curvature import CONFIGS, curvature_linear, launch, reference, shape_class
 
 # Of the squares' product relative to h, of the gradient relative to its own size; each of one unit in the last place.
 UNIT = {torch.float32: 1e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -32,18 +32,18 @@ def operands(device: str, dtype: torch.dtype, positions: int, outputs: int, inpu
     return draw(outputs), draw(inputs), f"seed {seed}"
 
 
-def run(g: Tensor, x: Tensor, every: int = 1, phase: int = 0, config: Config | None = None) -> tuple[Tensor, Tensor]:
+def run(g: Tensor, x: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """The kernel on poisoned outputs."""
     outputs, inputs = g.shape[1], x.shape[1]
     gradient = torch.full((outputs, inputs), torch.nan, dtype=g.dtype, device=g.device)
     curvature = torch.full((outputs, inputs), torch.nan, device=g.device)
-    launch(g, x, gradient, curvature, every, phase, arch=80, config=config)
+    launch(g, x, gradient, curvature, arch=80, config=config)
     return gradient, curvature
 
 
-def assert_close(found: tuple[Tensor, Tensor], g: Tensor, x: Tensor, message: str, **sampling: int) -> None:
+def assert_close(found: tuple[Tensor, Tensor], g: Tensor, x: Tensor, message: str) -> None:
     """Both outputs within a unit in the last place of float64's, and the gradient's sum within float32's error too."""
-    gradient, curvature = reference(g.double(), x.double(), **sampling)
+    gradient, curvature = reference(g.double(), x.double())
     size = g.double().abs().t() @ x.double().abs()
     error = (found[0].double() - gradient).abs()
     assert (error <= UNIT[g.dtype] * gradient.abs() + 1e-6 * size).all(), message
@@ -113,25 +113,6 @@ def test_is_the_sum_of_squared_gradients_of_positions(device: str) -> None:
     torch.testing.assert_close(h.double().cpu(), each.square().sum(0), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("config", [None, SMALL], ids=["default", "two tiles a run"])
-@pytest.mark.parametrize(("positions", "every"), [pytest.param(400, 2, marks=pytest.mark.slow), (400, 3), (64, 2)])
-def test_sampled(device: str, positions: int, every: int, config: Config | None) -> None:
-    g, x, seed = operands(device, torch.float32, positions, 40, 30)
-    for phase in range(every):
-        found = run(g, x, every, phase, config)
-        chosen = [n for n in range(positions) if n // RUN % every == phase]
-        h = g[chosen].double().square().t() @ x[chosen].double().square() * (positions / max(len(chosen), 1))
-        torch.testing.assert_close(found[1].double(), h, rtol=2e-6, atol=0, msg=f"{seed} phase {phase}")
-        assert_close(found, g, x, seed, every=every, phase=phase)
-
-
-def test_phases_average_to_the_whole(device: str) -> None:
-    g, x, seed = operands(device, torch.float32, 2 * 3 * RUN, 20, 30)
-    average = torch.stack([run(g, x, 3, phase)[1].double() for phase in range(3)]).mean(0)
-    whole = g.double().square().t() @ x.double().square()
-    torch.testing.assert_close(average, whole, rtol=1e-6, atol=0, msg=seed)
-
-
 def test_rows_may_stand_apart(device: str) -> None:
     """Slices of a joint projection's output, as of queries, keys and values."""
     g, x, seed = operands(device, torch.float32, 100, 90, 40)
@@ -139,30 +120,28 @@ def test_rows_may_stand_apart(device: str) -> None:
     assert_close(run(g, x), g, x, seed)
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_moves_the_bytes_it_says(device: str, every: int) -> None:
+def test_moves_the_bytes_it_says(device: str) -> None:
     if device != "cpu":
         pytest.skip("counted in the interpreter")
     from tests.harness.interpreter import counted_traffic
 
     g, x, _ = operands(device, torch.bfloat16, 150, 140, 70)
-    work = product_works.curvature(80, (150, 140, 70), torch.bfloat16, every=every)
+    work = product_works.curvature(80, (150, 140, 70), torch.bfloat16)
     for config in (work.configs[0], SMALL):
         with counted_traffic() as traffic:
-            run(g, x, every, config=config)
+            run(g, x, config=config)
         assert traffic.loaded + traffic.stored == work.bytes(config) >= work.minimum_bytes, config
 
 
 @DTYPES
-@pytest.mark.parametrize("every", [1, 2])
-def test_op(device: str, dtype: torch.dtype, every: int) -> None:
+def test_op(device: str, dtype: torch.dtype) -> None:
     if device != "cpu":
         pytest.skip("opcheck runs on the CPU path")
     g, x, seed = operands(device, dtype, 150, 30, 20)
-    torch.library.opcheck(curvature_linear, (g, x, every, every - 1), test_utils=("test_schema", "test_faketensor"))
-    gradient, curvature = curvature_linear(g, x, every, every - 1)
+    torch.library.opcheck(curvature_linear, (g, x), test_utils=("test_schema", "test_faketensor"))
+    gradient, curvature = curvature_linear(g, x)
     assert gradient.dtype == dtype and curvature.dtype == torch.float32
-    assert_close((gradient, curvature), g, x, seed, every=every, phase=every - 1)
+    assert_close((gradient, curvature), g, x, seed)
 
 
 def test_refuses() -> None:
@@ -173,12 +152,9 @@ def test_refuses() -> None:
         curvature_linear(g.t(), x)
     with pytest.raises(ValueError, match="of one dtype"):
         curvature_linear(g, x.half())
-    with pytest.raises(ValueError, match="every=2, phase=2: expected 0 <= phase < every"):
-        curvature_linear(g, x, 2, 2)
 
 
 def test_shape_classes() -> None:
-    assert shape_class(768, 768, torch.bfloat16, "ieee", 1) == "small"
-    assert shape_class(14336, 4096, torch.float16, "tf32", 1) == "large"
-    assert shape_class(768, 768, torch.bfloat16, "ieee", 2) == "sampled"
-    assert shape_class(14336, 4096, torch.float32, "tf32", 2) == "tf32"
+    assert shape_class(768, 768, torch.bfloat16, "ieee") == "small"
+    assert shape_class(14336, 4096, torch.float16, "tf32") == "large"
+    assert shape_class(14336, 4096, torch.float32, "tf32") == "tf32"
