@@ -118,11 +118,10 @@ def run(passes: Sequence[Pass[State]], state: State) -> State:
         logs = LOG.isEnabledFor(logging.DEBUG)
         before = state.text if _watchers or logs else ""
         state = each.run(state)
-        if logs:
-            changed = state.text != before
-            LOG.debug(
-                "%s: %s\n%s", each.name, each.leaves if changed else "nothing to do", state.text if changed else ""
-            )
+        if logs and (after := state.text) != before:
+            LOG.debug("%s: %s\n%s", each.name, each.leaves, after.strip())
+        elif logs:
+            LOG.debug("%s: nothing to do", each.name)
         for watcher in _watchers:
             watcher(each, before, state)
     return state

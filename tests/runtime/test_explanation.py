@@ -97,8 +97,8 @@ def test_the_log_shows_each_pass_as_it_runs(caplog):
     with caplog.at_level(logging.DEBUG, logger=LOG.name):
         ran(MLP())
     lines = [record.getMessage() for record in caplog.records if record.name == LOG.name]
-    assert [line.partition(":")[0].partition("\n")[0] for line in lines] == [each.name for each in (*FORWARD, *JOINT)]
-    assert "stream: nothing to do" in lines and any(line.startswith("attach\n") and "smooth(" in line for line in lines)
+    assert [line.partition(":")[0] for line in lines] == [each.name for each in (*FORWARD, *JOINT)]
+    assert "stream: nothing to do" in lines and any(line.startswith("attach: ") and "smooth(" in line for line in lines)
 
 
 @pytest.mark.parametrize("asked", ["passes", "pases"])
