@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.harness.interpreted import ROOT, Outcome, run_interpreted
+from tests.kernels import conftest
 
 KERNEL_TESTS = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
 WITH_SLOW_ONES = [file for file in KERNEL_TESTS if "pytest.mark.slow" in file.read_text()]
@@ -52,9 +52,16 @@ def test_a_file_that_fails_or_runs_nothing_is_told_from_a_good_one(tmp_path: Pat
     found[files["good"]].check()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where these tests run")
-def test_gpu_tests_skip_with_a_reason() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-rs"]
-    done = subprocess.run([*command, "tests/kernels/test_division.py"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "no CUDA device" in done.stdout
+@pytest.mark.parametrize("there_is_one", [False, True])
+def test_elsewhere_a_kernels_tests_are_a_gpus_and_skip_without_one(there_is_one: bool, monkeypatch) -> None:
+    monkeypatch.setattr(conftest, "INTERPRETING", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_one)
+    marks: dict[str, list[pytest.MarkDecorator]] = {"kernels": [], "compiled": []}
+    items = [
+        SimpleNamespace(path=ROOT / "tests" / folder / "test_it.py", add_marker=of.append)
+        for folder, of in marks.items()
+    ]
+    conftest.pytest_collection_modifyitems(items)
+    assert marks["compiled"] == []
+    assert [mark.name for mark in marks["kernels"]] == ["gpu"] + ["skip"] * (not there_is_one)
+    assert there_is_one or "no CUDA device" in marks["kernels"][1].kwargs["reason"]

@@ -32,7 +32,7 @@ from tests.kernels.packing import excess, packed, poisoned
 
 __all__ = ["poisoned"]
 
-names = pytest.mark.parametrize("name", ("nvfp4", "mxfp4", "mxfp4/even"))
+names = pytest.mark.parametrize("name", ("nvfp4", "mxfp4", pytest.param("mxfp4/even", marks=pytest.mark.slow)))
 dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 
 

@@ -105,7 +105,7 @@ def test_every_format(device: str, fmt: Format) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("fmt", ["nvfp4", "int4", "int8"])
+@pytest.mark.parametrize("fmt", ["nvfp4", "int4", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("bias", "random"), [(True, False), (False, True)], ids=["bias", "random input"])
 def test_dtypes(device: str, dtype: torch.dtype, fmt: str, bias: bool, random: bool) -> None:
     run(Case(device, dtype, 130, 65, 80, resolve(fmt)), resolve(fmt), bias=bias, random=random)
