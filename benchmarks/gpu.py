@@ -1,145 +1,165 @@
-"""Times smoothing and packing on a CUDA device, beside what Inductor makes of the same.
+"""Everything that only a GPU can tell, in one command and one JSON file; under 8 minutes.
 
-    python benchmarks/gpu.py                 # all; on the device that is there
-    python benchmarks/gpu.py --only smooth   # some
-    python benchmarks/gpu.py --device cpu --quick   # the plumbing, without a device: the operators' ATen path
+    python benchmarks/gpu.py                        # from a bare checkout: torch and triton are enough, no network
+    python benchmarks/gpu.py --device cpu --quick   # the plumbing, without a device
 
-Medians of Triton's own benchmark, with the L2 cache flushed between runs. The last lines quantize and dequantize 8
-weights of [4096, 6144] to NVFP4, for which Megatron-LM#87 published 155 us (absmax known) and 369 us (fused) on a B300.
+Parts: ``step`` (the step ratio of a transformed GPT of 124 million parameters beside the plain compiled one, and memory),
+``kernels`` (measured beside predicted times), ``tests`` (``pytest -m gpu``). One that fails is recorded with its error,
+and the others go on. Nothing needs to be installed: the package is laid out by links in a temporary folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+import traceback
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
-import torch
-from tabulate import tabulate
-from torch import Tensor
-
-from lotion_fx.kernels import pack as packing
-from lotion_fx.kernels.view import amaxes
-from lotion_fx.numerics import rounding
-from lotion_fx.numerics.formats import resolve
-
-SHAPES = {"150M": (3072, 768), "8B": (14336, 4096), "70B": (28672, 8192)}
-PUBLISHED = (8 * 4096, 6144)
+ROOT = Path(__file__).parents[1]
+SECONDS = 460  # of all parts: what would begin later is left out and says so
+PARTS = ("step", "kernels", "tests")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One thing to time.
+def lay_out(folder: Path) -> Path:
+    """Links the checkout as it is installed: ``passes``, ``kernels`` and ``examples`` inside of ``lotion_fx``.
 
-    Args:
-        name, shape: for the table.
-        kernel: calls the operator.
-        inductor: the same by ATen, compiled; None where there is no such thing.
-        bytes: that the kernel must move.
+    Returns:
+        What to put on the path.
     """
-
-    name: str
-    shape: str
-    kernel: Callable[[], object]
-    inductor: Callable[[], object] | None
-    bytes: int
-
-
-def cases(device: torch.device, shapes: dict[str, tuple[int, int]]) -> Iterator[Case]:
-    """Every kernel of one operand on the largest matrix of each model."""
-    for shape in shapes.values():
-        for name in ("nvfp4", "mxfp4", "int4"):
-            yield from _smooth_cases(device, shape, name)
-            w = torch.randn(shape, device=device, dtype=torch.bfloat16)
-            yield Case(f"pack {name}", _text(shape), partial(packing.pack, w, name), None, w.numel() * 5 // 2)
+    package = folder / "lotion_fx"
+    package.mkdir(parents=True)
+    sources = [*(ROOT / "lotion_fx").iterdir(), *(ROOT / name for name in ("passes", "kernels", "examples"))]
+    for source in sources:
+        if source.name != "__pycache__":
+            (package / source.name).symlink_to(source)
+    return folder
 
 
-def _smooth_cases(device: torch.device, shape: tuple[int, int], name: str) -> Iterator[Case]:
-    fmt, w = resolve(name), torch.randn(shape, device=device, dtype=torch.bfloat16)
-    op = torch.ops.lotion_fx.smooth
-    seed = torch.tensor(1, device=device)
-    rtn = partial(op, w, name, -1, "randomized", True, False, False)
-    rr = partial(op, w, name, -1, "randomized", False, True, False, seed)
-    yield Case(f"smooth/rtn {name}", _text(shape), rtn, _compiled(rounding.rtn, w, fmt), w.numel() * 4)
-    yield Case(f"smooth/rr {name}", _text(shape), rr, _compiled(rounding.rr, w, fmt), w.numel() * 4)
-    master, grad, h = (torch.rand(shape, device=device) for _ in range(3))
-    factor = torch.tensor(0.5, device=device)
-    term = partial(torch.ops.lotion_fx.add_term, grad, master, h, None, 1, factor, name, -1, "randomized")
+def missing() -> list[str]:
+    """What the package needs and this Python does not have."""
+    from importlib.util import find_spec
 
-    def reference(w: Tensor, h: Tensor, grad: Tensor) -> None:
-        grad.add_(0.5 * rounding.variance_vjp(w, h, fmt))
-
-    yield Case(f"smooth/term {name}", _text(shape), term, _compiled(reference, master, h, grad), w.numel() * 16)
+    return [name for name in ("torch", "triton", "sympy", "networkx", "tabulate") if find_spec(name) is None]
 
 
-def published(device: torch.device, shape: tuple[int, int]) -> Iterator[Case]:
-    """Round to nearest with the absmax known, and with its pass."""
-    w, fmt = torch.randn(shape, device=device, dtype=torch.bfloat16), resolve("nvfp4")
-    op, flags = torch.ops.lotion_fx.smooth, ("nvfp4", -1, "randomized", True, False, False)
-    amax = amaxes(w, fmt, -1)
-    yield Case("NVFP4 QDQ, absmax known", _text(shape), partial(op, w, *flags, None, amax), None, w.numel() * 4)
-    yield Case("NVFP4 QDQ", _text(shape), partial(op, w, *flags), _compiled(rounding.rtn, w, fmt), w.numel() * 6)
+def about(device: str) -> dict[str, Any]:
+    """The device, the versions and the commit."""
+    import torch
+    import triton
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit.stdout.strip(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+    }
+    if device == "cuda":
+        found["memory_mib"] = torch.cuda.get_device_properties(0).total_memory / 2**20
+    return found
 
 
-def _compiled(function: Callable[..., object], *args: object) -> Callable[[], object]:
-    def own(*args: object) -> object:  # compiled for these shapes alone
-        return function(*args)
-
-    own.__code__ = own.__code__.replace()
-    return partial(torch.compile(own, dynamic=False), *args)
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def microseconds(function: Callable[[], object], device: torch.device) -> float:
-    """The median time of a call."""
-    function()
-    if device.type == "cuda":
-        from triton.testing import do_bench
-
-        return 1e3 * do_bench(function, return_mode="median")
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - began)
-    return 1e6 * statistics.median(times)
+def tests(device: str, quick: bool, until: float) -> dict[str, Any]:
+    """``pytest -m gpu``, or without a device and quickly the count of what it would run."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels"]
+    command += ["--collect-only"] if device == "cpu" else []
+    left = max(until - time.monotonic(), 10.0)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired as stopped:
+        output = (stopped.stdout or b"").decode(errors="replace")
+        raise TimeoutError(f"not over after {left:.0f} s; its output ends with\n{output[-2000:]}") from None
+    if done.returncode:
+        raise RuntimeError(f"pytest ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
+    return {"summary": done.stdout.strip().splitlines()[-1]}
 
 
-def row(case: Case, device: torch.device, bandwidth: float | None) -> list[object]:
-    """Measured time, share of the memory roofline, and Inductor's time over it."""
-    ours = microseconds(case.kernel, device)
-    theirs = microseconds(case.inductor, device) if case.inductor else None
-    roofline = None if bandwidth is None else case.bytes / (bandwidth * 1e3) / ours
-    return [case.name, case.shape, ours, roofline, theirs, None if theirs is None else theirs / ours]
+def step(device: str, quick: bool, until: float) -> dict[str, Any]:
+    import gpu_step
+    import torch
+
+    size, inner, rounds = (gpu_step.TINY, "aot_eager", 4) if quick else (gpu_step.Size(), "inductor", 20)
+    on = torch.device(device)
+    return {"size": vars(size), "rows": gpu_step.rows(on, size, inner=inner, rounds=rounds, until=until - 150)}
 
 
-def main() -> None:
+def kernels(device: str, quick: bool, until: float) -> dict[str, Any]:
+    import gpu_kernels
+    import torch
+
+    return {"rows": gpu_kernels.rows(torch.device(device), quick=quick)}
+
+
+def report(parts: dict[str, Callable[[str, bool, float], dict[str, Any]]], device: str, quick: bool) -> dict[str, Any]:
+    """What each part found, or its error; and how long it took."""
+    until = time.monotonic() + SECONDS
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
+        began = time.monotonic()
+        try:
+            if began > until:
+                raise TimeoutError("left out: the time was up")
+            found[name] = part(device, quick, until)
+        except Exception:
+            found[name] = {"error": traceback.format_exc()}
+        found[name]["seconds"] = time.monotonic() - began
+    return found
+
+
+def text(found: dict[str, Any]) -> str:
+    """The report for people."""
+    from tabulate import tabulate
+
+    lines = [f"{found['device']}, torch {found['torch']}, triton {found['triton']}"]
+    for name, part in found["parts"].items():
+        lines.append(f"\n{name}: {part['seconds']:.0f} s")
+        if "error" in part:
+            lines.append(part["error"].strip().splitlines()[-1])
+        rows = [
+            {k: str(v).strip().splitlines()[-1] if k == "error" else v for k, v in r.items()}
+            for r in part.get("rows", [])
+        ]
+        lines.append(tabulate(rows, headers="keys", floatfmt=".3f") if rows else part.get("summary", ""))
+    return "\n".join(lines)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--quick", action="store_true", help="tiny weights")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of them, with commas")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, nothing compiled by Inductor in the step")
+    parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="where to write everything [gpu.json]")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.exit(1, "no CUDA device; --device cpu --quick runs the plumbing, `lotion-fx kernels` predicts times\n")
-    bandwidth = None
-    if device.type == "cuda":
-        from lotion_fx.kernels.device import target_of
+    if unknown := set(args.parts.split(",")) - set(PARTS):
+        parser.error(f"--parts: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
+    if lacking := missing():
+        parser.exit(1, f"not installed here: {', '.join(lacking)}; they are pure Python but for torch and triton\n")
+    import torch
 
-        bandwidth = target_of(device).bandwidth
-        print(torch.cuda.get_device_name(device))
-    shapes = {"tiny": (64, 128)} if args.quick else SHAPES
-    every = [*cases(device, shapes), *published(device, (64, 128) if args.quick else PUBLISHED)]
-    rows = [row(case, device, bandwidth) for case in every if args.only in case.name]
-    headers = ["", "shape", "kernel, us", "of the roofline", "Inductor, us", "Inductor / kernel"]
-    print(tabulate(rows, headers, floatfmt=("", "", ".1f", ".0%", ".1f", ".2f"), missingval=""))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "no CUDA device; --device cpu --quick runs the plumbing, `lotion-fx kernels` predicts times\n")
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(lay_out(Path(folder) / "tree"))
+        sys.path[:0] = [path, str(Path(__file__).parent)]
+        os.environ["PYTHONPATH"] = os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])
+        known = {"step": step, "kernels": kernels, "tests": tests}
+        chosen = {name: known[name] for name in PARTS if name in args.parts.split(",")}
+        found = {**about(args.device), "parts": report(chosen, args.device, args.quick)}
+    args.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(text(found))
+    print(f"\nall of it: {args.json}")
+    return any("error" in part for part in found["parts"].values())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import random
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from tabulate import tabulate
+from timing import interleaved, seconds
 from torch import fx, nn
 from torch._inductor import compile_fx, config, metrics
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -74,21 +74,6 @@ def build(case: dict[str, Any] | None, args: argparse.Namespace) -> tuple[nn.Mod
     return model, step
 
 
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int, base: str = "plain") -> dict[str, dict[str, float]]:
-    """Each step's median milliseconds, and the quartiles of its ratio to the base's step of the same round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name in random.sample(list(steps), len(steps)):
-            began = time.perf_counter()
-            steps[name]()
-            times[name].append(time.perf_counter() - began)
-    rows = {}
-    for name, mine in times.items():
-        low, middle, high = statistics.quantiles((a / b for a, b in zip(mine, times[base], strict=True)), n=4)
-        rows[name] = {"step_ms": 1e3 * statistics.median(mine), "ratio": middle, "ratio_low": low, "ratio_high": high}
-    return rows
-
-
 def persistent(model: nn.Module) -> float:
     """Bytes of curvature state per quantized parameter."""
     try:
@@ -132,7 +117,8 @@ def main() -> None:
         steps[name]()  # Adam's second moment exists only now: curvature='fisher' compiles once more
         rows[name]["state"] = persistent(model)
         steps[name]()
-    timed = interleaved(steps, args.rounds)
+    cpu = torch.device("cpu")
+    timed = interleaved({name: partial(seconds, step, cpu) for name, step in steps.items()}, args.rounds)
     plain = rows["plain"]
     table = []
     for name, row in rows.items():
