@@ -14,6 +14,8 @@ from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.targets import TARGETS
 from tests.harness.samples import doubled, product
 
+SLOW = pytest.mark.slow
+
 
 @pytest.mark.parametrize("arch", [80, 100])
 def test_a_streaming_kernel_moves_128_bits_a_thread_and_runs_each_instruction_once(arch):
@@ -33,7 +35,15 @@ def test_two_elements_a_thread_are_a_narrow_load():
     assert evidence.opcodes["LDG.E"] == 1
 
 
-@pytest.mark.parametrize(("arch", "instruction"), [(80, "HMMA.16816"), (90, "HGMMA"), (100, "UTCHMMA"), (120, "HMMA")])
+@pytest.mark.parametrize(
+    ("arch", "instruction"),
+    [
+        (80, "HMMA.16816"),
+        (100, "UTCHMMA"),
+        pytest.param(90, "HGMMA", marks=SLOW),
+        pytest.param(120, "HMMA", marks=SLOW),
+    ],
+)
 def test_a_matrix_product_and_its_loop(arch, instruction):
     work = product()
     evidence = audit(work, work.configs[0], arch)
@@ -125,6 +135,6 @@ def test_width(opcode, bits):
     assert width(opcode) == bits
 
 
-def test_every_target_is_one_that_compiles():
-    for arch in TARGETS:
-        assert audit(doubled(), doubled().configs[0], arch).registers > 0
+@pytest.mark.parametrize("arch", [arch if arch in (80, 100) else pytest.param(arch, marks=SLOW) for arch in TARGETS])
+def test_every_target_is_one_that_compiles(arch):
+    assert audit(doubled(), doubled().configs[0], arch).registers > 0

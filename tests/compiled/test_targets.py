@@ -24,6 +24,9 @@ PTX = {
 }
 
 
+EACH = [pytest.param(arch, marks=() if arch in (80, 100) else pytest.mark.slow) for arch in TARGETS]
+
+
 def assembles(instruction: str, arch: int, folder) -> bool:
     version = "8.4" if arch < 90 else "8.8"
     source = folder / "feature.ptx"
@@ -44,7 +47,7 @@ def assembles(instruction: str, arch: int, folder) -> bool:
     return done.returncode == 0
 
 
-@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("arch", EACH)
 def test_features_are_those_that_assemble(arch, tmp_path):
     found = {feature for feature in FEATURES if assembles(PTX[feature], arch, tmp_path)}
     assert found == {feature for feature in FEATURES if TARGETS[arch].supports(feature)}

@@ -146,11 +146,15 @@ def check_amax(case: Case, amax: Tensor) -> None:
         assert amax.numel() == 0
 
 
-def each(*names: str) -> pytest.MarkDecorator:
+def each(*names: Any) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", names)
 
 
-@each(*NAMES)
+# Of one grid or scale law the others here are representatives, and `test_device_code` has each function of each.
+LIKE_ANOTHER = ("int8/2", "int4/128", "mxfp4/floor", "mxfp4/even", "mxfp6_e3m2", "mxfp8_e5m2", "mxfp8_e4m3")
+
+
+@each(*(pytest.param(name, marks=pytest.mark.slow) if name in LIKE_ANOTHER else name for name in NAMES))
 def test_every_format(name: str, device: str, seed: int) -> None:
     check(Case(resolve(name), device, seed))
     check(Case(resolve(name), device, seed + 1, shapes=((7, 128),), first=True))
