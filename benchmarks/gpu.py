@@ -3,9 +3,9 @@
     python benchmarks/gpu.py                        # from a bare checkout: torch and triton are enough, no network
     python benchmarks/gpu.py --device cpu --quick   # the plumbing, without a device
 
-Parts: ``step`` (the step ratio of a transformed GPT of 124 million parameters beside the plain compiled one, and memory),
-``kernels`` (measured beside predicted times), ``tests`` (``pytest -m gpu``). One that fails is recorded with its error,
-and the others go on. Nothing needs to be installed: the package is laid out by links in a temporary folder.
+Parts: ``step`` (the step ratio of a transformed GPT of 124 million parameters beside the plain compiled one, and peak
+memory), ``kernels`` (measured beside predicted times), ``tests`` (``pytest -m gpu``). What fails is recorded with its
+error, and the others go on. Nothing needs to be installed: the package is laid out by links in a temporary folder.
 """
 
 from __future__ import annotations
