@@ -2,7 +2,7 @@
 
 Inductor writes a kernel's source without launching anything; it only asks which device it writes for. Inside
 `absent_cuda(80)` it is told an A100. What is replaced is an entry of `MOCKS` that says why it is there, and
-`tests/compiled/test_absent_cuda.py` is the canary that names the entry which a new release of PyTorch or Triton took away.
+`tests/compiled/test_absent_cuda.py` is the canary that names the entry which a new release of PyTorch or Triton took.
 """
 
 from __future__ import annotations
