@@ -75,11 +75,11 @@ def compile_graph(
         return gm.forward
     if inner == "aot_eager":
         return private.aot_autograd(fw_compiler=private.nop, partition_fn=_partition)(gm, inputs)
-    compiled: Any = private.compile_fx(gm, inputs, config_patches=_inductor_options(mode, options))
+    compiled: Any = private.compile_fx(gm, inputs, config_patches=inductor_options(mode, options))
     return compiled
 
 
-def _inductor_options(mode: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+def inductor_options(mode: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     options = {**(private.list_mode_options(mode) if mode else {}), **given}
     theirs = options.get("joint_custom_pre_pass") or ()
     theirs = theirs if isinstance(theirs, (list, tuple)) else (theirs,)

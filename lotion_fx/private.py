@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from functorch.compile import aot_function, nop
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.eval_frame import skip_code
@@ -73,6 +74,7 @@ WHY = {
     # Graphs, and tensors without data.
     "torch._subclasses.fake_tensor.FakeTensor": "an input without data is nobody's weight",
     "torch._subclasses.fake_tensor.FakeTensorMode": "analyses run a graph without data",
+    "torch._dispatch.python.enable_python_dispatcher": "sizes stay symbols: 2.11's matmul in C++ makes them numbers",
     "torch._ops.OpOverload": "a graph's operator, apart from other callables",
     "torch._ops.HigherOrderOperator": "a region that must stay whole, such as a checkpointed one",
     "torch.utils._python_dispatch.TorchDispatchMode": "sees each operator of a function that runs",
@@ -141,10 +143,12 @@ def faked(inputs: Sequence[Any]) -> Iterator[list[Any]]:
         yield [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in inputs]
 
 
-def fake_mode_of(inputs: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """The mode that made the inputs without data; where there is none, a context that does nothing."""
+@contextlib.contextmanager
+def fake_mode_of(inputs: Sequence[Any]) -> Iterator[None]:
+    """Inside, what is computed of the inputs holds no data where they hold none, and their sizes stay symbols."""
     modes = [x.fake_mode for x in inputs if isinstance(x, FakeTensor)]
-    return modes[0] if modes else contextlib.nullcontext()
+    with modes[0] if modes else contextlib.nullcontext(), enable_python_dispatcher():
+        yield
 
 
 # --- what Dynamo knows of a graph's inputs ---

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lotion_fx.compiling import inductor_options
 from lotion_fx.kernels import tuning
 from lotion_fx.kernels.audit import aot, weight_works
 from lotion_fx.kernels.audit.models import SMALL
@@ -17,7 +18,6 @@ from lotion_fx.kernels.view import View
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import resolve
 from lotion_fx.passes.lower.lower import inductor_cost, kernel_cost
-from lotion_fx.variants import Backend
 
 SHAPE = (4096, 4096)
 ELEMENTS = SHAPE[0] * SHAPE[1]
@@ -27,7 +27,7 @@ def emitted(function: Callable[..., object], arch: int, *dtypes: torch.dtype) ->
     with FakeTensorMode():
         weights = [torch.empty(SHAPE, dtype=dtype) for dtype in dtypes]
         gm = make_fx(function)(*weights)
-        return compile_for(arch, gm, weights, Backend()._inductor_options())[1][0]
+        return compile_for(arch, gm, weights, inductor_options(None, {}))[1][0]
 
 
 def term(fmt: str, axis: int) -> Callable[[Tensor, Tensor, Tensor], None]:
