@@ -38,10 +38,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.noise import RANDOMIZED, NoiseLaw
 from lotion_fx.numerics.printer import TritonPrinter, define, source
+from lotion_fx.private import settle_device_guard
 
 __all__ = ["specialized", "template"]
 
 aten = torch.ops.aten
+
+settle_device_guard()  # `printed` traces in threads of its own
 
 
 class StandIn:

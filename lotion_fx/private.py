@@ -143,6 +143,16 @@ def faked(inputs: Sequence[Any]) -> Iterator[list[Any]]:
         yield [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in inputs]
 
 
+def settle_device_guard() -> None:
+    """Enters a mode without data once, in a thread that lives on.
+
+    In a CUDA build without a device torch 2.11 sets a guard as the first one is entered; where that thread ends, the
+    next thread that enters one crashes.
+    """
+    with FakeTensorMode():
+        pass
+
+
 @contextlib.contextmanager
 def fake_mode_of(inputs: Sequence[Any]) -> Iterator[None]:
     """Inside, what is computed of the inputs holds no data where they hold none, and their sizes stay symbols."""
