@@ -83,7 +83,7 @@ def inductor_options(mode: str | None, given: Mapping[str, Any]) -> dict[str, An
     options = {**(private.list_mode_options(mode) if mode else {}), **given}
     theirs = options.get("joint_custom_pre_pass") or ()
     theirs = theirs if isinstance(theirs, (list, tuple)) else (theirs,)
-    options["joint_custom_pre_pass"] = [JointPasses(), *theirs] if theirs else JointPasses()
+    options["joint_custom_pre_pass"] = private.InTurn([JointPasses(), *theirs]) if theirs else JointPasses()
     options.setdefault(private.EXACT_DIVISION, True)
     options["unsafe_marked_cacheable_functions"] = cacheable()
     return options

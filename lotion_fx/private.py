@@ -161,6 +161,25 @@ def fake_mode_of(inputs: Sequence[Any]) -> Iterator[None]:
         yield
 
 
+class InTurn(CustomGraphPass):
+    """Several passes over Inductor's joint graph as one, which is all that torch 2.11 takes.
+
+    Args:
+        passes: functions of a graph; one that is no `CustomGraphPass` keeps the compile caches off.
+    """
+
+    def __init__(self, passes: Sequence[Callable[[fx.Graph], None]]) -> None:
+        self.passes = tuple(passes)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        keys = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes]
+        return None if None in keys else tuple(keys)
+
+
 # --- what Dynamo knows of a graph's inputs ---
 
 

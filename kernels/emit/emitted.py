@@ -35,6 +35,7 @@ from lotion_fx.private import (
     CustomGraphPass,
     FakeTensor,
     GraphLowering,
+    InTurn,
     PyCodeCache,
     aot_export_module,
     compile_fx,
@@ -210,7 +211,7 @@ def compile_for(
     found: list[Emitted] = []
     passes = options.get("joint_custom_pre_pass", [])
     passes = passes if isinstance(passes, list) else [passes]
-    options = {**options, "joint_custom_pre_pass": [ToDevice(), *passes]}
+    options = {**options, "joint_custom_pre_pass": InTurn([ToDevice(), *passes])}
     with (
         absent_cuda(arch),
         warnings.catch_warnings(),

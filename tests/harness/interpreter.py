@@ -53,6 +53,7 @@ class Replacement:
         parameters: the names of its arguments in the versions this was written for.
         new: what takes its place; its first argument is the original.
         defect: what it does wrong, and in which versions.
+        since: the first version of Triton that has it; in an older one the new is all there is.
     """
 
     owner: Any
@@ -60,14 +61,15 @@ class Replacement:
     parameters: tuple[str, ...]
     new: Method
     defect: str
+    since: str = "3.6"
 
 
 REPLACEMENTS: list[Replacement] = []
 
 
-def _replaces(owner: Any, name: str, parameters: str, defect: str) -> Callable[[Method], Method]:
+def _replaces(owner: Any, name: str, parameters: str, defect: str, since: str = "3.6") -> Callable[[Method], Method]:
     def register(new: Method) -> Method:
-        REPLACEMENTS.append(Replacement(owner, name, tuple(parameters.split()), new, defect))
+        REPLACEMENTS.append(Replacement(owner, name, tuple(parameters.split()), new, defect, since))
         return new
 
     return register
@@ -216,6 +218,7 @@ def _dot(original: Method, self: Any, a: Any, b: Any, d: Any, *precision: Any) -
     "self lhs lhs_scale_handle lhs_format_enum rhs rhs_scale_handle rhs_format_enum fast_math lhs_k_pack rhs_k_pack "
     "acc_handle",
     "e4m3 scales are read as e8m0, bfloat16 operands overflow (3.8.0, 3.9.0), e8m0 has no NaN and 2^-127 is 0 (3.8.0)",
+    since="3.8",
 )
 def _dot_scaled(original: Method, self: Any, *arguments: Any) -> Any:
     lhs, lhs_scale, lhs_format, rhs, rhs_scale, rhs_format, _, lhs_k_pack, rhs_k_pack, acc = arguments
@@ -436,7 +439,7 @@ def _method(new: Method, original: Method) -> Method:
 
 def _install() -> None:
     for one in REPLACEMENTS:
-        setattr(one.owner, one.name, _method(one.new, getattr(one.owner, one.name)))
+        setattr(one.owner, one.name, _method(one.new, getattr(one.owner, one.name, None)))
     _install_libdevice()
 
 
