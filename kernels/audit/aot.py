@@ -269,7 +269,10 @@ def _missing(message: str) -> str:
 
 def _evidence(kernel: Any, arch: int) -> Evidence | str:
     target = TARGETS[arch]
-    registers, code = _disassembled(kernel.asm["cubin"])
+    try:
+        registers, code = _disassembled(kernel.asm["cubin"])
+    except subprocess.CalledProcessError as error:
+        return f"cuobjdump of triton {triton.__version__} does not read sm_{arch}: {error.stderr.strip()}"
     # Warp specialization launches more warps than the config names.
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
     assert threads is not None, "Triton always states the size of a block"

@@ -168,13 +168,24 @@ def resolve(owner: str) -> Any:
     return getattr(found, attribute) if attribute else found
 
 
+EMITS_SINCE = "2.13"
+"""The first version of torch that the replacements were written for."""
+
+
 @contextlib.contextmanager
 def absent_cuda(arch: int) -> Iterator[None]:
     """Inside, the process seems to have one CUDA device of an architecture.
 
     Args:
         arch: 80, 86, 89, 90, 100, 103 or 120.
+
+    Raises:
+        NotImplementedError: an older torch, which asks the device in other places.
     """
+    if torch.__version__ < EMITS_SINCE:
+        raise NotImplementedError(
+            f"emitting for a GPU that is not there takes torch {EMITS_SINCE}, and this is {torch.__version__}"
+        )
     with contextlib.ExitStack() as stack:
         stack.callback(_forget)
         for each in MOCKS:

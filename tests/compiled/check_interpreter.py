@@ -16,6 +16,7 @@ from triton.language.extra import libdevice
 
 from tests.harness.inline_asm import run
 from tests.harness.interpreter import counted_traffic
+from tests.harness.versions import needs_scaled_products
 
 SEED = np.random.SeedSequence().entropy
 RANDOM = np.random.default_rng(SEED)
@@ -207,6 +208,7 @@ def scaled(x, xs, y, ys, out, kind: tl.constexpr, group: tl.constexpr, m: tl.con
 
 
 @pytest.mark.parametrize(("kind", "group"), [("e2m1", 16), ("e2m1", 32), ("e4m3", 32), ("bf16", 32), ("fp16", 32)])
+@needs_scaled_products
 def test_dot_scaled(kind: str, group: int) -> None:
     m, k, n = 16, 64, 32
     sides = []
@@ -233,6 +235,7 @@ def test_dot_scaled(kind: str, group: int) -> None:
     assert (error <= 1e-6 * (np.abs(left) @ np.abs(right).T)).all(), f"seed {SEED}"
 
 
+@needs_scaled_products
 def test_e8m0_scales_at_their_ends() -> None:
     m, k, n = 16, 32, 16
     ones = torch.full((m, k // 2), 0x22, dtype=torch.uint8)

@@ -9,6 +9,7 @@ import triton
 
 from lotion_fx.kernels.emit.absent_cuda import CACHES, MOCKS, Mock, absent_cuda, resolve
 from lotion_fx.kernels.targets import TARGETS
+from tests.harness.versions import needs_emission
 
 KINDS = {
     "function": lambda found, held: inspect.isfunction(found) or inspect.isbuiltin(found),
@@ -49,6 +50,7 @@ def test_the_caches_are_where_they_were():
         )
 
 
+@needs_emission
 def test_inside_there_is_one_device_of_the_architecture():
     for arch in TARGETS:
         with absent_cuda(arch):
@@ -59,6 +61,7 @@ def test_inside_there_is_one_device_of_the_architecture():
             assert torch._inductor.runtime.hints.DeviceProperties.create(torch.device("cuda", 0)).cc == arch
 
 
+@needs_emission
 def test_outside_nothing_is_left():
     before = [getattr(resolve(mock.owner), mock.name) for mock in MOCKS]
     with absent_cuda(80):

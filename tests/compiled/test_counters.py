@@ -5,6 +5,10 @@ import torch
 
 from lotion_fx.kernels.emit.emitted import emitted
 from lotion_fx.passes.lower import fusion
+from tests.harness.versions import needs_emission
+
+pytestmark = needs_emission
+
 
 WEIGHTS = 4  # of a block
 SHAPE = (16, 1024, 768)  # the sizes of GPT-2 small; nothing of them is run

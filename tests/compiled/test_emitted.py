@@ -9,6 +9,10 @@ import lotion_fx
 from lotion_fx import private
 from lotion_fx.kernels.emit.emitted import Block, compile_kernels, emitted, forward_and_backward
 from lotion_fx.variants import Backend
+from tests.harness.versions import needs_emission
+
+pytestmark = needs_emission
+
 
 SMALL = {"shape": (4, 64, 64), "heads": 2}
 

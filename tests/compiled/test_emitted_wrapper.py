@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.harness.interpreted import Outcome
+from tests.harness.versions import needs_emission
+
+pytestmark = needs_emission
 
 CHECKS = Path(__file__).with_name("check_emitted_wrapper.py")
 

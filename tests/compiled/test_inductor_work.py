@@ -12,6 +12,7 @@ from lotion_fx.kernels.emit import inductor_work
 from lotion_fx.kernels.emit.emitted import Emitted
 from lotion_fx.kernels.targets import TARGETS
 from tests.harness.samples import doubled_kernel
+from tests.harness.versions import needs_emission
 
 SIGNATURE = {"in_ptr0": "*fp32", "out_ptr0": "*fp32", "xnumel": "i32", "r0_numel": "i32", "XBLOCK": "constexpr"}
 
@@ -46,6 +47,7 @@ def test_the_lengths_are_a_launchs_last_numbers():
 
 
 @pytest.mark.slow
+@needs_emission
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_kernel_of_a_training_step_is_listed(arch):
     """Forward, backward and step, which hold nothing that spills."""
@@ -56,6 +58,7 @@ def test_every_kernel_of_a_training_step_is_listed(arch):
         assert row["predicted_us"] > 0
 
 
+@needs_emission
 def test_a_launch_of_another_length_is_another_shape(monkeypatch):
     source = """
 async_compile.triton('triton_poi_fused_0', '''code''', device_str='cuda')

@@ -18,6 +18,7 @@ from lotion_fx.kernels.view import View
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import resolve
 from lotion_fx.passes.lower.lower import inductor_cost, kernel_cost
+from tests.harness.versions import needs_emission
 
 SHAPE = (4096, 4096)
 ELEMENTS = SHAPE[0] * SHAPE[1]
@@ -37,6 +38,7 @@ def term(fmt: str, axis: int) -> Callable[[Tensor, Tensor, Tensor], None]:
     return add
 
 
+@needs_emission
 @pytest.mark.parametrize(
     ("fmt", "axis"),
     [
@@ -60,6 +62,7 @@ def test_bytes_that_inductor_moves(fmt: str, axis: int) -> None:
     )
 
 
+@needs_emission
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["int4", "nvfp4"])
 def test_bytes_of_the_term(fmt: str) -> None:
@@ -73,6 +76,7 @@ def per_element(once: int, loop: int, iterations: int, warps: int, elements: int
     return (once + loop * iterations) * warps * 32 / elements
 
 
+@needs_emission
 @pytest.mark.parametrize("result", ["rtn", pytest.param("term", marks=pytest.mark.slow)])
 def test_instructions(result: str) -> None:
     """Of one thread for each element, static counts, int4 on sm_100: what the table says, to a quarter of it."""
@@ -99,6 +103,7 @@ def test_instructions(result: str) -> None:
     assert min(counts) == pytest.approx(inductor_cost(result, weight, resolve("int4"), -1).instructions, rel=0.25)
 
 
+@needs_emission
 def test_a_lowered_node_is_inlined_for_the_device() -> None:
     """The kernel stands in the emitted module, beside its absmax, with E2M1 conversions on Blackwell."""
 

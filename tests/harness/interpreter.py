@@ -246,6 +246,22 @@ def _e8m0(codes: np.ndarray) -> np.ndarray:
     return np.where(codes == 255, np.float32("nan"), np.ldexp(np.float32(1), codes - 127))
 
 
+# --- What older versions cannot do ---
+
+
+@_replaces(interpreter, "_patch_lang_tensor", "tensor scope", "NumPy 2.4 makes no number of an array of one (3.6.0)")
+def _patch_lang_tensor(original: Method, tensor: Any, scope: Any) -> None:
+    original(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+
+def _wrap_interpreted() -> None:
+    """Makes `torch.library.wrap_triton` take what Triton's interpreter runs, as torch does from 2.13 on."""
+    wrap = torch.library.wrap_triton
+    interpreted = interpreter.InterpretedFunction
+    torch.library.wrap_triton = lambda kernel: kernel if isinstance(kernel, interpreted) else wrap(kernel)
+
+
 # --- What has no emulation ---
 
 
@@ -441,6 +457,7 @@ def _install() -> None:
     for one in REPLACEMENTS:
         setattr(one.owner, one.name, _method(one.new, getattr(one.owner, one.name, None)))
     _install_libdevice()
+    _wrap_interpreted()
 
 
 if INTERPRETING:

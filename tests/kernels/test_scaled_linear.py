@@ -28,6 +28,7 @@ from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.scales import PowerOfTwoScale
 from tests.harness.interpreter import INTERPRETING, counted_traffic
+from tests.harness.versions import needs_scaled_products
 from tests.kernels.packing import excess, packed, poisoned
 
 __all__ = ["poisoned"]
@@ -75,6 +76,7 @@ def products(x: Tensor, w: Tensor, fmt: Format, bias: Tensor) -> tuple[Tensor, T
     return x @ w.T + bias.double(), x.abs() @ w.abs().T + bias.double().abs()
 
 
+@needs_scaled_products
 @names
 @dtypes
 @pytest.mark.parametrize("native", (False, True), ids=("decoded", "block-scaled"))
@@ -118,6 +120,7 @@ def test_the_operators_are_well_formed(generator: torch.Generator) -> None:
     torch.library.opcheck(torch.ops.lotion_fx.scaled_product.default, (*rows, *weight, "nvfp4", torch.bfloat16))
 
 
+@needs_scaled_products
 @pytest.mark.skipif(not INTERPRETING, reason="the interpreter counts bytes")
 @pytest.mark.parametrize("name", ("nvfp4", "mxfp4"))
 def test_the_bytes_that_are_predicted_are_the_bytes_that_move(name: str) -> None:
@@ -139,6 +142,7 @@ def test_the_bytes_that_are_predicted_are_the_bytes_that_move(name: str) -> None
     assert rounding_work.bytes(one_piece) == rounding_work.minimum_bytes
 
 
+@needs_scaled_products
 @pytest.mark.parametrize("arch", (100, 120))
 def test_every_candidate_tile_gives_the_same(arch: int, generator: torch.Generator, device: str) -> None:
     if not INTERPRETING and target_of(torch.device(device)).arch != arch:
