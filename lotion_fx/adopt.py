@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from lotion_fx import optimizer_hooks, private
-from lotion_fx.arguments import check_compile_options, known_format, settings_of
+from lotion_fx.arguments import check_compile_options, checked, known_format
 from lotion_fx.numerics.formats import resolve
+from lotion_fx.numerics.noise import RANDOMIZED, resolve_noise
 from lotion_fx.settings import Settings
 from lotion_fx.state import Smoothing, Weight, registry
 from lotion_fx.variants import Backend
@@ -30,8 +31,7 @@ def dynamo_backend(gm: Any, example_inputs: Any, *, mode: str | None = None, opt
     fmt = resolve(ours.pop("fmt", "nvfp4"))
     if ours.get("curvature") == "ggn":
         raise ValueError("curvature='ggn' needs the model's call, which no backend sees; use transform(model)")
-    defaults = {field: getattr(Settings, field) for field in Settings.__dataclass_fields__ if field != "likelihood"}
-    settings = settings_of(**{**defaults, "adopted": True, **ours}, likelihood=None, by_regions=False)
+    settings = checked(Settings(**{**ours, "noise": resolve_noise(ours.get("noise", RANDOMIZED))}, adopted=True))
     check_compile_options(mode, options, settings.inner)
     optimizer_hooks.install()
 

@@ -15,33 +15,35 @@ from torch.nn.parameter import UninitializedParameter
 from lotion_fx import private
 from lotion_fx.likelihood import LIKELIHOODS, likelihood_of
 from lotion_fx.numerics.formats import Format, register_format, resolve
-from lotion_fx.numerics.noise import resolve_noise
 from lotion_fx.settings import CURVATURES, INNERS, METHODS, MOMENTS, Settings
 from lotion_fx.state import Smoothing, Weight, registry
 
 Formats = Mapping[str, "str | Format | None"]
 
 
-def settings_of(*, likelihood: Any, by_regions: bool, **given: Any) -> Settings:
-    """The settings that `transform` or the backend was given.
+def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = False) -> Settings:
+    """The settings that `transform` or the backend was given, if they make sense.
 
     Args:
+        settings: without a likelihood.
         likelihood: as `transform` takes it.
         by_regions: whether modules are compiled one by one.
-        given: `Settings`' other arguments, ``noise`` by name or as a law.
+
+    Returns:
+        The settings with the likelihood's name.
 
     Raises:
         ValueError: naming the argument, its value and what was expected.
     """
-    method, curvature, inner, moments = given["method"], given["curvature"], given["inner"], given["moments"]
     for name, value, known in (
-        ("method", method, tuple(METHODS)),
-        ("curvature", curvature, CURVATURES),
-        ("inner", inner, INNERS),
+        ("method", settings.method, tuple(METHODS)),
+        ("curvature", settings.curvature, CURVATURES),
+        ("inner", settings.inner, INNERS),
+        ("moments", settings.moments, MOMENTS),
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}{near(value, known)}")
-    strength, decay, finish, steps = given["strength"], given["decay"], given["finish"], given["total_steps"]
+    strength, decay, finish, steps = settings.strength, settings.decay, settings.finish, settings.total_steps
     if not 0 <= strength < float("inf"):
         raise ValueError(f"strength={strength!r}: expected a finite number, 0 or more; 1 is the expected loss")
     if not 0 < decay < 1:
@@ -52,22 +54,20 @@ def settings_of(*, likelihood: Any, by_regions: bool, **given: Any) -> Settings:
         raise ValueError(f"finish={finish!r} and steps={steps!r} go together: the share and the number of all steps")
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps!r}: expected the number of optimizer steps in the whole training")
-    settings = Settings(**{**given, "noise": resolve_noise(given["noise"]), "likelihood": None})
-    settings = replace(settings, likelihood=_check_ggn(curvature, inner, likelihood, given["refresh"]))
-    if moments not in MOMENTS:
-        raise ValueError(f"moments={moments!r}: expected one of {', '.join(MOMENTS)}{near(moments, MOMENTS)}")
+    settings = replace(settings, likelihood=_likelihood(settings, likelihood))
     _check_loss(settings, by_regions)
     return settings
 
 
-def _check_ggn(curvature: str, inner: str, likelihood: Any, refresh: int) -> str | None:
+def _likelihood(settings: Settings, likelihood: Any) -> str | None:
     """The likelihood's name, None for the curvatures that ask for none."""
-    if curvature != "ggn":
+    curvature, refresh = settings.curvature, settings.refresh
+    if not settings.samples_labels:
         for name, value, default in (("likelihood", likelihood, None), ("refresh", refresh, 1)):
             if value != default:
                 raise ValueError(f"{name}={value!r} is for curvature='ggn', and curvature={curvature!r}; leave it out")
         return None
-    if inner == "eager":
+    if settings.inner == "eager":
         raise ValueError("curvature='ggn' is made in the joint graph, and inner='eager' compiles none; try 'aot_eager'")
     if not isinstance(refresh, int) or refresh < 1:
         raise ValueError(f"refresh={refresh!r}: expected the number of steps between two curvature passes, 1 or more")

@@ -6,7 +6,7 @@ happens in one step, in this order:
     forward_began      the model is called                        probe_for         a weight enters a graph with a probe
     curvature_arrived  backward: the first probe tells T          rows_counted      ... or the model's output does
     backward_ended     gradients are sampled, before clipping     counted           the optimizer's hook knows T
-    took_in            what a weight gathered is used up          stepped           the step is over
+    clipped, took_in   an optimizer's step has its term           stepped           the step is over
 """
 
 from __future__ import annotations
@@ -268,19 +268,23 @@ class Tally:
         """T of the step, over all ranks."""
         self.last_loss_count = loss_count
 
-    def took_in(self, clip: Tensor | float, decay: float, before: Tensor | float) -> None:
-        """An optimizer's step has its term.
+    def clipped(self, clip: Tensor | float, decay: float, before: Tensor | float) -> None:
+        """Clipping shrank the gradients that the optimizer's second moment averages in this step.
 
         Args:
-            clip: the factor by which clipping shrank the gradients.
-            decay: of the optimizer's moving average of squared gradients.
-            before: how many steps that average had before this one.
+            clip: the factor by which.
+            decay: of that average.
+            before: how many steps it had before this one.
         """
-        if self.settings.reads_moment and not self.is_used:
-            assert self.last_loss_count is not None
-            now = torch.as_tensor(clip, dtype=torch.float32, device=self.last_loss_count.device) ** 2
-            known = 1 - decay**before if self.clip2 is None else self.clip2  # of steps that nobody saw: not clipped
-            self.clip2 = decay * known + (1 - decay) * now
+        if self.is_used:  # another optimizer's step told it
+            return
+        assert self.last_loss_count is not None
+        now = torch.as_tensor(clip, dtype=torch.float32, device=self.last_loss_count.device) ** 2
+        known = 1 - decay**before if self.clip2 is None else self.clip2  # of steps that nobody saw: not clipped
+        self.clip2 = decay * known + (1 - decay) * now
+
+    def took_in(self) -> None:
+        """An optimizer's step has its term."""
         self.is_used = True
 
     def stepped(self, weights: Sequence[Weight], *, counts: bool) -> None:

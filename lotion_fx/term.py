@@ -111,10 +111,11 @@ class Step:
         triples = zip(self.pairs, vectors, factors.gains, strict=True)
         jobs = [self._job(*pair, vector, factors, gain) for pair, vector, gain in triples]
         update(self.settings.inner, [job for job in jobs if job is not None])
-        clip = shrunk if self.pending is not None or self.loss_scale is None else shrunk * self._on(self.loss_scale)
-        first = self.pairs[0][1]
-        decay = self._decay(first) if self.settings.reads_moment else 0.0
-        self.tally.took_in(clip, decay, self._steps_before(first))
+        if self.settings.reads_moment:
+            scale, first = self.loss_scale if self.pending is None else None, self.pairs[0][1]
+            clip = shrunk if scale is None else shrunk * self._on(scale)
+            self.tally.clipped(clip, self._decay(first), self._steps_before(first))
+        self.tally.took_in()
 
     # --------------------------------------------------------------------------------------------------------- factors
 

@@ -16,15 +16,16 @@ from lotion_fx.arguments import (
     check_model,
     check_regions,
     check_weights,
-    settings_of,
+    checked,
     weights_for,
 )
 from lotion_fx.calls import CompiledCalls, with_own_code
 from lotion_fx.loss_graph import called, loss_of, pair, scalar
 from lotion_fx.numerics.formats import Format, resolve
-from lotion_fx.numerics.noise import NoiseLaw
+from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
 from lotion_fx.outside import count_rows, hook_owners
 from lotion_fx.sampling import check_placement, sample_first
+from lotion_fx.settings import Settings
 from lotion_fx.state import Smoothing, registry, smoothings_of, weights_of
 from lotion_fx.variants import Backend
 
@@ -92,22 +93,21 @@ def transform(
         raise TypeError(f"transform got {unknown[0]!r}: expected torch.compile's mode, options, dynamic or fullgraph")
     check_compile_options(mode, options, inner)
     regions = check_regions(model, regions)
-    settings = settings_of(
+    settings = Settings(
         method=method,
         strength=strength,
         curvature=curvature,
         inner=inner,
         decay=decay,
-        noise=noise,
+        noise=resolve_noise(noise),
         finish=finish,
         total_steps=steps,
         finish_term=finish_term,
         loss_fn=loss_fn,
         moments=moments,
-        likelihood=likelihood,
         refresh=refresh,
-        by_regions=regions != [model],
     )
+    settings = checked(settings, likelihood, by_regions=regions != [model])
     check_model(model)
     smoothing = Smoothing(settings)
     smoothing.weights.extend(weights_for(smoothing, model, resolve(fmt), only or {}))
