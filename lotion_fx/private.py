@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.eval_frame import innermost_backend, skip_code
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator, tls
 from torch._functorch import config as functorch_config
@@ -44,9 +44,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 WHY = {
@@ -69,6 +69,15 @@ WHY = {
     "torch._dynamo.guards.GuardBuilder": "that guard is on the parameter's identity",
     "torch._dynamo.trace_rules": "Dynamo skips forwards of torch's own, such as Sequential's",
     "torch._dynamo.eval_frame.skip_code": "our hooks are no graphs of their own",
+    "torch._dynamo.eval_frame.innermost_backend": "whether Dynamo traces for a backend of ours or another's",
+    "torch._dynamo.graph_break": "another's graph ends where a model of ours is called",
+    "torch._C._functorch.peek_interpreter_stack": "whether torch.func transforms what runs now",
+    "torch._C.DisableTorchFunction": "likewise",
+    "torch._C._get_tracing_state": "likewise, of a traced one",
+    "torch._C._set_tracing_state": "likewise",
+    "torch._C._functorch.is_functorch_wrapped_tensor": "whether a weight is one that torch.func transforms",
+    "torch._is_functional_tensor": "whether a weight is one that is being exported",
+    "torch.utils._python_dispatch._disable_current_modes": "a constant of an exported graph is made outside of it",
     "torch._guards.TracingContext": "a later variant is compiled with the fake inputs and symbols of the first",
     "torch._guards.tracing": "enters that context again",
     # Graphs, and tensors without data.
@@ -88,6 +97,8 @@ WHY = {
     "torch.nn.Module._forward_pre_hooks": "hooks of ours with one key for all modules, which Dynamo guards on",
     "torch.nn.Module._forward_hooks": "likewise",
     "torch.nn.Module._forward_hooks_always_called": "likewise, also after a forward that raises",
+    "torch.nn.RNNBase._flat_weights": "a recurrent module's parameters as its forward takes them",
+    "torch.nn.RNNBase._flat_weights_names": "their names",
     "torch.nn.Module._parameters": "a module's own parameters by attribute, tied ones and None included",
     "torch.nn.Module._buffers": "a module's own buffers, to put them back as tensors",
     "torch.Tensor._version": "whether a tensor was changed in place",
@@ -224,6 +235,18 @@ def guard_identity(source: Any) -> None:
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
+_UNKNOWN_SIZE = 4  # stands for a size that depends on data
+
+
+def hint_of(value: Any) -> Any:
+    """A number of Dynamo's that may be a symbol, as it was when Dynamo saw it, without a guard on it."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    if value.node.has_hint():
+        return value.node.hint
+    return _UNKNOWN_SIZE if isinstance(value, torch.SymInt) else value.node.pytype(1)
+
+
 def current_context() -> TracingContext | None:
     """What Dynamo and AOTAutograd share about the graph under way."""
     return TracingContext.try_get()
@@ -251,9 +274,61 @@ def fake_input(value: Any, context: TracingContext | None) -> Any:
     return mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=symbolic is None)
 
 
+@torch.compiler.assume_constant_result
+def _tracing_backend() -> str:
+    """The module that the backend which Dynamo traces for was written in."""
+    backend = innermost_backend(InstructionTranslator.current_tx().output.compiler_fn)
+    for wrapped in ("_compiler_fn", "compiler_fn"):
+        backend = getattr(backend, wrapped, backend)
+    return str(getattr(backend, "__module__", ""))
+
+
+def traces_for_us() -> bool:
+    """Whether Dynamo, which is tracing the caller, traces it for a backend of ours."""
+    return _tracing_backend().startswith("lotion_fx")
+
+
+def leave_graph(reason: str) -> None:
+    """Ends the graph that Dynamo, which is tracing the caller, is making: what follows runs in Python."""
+    torch._dynamo.graph_break(msg=reason)
+
+
+def tracer() -> str:
+    """What traces or transforms the Python code that runs now, other than Dynamo; empty for nothing."""
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func"
+    return "make_fx" if get_proxy_mode() is not None else ""
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether torch.func or functionalization stands around a tensor's values."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
+
+
+@contextlib.contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """Inside, tensors are computed as they are: nothing is traced, recorded or marked as inference."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
 # --- modules ---
 
 _HOOK: Any = "lotion_fx"  # the key of our hooks
+
+
+def inline_only(hook: Any) -> None:
+    """A function that is inlined where its caller is traced, and never a graph of its own."""
+    skip_code(hook.__code__)
 
 
 def hook_forward(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
@@ -261,8 +336,6 @@ def hook_forward(module: nn.Module, before: Callable[..., None], after: Callable
 
     Dynamo guards on the keys: with those that `nn.Module` numbers itself, no two blocks could share compiled code.
     """
-    for hook in (before, after):  # inlined where their module is traced, never a graph of their own
-        skip_code(hook.__code__)
     module._forward_pre_hooks[_HOOK] = before
     module._forward_hooks[_HOOK] = after
     module._forward_hooks_always_called[_HOOK] = True
@@ -285,9 +358,25 @@ def call_of(module: nn.Module) -> Callable[..., Any]:
     return module._compiled_call_impl or plain_call(module)
 
 
+def before_of(module: nn.Module) -> Any:
+    """Our hook before the module's forward, None where it has none."""
+    return module._forward_pre_hooks.get(_HOOK)
+
+
+def refresh_flat_weights(module: nn.Module) -> None:
+    """Makes a recurrent module see the parameters that it holds now: its forward takes them from a list of its own."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+
+
 def replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
     """Makes calling the module run something else."""
     module._compiled_call_impl = call
+
+
+def replaced_call(module: nn.Module, call: Callable[..., Any]) -> bool:
+    """Whether calling the module runs something compiled that is not this."""
+    return module._compiled_call_impl is not None and module._compiled_call_impl is not call
 
 
 @contextlib.contextmanager

@@ -2,15 +2,19 @@
 
 A weight is identified by the module and attribute that own it, never by its storage: FSDP2 hands the compiled graph a
 temporary unsharded parameter and the optimizer a sharded one, both of which its module owns at some moment.
-Nothing here is reachable from the model, so `state_dict`, `deepcopy` and pickling see a plain model.
+A model reaches this through the hooks that it carries (`carried`): its `state_dict` is that of a plain model, a copy is
+under smoothing as the model is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +41,82 @@ class Smoothing:
     Attributes:
         weights: its parameters, selected or not.
         tally: where its training stands.
+        model: what `transform` was given, weakly.
+        compile: makes a copy of the model call compiled code, as `transform` made the model.
+        call: what calling the model runs.
         loss_call: model and ``loss_fn`` compiled as one, where `transform` was given a function.
+        said: what the user was told, once each.
+        places: of a copy's weights, until the copy is settled: (path of the module, attribute, weight).
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.weights: list[Weight] = []
         self.tally = Tally(settings, self.weights, finish_term=settings.finish_term)
+        self.model: Callable[[], nn.Module | None] = _nothing
+        self.compile: Callable[[nn.Module], None] | None = None
+        self.call: Callable[..., Any] | None = None
         self.loss_call: Callable[..., Any] | None = None
+        self.said: set[str] = set()
+        self.places: list[tuple[str, str, Weight]] = []
+        self._calls, self._lock = 0, threading.Lock()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a call of the model is under way."""
+        return self._calls > 0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[bool]:
+        """Inside, a call of the model is under way; gives whether it is the first of those that are."""
+        with self._lock:
+            self._calls += 1
+            first = self._calls == 1
+        try:
+            yield first
+        finally:
+            with self._lock:
+                self._calls -= 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Smoothing:
+        """That of a copy of the model, where its training stands included."""
+        memo[id(self)] = made = Smoothing(self.settings)
+        made.compile = self.compile
+        made.tally.restore(copy.deepcopy(self.tally.saved()))
+        made.weights.extend(copy.deepcopy(weight, memo) for weight in self.weights)
+        copies = dict(zip(self.weights, made.weights, strict=True))
+        for path, module in model.named_modules() if (model := self.model()) is not None else ():
+            held = registry.owned.get(module, {}).items()
+            made.places += [(path, attribute, copies[w]) for attribute, w in held if w in copies]
+        return made
+
+    def settle(self, model: nn.Module) -> None:
+        """Finds the weights of a copy in it, and compiles it."""
+        self.model, places, self.places = weakref.ref(model), self.places, []
+        for path, attribute, weight in places:
+            weight.is_owned_by(model.get_submodule(path), attribute)
+        for weight in dict.fromkeys(weight for _, _, weight in places):
+            registry.add(weight)
+        if self.compile is not None:
+            self.compile(model)
+
+
+class StandIn(NamedTuple):
+    """What stands in a parameter's place while its model runs in Python.
+
+    Args:
+        value: the rounded weight.
+        parameter: whose place it takes.
+        quantizer: by which it was rounded.
+    """
+
+    value: Tensor
+    parameter: Tensor
+    quantizer: Quantizer
+
+
+def _nothing() -> None:
+    """A weak reference to what is not there yet."""
 
 
 @dataclass(eq=False)
@@ -83,6 +155,7 @@ class Weight:
         gathered: since the last step.
         curvature: over the steps.
         gains: of the strength, in a moment stream and in the joint-graph form.
+        standing: what stands in the parameter's place now, see `carried`.
     """
 
     name: str
@@ -92,11 +165,12 @@ class Weight:
     excluded: str
     forced: bool
     shape: tuple[int, ...]
-    stepped_as: weakref.ref[Tensor]
+    stepped_as: Callable[[], Tensor | None]
     uses: list[Use] | None = None
     gathered: Gathered = field(default_factory=Gathered)
     curvature: Curvature = field(default_factory=Curvature)
     gains: tuple[float, float] = (1.0, 1.0)
+    standing: StandIn | None = None
     _plans: dict[tuple[str, bool], Plan | None] = field(default_factory=dict)
     _layout: Layout | None = None
     _quantizer: Quantizer | None = None
@@ -108,7 +182,32 @@ class Weight:
         references = [(weakref.ref(module), attribute) for module, attribute in owners]
         return Weight(owners=references, shape=tuple(parameter.shape), stepped_as=weakref.ref(parameter), **identity)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
+        """That of a copy of the model, which is to find its owners."""
+        smoothing = copy.deepcopy(self.smoothing, memo)
+        if id(self) not in memo:
+            known = self.curvature
+            memo[id(self)] = replace(
+                self,
+                smoothing=smoothing,
+                owners=[],
+                stepped_as=_nothing,
+                gathered=Gathered(steps=self.gathered.steps),
+                curvature=Curvature(known.code, None if known.ema is None else known.ema.clone()),
+                standing=None,
+                _plans={},
+                _gain=None,
+            )
+        return memo[id(self)]
+
     # ------------------------------------------------------------------------------------------------------- identity
+
+    def is_owned_by(self, module: nn.Module, attribute: str) -> None:
+        """One more module holds it."""
+        if not any(ref() is module and name == attribute for ref, name in self.owners):
+            self.owners.append((weakref.ref(module), attribute))
+        if self.master is None and (parameter := self.parameter()) is not None:
+            self.is_stepped_as(parameter)
 
     def parameter(self) -> Tensor | None:
         """The tensor that the owner holds now (sharded or not), None if it is gone."""
@@ -201,16 +300,21 @@ class Weight:
 
     # ---------------------------------------------------------------------------------------------------- what it does
 
+    @property
+    def mode(self) -> str:
+        """The forward that it is to take now."""
+        tally = self.smoothing.tally
+        return tally.override or (tally.forward_mode if self.training else STE)
+
     def plan(self, with_grad: bool, requires_grad: bool) -> Plan | None:
-        """What its node does in the next forward; None where it needs no node.
+        """What its node does in the next forward; None where it needs no node, as where a rounded weight stands in.
 
         Args:
             with_grad: whether autograd records.
             requires_grad: whether the weight does.
         """
-        tally = self.smoothing.tally
-        mode = tally.override or (tally.forward_mode if self.training else STE)
-        probing = with_grad and requires_grad and self.training and tally.probes
+        mode = self.mode if self.standing is None else LATENT
+        probing = with_grad and requires_grad and self.training and self.smoothing.tally.probes
         if (mode, probing) not in self._plans:
             self._plans[mode, probing] = self._planned(mode, probing) if self.selected else None
         plan = self._plans[mode, probing]
@@ -275,10 +379,19 @@ class Registry:
 registry = Registry()
 
 
+def _modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules, copies among them settled."""
+    for module in model.modules():
+        before = private.before_of(module)
+        if getattr(before, "is_copy", False):
+            before.settle(module)
+        yield module
+
+
 def smoothings_of(model: nn.Module) -> list[Smoothing]:
     """Every `Smoothing` that some weight of this model is under, in order of first appearance."""
     found: dict[Smoothing, None] = {}
-    for module in model.modules():
+    for module in _modules_of(model):
         for weight in registry.owned.get(module, {}).values():
             found[weight.smoothing] = None
     return list(found)
@@ -287,22 +400,22 @@ def smoothings_of(model: nn.Module) -> list[Smoothing]:
 def weights_of(model: nn.Module) -> list[Weight]:
     """Every weight of this model under smoothing, selected or not; raises if there is none."""
     found: dict[Weight, None] = {}
-    for module in model.modules():
+    for module in _modules_of(model):
         found.update(dict.fromkeys(registry.owned.get(module, {}).values()))
     if not found:
         raise ValueError(
             f"model: this {type(model).__name__} is not under lotion_fx; call lotion_fx.transform(model) first, "
-            "or run it once if it was compiled with torch.compile(model, backend='lotion_fx'). A deepcopy is plain."
+            "or run it once if it was compiled with torch.compile(model, backend='lotion_fx')"
         )
     return list(found)
 
 
 def names_of(model: nn.Module) -> dict[Weight, str]:
     """Each weight's name in this model: two models may hold one weight under different names."""
+    weights_of(model)
     names: dict[Weight, str] = {}
     for prefix, module in model.named_modules():
         for attribute, weight in registry.owned.get(module, {}).items():
             name = f"{prefix}.{attribute}".removeprefix(".").replace("_orig_mod.", "")
             names.setdefault(weight, name)
-    weights_of(model)
     return names
