@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.convert_frame import _clear_fake_mode_weakrefs
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator, tls
@@ -67,6 +68,7 @@ WHY = {
     "torch._dynamo.symbolic_convert.InstructionTranslator": "that frame's names, in which such an expression holds",
     "torch._dynamo.guards.install_guard": "a model that was not registered must not run the code of one that was",
     "torch._dynamo.guards.GuardBuilder": "that guard is on the parameter's identity",
+    "torch._dynamo.convert_frame._clear_fake_mode_weakrefs": "a tensor that has weak references cannot be swapped",
     "torch._dynamo.trace_rules": "Dynamo skips forwards of torch's own, such as Sequential's",
     "torch._dynamo.eval_frame.skip_code": "our hooks are no graphs of their own",
     "torch._guards.TracingContext": "a later variant is compiled with the fake inputs and symbols of the first",
@@ -195,9 +197,14 @@ def copy_source(old: fx.Node, new: fx.Node) -> None:
 
 
 def complete_sources(gm: fx.GraphModule) -> None:
-    """Says of every input without a source that it has none: where one input has, AOTAutograd asks all."""
+    """Makes a copy of Dynamo's graph fit to be kept and compiled.
+
+    An input without a source says that it has none: where one input has, AOTAutograd asks all. None has the weak
+    reference to the tensor it was traced with, see `release_tensors`: Dynamo takes it from its own graph alone.
+    """
     for node in gm.graph.find_nodes(op="placeholder"):
         node._dynamo_source = source_of(node)
+        node.meta.pop("grapharg", None)
 
 
 def frame_names() -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
@@ -239,6 +246,20 @@ def within(context: TracingContext | None) -> Iterator[None]:
     context.ddp_optimizer_ctx = None  # DDP's graph splitter counts in it, one compile for each of its parts
     with tracing(context):
         yield
+
+
+def release_tensors(gm: fx.GraphModule, context: TracingContext | None) -> None:
+    """Drops the weak references that a graph and its context have on the tensors that it was traced with.
+
+    `torch.utils.swap_tensors`, and so FSDP2's ``model.to()``, refuses a tensor that has any. Dynamo does the same for
+    its own backends, which keep neither. Not before Dynamo is done with the frame: it reads them until then.
+    """
+    if context is not None:
+        context.tensor_to_context.clear()
+    values = [node.meta.get("example_value") for node in gm.graph.nodes]
+    modes = {id(value.fake_mode): value.fake_mode for value in values if isinstance(value, FakeTensor)}
+    for mode in [context.fake_mode if context is not None else None, *modes.values()]:
+        _clear_fake_mode_weakrefs(mode)
 
 
 def fake_input(value: Any, context: TracingContext | None) -> Any:

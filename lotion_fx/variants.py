@@ -74,16 +74,20 @@ class Variants:
         if backend.adopt:
             for node, x in zip(nodes, live, strict=True):
                 backend.adopt(node, x)
-        self.candidates = [i for i, x in enumerate(live) if registry[x] is not None]
+        self.candidates = [i for i, weight in enumerate(registry.find(live)) if weight is not None]
         self.uses = _uses(gm, example_inputs, self.candidates)
         self.taught: weakref.WeakKeyDictionary[Weight, set[int]] = weakref.WeakKeyDictionary()
         self.compiled: dict[tuple[tuple[int, Plan], ...], _Compiled] = {}
+        self.is_released = False
         self.known.add(self)
         self._variant(self._plans(live)[0])
 
     def __call__(self, *args: Any) -> Any:
         if any(isinstance(x, private.FakeTensor) for x in args):
             return self._rehearse(args)
+        if not self.is_released:
+            private.release_tensors(self.gm, self.context)
+            self.is_released = True
         plans, weights = self._plans(args)
         compiled = self._variant(plans)
         for index, certificate in compiled.stream.items():
