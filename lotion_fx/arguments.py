@@ -122,7 +122,7 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected an nn.Module, not {type(model).__name__}")
     holds = any(registry.owned.get(module) for module in model.modules())
-    if holds or any(registry[parameter] is not None for parameter in model.parameters()):
+    if holds or any(registry.find(model.parameters())):
         raise ValueError(
             f"model: this {type(model).__name__} is already transformed, or holds a part that is; transform a model "
             "once, the outermost module"

@@ -2,8 +2,8 @@
 
 Two hooks on each module that owns a weight, and on the model itself. Where our backend traces the module they do
 nothing: graphs round what they are given. Where another compiler traces it, its graph ends there. Where the module runs
-in Python (recurrent modules, which Dynamo skips; what a graph break or an exhausted recompile limit leaves over) rounded
-weights stand in its parameters' places while it runs, and their expected-loss term takes the Fisher form at the step.
+in Python (recurrent modules, which Dynamo skips; what a graph break or an exhausted recompile limit leaves over),
+rounded weights stand in its parameters' places, and their expected-loss term takes the Fisher form at the step.
 
 Around a call of the model itself the same happens to all weights at once, for a module may read another's weight: in
 `eval()` to every weight, at values that are rounded once a version; in training to those that no graph was seen to use.
@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
-from lotion_fx.deployed import Linked, deployed, forget, forget_changed, smoothed
+from lotion_fx.deployed import deployed, forget, forget_changed, linked, rounded, smoothed
 from lotion_fx.passes.attach.attach import LATENT, MEAN, RR, STE, STE_SCALE
 from lotion_fx.state import Smoothing, StandIn, Weight, registry
 
 MADE_ITSELF = (
-    "lotion_fx compiles this model itself, so no other graph can contain it; leave fullgraph=True out of torch.compile, "
+    "lotion_fx compiles this model itself, so no other graph can contain it; leave fullgraph=True out of torch.compile "
     "and strict=True out of torch.export, and all that is around the model is compiled"
 )
 """Shown where another compiler insists on one graph."""
-_CERTAIN = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase)  # whose weights meet products
+_CERTAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Bilinear, nn.RNNBase)  # whose weights meet products
 _entered: weakref.WeakKeyDictionary[nn.Module, list[contextlib.ExitStack]] = weakref.WeakKeyDictionary()
 
 
@@ -65,11 +65,27 @@ class Before:
     def __deepcopy__(self, memo: dict[int, Any]) -> Before:
         made = Before(copy.deepcopy(self.weights, memo), copy.deepcopy(self.model, memo))
         made.is_copy = True
+        if self.model is not None and (copied := memo.get(id(self.model.model()))) is not None:
+            private.replace_call(copied, _FirstCall(copied))
         return made
 
     def __reduce__(self) -> Any:
         smoothing = self.model or next(iter(self.weights.values())).smoothing
         return Unpickled, (smoothing.said,)
+
+
+class _FirstCall:
+    """What calling a copied model runs until it is settled."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    @torch.compiler.disable(reason=MADE_ITSELF)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model()
+        assert model is not None
+        private.before_of(model).settle(model)
+        return model(*args, **kwargs)
 
 
 class Unpickled:
@@ -178,6 +194,7 @@ def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False) -> It
         ValueError: the weight is sharded, or what traces the call cannot differentiate its rounding.
     """
     standing: list[Weight] = []
+    tracer = private.tracer()
     try:
         for weight in weights:
             parameter = weight.parameter()
@@ -186,10 +203,8 @@ def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False) -> It
             if isinstance(parameter, DTensor):
                 if sharded_apart:
                     continue
-                raise ValueError(
-                    f"no compiled graph contains {weight.name!r}, and it is sharded: put it into regions="
-                )
-            weight.standing = StandIn(_value(weight, parameter), parameter, weight.quantizer)
+                raise ValueError(f"no compiled graph contains {weight.name!r}, and it is sharded: put it into regions=")
+            weight.standing = StandIn(_value(weight, parameter, tracer), parameter, weight.quantizer)
             standing.append(weight)
             _place(weight, parameter, weight.standing.value)
         yield
@@ -206,7 +221,7 @@ def standing_now(weight: Weight) -> Tensor:
     assert stood is not None
     if not weight.selected:
         return stood.parameter
-    return stood.value if weight.quantizer == stood.quantizer else _value(weight, stood.parameter)
+    return stood.value if weight.quantizer == stood.quantizer else _value(weight, stood.parameter, private.tracer())
 
 
 def _place(weight: Weight, old: Tensor, new: Tensor) -> None:
@@ -226,27 +241,27 @@ def _is_certain(weight: Weight) -> bool:
     return any(isinstance(ref(), _CERTAIN) for ref, _ in weight.owners)
 
 
-def _value(weight: Weight, parameter: Tensor) -> Tensor:
-    """What stands in for a parameter, its gradient passed on to it."""
-    tracer, mode = private.tracer(), weight.mode
+def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:
+    """What stands in for a parameter, its gradient passed on to it, where `private.tracer` is this."""
+    mode = weight.mode
     if not tracer and not _at_rest(weight):
         return smoothed(weight, parameter, mode)
     if mode in (STE_SCALE, MEAN):
         raise ValueError(
-            f"{tracer} cannot trace the rounding of {weight.name!r} in this mode of training; call eval() first, or use "
+            f"{tracer} cannot trace the rounding of {weight.name!r} in this mode of training; call eval(), or use "
             "lotion_fx.full_precision(model)"
         )
     if mode == RR:
         values = weight.quantizer.rr(parameter.detach())
     elif tracer in ("torch.func", "make_fx") or not _is_real(parameter):
-        real = weight.master if tracer == "torch.export" else None
-        values = deployed(weight, real) if real is not None and _is_real(real) else weight.quantizer.rtn(parameter.detach())
+        real = weight.place.tensor() if tracer == "torch.export" and weight.place is not None else None
+        values = weight.quantizer.rtn(parameter.detach()) if real is None else rounded(weight, real)
     else:
-        values = deployed(weight, parameter)
+        values = deployed(weight, parameter, is_traced=bool(tracer))
     differentiates = tracer == "torch.func" or (torch.is_grad_enabled() and parameter.requires_grad)
     if tracer in ("torch.export", "torch.jit.trace"):  # what is exported is not trained
         return values
-    return Linked.apply(parameter, values) if differentiates else values
+    return linked(parameter, values) if differentiates else values
 
 
 def _is_real(parameter: Tensor) -> bool:

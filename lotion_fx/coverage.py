@@ -112,8 +112,9 @@ def report(model: nn.Module) -> CoverageReport:
     found = [(name, weight, term_of(weight)) for weight, name in names_of(model).items()]
     total = sum(float(term) for _, _, term in found if term is not None)
     rows = {name: _row(name, weight, term, total) for name, weight, term in found}
-    for name, parameter in model.named_parameters():
-        if registry[parameter] is None:
+    parameters = dict(model.named_parameters())
+    for (name, parameter), weight in zip(parameters.items(), registry.find(parameters.values()), strict=True):
+        if weight is None:
             reason = "not there when the model was transformed"
             rows[name] = Row(name, tuple(parameter.shape), None, None, reason, (), None, None, None, None)
     return CoverageReport(tuple(rows.values()))

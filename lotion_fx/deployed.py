@@ -45,16 +45,17 @@ class Kept:
 _kept: weakref.WeakKeyDictionary[Weight, Kept] = weakref.WeakKeyDictionary()
 
 
-def deployed(weight: Weight, parameter: Tensor) -> Tensor:
+def deployed(weight: Weight, parameter: Tensor, *, is_traced: bool = False) -> Tensor:
     """A weight rounded to nearest, made anew only where its parameter has changed.
 
     Args:
         parameter: the tensor that its owner holds, neither sharded nor a stand-in.
+        is_traced: whether something traces the call.
 
     Returns:
-        A parameter; where something traces the call, a tensor without a gradient, which it takes as a constant.
+        A parameter; where the call is traced, a tensor without a gradient, taken as a constant.
     """
-    if private.tracer():
+    if is_traced:
         with private.outside_of_modes():
             return _current(weight, parameter).detach()
     return _current(weight, parameter)
@@ -65,14 +66,21 @@ def _current(weight: Weight, parameter: Tensor) -> nn.Parameter:
     known = _kept.get(weight)
     if known is not None and known.version == version:
         return known.values
-    with private.outside_of_modes(), torch.autocast(parameter.device.type, enabled=False):
-        values = nn.Parameter(smoothed(weight, parameter.detach(), STE), requires_grad=parameter.requires_grad)
+    with private.outside_of_modes():
+        weight.place = private.Place(parameter)
+        values = nn.Parameter(rounded(weight, parameter), requires_grad=parameter.requires_grad)
         sample = _sample(parameter)
         if sample is None:
             _kept.pop(weight, None)
         else:
             _kept[weight] = Kept(values, version, sample, sample.clone(), sample.untyped_storage().nbytes())
     return values
+
+
+def rounded(weight: Weight, parameter: Tensor) -> Tensor:
+    """A weight rounded to nearest, whatever traces the caller."""
+    with private.outside_of_modes(), torch.autocast(parameter.device.type, enabled=False):
+        return smoothed(weight, parameter.detach(), STE)
 
 
 def smoothed(weight: Weight, parameter: Tensor, mode: str) -> Tensor:
@@ -83,9 +91,20 @@ def smoothed(weight: Weight, parameter: Tensor, mode: str) -> Tensor:
     """
     quantizer, arch = weight.quantizer, lower.arch_of(parameter.device)
     fmt, axis, noise = quantizer.constants
-    kernel = arch is not None and mode in lower.RESULTS
-    kernel = kernel and lower.prefers_kernel(lower.RESULTS[mode], parameter, quantizer.format, axis, arch)
+    kernel = (
+        arch is not None
+        and mode in lower.RESULTS
+        and lower.prefers_kernel(lower.RESULTS[mode], parameter, quantizer.format, axis, arch)
+    )
     return smooth(parameter, None, mode, fmt, axis, "none", 1, 1, noise, kernel)
+
+
+def linked(parameter: Tensor, values: Tensor) -> Tensor:
+    """Values whose gradient passes on to a parameter, and a parameter to the guards of graphs compiled for one."""
+    found: Tensor = Linked.apply(parameter, values)
+    if type(parameter) is nn.Parameter and type(found) is Tensor:
+        found.__class__ = nn.Parameter
+    return found
 
 
 class Linked(torch.autograd.Function):
@@ -118,8 +137,9 @@ def forget_changed(weights: Iterable[Weight]) -> None:
             by_device.setdefault(known.sample.device, []).append((weight, known))
     for pairs in by_device.values():
         if not _same([kept for _, kept in pairs]):
-            for weight, _ in pairs:
-                _kept.pop(weight, None)
+            for weight, known in pairs:
+                if not _same([known]):
+                    _kept.pop(weight, None)
 
 
 def forget(weights: Iterable[Weight]) -> None:
@@ -144,13 +164,15 @@ def _same(kept: list[Kept]) -> bool:
 
 def _version(weight: Weight, parameter: Tensor) -> tuple[Any, ...]:
     changes = -1 if parameter.is_inference() else private.version_of(parameter)
-    place = (parameter.data_ptr(), parameter.dtype, parameter.device, tuple(parameter.shape), parameter.stride())
+    place = (parameter.data_ptr(), parameter.dtype, parameter.device, parameter.shape, parameter.stride())
     return (*place, changes, parameter.requires_grad, weight.quantizer)
 
 
 def _sample(parameter: Tensor) -> Tensor | None:
     """A view of values all over a parameter; None where its storage has holes."""
-    strides = sorted((stride, size) for stride, size in zip(parameter.stride(), parameter.shape, strict=True) if size > 1)
+    strides = sorted(
+        (stride, size) for stride, size in zip(parameter.stride(), parameter.shape, strict=True) if size > 1
+    )
     expected = 1
     for stride, size in strides:
         if stride != expected:

@@ -89,14 +89,13 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
     if isinstance(optimizer, TakesTerms):
         optimizer.terms.clear()  # of a step that raised
     mine: dict[Smoothing, list[tuple[Weight, Tensor]]] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            weight = registry[parameter]
-            if weight is not None and weight not in _done:
-                weight.is_stepped_as(parameter)
-                if parameter.grad is not None and weight.selected:
-                    mine.setdefault(weight.smoothing, []).append((weight, parameter))
-                    _done.add(weight)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, weight in zip(parameters, registry.find(parameters), strict=True):
+        if weight is not None and weight not in _done:
+            weight.is_stepped_as(parameter)
+            if parameter.grad is not None and weight.selected:
+                mine.setdefault(weight.smoothing, []).append((weight, parameter))
+                _done.add(weight)
     unscaled_by, pending = private.take_grad_scale(optimizer), getattr(optimizer, "grad_scale", None)
     for smoothing, pairs in mine.items():
         # What a moment stream put into the loss needs no more, unless another graph without the loss used the weight.

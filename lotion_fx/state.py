@@ -3,7 +3,8 @@
 A weight is identified by the module and attribute that own it, never by its storage: FSDP2 hands the compiled graph a
 temporary unsharded parameter and the optimizer a sharded one, both of which its module owns at some moment.
 A model reaches this through the hooks that it carries (`carried`): its `state_dict` is that of a plain model, a copy is
-under smoothing as the model is.
+under smoothing as the model is. No weak reference is ever made to a tensor: `torch.utils.swap_tensors`, and so FSDP2's
+``model.to()``, refuses one that has any.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import contextlib
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
 from lotion_fx.numerics.formats import Format
@@ -150,12 +152,13 @@ class Weight:
         excluded: why, if that is known beforehand.
         forced: it was asked for by name, so no use of it can deselect it.
         shape: as the model holds it.
-        stepped_as: the parameter that the optimizer steps.
+        shard: the sharded parameter that the optimizer steps, which the owner does not hold at all times; else None.
         uses: what the graphs do with it; None until a graph was seen.
         gathered: since the last step.
         curvature: over the steps.
         gains: of the strength, in a moment stream and in the joint-graph form.
         standing: what stands in the parameter's place now, see `carried`.
+        place: where the parameter's values were when the model last ran at rest.
     """
 
     name: str
@@ -165,12 +168,13 @@ class Weight:
     excluded: str
     forced: bool
     shape: tuple[int, ...]
-    stepped_as: Callable[[], Tensor | None]
+    shard: Tensor | None
     uses: list[Use] | None = None
     gathered: Gathered = field(default_factory=Gathered)
     curvature: Curvature = field(default_factory=Curvature)
     gains: tuple[float, float] = (1.0, 1.0)
     standing: StandIn | None = None
+    place: private.Place | None = None
     _plans: dict[tuple[str, bool], Plan | None] = field(default_factory=dict)
     _layout: Layout | None = None
     _quantizer: Quantizer | None = None
@@ -178,9 +182,13 @@ class Weight:
 
     @staticmethod
     def owned_by(owners: Sequence[tuple[nn.Module, str]], parameter: Tensor, **identity: Any) -> Weight:
-        """A weight that knows its owners and its parameter weakly."""
+        """A weight that knows its owners weakly."""
         references = [(weakref.ref(module), attribute) for module, attribute in owners]
-        return Weight(owners=references, shape=tuple(parameter.shape), stepped_as=weakref.ref(parameter), **identity)
+        weight = Weight(owners=references, shape=tuple(parameter.shape), shard=None, **identity)
+        weight.is_stepped_as(parameter)
+        if type(parameter) is nn.Parameter and not parameter.is_meta:
+            weight.place = private.Place(parameter)
+        return weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
         """That of a copy of the model, which is to find its owners."""
@@ -191,10 +199,11 @@ class Weight:
                 self,
                 smoothing=smoothing,
                 owners=[],
-                stepped_as=_nothing,
+                shard=None,
                 gathered=Gathered(steps=self.gathered.steps),
                 curvature=Curvature(known.code, None if known.ema is None else known.ema.clone()),
                 standing=None,
+                place=None,
                 _plans={},
                 _gain=None,
             )
@@ -206,26 +215,41 @@ class Weight:
         """One more module holds it."""
         if not any(ref() is module and name == attribute for ref, name in self.owners):
             self.owners.append((weakref.ref(module), attribute))
-        if self.master is None and (parameter := self.parameter()) is not None:
+        if isinstance(parameter := self.parameter(), DTensor):
             self.is_stepped_as(parameter)
 
-    def parameter(self) -> Tensor | None:
-        """The tensor that the owner holds now (sharded or not), None if it is gone."""
+    def _held(self) -> Iterator[Tensor]:
+        """The tensor that each owner holds now, sharded or not."""
         for ref, attribute in self.owners:
             module = ref()
             if module is not None and isinstance(tensor := private.parameters_of(module).get(attribute), Tensor):
-                return tensor
-        return None
+                yield tensor
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that is this weight at this moment: one unless it is sharded or tied."""
+        if self.shard is not None:
+            yield self.shard
+        yield from self._held()
+
+    def parameter(self) -> Tensor | None:
+        """The tensor that the first owner holds now (sharded or not), None if it is gone."""
+        return next(self._held(), None)
 
     @property
     def master(self) -> Tensor | None:
-        """The parameter that the optimizer steps, None if it is gone."""
-        return self.stepped_as()
+        """The parameter that the optimizer steps; None if it is gone, or while another tensor stands in for it."""
+        if self.standing is not None:
+            return self.standing.parameter
+        held = self.parameter() if self.shard is None else self.shard
+        return held if isinstance(held, nn.Parameter) else None
 
     def is_stepped_as(self, parameter: Tensor) -> None:
         """An optimizer steps it as this parameter."""
-        if self.stepped_as() is not parameter:
-            self.stepped_as = weakref.ref(parameter)
+        self.shard = parameter if isinstance(parameter, DTensor) else None
+
+    def is_now(self, tensor: Tensor) -> bool:
+        """Whether this tensor is the weight at this moment."""
+        return any(each is tensor for each in self.tensors())
 
     @property
     def training(self) -> bool:
@@ -346,34 +370,47 @@ class Weight:
 
 
 class Registry:
-    """Every weight under smoothing, by owner, with a cache by tensor identity."""
+    """Every weight under smoothing, by owner, with a cache by tensor identity.
+
+    A cached id says which weight to ask, never that the tensor is that weight: ids are used again.
+    """
 
     def __init__(self) -> None:
         self.owned: weakref.WeakKeyDictionary[nn.Module, dict[str, Weight]] = weakref.WeakKeyDictionary()
-        self._seen: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Weight] | None]] = {}
+        self._seen: dict[int, weakref.ref[Weight]] = {}
 
     def add(self, weight: Weight) -> None:
         for ref, attribute in weight.owners:
             module = ref()
             assert module is not None
             self.owned.setdefault(module, {})[attribute] = weight
-        self._seen.clear()
 
     def __getitem__(self, tensor: Any) -> Weight | None:
         """The weight that this tensor is right now, None if it is none."""
-        if not isinstance(tensor, Tensor):
-            return None
-        hit = self._seen.get(id(tensor))
-        if hit is not None and hit[0]() is tensor:
-            return hit[1]() if hit[1] else None
-        found = next((w for w, held in self._held() if held is tensor), None)
-        self._seen[id(tensor)] = (weakref.ref(tensor), weakref.ref(found) if found else None)
+        return self._cached(tensor) or self.find([tensor])[0]
+
+    def find(self, tensors: Iterable[Any]) -> list[Weight | None]:
+        """The weight that each of these is right now, None where it is none; all owners are asked once at most."""
+        tensors = list(tensors)
+        found = [self._cached(tensor) for tensor in tensors]
+        if not all(weight is not None or not isinstance(t, Tensor) for t, weight in zip(tensors, found, strict=True)):
+            held = self._ask_owners()
+            found = [weight or held.get(id(tensor)) for tensor, weight in zip(tensors, found, strict=True)]
         return found
 
-    def _held(self) -> Iterator[tuple[Weight, Any]]:
-        for module, attributes in self.owned.items():
-            for attribute, weight in attributes.items():
-                yield weight, private.parameters_of(module).get(attribute)
+    def _cached(self, tensor: Any) -> Weight | None:
+        reference = self._seen.get(id(tensor))
+        weight = reference() if reference is not None else None
+        return weight if weight is not None and weight.is_now(tensor) else None
+
+    def _ask_owners(self) -> dict[int, Weight]:
+        """Every weight by the ids that it has now, which are cached."""
+        weights = dict.fromkeys(weight for attributes in self.owned.values() for weight in attributes.values())
+        now = {id(tensor): weight for weight in weights for tensor in weight.tensors()}
+        if len(self._seen.keys() | now) > 2 * len(weights):  # FSDP2's weights have two ids; more are of the past
+            self._seen.clear()
+        self._seen.update((key, weakref.ref(weight)) for key, weight in now.items())
+        return now
 
 
 registry = Registry()

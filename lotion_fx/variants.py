@@ -75,16 +75,20 @@ class Variants:
         if backend.adopt:
             for node, x in zip(nodes, live, strict=True):
                 backend.adopt(node, x)
-        self.candidates = [i for i, x in enumerate(live) if registry[x] is not None]
+        self.candidates = [i for i, weight in enumerate(registry.find(live)) if weight is not None]
         self.uses = _uses(gm, example_inputs, self.candidates)
         self.taught: weakref.WeakKeyDictionary[Weight, set[int]] = weakref.WeakKeyDictionary()
         self.compiled: dict[tuple[tuple[int, Plan], ...], _Compiled] = {}
+        self.is_released = False
         self.known.add(self)
         self._variant(self._plans(live)[0])
 
     def __call__(self, *args: Any) -> Any:
         if any(isinstance(x, private.FakeTensor) for x in args):
             return self._rehearse(args)
+        if not self.is_released:
+            private.release_tensors(self.gm, self.context)
+            self.is_released = True
         plans, weights = self._plans(args)
         args = self._with_stand_ins(args)
         compiled = self._variant(plans)
@@ -120,7 +124,7 @@ class Variants:
                 plans[index], weights[index] = plan, weight
         return plans, weights
 
-    def _with_stand_ins(self, args: Sequence[Any]) -> Sequence[Any]:
+    def _with_stand_ins(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments, each stand-in as it is to be now that this graph has told how its weight is used."""
         changed = {
             index: now
@@ -129,7 +133,7 @@ class Variants:
             and weight.standing is not None
             and (now := standing_now(weight)) is not args[index]
         }
-        return [changed.get(index, x) for index, x in enumerate(args)] if changed else args
+        return tuple(changed.get(index, x) for index, x in enumerate(args)) if changed else args
 
     def _variant(self, plans: Mapping[int, Plan]) -> _Compiled:
         key = tuple(plans.items())
@@ -177,7 +181,7 @@ def _known_number(node: fx.Node, value: Any) -> Any:
 
 
 def _concrete(value: Any, mode: private.FakeTensorMode) -> Any:
-    """The value with sizes as they were when Dynamo saw it: asking a symbol for its number would make it that number."""
+    """The value with sizes as Dynamo saw them: asking a symbol for its number would make it that number."""
     if not isinstance(value, Tensor):
         return private.hint_of(value)
     if not isinstance(value, private.FakeTensor):
