@@ -197,13 +197,17 @@ def copy_source(old: fx.Node, new: fx.Node) -> None:
 
 
 def complete_sources(gm: fx.GraphModule) -> None:
-    """Makes a copy of Dynamo's graph fit to be kept and compiled.
-
-    An input without a source says that it has none: where one input has, AOTAutograd asks all. None has the weak
-    reference to the tensor it was traced with, see `release_tensors`: Dynamo takes it from its own graph alone.
-    """
+    """Says of every input without a source that it has none: where one input has, AOTAutograd asks all."""
     for node in gm.graph.find_nodes(op="placeholder"):
         node._dynamo_source = source_of(node)
+
+
+def release_examples(gm: fx.GraphModule) -> None:
+    """Drops the weak references to the tensors that Dynamo traced with from a copy of its graph; see `release_tensors`.
+
+    From its own graph Dynamo drops them itself, once it has read them again.
+    """
+    for node in gm.graph.find_nodes(op="placeholder"):
         node.meta.pop("grapharg", None)
 
 
