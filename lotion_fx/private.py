@@ -329,13 +329,13 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
-    """A module's own parameters by attribute, each a tensor or None."""
-    return module._parameters
+    """A module's own parameters by attribute, each a tensor or None; of a ScriptModule, a copy of that dictionary."""
+    return dict(module._parameters.items()) if isinstance(module, torch.jit.ScriptModule) else module._parameters
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """A module's own buffers by attribute."""
-    return module._buffers
+    """A module's own buffers by attribute; of a ScriptModule, a copy of that dictionary."""
+    return dict(module._buffers.items()) if isinstance(module, torch.jit.ScriptModule) else module._buffers
 
 
 def version_of(tensor: Tensor) -> int:
