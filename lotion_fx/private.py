@@ -134,13 +134,17 @@ def copy_source(old: fx.Node, new: fx.Node) -> None:
 
 
 def complete_sources(gm: fx.GraphModule) -> None:
-    """Makes a copy of Dynamo's graph fit to be kept and compiled.
-
-    An input without a source says that it has none: where one input has, AOTAutograd asks all. None has the weak
-    reference to the tensor it was traced with, see `release_tensors`: Dynamo takes it from its own graph alone.
-    """
+    """Says of every input without a source that it has none: where one input has, AOTAutograd asks all."""
     for node in gm.graph.find_nodes(op="placeholder"):
         node._dynamo_source = source_of(node)
+
+
+def release_examples(gm: fx.GraphModule) -> None:
+    """Drops the weak references to the tensors that Dynamo traced with from a copy of its graph; see `release_tensors`.
+
+    From its own graph Dynamo drops them itself, once it has read them again.
+    """
+    for node in gm.graph.find_nodes(op="placeholder"):
         node.meta.pop("grapharg", None)
 
 
@@ -360,13 +364,13 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
-    """A module's own parameters by attribute, each a tensor or None."""
-    return module._parameters
+    """A module's own parameters by attribute, each a tensor or None; of a ScriptModule, a copy of that dictionary."""
+    return dict(module._parameters.items()) if isinstance(module, torch.jit.ScriptModule) else module._parameters
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """A module's own buffers by attribute."""
-    return module._buffers
+    """A module's own buffers by attribute; of a ScriptModule, a copy of that dictionary."""
+    return dict(module._buffers.items()) if isinstance(module, torch.jit.ScriptModule) else module._buffers
 
 
 def version_of(tensor: Tensor) -> int:

@@ -129,13 +129,15 @@ class Curvature:
         code: how the graphs made it; None before the first step.
         ema: float32 ``[payload | mass]``, see `update`; None before the first step, and where ``moment`` is.
         moment: the optimizer's second moment, where curvature is taken from it.
-        is_missed: whether the user was told that it did not arrive.
+        absent: why it did not come with the last step's gradient, see `missing`; empty where it did.
+        is_missed: whether the user was told so.
         spec: of the last update, with what it was made for, see `update.Spec`.
     """
 
     code: Code | None = None
     ema: Tensor | None = None
     moment: Tensor | None = None
+    absent: str = ""
     is_missed: bool = False
     spec: Any = None
 

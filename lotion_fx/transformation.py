@@ -11,17 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lotion_fx import optimizer_hooks, private
-from lotion_fx.arguments import (
-    Formats,
-    check_compile_options,
-    check_model,
-    check_regions,
-    check_weights,
-    checked,
-    weights_for,
-)
+from lotion_fx.arguments import check_compile_options, check_model, check_regions, check_weights, checked
 from lotion_fx.calls import CompiledCalls, outermost, with_own_code
 from lotion_fx.carried import carry
+from lotion_fx.choosing import Formats, weights_for
 from lotion_fx.loss_graph import called, loss_of, pair, scalar
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
@@ -68,8 +61,12 @@ def transform(
         curvature: ``"factored"`` (two vectors a weight), ``"full"`` (a float a parameter, one more product a layer),
             ``"fisher"`` (the optimizer's second moment) or ``"ggn"`` (two vectors, by a pass of its own that draws the
             labels from the model's output: Gauss-Newton curvature).
-        only: parameter-name globs to a format or None, the last match winning: ``{"*.router.*": None}``. A glob more
-            specific than ``"*"`` also takes what the default leaves out.
+        only: which parameters get another format, or None: ``{"*.router.*": None, nn.Conv2d: "int8"}``. A key is a glob
+            of parameter names; a class of modules, for the parameters of all such modules and of what is inside them;
+            or a predicate of (name, parameter). Entries are looked at in their order, and **the last that matches
+            wins**; what none matches has ``fmt``. A value is a format, None for full precision, or ``...`` for ``fmt``.
+            A key with a format also takes what the default leaves out, such as embeddings, but for ``"*"``; a class
+            takes parameters of two or more dimensions alone. A tied parameter has each of its names. See `preset`.
         loss_fn: puts the loss into the graph: ``"model"`` where the model returns it, or a function of (output,
             targets), to be called with the model as `training_loss`. Where a moment stream reaches from a weight to the
             loss, the loss is then itself the expected loss, at two more products a linear layer.
@@ -112,7 +109,7 @@ def transform(
     check_model(model)
     smoothing = Smoothing(settings)
     smoothing.model = weakref.ref(model)
-    smoothing.weights.extend(weights_for(smoothing, model, resolve(fmt), only or {}))
+    smoothing.weights.extend(weights_for(smoothing, model, resolve(fmt), {} if only is None else only))
     check_weights(smoothing)
     if settings.samples_labels:
         check_placement(model, smoothing)

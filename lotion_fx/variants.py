@@ -148,6 +148,8 @@ class Variants:
             state = ForwardState(self.gm, self.inputs, plans, backend.inner != "eager", arch)
             state = run(passes.FORWARD, state)
             private.complete_sources(state.gm)
+            if state.gm is not self.gm:
+                private.release_examples(state.gm)
             gains = [fake_gain(self.inputs[i]) for i in state.variances]
             inputs = [*self.inputs, *gains, *(fake_probe(self.inputs[i], state.plans[i]) for i in state.probed)]
             made = compile_graph(state.gm, inputs, backend.inner, backend.mode, dict(backend.options))
