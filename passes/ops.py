@@ -230,6 +230,22 @@ _REGROUPINGS = {aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.u
 _ONE_TO_ONE = {aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.squeeze, aten.select, aten.slice, aten.narrow}
 
 _RULES = {target: op.squares for op in OPS if op.squares for target in op.targets}
+_OUTPUTS: dict[Any, int] = {aten.convolution_backward.default: 1}
+"""Of ops with several results, which one is the contraction."""
+
+
+def add(op: Op, output: int | None = None) -> None:
+    """Adds the row of a contraction that is not PyTorch's own; ``output`` as in `_OUTPUTS`."""
+    CONTRACTIONS.update(op.targets)
+    HOLDING.update(op.targets)
+    if op.contracted:
+        MATRIX_PRODUCTS.update(op.targets)
+        CONTRACTED[op.packet] = op.contracted
+    for target in op.targets:
+        assert op.squares is not None
+        _RULES[target] = op.squares
+        if output is not None:
+            _OUTPUTS[target] = output
 
 
 def makes_gradients(node: fx.Node) -> bool:
@@ -239,9 +255,9 @@ def makes_gradients(node: fx.Node) -> bool:
 
 def contraction_at(node: fx.Node) -> Contraction | None:
     """The contraction whose result the node is, if it is one."""
-    if node.target is operator.getitem and node.args[1] == 1:
+    if node.target is operator.getitem:
         made_by = node.all_input_nodes[0]
-        return contraction.convolution(made_by) if made_by.target is aten.convolution_backward.default else None
+        return _RULES[made_by.target](made_by) if _OUTPUTS.get(made_by.target) == node.args[1] else None
     if node.target is aten.mul.Tensor:
         return contraction.outer(node)
     return _RULES[node.target](node) if node.target in _RULES else None

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
+
 from lotion_fx.passes.attach.call import CONTRACTION, INNER, INPUT, PRODUCT, SCALE, SUM, Call, Meeting, Operand
 from lotion_fx.passes.attach.values import CONSTANT, DATA, Part, Value, broadcast, lost, merged
 from lotion_fx.passes.ops import CONTRACTED
+
+aten = torch.ops.aten
 
 
 def contraction(call: Call) -> Value:
@@ -16,16 +20,22 @@ def contraction(call: Call) -> Value:
     factors = [operand for operand in call.operands if operand.position in rule]
     for place, operand in enumerate(factors):
         data = any(other.value.data for other in factors if other is not operand)
-        summed = [rule[operand.position]]
-        free = [dim for dim in (-1, -2) if dim not in summed and -dim <= len(operand.shape)]
+        rank = len(operand.shape)
+        summed = [rule[operand.position] % rank - rank]
+        free = [dim for dim in (-1, -2) if dim not in summed and -dim <= rank]
         for_itself = data or place == 0 or _ends_in(operand.value, summed)
         call.contracts(operand, summed, free, data=data, own=for_itself)
     added = [operand for operand in call.operands if operand.position not in rule]
     if call.data:
         call.meets(SUM, added)
         return DATA
+    if call.packet not in MATRIX:
+        return merged([operand.value.map(_multiplied) for operand in call.operands])
     products = [_free(operand, place, len(call.shape)) for place, operand in enumerate(factors)]
     return merged([*products, *(broadcast(operand.value, operand.shape, call.shape) for operand in added)])
+
+
+MATRIX = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.mv, aten.addmv, aten.dot}
 
 
 def _ends_in(value: Value, summed: Sequence[int]) -> bool:

@@ -33,6 +33,7 @@ from lotion_fx.passes.attach.call import (
 )
 from lotion_fx.passes.attach.follow import followed
 from lotion_fx.passes.attach.values import CONSTANT, DATA, Part, Value, merged, whole
+from lotion_fx.passes.registered import settle
 from lotion_fx.private import OpOverload, TorchDispatchMode, source_of, tree_leaves
 
 __all__ = ["CONTRACTION", "ELEMENTWISE", "EMBEDDING", "INNER", "PRODUCT", "SUM", "Use", "weight_uses", "why_not_of"]
@@ -100,6 +101,7 @@ def weight_uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int
         For each index in ``weights``, its uses without repeats: those that tell best along which dimension it is
         summed over first, else in graph order.
     """
+    settle()
     tracker = _Tracker(gm, inputs, weights)
     with torch.no_grad(), tracker:
         _Run(gm).run(*inputs)

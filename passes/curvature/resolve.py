@@ -21,6 +21,7 @@ from lotion_fx.passes.curvature.factors import factored
 from lotion_fx.passes.curvature.joint import JointGraph, Uses
 from lotion_fx.passes.curvature.loss_count import loss_count
 from lotion_fx.passes.curvature.path import Path, Stop, find_path, squares
+from lotion_fx.passes.registered import settle
 
 if TYPE_CHECKING:
     from lotion_fx.passes.pipeline import JointState
@@ -66,6 +67,7 @@ def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
     targets = [node for node in graph.nodes if node.target is torch.ops.lotion_fx.curvature.default]
     if not targets:
         return []
+    settle()
     joint = JointGraph(graph)
     uses = [joint.uses(_unviewed(arguments(node)[1])) for node in targets]
     found = [_find(joint, use, node) for node, use in zip(targets, uses, strict=True)]
