@@ -20,7 +20,7 @@ from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.attach import LATENT, MEAN, STE, Plan
 from lotion_fx.passes.attach.probe import Code, Layout
-from lotion_fx.passes.attach.usage import Use, why_not_of
+from lotion_fx.passes.attach.usage import INNER, Use, why_not_of
 from lotion_fx.settings import Settings
 from lotion_fx.tally import Gathered, Tally
 
@@ -173,7 +173,8 @@ class Weight:
         use, kind = self.contraction, self.smoothing.settings.curvature
         groups, rows = (use.groups, use.rows) if use else (1, self.shape[0])
         kind = {"fisher": "none", "ggn": "factored"}.get(kind, kind)
-        return Layout(kind, self.shape, groups, rows)
+        direct = all(other.kind != INNER for other in self.uses or ())
+        return Layout(kind, self.shape, groups, rows, direct)
 
     @property
     def is_analytic(self) -> bool:

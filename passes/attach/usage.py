@@ -126,6 +126,7 @@ class _Tracker(TorchDispatchMode):
 
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], weights: Collection[int]) -> None:
         super().__init__()
+        self.inside = False  # a region that is walked
         self.met: dict[int, list[Meeting]] = {index: [] for index in weights}
         self.values: dict[int, Value] = {}
         self.alive: list[Any] = list(inputs)  # ids stay unique while the tensors live
@@ -137,6 +138,11 @@ class _Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.inside and isinstance(func, OpOverload) and func.namespace == "aten":
+            with self:  # where torch takes ops like `linear` apart by itself is passed by then
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         out = func(*args, **kwargs)
         if isinstance(func, OpOverload):
             self._op(func, args, kwargs, out)
@@ -207,12 +213,14 @@ class _Tracker(TorchDispatchMode):
 
     def _walked(self, bodies: Sequence[fx.GraphModule], given: Sequence[Any], results: list[Value]) -> list[Value]:
         """The results' values where any of the bodies may have run."""
+        outer, self.inside = self.inside, True
         for body in bodies:
             with self:
                 out = _Run(body).run(*given)
             found = [self.values.get(id(t), CONSTANT) for t in tree_leaves(out) if isinstance(t, Tensor)]
             if len(found) == len(results):
                 results = [merged([a, b.map(_anywhere)]) for a, b in zip(results, found, strict=True)]
+        self.inside = outer
         return results
 
     # ---------------------------------------------------------------------------------------------------------- results

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lotion_fx.passes.attach.usage import CONTRACTION, ELEMENTWISE, EMBEDDING, PRODUCT, weight_uses, why_not_of
+from lotion_fx.passes.attach.usage import CONTRACTION, ELEMENTWISE, EMBEDDING, INNER, PRODUCT, weight_uses, why_not_of
 
 
 def uses(function, shape, *data):
@@ -189,6 +189,79 @@ MATRIX = torch.randn(7, 6)
 def test_what_meets_no_product_says_why(case):
     function, shape, reason, *data = LEFT_ALONE[case]
     assert reason in why_not_of(uses(function, shape, *(data or [X])))
+
+
+def test_of_a_product_of_weights_each_is_blocked_along_its_own_sum():
+    """As merged adapters are: x @ (B @ A).T, B [out, rank], A [rank, in]; and layers that see parameters alone."""
+    b, a = nn.Parameter(torch.randn(7, 2)), nn.Parameter(torch.randn(2, 6))
+    for which, other in ((b, a), (a, b)):
+        found = of_parameters(lambda x: F.linear(x, b @ a), which, other, X)
+        assert next(use.axis for use in found if use.axis is not None) == 1
+        assert {use.kind for use in found} == {CONTRACTION, INNER}
+    queries, weight = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(4, 6))
+    found = of_parameters(lambda x: F.linear(queries, weight) @ x[:, :4].T, weight, queries, X)
+    assert found[0].axis == 1
+
+
+def test_a_power_iteration_fixes_no_axis():
+    w = nn.Parameter(torch.randn(6, 7))
+    found = of_parameters(lambda x: x @ (w / (w @ torch.ones(7)).norm()), w, w, X)
+    assert (found[0].kind, found[0].axis) == (CONTRACTION, 0)
+    assert {use.kind for use in found[1:]} == {INNER}
+
+
+def of_parameters(function, which, other, x):
+    """The uses of one of two parameters of a function of data."""
+    found = []
+
+    def look(gm, inputs):
+        weights = [i for i, each in enumerate(inputs) if isinstance(each, nn.Parameter)]
+        (index,) = [i for i in weights if inputs[i] is which]
+        found.extend(weight_uses(gm, inputs, weights)[index])
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=look, fullgraph=True)(x)
+    return found
+
+
+def test_branches_are_walked_and_other_regions_are_products():
+    from torch._higher_order_ops.scan import scan
+
+    def branched(w, x):
+        return torch.cond(x.sum() > 0, lambda x: F.linear(x, w), lambda x: x @ w.T, (x,))
+
+    found = uses(branched, (7, 6), X)
+    assert {(use.kind, use.axis) for use in found} == {(CONTRACTION, 1)}
+
+    def scanned(w, x):
+        return scan(lambda h, step: ((h @ w).tanh() + step, h.clone()), x[0], x[1:])[1]
+
+    assert {use.kind for use in uses(scanned, (6, 6), X)} == {PRODUCT}
+
+
+def test_buffers_are_constants():
+    """A mask that is a buffer is no data: the weight under it is the layer's operand and no scale of activations."""
+    layer = nn.utils.parametrize.register_parametrization(nn.Linear(6, 7), "weight", Masked())
+    found = []
+
+    def look(gm, inputs):
+        index = next(i for i, each in enumerate(inputs) if isinstance(each, nn.Parameter) and each.dim() == 2)
+        found.extend(weight_uses(gm, inputs, [index])[index])
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(layer, backend=look)(X)
+    assert [(use.kind, use.op, use.axis) for use in found] == [(CONTRACTION, "addmm", 1)]
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.ones(7, 6).triu())
+
+    def forward(self, weight):
+        return self.mask * weight
 
 
 def test_no_use_is_said_so():
