@@ -26,7 +26,7 @@ from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.attach import LATENT, MEAN, STE, Plan
 from lotion_fx.passes.attach.probe import Code, Layout
-from lotion_fx.passes.attach.usage import CONTRACTION, EMBEDDING, Use
+from lotion_fx.passes.attach.usage import INNER, Use, why_not_of
 from lotion_fx.settings import Settings
 from lotion_fx.tally import Gathered, Tally
 
@@ -268,9 +268,9 @@ class Weight:
 
     @property
     def contraction(self) -> Use | None:
-        """The use that fixes blocks and factors: the first contraction whose axis is known, else the first use."""
+        """The use that fixes blocks and factors: the first product whose axis is known, else the first use."""
         uses = self.uses or []
-        known = [use for use in uses if use.kind == CONTRACTION]
+        known = [use for use in uses if use.is_product]
         return next(iter([*(use for use in known if use.axis is not None), *known, *uses]), None)
 
     @property
@@ -298,7 +298,8 @@ class Weight:
         use, kind = self.contraction, self.smoothing.settings.curvature
         groups, rows = (use.groups, use.rows) if use else (1, self.shape[0])
         kind = {"fisher": "none", "ggn": "factored"}.get(kind, kind)
-        return Layout(kind, self.shape, groups, rows)
+        direct = all(other.kind != INNER for other in self.uses or ())
+        return Layout(kind, self.shape, groups, rows, direct)
 
     @property
     def is_analytic(self) -> bool:
@@ -313,12 +314,7 @@ class Weight:
         if self.uses is None:
             modules = [ref() for ref, _ in self.owners]
             return "a lookup table or norm" if any(isinstance(m, _LOOKUPS + _NORMS) for m in modules) else ""
-        kinds = {use.kind for use in self.uses}
-        if EMBEDDING in kinds:
-            return "embedding, tied to a contraction" if CONTRACTION in kinds else "embedding"
-        if CONTRACTION not in kinds:
-            return "reaches no contraction" + (f": used by {self.uses[0].op}" if self.uses else ": unused")
-        return ""
+        return why_not_of(self.uses)
 
     @property
     def selected(self) -> bool:
