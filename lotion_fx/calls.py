@@ -60,6 +60,8 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
     def forward(*args: Any, **kwargs: Any) -> Any:
         model = reference()
         assert model is not None
+        if smoothing.take_in is not None:
+            smoothing.take_in(smoothing, model)
         tally.forward_began()
         if tracer := private.tracer():
             _warn_of_training(tracer, smoothing)

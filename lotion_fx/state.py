@@ -46,6 +46,8 @@ class Smoothing:
         model: what `transform` was given, weakly.
         compile: makes a copy of the model call compiled code, as `transform` made the model.
         call: what calling the model runs.
+        take_in: brings the weights up to what the model holds now, see `members`.
+        seen_changes: `Registry.changes` when it last did.
         loss_call: model and ``loss_fn`` compiled as one, where `transform` was given a function.
         said: what the user was told, once each.
         places: of a copy's weights, until the copy is settled: (path of the module, attribute, weight).
@@ -58,6 +60,8 @@ class Smoothing:
         self.model: Callable[[], nn.Module | None] = _nothing
         self.compile: Callable[[nn.Module], None] | None = None
         self.call: Callable[..., Any] | None = None
+        self.take_in: Callable[[Smoothing, nn.Module], None] | None = None
+        self.seen_changes = 0
         self.loss_call: Callable[..., Any] | None = None
         self.said: set[str] = set()
         self.places: list[tuple[str, str, Weight]] = []
@@ -83,7 +87,7 @@ class Smoothing:
     def __deepcopy__(self, memo: dict[int, Any]) -> Smoothing:
         """That of a copy of the model, where its training stands included."""
         memo[id(self)] = made = Smoothing(self.settings)
-        made.compile = self.compile
+        made.compile, made.take_in, made.seen_changes = self.compile, self.take_in, self.seen_changes
         made.tally.restore(copy.deepcopy(self.tally.saved()))
         made.weights.extend(copy.deepcopy(weight, memo) for weight in self.weights)
         copies = dict(zip(self.weights, made.weights, strict=True))
@@ -249,6 +253,11 @@ class Weight:
         """An optimizer steps it as this parameter."""
         self.shard = parameter if isinstance(parameter, DTensor) else None
 
+    def fits(self) -> bool:
+        """Whether its owner holds a tensor of its shape."""
+        parameter = self.parameter()
+        return parameter is not None and tuple(parameter.shape) == self.shape
+
     def is_now(self, tensor: Tensor) -> bool:
         """Whether this tensor is the weight at this moment."""
         return any(each is tensor for each in self.tensors())
@@ -376,6 +385,7 @@ class Registry:
     def __init__(self) -> None:
         self.owned: weakref.WeakKeyDictionary[nn.Module, dict[str, Weight]] = weakref.WeakKeyDictionary()
         self._seen: dict[int, weakref.ref[Weight]] = {}
+        self.changes = 0  # how often a module was given a parameter or a module, anywhere
 
     def add(self, weight: Weight) -> None:
         for ref, attribute in weight.owners:
@@ -420,6 +430,9 @@ def _modules_of(model: nn.Module) -> Iterator[nn.Module]:
         before = private.before_of(module)
         if getattr(before, "is_copy", False):
             before.settle(module)
+        smoothing = getattr(before, "model", None)
+        if smoothing is not None and smoothing.take_in is not None:
+            smoothing.take_in(smoothing, module)
         yield module
 
 

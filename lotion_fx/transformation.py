@@ -16,6 +16,7 @@ from lotion_fx.calls import CompiledCalls, outermost, with_own_code
 from lotion_fx.carried import carry
 from lotion_fx.choosing import Formats, weights_for
 from lotion_fx.loss_graph import called, loss_of, pair, scalar
+from lotion_fx.members import take_in, watch
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
 from lotion_fx.sampling import check_placement, sample_first
@@ -117,6 +118,9 @@ def transform(
         registry.add(weight)
     carry(model, smoothing)
     optimizer_hooks.install()
+    watch()
+    smoothing.seen_changes = registry.changes
+    smoothing.take_in = partial(take_in, resolve(fmt), {} if only is None else only)
     paths = [path for path, module in model.named_modules() if module in set(regions)]
     smoothing.compile = partial(_compile, Backend(inner, mode, tuple(sorted(options.items()))), paths, compile_options)
     smoothing.compile(model)
