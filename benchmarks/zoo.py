@@ -15,8 +15,10 @@ evaluated. The checks, each against the same model without us (`--checks`, see `
 
 'exact' to 'out' are shares of the elements of product weights: parameters of two or more dimensions that meet a product
 with data, as an eager run sees it that knows nothing of us (`zoo_products.py`), or that the report gives a format.
-Tables of embeddings are left out by default and do not count. What the report says of each weight in full precision is
-in the JSON, and summed up below the table.
+Tables of embeddings are left out by default and do not count; frozen weights count in no sum. What the report says of
+each weight in full precision is in the JSON, and summed up below the table.
+
+A kind may also be a module of your own, with `ENTRIES` as `zoo_plain.py` has them.
 
 Models run in worker processes, each of `--batch` models; one that dies or takes longer than `--limit` seconds is one
 row of the table and stops nothing.
@@ -27,6 +29,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib
+import importlib.util
 import json
 import os
 import queue
@@ -44,13 +47,17 @@ KINDS = {"plain": "zoo_plain", "transformers": "zoo_transformers", "timm": "zoo_
 CHECKS = ("train", "eval", "eager", "compiled", "exported", "silent")
 SHARES = ("exact", "analytic", "fisher", "frozen", "out")
 _ROW = "zoo: "
+_START = 180.0
+"""Seconds that a worker has for its imports."""
 
 
 def entries(kind: str) -> dict[str, Any]:
     """The entries of a kind by name; none where its library is not installed."""
     try:
-        return {entry.name: entry for entry in importlib.import_module(KINDS[kind]).ENTRIES}
+        return {entry.name: entry for entry in importlib.import_module(KINDS.get(kind, kind)).ENTRIES}
     except ModuleNotFoundError as missing:
+        if kind not in KINDS:
+            raise
         print(f"{kind}: {missing}; left out", file=sys.stderr)
         return {}
 
@@ -66,6 +73,7 @@ def work(kind: str, names: Sequence[str], inner: str, checks: Sequence[str]) -> 
     torch.set_num_threads(1)
     assert all(hasattr(Trial, check) for check in CHECKS)
     known = entries(kind)
+    print(_ROW + "null", flush=True)  # the time of a model begins here
     for name in names:
         torch._dynamo.reset()
         print(_ROW + json.dumps(try_out(known[name], inner, checks).to_dict()), flush=True)
@@ -108,9 +116,12 @@ def _worker(kind: str, names: Sequence[str], args: argparse.Namespace) -> Iterat
 
     threading.Thread(target=read, args=(process.stdout,), daemon=True).start()
     try:
-        while (line := lines.get(timeout=args.limit)) is not None:
+        limit = _START
+        while (line := lines.get(timeout=limit)) is not None:
             if line.startswith(_ROW):
-                yield json.loads(line.removeprefix(_ROW))
+                limit = args.limit
+                if row := json.loads(line.removeprefix(_ROW)):
+                    yield row
     except queue.Empty:
         pass
     finally:
@@ -142,7 +153,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     for kind in dict.fromkeys(row["kind"] for row in rows):
         group = [row for row in rows if row["kind"] == kind]
         elements = sum((Counter(row.get("elements", {})) for row in group), Counter())
-        good, total = elements["analytic"] + elements["exact"], elements.total() or 1
+        good, total = elements["analytic"] + elements["exact"], elements.total() - elements["frozen"] or 1
         passed = sum(row["passed"] for row in group)
         lines.append(f"{kind}: {passed}/{len(group)} passed; {good / total:.2%} of product weights analytic or exact")
         lines += [f"    {check}: {count} fail" for check, count in _failures(group).items()]
@@ -191,7 +202,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = lambda text: tuple(text.split(","))  # noqa: E731
-    parser.add_argument("--kind", type=names, default=tuple(KINDS), help=f"of {','.join(KINDS)}")
+    parser.add_argument("--kind", type=names, default=tuple(KINDS), help=f"of {','.join(KINDS)}, or a module's name")
     parser.add_argument("--only", default="*", metavar="GLOBS", help="comma-separated, of models' names")
     parser.add_argument("--checks", type=names, default=CHECKS, help=f"of {','.join(CHECKS)}")
     parser.add_argument("--inner", default="aot_eager", help="aot_eager, inductor or eager")
@@ -203,8 +214,10 @@ def main() -> None:
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--names", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if unknown := [*set(args.kind) - set(KINDS), *set(args.checks) - set(CHECKS)]:
-        parser.error(f"{unknown[0]!r}: expected kinds of {','.join(KINDS)}, checks of {','.join(CHECKS)}")
+    if unknown := set(args.checks) - set(CHECKS):
+        parser.error(f"--checks {unknown.pop()}: expected some of {','.join(CHECKS)}")
+    if unknown := [kind for kind in args.kind if importlib.util.find_spec(KINDS.get(kind, kind)) is None]:
+        parser.error(f"--kind {unknown[0]}: expected some of {','.join(KINDS)}, or a module that has ENTRIES")
     if args.work:
         return work(args.work, args.names, args.inner, args.checks)
     rows = run(args)
