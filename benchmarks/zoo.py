@@ -38,6 +38,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,13 @@ def results(kind: str, names: Sequence[str], args: argparse.Namespace) -> Iterat
     """One result a model, whatever happens to it."""
     left = list(names)
     while left:
-        batch = left[: args.batch]
         done = 0
-        for row in _worker(kind, batch, args):
+        for row in _worker(kind, left, args):
             done += 1
             yield row
-        if done < len(batch):
+        if done < len(left):
             why = f"it died, or took more than {args.limit} s"
-            yield {"kind": kind, "name": batch[done], "passed": False, "cause": why, "checks": {}, "failed": why}
+            yield {"kind": kind, "name": left[done], "passed": False, "cause": why, "checks": {}, "failed": why}
             done += 1
         left = left[done:]
 
@@ -157,6 +157,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         passed = sum(row["passed"] for row in group)
         lines.append(f"{kind}: {passed}/{len(group)} passed; {good / total:.2%} of product weights analytic or exact")
         lines += [f"    {check}: {count} fail" for check, count in _failures(group).items()]
+        skipped = Counter(f"{check}: {why}" for row in group for check, why in row.get("skipped", {}).items())
+        lines += [f"    {check}: {count} models" for check, count in skipped.items()]
     for key, title in (("out", "in full precision, with two or more dimensions"), ("fisher", "in the Fisher form")):
         reasons = sum((Counter(row.get(key, {})) for row in rows), Counter())
         lines += [f"{title}: {elements:,} elements: {reason}" for reason, elements in reasons.most_common()]
@@ -188,15 +190,26 @@ def chosen(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every model's row, in the order of the kinds and their entries."""
     rows: list[dict[str, Any]] = []
-    for kind, names in chosen(args):
-        for row in results(kind, names, args):
-            rows.append(row)
-            verdict = "passed" if row["passed"] else row["cause"]
-            print(f"{len(rows):4d} {row['kind']} {row['name']}: {verdict}", flush=True)
-            if args.json:
-                Path(args.json).write_text(json.dumps(rows, indent=1))
-    return rows
+    lock = threading.Lock()
+
+    def one(batch: tuple[str, list[str]]) -> None:
+        for row in results(*batch, args):
+            with lock:
+                rows.append(row)
+                print(f"{len(rows):4d} {row['kind']} {row['name']}: {row['cause'] or 'passed'}", flush=True)
+                if args.json:
+                    Path(args.json).write_text(json.dumps(rows, indent=1))
+
+    groups = dict(chosen(args))
+    batches = [
+        (kind, names[i : i + args.batch]) for kind, names in groups.items() for i in range(0, len(names), args.batch)
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(one, batches))
+    order = [(kind, name) for kind, names in groups.items() for name in names]
+    return sorted(rows, key=lambda row: order.index((row["kind"], row["name"])))
 
 
 def main() -> None:
@@ -208,6 +221,7 @@ def main() -> None:
     parser.add_argument("--inner", default="aot_eager", help="aot_eager, inductor or eager")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model")
     parser.add_argument("--batch", type=int, default=12, help="models in one process")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--markdown", metavar="PATH")
     parser.add_argument("--verbose", action="store_true", help="show what the workers print")

@@ -44,6 +44,7 @@ class Result:
         breaks: graph breaks of the first training forward, beyond plain `torch.compile`'s.
         seconds, plain_seconds: from the made model to after its first backward.
         checks: of each check that was asked for, what is wrong; empty where nothing is.
+        skipped: of checks that say nothing of this model, why.
         failed: what stopped the trial itself.
     """
 
@@ -57,6 +58,7 @@ class Result:
     seconds: float = math.nan
     plain_seconds: float = math.nan
     checks: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     failed: str = ""
 
     @property
@@ -95,7 +97,7 @@ class Trial:
     """One model's run; each check is a method that says what is wrong, or nothing."""
 
     def __init__(self, entry: Entry, inner: str) -> None:
-        self.entry, self.inner = entry, inner
+        self.entry, self.inner = entry, entry.inner or inner
         self.result = Result(entry.kind, entry.name)
         self.args, self.kwargs = entry.batch()
         self.gradients: dict[str, Tensor | None] = {}
@@ -146,10 +148,15 @@ class Trial:
         loss.backward()
         return loss.item(), time.perf_counter() - began, sum(counters["graph_break"].values())
 
-    def by_hand(self) -> nn.Module:
-        """A plain instance at the model's weights, the selected ones rounded by hand."""
+    def at_latent(self) -> nn.Module:
+        """A plain instance at the model's weights."""
         plain = self.make().eval()
         plain.load_state_dict(self.model.state_dict())
+        return plain
+
+    def by_hand(self) -> nn.Module:
+        """The same, the selected ones rounded by hand."""
+        plain = self.at_latent()
         with torch.no_grad():
             for row in self.report.rows:
                 if row.format:
@@ -193,13 +200,18 @@ class Trial:
         return ""
 
     def eval(self) -> str:
-        """Its output is that of the model rounded by hand and compiled the same way."""
+        """Its output is that of the model rounded by hand and compiled the same way; and rounding shows."""
+        if any(row.format for row in self.report.rows) and not self._differs(self._run(self.at_latent()), self.out):
+            return "the output is that of the latent weights"
         return self._differs(self.out, self.hand_out)
 
     def eager(self) -> str:
         """Its output is that of the model rounded by hand, in eager; where compiling alone changes nothing."""
         eager = self._run(self.by_hand())
-        return "" if self._differs(self.hand_out, eager) else self._differs(self.out, eager)
+        if self._differs(self.hand_out, eager):
+            self.result.skipped["eager"] = "plain torch.compile changes the plain model's output"
+            return ""
+        return self._differs(self.out, eager)
 
     def compiled(self) -> str:
         """`torch.compile` on top changes nothing."""
@@ -211,6 +223,7 @@ class Trial:
         try:
             theirs = self._run(self._export(self.by_hand()))
         except Exception:
+            self.result.skipped["exported"] = "plain torch.export cannot export the plain model"
             return ""
         return self._differs(self._run(self._export(self.model.eval())), theirs)
 
@@ -228,7 +241,7 @@ class Trial:
             if parameter.dim() > 1 and rows[name].reason.endswith("unused") and used:
                 return f"{name} is called unused and has a gradient"
         for text in self.warned:
-            if text not in self.plain_warned and text != self.entry.warns:
+            if text not in self.plain_warned:
                 return f"warns: {text}"
         return ""
 
