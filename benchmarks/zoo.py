@@ -189,9 +189,17 @@ def chosen(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
         yield kind, [name for name in known if any(fnmatch.fnmatch(name, glob) for glob in args.only.split(","))]
 
 
+def passed_before(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """With ``--resume``, the rows of ``--json`` that passed every check that is asked for."""
+    if not args.resume or not Path(args.json).exists():
+        return []
+    rows = json.loads(Path(args.json).read_text())
+    return [row for row in rows if row["passed"] and set(args.checks) <= row["checks"].keys()]
+
+
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every model's row, in the order of the kinds and their entries."""
-    rows: list[dict[str, Any]] = []
+    rows = passed_before(args)
     lock = threading.Lock()
 
     def one(batch: tuple[str, list[str]]) -> None:
@@ -203,13 +211,18 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                     Path(args.json).write_text(json.dumps(rows, indent=1))
 
     groups = dict(chosen(args))
+    known = {(row["kind"], row["name"]) for row in rows}
+    left = {kind: [name for name in names if (kind, name) not in known] for kind, names in groups.items()}
     batches = [
-        (kind, names[i : i + args.batch]) for kind, names in groups.items() for i in range(0, len(names), args.batch)
+        (kind, names[i : i + args.batch]) for kind, names in left.items() for i in range(0, len(names), args.batch)
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, batches))
     order = [(kind, name) for kind, names in groups.items() for name in names]
-    return sorted(rows, key=lambda row: order.index((row["kind"], row["name"])))
+    return sorted(
+        (row for row in rows if (row["kind"], row["name"]) in order),
+        key=lambda row: order.index((row["kind"], row["name"])),
+    )
 
 
 def main() -> None:
@@ -223,6 +236,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12, help="models in one process")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --json that passed")
     parser.add_argument("--markdown", metavar="PATH")
     parser.add_argument("--verbose", action="store_true", help="show what the workers print")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -232,6 +246,8 @@ def main() -> None:
         parser.error(f"--checks {unknown.pop()}: expected some of {','.join(CHECKS)}")
     if unknown := [kind for kind in args.kind if importlib.util.find_spec(KINDS.get(kind, kind)) is None]:
         parser.error(f"--kind {unknown[0]}: expected some of {','.join(KINDS)}, or a module that has ENTRIES")
+    if args.resume and not args.json:
+        parser.error("--resume: expected --json, whose rows are kept")
     if args.work:
         return work(args.work, args.names, args.inner, args.checks)
     rows = run(args)

@@ -22,14 +22,12 @@ class Entry:
         name: unique in its kind.
         make: builds it, with the same weights after the same seed.
         inputs: its batch: a dictionary of keywords, a tuple of arguments, or the only argument.
-        inner: what compiles it, where plain `torch.compile` cannot with the one that was asked for.
     """
 
     kind: str
     name: str
     make: Callable[[], nn.Module]
     inputs: Inputs
-    inner: str = ""
 
     def batch(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments and keywords of a call, the same ones each time."""

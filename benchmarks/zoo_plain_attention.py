@@ -96,8 +96,8 @@ class Rotary(Attention):
 class LinearAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
-        q, k = F.elu(q) + 1, F.elu(k) + 1
-        return self.out((q @ (k.mT @ v) / (q @ k.sum(2, keepdim=True).mT)).transpose(1, 2).reshape(x.shape))
+        q, k = F.relu(q) + 0.1, F.relu(k) + 0.1
+        return self.out((q @ (k.mT @ v) / (q @ k.sum(2)[..., None])).transpose(1, 2).reshape(x.shape))
 
 
 class GroupedQueries(nn.Module):

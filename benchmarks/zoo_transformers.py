@@ -61,6 +61,12 @@ _ids, _labels = whole(VOCAB, (2, LENGTH)), whole(VOCAB, (2, LENGTH))
 _classes: Inputs = lambda: (torch.tensor([0, 1]),)  # noqa: E731
 text = named(input_ids=_ids, labels=_labels)
 pairs = named(input_ids=_ids, decoder_input_ids=whole(VOCAB, (2, 6)), labels=whole(VOCAB, (2, 6)))
+# Plain aot_eager fails in qwen3_next's backward pass on more sequences than one, and LongT5 without a mask.
+one_text = named(input_ids=whole(VOCAB, (1, LENGTH)), labels=whole(VOCAB, (1, LENGTH)))
+_ones: Inputs = lambda: (torch.ones(2, LENGTH, dtype=torch.long),)  # noqa: E731
+masked_pairs = named(
+    input_ids=_ids, attention_mask=_ones, decoder_input_ids=whole(VOCAB, (2, 6)), labels=whole(VOCAB, (2, 6))
+)
 sentence = named(input_ids=_ids, labels=_classes)
 image = named(pixel_values=normal((2, 3, 32, 32)), labels=_classes)
 image64 = named(pixel_values=normal((2, 3, 64, 64)), labels=_classes)
@@ -98,6 +104,14 @@ _DELTA = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+}
+_HYBRID = {**_DELTA, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+_GLOBAL = {
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "local_radius": 3,
+    "global_block_size": 4,
+    "encoder_attention_type": "transient-global",
 }
 _SPEECH = {
     "conv_dim": (16, 16),
@@ -178,7 +192,6 @@ STATES: dict[str, dict[str, Any]] = {
     "jamba": {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "bamba": {**_MAMBA2, "num_hidden_layers": 2, "attn_layer_indices": [1]},
     "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3, "attention_window_size": 8},
-    "qwen3_next": {**_DELTA, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
 }
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -192,7 +205,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "mpnet": {},
     "squeezebert": dict.fromkeys(("q_groups", "k_groups", "v_groups", "intermediate_groups"), 2),
     "convbert": {"embedding_size": 32, "head_ratio": 2, "conv_kernel_size": 3},
-    "nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 12},
+    "nystromformer": {"num_landmarks": 12, "segment_means_seq_len": 12},
     "modernbert": {},
     "esm": {"position_embedding_type": "rotary", "mask_token_id": 4},
     "roformer": {"embedding_size": 32},
@@ -215,13 +228,6 @@ BOTH: dict[str, dict[str, Any]] = {
     "pegasus": {},
     "marian": {"decoder_start_token_id": 0},
     "longt5": {"num_layers": 1, "num_decoder_layers": 1, "local_radius": 3},
-    "longt5-global": {
-        "num_layers": 1,
-        "num_decoder_layers": 1,
-        "local_radius": 3,
-        "encoder_attention_type": "transient-global",
-        "global_block_size": 4,
-    },
     "led": {"attention_window": 4, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64},
     "switch_transformers": {"num_layers": 1, "num_decoder_layers": 1, "num_sparse_encoder_layers": 1},
     "m2m_100": {},
@@ -367,9 +373,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
 
 
 def _entry(kind: str, head: str, more: dict[str, Any], inputs: Inputs) -> Entry:
-    made = partial(build, kind.partition("-global")[0], head, more)
-    # Plain aot_eager fails in its backward: view size is not compatible.
-    return Entry("transformers", kind, made, inputs, inner="inductor" if kind == "qwen3_next" else "")
+    return Entry("transformers", kind, partial(build, kind.partition("-global")[0], head, more), inputs)
 
 
 _IMAGE_HEADS = {"deit": "DeiTForImageClassification"}
@@ -378,6 +382,8 @@ ENTRIES = [
     *(_entry(kind, LM, more, text) for group in (DECODERS, EXPERTS, STATES) for kind, more in group.items()),
     *(_entry(kind, CLASSES, more, sentence) for kind, more in ENCODERS.items()),
     _entry("fnet", MASKED, {}, text),
+    _entry("qwen3_next", LM, _HYBRID, one_text),
+    _entry("longt5-global", PAIRS, _GLOBAL, masked_pairs),
     *(_entry(kind, PAIRS, more, pairs) for kind, more in BOTH.items()),
     *(_entry(kind, _IMAGE_HEADS.get(kind, IMAGES), more, image) for kind, more in VISION.items()),
     _entry("poolformer", IMAGES, {"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1]}, image64),
