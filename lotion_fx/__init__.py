@@ -12,6 +12,7 @@ from lotion_fx.numerics.formats import Format, codebook, formats, register_forma
 from lotion_fx.numerics.noise import NoiseLaw, noises, register_noise
 from lotion_fx.objective import penalty
 from lotion_fx.passes.registered import register_contraction
+from lotion_fx.presets import preset
 from lotion_fx.saved import load_state_dict, state_dict
 from lotion_fx.switches import finish, full_precision, randomized
 from lotion_fx.transformation import training_loss, transform
@@ -37,6 +38,7 @@ __all__ = [
     "noises",
     "optim",
     "penalty",
+    "preset",
     "randomized",
     "register_contraction",
     "register_format",

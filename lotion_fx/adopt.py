@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from lotion_fx import optimizer_hooks, private
-from lotion_fx.arguments import check_compile_options, checked, known_format
+from lotion_fx.arguments import check_compile_options, checked
+from lotion_fx.choosing import known_format
 from lotion_fx.numerics.formats import resolve
 from lotion_fx.numerics.noise import RANDOMIZED, resolve_noise
 from lotion_fx.settings import Settings

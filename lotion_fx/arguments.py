@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lotion_fx import private
+from lotion_fx.choosing import near
 from lotion_fx.likelihood import LIKELIHOODS, likelihood_of
-from lotion_fx.numerics.formats import Format, register_format, resolve
 from lotion_fx.settings import CURVATURES, INNERS, METHODS, MOMENTS, Settings
-from lotion_fx.state import Smoothing, Weight, registry
-
-Formats = Mapping[str, "str | Format | None"]
+from lotion_fx.state import Smoothing, registry
 
 
 def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = False) -> Settings:
@@ -113,16 +109,16 @@ def check_compile_options(mode: str | None, options: Mapping[str, Any], inner: s
         raise ValueError(f"mode={mode!r} and options are Inductor's, and inner={inner!r}; leave them out")
 
 
-def near(value: Any, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(str(value), list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
-
-
 def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected an nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model: a {type(model).__name__} is TorchScript, which no tracer of Python sees; transform the nn.Module "
+            "that it was made of"
+        )
     holds = any(registry.owned.get(module) for module in model.modules())
-    if holds or any(registry[parameter] is not None for parameter in model.parameters()):
+    if holds or any(registry.find(model.parameters())):
         raise ValueError(
             f"model: this {type(model).__name__} is already transformed, or holds a part that is; transform a model "
             "once, the outermost module"
@@ -144,69 +140,6 @@ def check_regions(model: nn.Module, regions: Iterable[nn.Module] | None) -> list
         if region not in inside:
             raise ValueError(f"regions: {type(region).__name__} is no submodule of the model")
     return chosen
-
-
-def weights_for(smoothing: Smoothing, model: nn.Module, fmt: Format, only: Formats) -> Iterator[Weight]:
-    """One `Weight` per parameter, tied ones once, with the format that the globs and the default give it.
-
-    Raises:
-        ValueError: a glob matches no parameter, or a format is unknown.
-    """
-    owners: dict[Tensor, list[tuple[nn.Module, str]]] = {}
-    names: dict[Tensor, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for attribute, parameter in private.parameters_of(module).items():
-            if parameter is not None:
-                owners.setdefault(parameter, []).append((module, attribute))
-                names.setdefault(parameter, []).append(f"{prefix}.{attribute}".removeprefix("."))
-    chosen = {glob: known_format(value) for glob, value in only.items()}
-    _check_globs([name for group in names.values() for name in group], only)
-    for parameter, held in owners.items():
-        glob = _last_match(names[parameter], only)
-        forced = glob is not None and glob != "*" and chosen[glob] is not None
-        if glob is None:
-            given, excluded = known_format(fmt), ""
-        else:
-            given, excluded = chosen[glob], f"excluded by only={{{glob!r}: None}}"
-        if parameter.dim() < 2 and not forced:
-            given, excluded = None, "fewer than two dimensions" if given is not None else excluded
-        yield Weight.owned_by(
-            held,
-            parameter,
-            name=names[parameter][0],
-            smoothing=smoothing,
-            format=given,
-            excluded=excluded if given is None else "",
-            forced=forced,
-        )
-
-
-def _check_globs(names: Iterable[str], only: Formats) -> None:
-    names = list(names)
-    for pattern in only:
-        if not fnmatch.filter(names, pattern):
-            prefixes = {name.rpartition(".")[0] for name in names}
-            raise ValueError(
-                f"only: the glob {pattern!r} matches no parameter{near(pattern.strip('*.'), [*names, *prefixes])}"
-            )
-
-
-def _last_match(names: list[str], globs: Iterable[str]) -> str | None:
-    matching = [glob for glob in globs if any(fnmatch.fnmatchcase(name, glob) for name in names)]
-    return matching[-1] if matching else None
-
-
-def known_format(fmt: str | Format | None) -> Format | None:
-    """A format that its own name resolves to: graphs hold formats by name."""
-    if fmt is None:
-        return None
-    found = resolve(fmt)
-    try:
-        if resolve(found.name) == found:
-            return found
-    except ValueError:
-        pass
-    return register_format(found.name, found)
 
 
 def check_weights(smoothing: Smoothing) -> None:

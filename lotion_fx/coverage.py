@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 
+from lotion_fx.missing import IDLE
 from lotion_fx.passes.attach.probe import Code
 from lotion_fx.shards import local_of
 from lotion_fx.state import Weight, names_of, registry
+from lotion_fx.tally import PATIENCE
 from lotion_fx.update import term_of
 
 
@@ -75,28 +78,40 @@ class CoverageReport:
         return {"coverage": self.coverage, "term": self.term, "parameters": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
+        """The table: as wide as its texts are, or as the terminal where it is printed on one."""
         table = [
-            (
-                _short(row.name, 34),
+            [
+                row.name,
                 "x".join(map(str, row.shape)),
                 row.format or "-",
                 row.estimator or "-",
-                "-" if row.block_axis is None else row.block_axis,
+                "-" if row.block_axis is None else str(row.block_axis),
                 "" if row.sqnr is None else f"{row.sqnr:.1f}",
                 "" if row.share is None else f"{row.share:.1%}",
-                _short(row.reason or " ".join(row.uses), 34, keep_end=False),
-            )
+                "; ".join(filter(None, [row.reason, " ".join(row.uses) if row.format or not row.reason else ""])),
+            ]
             for row in self.rows
         ]
-        headers = ("parameter", "shape", "format", "estimator", "axis", "SQNR dB", "share", "uses, or why not")
-        foot = f"\n{self.coverage:.1%} of all parameters quantized; expected-loss term {self.term:.3g}"
-        return tabulate(table, headers, disable_numparse=True) + foot
+        headers = ["parameter", "shape", "format", "estimator", "axis", "SQNR dB", "share", "uses, or why not"]
+        rows = [headers, *table]
+        if sys.stdout.isatty():
+            _fit(rows, shutil.get_terminal_size().columns)
+        foot = f"{self.coverage:.1%} of all parameters quantized; expected-loss term {self.term:.3g}"
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, ["-" * width for width in widths])
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join([*lines, foot])
 
 
-def _short(text: str, width: int, *, keep_end: bool = True) -> str:
-    if len(text) <= width:
-        return text
-    return "..." + text[3 - width :] if keep_end else text[: width - 3] + "..."
+def _fit(rows: list[list[str]], width: int) -> None:
+    """Cuts names at their beginning, and reasons at their end, so that a table is no wider than that."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = width - sum(widths[1:-1]) - 2 * (len(widths) - 1)
+    for_name = max(min(widths[0], room // 2), room - widths[-1])
+    for_reason = max(room - min(widths[0], for_name), 0)
+    for row in rows:
+        row[0] = row[0] if len(row[0]) <= for_name else "..." + row[0][3 - for_name :]
+        row[-1] = row[-1] if len(row[-1]) <= for_reason else row[-1][: for_reason - 3] + "..."
 
 
 @torch.no_grad()
@@ -112,8 +127,9 @@ def report(model: nn.Module) -> CoverageReport:
     found = [(name, weight, term_of(weight)) for weight, name in names_of(model).items()]
     total = sum(float(term) for _, _, term in found if term is not None)
     rows = {name: _row(name, weight, term, total) for name, weight, term in found}
-    for name, parameter in model.named_parameters():
-        if registry[parameter] is None:
+    parameters = dict(model.named_parameters())
+    for (name, parameter), weight in zip(parameters.items(), registry.find(parameters.values()), strict=True):
+        if weight is None:
             reason = "not there when the model was transformed"
             rows[name] = Row(name, tuple(parameter.shape), None, None, reason, (), None, None, None, None)
     return CoverageReport(tuple(rows.values()))
@@ -145,10 +161,25 @@ def _estimator(weight: Weight) -> tuple[str | None, str]:
     if certificate is not None:
         return certificate.kind, str(certificate).partition(": ")[2]
     if code is None:
-        return None, "no step was taken yet" if weight.uses is not None else "not run yet"
+        return None, _not_stepped(weight)
+    idle = weight.gathered.last_step is not None and weight.gathered.last_step < weight.smoothing.tally.steps
+    absent = IDLE if idle else weight.curvature.absent
     if code is Code.ANALYTIC:
-        return "ggn" if settings.samples_labels else "analytic", ""
-    return "fisher", code.reason
+        return "ggn" if settings.samples_labels else "analytic", absent
+    return "fisher", absent or code.reason
+
+
+def _not_stepped(weight: Weight) -> str:
+    """Why there is no curvature of a weight yet."""
+    tally = weight.smoothing.tally
+    if weight.uses is None and not tally.forwards:
+        return "not run yet"
+    if tally.steps:
+        return "no gradient in any step so far" if weight.gathered.has_optimizer else "in no optimizer that has stepped"
+    passes = tally.backwards
+    return "no step was taken yet" + (
+        f", after {passes} forwards with backward: does a torch.optim optimizer hold it?" if passes >= PATIENCE else ""
+    )
 
 
 def _sqnr(weight: Weight) -> float | None:

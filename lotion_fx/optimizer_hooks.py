@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lotion_fx import private
+from lotion_fx.missing import has_curvature, look_for_missing
 from lotion_fx.state import Smoothing, Weight, registry
-from lotion_fx.term import Step, TakesTerms, has_curvature
+from lotion_fx.term import Step, TakesTerms
 
 
 def install() -> None:
@@ -89,18 +90,19 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
     if isinstance(optimizer, TakesTerms):
         optimizer.terms.clear()  # of a step that raised
     mine: dict[Smoothing, list[tuple[Weight, Tensor]]] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            weight = registry[parameter]
-            if weight is not None and weight not in _done:
-                weight.is_stepped_as(parameter)
-                if parameter.grad is not None and weight.selected:
-                    mine.setdefault(weight.smoothing, []).append((weight, parameter))
-                    _done.add(weight)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, weight in zip(parameters, registry.find(parameters), strict=True):
+        if weight is not None and weight not in _done:
+            weight.is_stepped_as(parameter)
+            weight.gathered.is_in_optimizer()
+            if parameter.grad is not None and weight.selected:
+                mine.setdefault(weight.smoothing, []).append((weight, parameter))
+                _done.add(weight)
     unscaled_by, pending = private.take_grad_scale(optimizer), getattr(optimizer, "grad_scale", None)
     for smoothing, pairs in mine.items():
         # What a moment stream put into the loss needs no more, unless another graph without the loss used the weight.
         outside = [(weight, p) for weight, p in pairs if not weight.gathered.in_loss or has_curvature(weight)]
+        look_for_missing(smoothing, [weight for weight, _ in pairs], [p.grad for _, p in pairs if p.grad is not None])
         for weight, _ in pairs:
             weight.gathered.forget_certificate()
         if smoothing.tally.has_term and outside:

@@ -2,18 +2,24 @@
 
 A weight is identified by the module and attribute that own it, never by its storage: FSDP2 hands the compiled graph a
 temporary unsharded parameter and the optimizer a sharded one, both of which its module owns at some moment.
-Nothing here is reachable from the model, so `state_dict`, `deepcopy` and pickling see a plain model.
+A model reaches this through the hooks that it carries (`carried`): its `state_dict` is that of a plain model, a copy is
+under smoothing as the model is. No weak reference is ever made to a tensor: `torch.utils.swap_tensors`, and so FSDP2's
+``model.to()``, refuses one that has any.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
 from lotion_fx.numerics.formats import Format
@@ -35,14 +41,86 @@ class Smoothing:
     Attributes:
         weights: its parameters, selected or not.
         tally: where its training stands.
+        model: what `transform` was given, weakly.
+        compile: makes a copy of the model call compiled code, as `transform` made the model.
+        call: what calling the model runs.
+        take_in: brings the weights up to what the model holds now, see `members`.
+        seen_changes: `Registry.changes` when it last did.
         loss_call: model and ``loss_fn`` compiled as one, where `transform` was given a function.
+        said: what the user was told, once each.
+        places: of a copy's weights, until the copy is settled: (path of the module, attribute, weight).
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.weights: list[Weight] = []
         self.tally = Tally(settings, self.weights, finish_term=settings.finish_term)
+        self.model: Callable[[], nn.Module | None] = _nothing
+        self.compile: Callable[[nn.Module], None] | None = None
+        self.call: Callable[..., Any] | None = None
+        self.take_in: Callable[[Smoothing, nn.Module], None] | None = None
+        self.seen_changes = 0
         self.loss_call: Callable[..., Any] | None = None
+        self.said: set[str] = set()
+        self.places: list[tuple[str, str, Weight]] = []
+        self._calls, self._lock = 0, threading.Lock()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a call of the model is under way."""
+        return self._calls > 0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[bool]:
+        """Inside, a call of the model is under way; gives whether it is the first of those that are."""
+        with self._lock:
+            self._calls += 1
+            first = self._calls == 1
+        try:
+            yield first
+        finally:
+            with self._lock:
+                self._calls -= 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Smoothing:
+        """That of a copy of the model, where its training stands included."""
+        memo[id(self)] = made = Smoothing(self.settings)
+        made.compile, made.take_in, made.seen_changes = self.compile, self.take_in, self.seen_changes
+        made.tally.restore(copy.deepcopy(self.tally.saved()))
+        made.weights.extend(copy.deepcopy(weight, memo) for weight in self.weights)
+        copies = dict(zip(self.weights, made.weights, strict=True))
+        for path, module in model.named_modules() if (model := self.model()) is not None else ():
+            held = registry.owned.get(module, {}).items()
+            made.places += [(path, attribute, copies[w]) for attribute, w in held if w in copies]
+        return made
+
+    def settle(self, model: nn.Module) -> None:
+        """Finds the weights of a copy in it, and compiles it."""
+        self.model, places, self.places = weakref.ref(model), self.places, []
+        for path, attribute, weight in places:
+            weight.is_owned_by(model.get_submodule(path), attribute)
+        for weight in dict.fromkeys(weight for _, _, weight in places):
+            registry.add(weight)
+        if self.compile is not None:
+            self.compile(model)
+
+
+class StandIn(NamedTuple):
+    """What stands in a parameter's place while its model runs in Python.
+
+    Args:
+        value: the rounded weight.
+        parameter: whose place it takes.
+        quantizer: by which it was rounded.
+    """
+
+    value: Tensor
+    parameter: Tensor
+    quantizer: Quantizer
+
+
+def _nothing() -> None:
+    """A weak reference to what is not there yet."""
 
 
 @dataclass(eq=False)
@@ -53,13 +131,15 @@ class Curvature:
         code: how the graphs made it; None before the first step.
         ema: float32 ``[payload | mass]``, see `update`; None before the first step, and where ``moment`` is.
         moment: the optimizer's second moment, where curvature is taken from it.
-        is_missed: whether the user was told that it did not arrive.
+        absent: why it did not come with the last step's gradient, see `missing`; empty where it did.
+        is_missed: whether the user was told so.
         spec: of the last update, with what it was made for, see `update.Spec`.
     """
 
     code: Code | None = None
     ema: Tensor | None = None
     moment: Tensor | None = None
+    absent: str = ""
     is_missed: bool = False
     spec: Any = None
 
@@ -76,11 +156,13 @@ class Weight:
         excluded: why, if that is known beforehand.
         forced: it was asked for by name, so no use of it can deselect it.
         shape: as the model holds it.
-        stepped_as: the parameter that the optimizer steps.
+        shard: the sharded parameter that the optimizer steps, which the owner does not hold at all times; else None.
         uses: what the graphs do with it; None until a graph was seen.
         gathered: since the last step.
         curvature: over the steps.
         gains: of the strength, in a moment stream and in the joint-graph form.
+        standing: what stands in the parameter's place now, see `carried`.
+        place: where the parameter's values were when the model last ran at rest.
     """
 
     name: str
@@ -90,11 +172,13 @@ class Weight:
     excluded: str
     forced: bool
     shape: tuple[int, ...]
-    stepped_as: weakref.ref[Tensor]
+    shard: Tensor | None
     uses: list[Use] | None = None
     gathered: Gathered = field(default_factory=Gathered)
     curvature: Curvature = field(default_factory=Curvature)
     gains: tuple[float, float] = (1.0, 1.0)
+    standing: StandIn | None = None
+    place: private.Place | None = None
     _plans: dict[tuple[str, bool], Plan | None] = field(default_factory=dict)
     _layout: Layout | None = None
     _quantizer: Quantizer | None = None
@@ -102,29 +186,79 @@ class Weight:
 
     @staticmethod
     def owned_by(owners: Sequence[tuple[nn.Module, str]], parameter: Tensor, **identity: Any) -> Weight:
-        """A weight that knows its owners and its parameter weakly."""
+        """A weight that knows its owners weakly."""
         references = [(weakref.ref(module), attribute) for module, attribute in owners]
-        return Weight(owners=references, shape=tuple(parameter.shape), stepped_as=weakref.ref(parameter), **identity)
+        weight = Weight(owners=references, shape=tuple(parameter.shape), shard=None, **identity)
+        weight.is_stepped_as(parameter)
+        if type(parameter) is nn.Parameter and not parameter.is_meta:
+            weight.place = private.Place(parameter)
+        return weight
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
+        """That of a copy of the model, which is to find its owners."""
+        smoothing = copy.deepcopy(self.smoothing, memo)
+        if id(self) not in memo:
+            known = self.curvature
+            memo[id(self)] = replace(
+                self,
+                smoothing=smoothing,
+                owners=[],
+                shard=None,
+                gathered=Gathered(steps=self.gathered.steps),
+                curvature=Curvature(known.code, None if known.ema is None else known.ema.clone()),
+                standing=None,
+                place=None,
+                _plans={},
+                _gain=None,
+            )
+        return memo[id(self)]
 
     # ------------------------------------------------------------------------------------------------------- identity
 
-    def parameter(self) -> Tensor | None:
-        """The tensor that the owner holds now (sharded or not), None if it is gone."""
+    def is_owned_by(self, module: nn.Module, attribute: str) -> None:
+        """One more module holds it."""
+        if not any(ref() is module and name == attribute for ref, name in self.owners):
+            self.owners.append((weakref.ref(module), attribute))
+        if isinstance(parameter := self.parameter(), DTensor):
+            self.is_stepped_as(parameter)
+
+    def _held(self) -> Iterator[Tensor]:
+        """The tensor that each owner holds now, sharded or not."""
         for ref, attribute in self.owners:
             module = ref()
             if module is not None and isinstance(tensor := private.parameters_of(module).get(attribute), Tensor):
-                return tensor
-        return None
+                yield tensor
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that is this weight at this moment: one unless it is sharded or tied."""
+        if self.shard is not None:
+            yield self.shard
+        yield from self._held()
+
+    def parameter(self) -> Tensor | None:
+        """The tensor that the first owner holds now (sharded or not), None if it is gone."""
+        return next(self._held(), None)
 
     @property
     def master(self) -> Tensor | None:
-        """The parameter that the optimizer steps, None if it is gone."""
-        return self.stepped_as()
+        """The parameter that the optimizer steps; None if it is gone, or while another tensor stands in for it."""
+        if self.standing is not None:
+            return self.standing.parameter
+        held = self.parameter() if self.shard is None else self.shard
+        return held if isinstance(held, nn.Parameter) else None
 
     def is_stepped_as(self, parameter: Tensor) -> None:
         """An optimizer steps it as this parameter."""
-        if self.stepped_as() is not parameter:
-            self.stepped_as = weakref.ref(parameter)
+        self.shard = parameter if isinstance(parameter, DTensor) else None
+
+    def fits(self) -> bool:
+        """Whether its owner holds a tensor of its shape."""
+        parameter = self.parameter()
+        return parameter is not None and tuple(parameter.shape) == self.shape
+
+    def is_now(self, tensor: Tensor) -> bool:
+        """Whether this tensor is the weight at this moment."""
+        return any(each is tensor for each in self.tensors())
 
     @property
     def training(self) -> bool:
@@ -198,16 +332,21 @@ class Weight:
 
     # ---------------------------------------------------------------------------------------------------- what it does
 
+    @property
+    def mode(self) -> str:
+        """The forward that it is to take now."""
+        tally = self.smoothing.tally
+        return tally.override or (tally.forward_mode if self.training else STE)
+
     def plan(self, with_grad: bool, requires_grad: bool) -> Plan | None:
-        """What its node does in the next forward; None where it needs no node.
+        """What its node does in the next forward; None where it needs no node, as where a rounded weight stands in.
 
         Args:
             with_grad: whether autograd records.
             requires_grad: whether the weight does.
         """
-        tally = self.smoothing.tally
-        mode = tally.override or (tally.forward_mode if self.training else STE)
-        probing = with_grad and requires_grad and self.training and tally.probes
+        mode = self.mode if self.standing is None else LATENT
+        probing = with_grad and requires_grad and self.training and self.smoothing.tally.probes
         if (mode, probing) not in self._plans:
             self._plans[mode, probing] = self._planned(mode, probing) if self.selected else None
         plan = self._plans[mode, probing]
@@ -239,43 +378,69 @@ class Weight:
 
 
 class Registry:
-    """Every weight under smoothing, by owner, with a cache by tensor identity."""
+    """Every weight under smoothing, by owner, with a cache by tensor identity.
+
+    A cached id says which weight to ask, never that the tensor is that weight: ids are used again.
+    """
 
     def __init__(self) -> None:
         self.owned: weakref.WeakKeyDictionary[nn.Module, dict[str, Weight]] = weakref.WeakKeyDictionary()
-        self._seen: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Weight] | None]] = {}
+        self._seen: dict[int, weakref.ref[Weight]] = {}
+        self.changes = 0  # how often a module was given a parameter or a module, anywhere
 
     def add(self, weight: Weight) -> None:
         for ref, attribute in weight.owners:
             module = ref()
             assert module is not None
             self.owned.setdefault(module, {})[attribute] = weight
-        self._seen.clear()
 
     def __getitem__(self, tensor: Any) -> Weight | None:
         """The weight that this tensor is right now, None if it is none."""
-        if not isinstance(tensor, Tensor):
-            return None
-        hit = self._seen.get(id(tensor))
-        if hit is not None and hit[0]() is tensor:
-            return hit[1]() if hit[1] else None
-        found = next((w for w, held in self._held() if held is tensor), None)
-        self._seen[id(tensor)] = (weakref.ref(tensor), weakref.ref(found) if found else None)
+        return self._cached(tensor) or self.find([tensor])[0]
+
+    def find(self, tensors: Iterable[Any]) -> list[Weight | None]:
+        """The weight that each of these is right now, None where it is none; all owners are asked once at most."""
+        tensors = list(tensors)
+        found = [self._cached(tensor) for tensor in tensors]
+        if not all(weight is not None or not isinstance(t, Tensor) for t, weight in zip(tensors, found, strict=True)):
+            held = self._ask_owners()
+            found = [weight or held.get(id(tensor)) for tensor, weight in zip(tensors, found, strict=True)]
         return found
 
-    def _held(self) -> Iterator[tuple[Weight, Any]]:
-        for module, attributes in self.owned.items():
-            for attribute, weight in attributes.items():
-                yield weight, private.parameters_of(module).get(attribute)
+    def _cached(self, tensor: Any) -> Weight | None:
+        reference = self._seen.get(id(tensor))
+        weight = reference() if reference is not None else None
+        return weight if weight is not None and weight.is_now(tensor) else None
+
+    def _ask_owners(self) -> dict[int, Weight]:
+        """Every weight by the ids that it has now, which are cached."""
+        weights = dict.fromkeys(weight for attributes in self.owned.values() for weight in attributes.values())
+        now = {id(tensor): weight for weight in weights for tensor in weight.tensors()}
+        if len(self._seen.keys() | now) > 2 * len(weights):  # FSDP2's weights have two ids; more are of the past
+            self._seen.clear()
+        self._seen.update((key, weakref.ref(weight)) for key, weight in now.items())
+        return now
 
 
 registry = Registry()
 
 
+def _modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules, copies among them settled."""
+    for module in model.modules():
+        before = private.before_of(module)
+        if getattr(before, "is_copy", False):
+            before.settle(module)
+        smoothing = getattr(before, "model", None)
+        if smoothing is not None and smoothing.take_in is not None:
+            smoothing.take_in(smoothing, module)
+        yield module
+
+
 def smoothings_of(model: nn.Module) -> list[Smoothing]:
     """Every `Smoothing` that some weight of this model is under, in order of first appearance."""
     found: dict[Smoothing, None] = {}
-    for module in model.modules():
+    for module in _modules_of(model):
         for weight in registry.owned.get(module, {}).values():
             found[weight.smoothing] = None
     return list(found)
@@ -284,22 +449,22 @@ def smoothings_of(model: nn.Module) -> list[Smoothing]:
 def weights_of(model: nn.Module) -> list[Weight]:
     """Every weight of this model under smoothing, selected or not; raises if there is none."""
     found: dict[Weight, None] = {}
-    for module in model.modules():
+    for module in _modules_of(model):
         found.update(dict.fromkeys(registry.owned.get(module, {}).values()))
     if not found:
         raise ValueError(
             f"model: this {type(model).__name__} is not under lotion_fx; call lotion_fx.transform(model) first, "
-            "or run it once if it was compiled with torch.compile(model, backend='lotion_fx'). A deepcopy is plain."
+            "or run it once if it was compiled with torch.compile(model, backend='lotion_fx')"
         )
     return list(found)
 
 
 def names_of(model: nn.Module) -> dict[Weight, str]:
     """Each weight's name in this model: two models may hold one weight under different names."""
+    weights_of(model)
     names: dict[Weight, str] = {}
     for prefix, module in model.named_modules():
         for attribute, weight in registry.owned.get(module, {}).items():
             name = f"{prefix}.{attribute}".removeprefix(".").replace("_orig_mod.", "")
             names.setdefault(weight, name)
-    weights_of(model)
     return names

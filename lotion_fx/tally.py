@@ -12,6 +12,7 @@ happens in one step, in this order:
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ from lotion_fx.shards import sample
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
 
+PATIENCE = 5
+"""Backward passes without a step after which something is said."""
+
 
 @dataclass(eq=False)
 class Gathered:
@@ -42,6 +46,9 @@ class Gathered:
         in_objective: the term came in through `penalty`, and its backward ran.
         in_loss: the loss of the step under way holds the term, with this certificate.
         steps: optimizer steps with a gradient so far.
+        last_step: of the model, that was the last with a gradient; None if there was none since it was loaded.
+        last_forward: of the model, before that step.
+        has_optimizer: whether an optimizer that stepped holds it.
     """
 
     probe: Tensor | None = None
@@ -52,6 +59,9 @@ class Gathered:
     in_loss: bool = False
     certificate: Certificate | None = None
     steps: int = 0
+    last_step: int | None = None
+    last_forward: int = 0
+    has_optimizer: bool = False
 
     def drop_probe(self) -> None:
         """Forgets what the probe gathered."""
@@ -62,7 +72,7 @@ class Gathered:
     def restore(self, steps: int) -> None:
         """Stands at a step boundary, after so many steps."""
         self.drop_probe()
-        self.steps = steps
+        self.steps, self.last_step = steps, None
 
     def entered_loss(self, certificate: Certificate) -> None:
         """A graph whose loss holds the term runs."""
@@ -71,6 +81,10 @@ class Gathered:
     def entered_objective(self) -> None:
         """The backward pass of `penalty` ran."""
         self.in_objective = True
+
+    def is_in_optimizer(self) -> None:
+        """An optimizer that holds it is about to step."""
+        self.has_optimizer = True
 
     def forget_certificate(self) -> None:
         """Keeps no certificate of a step whose loss held no term."""
@@ -89,6 +103,8 @@ class Tally:
         plain: whether terms are taken without strength and gains.
         calibrated: at which step.
         forwards: calls of the model so far.
+        backwards: backward passes since the last step.
+        dropped: how often gradients were dropped since then, no step having taken them.
         counted_in_graph: whether a joint graph of the forward under way counts T.
         loss_count: T of the step under way, over all its backward passes.
         is_used: whether an optimizer took that T; then the next backward pass begins a new one.
@@ -113,6 +129,8 @@ class Tally:
     plain: bool = False
     calibrated: int | None = None
     forwards: int = 0
+    backwards: int = 0
+    dropped: int = 0
     counted_in_graph: bool = False
     loss_count: Tensor | None = None
     is_used: bool = False
@@ -151,6 +169,10 @@ class Tally:
     @property
     def pass_is_due(self) -> bool:
         return self.resting and self.step_of_forwards % self.settings.refresh == 0
+
+    def was_called(self, weight: Weight) -> bool:
+        """Whether the model was called since an optimizer stepped the weight; nothing tells it of an adopted model."""
+        return self.settings.adopted or self.forwards > weight.gathered.last_forward
 
     @property
     def needs_loss_count(self) -> bool:
@@ -216,8 +238,13 @@ class Tally:
         # Between micro-batches FSDP2 may hold the gradient at the unsharded parameter.
         if master is not None and master.grad is None and tensor.grad is None and gathered.probe.grad is not None:
             gathered.drop_probe()
-            self.loss_count = None
+            self._dropped()
         return gathered.probe
+
+    def _dropped(self) -> None:
+        """The gradients of a backward pass were dropped, and no step had taken them."""
+        self.dropped += self.loss_count is not None  # once a forward, however many weights
+        self.loss_count = None
 
     def forget_skipped_step(self) -> None:
         """T begins anew where the gradients of a step that never came were dropped."""
@@ -253,6 +280,13 @@ class Tally:
         """One backward pass counted so many loss terms; T begins anew after a step."""
         self.loss_count = count if self.loss_count is None or self.is_used else self.loss_count + count
         self.is_used = False
+        self.backwards += 1
+        if self.backwards == PATIENCE == self.dropped + 1 and not self.steps:
+            warnings.warn(
+                f"{PATIENCE} backward passes went by, and no torch.optim optimizer that holds a transformed weight "
+                "took a step: the expected-loss term enters there, and an update written by hand goes without it",
+                stacklevel=2,
+            )
         private.after_backward(self.backward_ended)
 
     def backward_ended(self) -> None:
@@ -301,7 +335,10 @@ class Tally:
             gathered.in_objective = gathered.in_loss = False
             self.gradients.pop(weight, None)
         self.is_closed = True
+        self.backwards = self.dropped = 0
         self.steps = max(self.steps, *(weight.gathered.steps for weight in weights))
+        for weight in weights:
+            weight.gathered.last_step, weight.gathered.last_forward = self.steps, self.forwards
         finish, total = self.settings.finish, self.settings.total_steps
         if finish and total and not self.finishing:
             self.finishing = self.steps >= round(total * (1 - finish))

@@ -19,12 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lotion_fx import private
 from lotion_fx.passes.attach.probe import HEADER, Code, Header
 from lotion_fx.shards import group_of, local_of, sample, shared_amax, span_of
 from lotion_fx.state import Smoothing, Weight
 from lotion_fx.update import FISHER, KEPT, MOMENT, VECTOR, Spec, stored, update
 
 _PROVISIONAL = (None, Code.UNREACHED, Code.UNRESOLVED)  # another graph may yet show more
+_UNCOUNTED = "nothing counted the loss terms of this step, which scale the term, so they are taken as 1"
 Pairs = Sequence[tuple[Weight, Tensor]]  # each with the parameter that the optimizer steps
 
 
@@ -141,11 +143,16 @@ class Step:
         count = self.tally.loss_count
         if count is None:
             if self.tally.steps == 0:
-                warnings.warn(
-                    "no graph tells the number of loss terms, which scales the term; it is taken as 1", stacklevel=2
-                )
+                warnings.warn(f"{_UNCOUNTED}; {self._why_uncounted()}", stacklevel=2)
             return torch.ones((), device=self.device)
         return self._on(count.clamp(min=1))
+
+    def _why_uncounted(self) -> str:
+        if private.current_backward() != -1:
+            return "an optimizer steps inside backward(), before they are counted; step after it"
+        if not any(self.tally.was_called(weight) for weight, _ in self.pairs):
+            return "call the transformed model itself, not its forward() or a part of it"
+        return "no output of the model had a gradient"
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         if self.group is None:
@@ -179,9 +186,7 @@ class Step:
 
     def _payloads(self, factors: Factors) -> list[Tensor | None]:
         """Each weight's payload of this step, None where it comes from the gradient or rests."""
-        found = [self._payload(weight, parameter, factors) for weight, parameter in self.pairs]
-        self._warn_of_missing()
-        return found
+        return [self._payload(weight, parameter, factors) for weight, parameter in self.pairs]
 
     def _payload(self, weight: Weight, parameter: Tensor, factors: Factors) -> Tensor | None:
         vector = weight.gathered.probe.grad if weight.gathered.probe is not None else None
@@ -202,25 +207,6 @@ class Step:
         if self.settings.reads_moment:
             return Code.BY_CHOICE
         return Code.UNREACHED if vector is None else Header.of(vector).common_code
-
-    def _warn_of_missing(self) -> None:
-        missed = [w for w, _ in self.pairs if w.is_analytic and not has_curvature(w) and not w.curvature.is_missed]
-        expected = self.tally.pass_is_due or not self.tally.resting
-        if missed and self.group is None and expected:
-            for weight in missed:
-                weight.curvature.is_missed = True
-            warnings.warn(
-                f"the curvature of {', '.join(w.name for w in missed)} did not arrive with its gradient, so the last "
-                "one is kept; it takes a forward in train() mode and a backward()",
-                stacklevel=2,
-            )
-        unreached = [w.name for w, _ in self.pairs if w.curvature.code is Code.UNREACHED and w.gathered.steps == 0]
-        if unreached:
-            warnings.warn(
-                f"no compiled graph contains {', '.join(unreached)}; the term takes the Fisher form there. "
-                "If that is a surprise: transform the outermost module, and call it, not its forward().",
-                stacklevel=2,
-            )
 
     def _sharded_fisher(self, weight: Weight, parameter: Tensor, factor: Tensor) -> Tensor:
         """T * grad^2 as a payload of the whole weight, of which this rank fills in its shard."""
@@ -305,11 +291,6 @@ class Step:
         optimizer.terms[parameter] = Term(weight, *pair, gain)
         weight.curvature.ema = None
         return True
-
-
-def has_curvature(weight: Weight) -> bool:
-    """Whether a probe gathered some since the last step."""
-    return weight.gathered.probe is not None and weight.gathered.probe.grad is not None
 
 
 def _grad(parameter: Tensor) -> Tensor:

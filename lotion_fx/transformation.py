@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lotion_fx import optimizer_hooks, private
-from lotion_fx.arguments import (
-    Formats,
-    check_compile_options,
-    check_model,
-    check_regions,
-    check_weights,
-    checked,
-    weights_for,
-)
-from lotion_fx.calls import CompiledCalls, with_own_code
+from lotion_fx.arguments import check_compile_options, check_model, check_regions, check_weights, checked
+from lotion_fx.calls import CompiledCalls, outermost, with_own_code
+from lotion_fx.carried import carry
+from lotion_fx.choosing import Formats, weights_for
 from lotion_fx.loss_graph import called, loss_of, pair, scalar
+from lotion_fx.members import take_in, watch
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
-from lotion_fx.outside import count_rows, hook_owners
 from lotion_fx.sampling import check_placement, sample_first
 from lotion_fx.settings import Settings
 from lotion_fx.state import Smoothing, registry, smoothings_of, weights_of
@@ -67,8 +62,12 @@ def transform(
         curvature: ``"factored"`` (two vectors a weight), ``"full"`` (a float a parameter, one more product a layer),
             ``"fisher"`` (the optimizer's second moment) or ``"ggn"`` (two vectors, by a pass of its own that draws the
             labels from the model's output: Gauss-Newton curvature).
-        only: parameter-name globs to a format or None, the last match winning: ``{"*.router.*": None}``. A glob more
-            specific than ``"*"`` also takes what the default leaves out.
+        only: which parameters get another format, or None: ``{"*.router.*": None, nn.Conv2d: "int8"}``. A key is a glob
+            of parameter names; a class of modules, for the parameters of all such modules and of what is inside them;
+            or a predicate of (name, parameter). Entries are looked at in their order, and **the last that matches
+            wins**; what none matches has ``fmt``. A value is a format, None for full precision, or ``...`` for ``fmt``.
+            A key with a format also takes what the default leaves out, such as embeddings, but for ``"*"``; a class
+            takes parameters of two or more dimensions alone. A tied parameter has each of its names. See `preset`.
         loss_fn: puts the loss into the graph: ``"model"`` where the model returns it, or a function of (output,
             targets), to be called with the model as `training_loss`. Where a moment stream reaches from a weight to the
             loss, the loss is then itself the expected loss, at two more products a linear layer.
@@ -110,32 +109,39 @@ def transform(
     settings = checked(settings, likelihood, by_regions=regions != [model])
     check_model(model)
     smoothing = Smoothing(settings)
-    smoothing.weights.extend(weights_for(smoothing, model, resolve(fmt), only or {}))
+    smoothing.model = weakref.ref(model)
+    smoothing.weights.extend(weights_for(smoothing, model, resolve(fmt), {} if only is None else only))
     check_weights(smoothing)
     if settings.samples_labels:
         check_placement(model, smoothing)
     for weight in smoothing.weights:
         registry.add(weight)
-    hook_owners(smoothing.weights)
+    carry(model, smoothing)
     optimizer_hooks.install()
-    _compile(model, smoothing, Backend(inner, mode, tuple(sorted(options.items()))), regions, compile_options)
+    watch()
+    smoothing.seen_changes = registry.changes
+    smoothing.take_in = partial(take_in, resolve(fmt), {} if only is None else only)
+    paths = [path for path, module in model.named_modules() if module in set(regions)]
+    smoothing.compile = partial(_compile, Backend(inner, mode, tuple(sorted(options.items()))), paths, compile_options)
+    smoothing.compile(model)
     return model
 
 
-def _compile(
-    model: nn.Module, smoothing: Smoothing, backend: Backend, regions: Iterable[nn.Module], options: dict[str, Any]
-) -> None:
+def _compile(backend: Backend, regions: Iterable[str], options: dict[str, Any], model: nn.Module) -> None:
     """Makes the model's call the compiled one."""
+    smoothing = private.before_of(model).model
     compiled_call = CompiledCalls(backend, **options)
-    for region in regions:
+    for path in regions:
+        region = model.get_submodule(path)
         private.replace_call(region, compiled_call(region))
     if callable(smoothing.settings.loss_fn):
         loss = _with_loss(model, smoothing.settings.loss_fn, backend, options)
-        smoothing.loss_call = count_rows(loss, smoothing.tally)
+        smoothing.loss_call = outermost(loss, model, smoothing)
     call = private.call_of(model)
-    counted = count_rows(call, smoothing.tally)
-    labelled = smoothing.settings.samples_labels
-    private.replace_call(model, sample_first(call, counted, model, smoothing) if labelled else counted)
+    smoothing.call = outermost(call, model, smoothing)
+    if smoothing.settings.samples_labels:
+        smoothing.call = sample_first(call, smoothing.call, model, smoothing)
+    private.replace_call(model, smoothing.call)
 
 
 def _with_loss(model: nn.Module, loss_fn: Callable[..., Tensor], backend: Backend, options: Any) -> Callable[..., Any]:

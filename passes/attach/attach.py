@@ -61,7 +61,7 @@ def attach(gm: fx.GraphModule, plans: Mapping[int, Plan]) -> tuple[fx.GraphModul
     """
     graph = _copy(gm)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    last, probes = placeholders[-1], []
+    last, probes = placeholders[-1] if placeholders else None, []
     nodes: list[tuple[fx.Node, fx.Node | None, Plan]] = []
     for index, plan in plans.items():
         if plan.is_identity:
@@ -86,7 +86,7 @@ def attach(gm: fx.GraphModule, plans: Mapping[int, Plan]) -> tuple[fx.GraphModul
 
 def attach_nodes(state: ForwardState) -> ForwardState:
     """`attach`, as a pass."""
-    gm, probed = attach(state.gm, state.plans) if state.plans else (state.gm, [])
+    gm, probed = attach(state.gm, state.plans)
     return replace(state, gm=gm, probed=tuple(probed))
 
 

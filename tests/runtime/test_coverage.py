@@ -1,7 +1,10 @@
 """The report leaves no parameter out and says what is so."""
 
+import io
 import json
 import math
+import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -46,9 +49,37 @@ def test_the_figures_are_what_they_say():
     assert report.coverage == pytest.approx(quantized / sum(p.numel() for p in model.parameters()))
 
 
-def test_it_prints_within_a_terminal_and_dumps_to_json():
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def deep_model():
+    model = LM()
+    for part in reversed(["a_rather_long_name", "of_several_modules", "each_of_which", "has_its_own"]):
+        model = nn.Sequential(OrderedDict({part: model}))
+    return lotion_fx.transform(model, "int4", inner="aot_eager", only={"*.mlp.0.*": None})
+
+
+@pytest.mark.parametrize("columns", [80, 100, 140])
+def test_it_prints_within_a_terminal(monkeypatch, columns):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for report in (lotion_fx.report(deep_model()), lotion_fx.report(trained())):
+        lines = str(report).splitlines()
+        assert max(map(len, lines)) <= columns
+        assert any("head.weight" in line for line in lines)
+
+
+def test_piped_nothing_is_cut():
+    report = lotion_fx.report(deep_model())
+    assert "..." not in str(report)
+    for row in report.rows:
+        assert row.name in str(report) and row.reason in str(report)
+
+
+def test_it_dumps_to_json():
     report = lotion_fx.report(trained())
-    assert max(map(len, str(report).splitlines())) <= 140
     assert "head.weight" in str(report) and "analytic" in str(report)
     assert json.loads(json.dumps(report.to_dict()))["parameters"][0]["name"] == "token.weight"
 

@@ -1,0 +1,103 @@
+"""Curvature that did not come with its gradient: why, and what to do about it.
+
+The cause is looked for when an optimizer steps, stands in the report until the next step, and is told once a weight.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lotion_fx import private
+from lotion_fx.passes.attach.attach import STE
+from lotion_fx.passes.attach.probe import Code
+from lotion_fx.shards import sample
+from lotion_fx.state import Smoothing, Weight
+
+IDLE = "no gradient in the last step"
+IN_EVAL = "in eval() at the last step, thus trained at its rounded values; call train()"
+IN_BACKWARD = "stepped inside backward(), before its curvature arrived"
+NOT_CALLED = "the transformed model itself was not called before the last step"
+OUTSIDE = Code.UNREACHED.reason
+
+_ADVICE = {
+    IN_EVAL: "in eval() the forward runs at rounded weights, and these train there; call train() before the training "
+    "forward, and leave only dropout and normalization in eval()",
+    IN_BACKWARD: "an optimizer steps inside backward(), before curvature arrives; step after it",
+    NOT_CALLED: "the call that transform compiled did not run; call the transformed model itself, not its forward() or "
+    "a part of it, and do not compile it again",
+    OUTSIDE: "the code ran in Python, as that of recurrent modules does, what follows a graph break, and what is in "
+    "none of regions=",
+}
+
+
+def look_for_missing(smoothing: Smoothing, weights: Sequence[Weight], gradients: Sequence[Tensor]) -> None:
+    """Finds out why curvature is missing, before a step uses what there is, and warns of what nobody can have meant.
+
+    Args:
+        smoothing: the model's.
+        weights: those that an optimizer is about to step, with their gradients.
+    """
+    told: dict[str, list[str]] = {}
+    idle = _idle(smoothing, weights, gradients)
+    for weight in weights:
+        known = weight.curvature
+        known.absent = IDLE if weight in idle else _cause(weight)
+        if known.absent not in ("", IDLE) and not known.is_missed:
+            known.is_missed = True
+            told.setdefault(_effect(weight) + "; " + _ADVICE[known.absent], []).append(weight.name)
+    for text, names in told.items():
+        warnings.warn(text.format(", ".join(names)), stacklevel=2)
+
+
+def has_curvature(weight: Weight) -> bool:
+    """Whether a probe gathered some since the last step."""
+    return weight.gathered.probe is not None and weight.gathered.probe.grad is not None
+
+
+def _is_due(weight: Weight) -> bool:
+    """Whether curvature should have come from a graph in this step, and did not."""
+    tally = weight.smoothing.tally
+    if not tally.has_term or tally.settings.reads_moment or weight.gathered.in_loss or has_curvature(weight):
+        return False
+    if tally.resting and not tally.pass_is_due:
+        return False
+    # Another rank's batch may have used the weight. What no graph has contained since the first step is known for it.
+    return tally.group is None if weight.is_analytic else not weight.gathered.steps
+
+
+def _idle(smoothing: Smoothing, weights: Sequence[Weight], gradients: Sequence[Tensor]) -> set[Weight]:
+    """The weights that nothing used in this step, though they have a gradient: of zeros. May read the device."""
+    due = [(weight, grad) for weight, grad in zip(weights, gradients, strict=True) if _is_due(weight)]
+    if not due:
+        return set()
+    used = torch.stack([sample(grad).any().to(due[0][1].device) for _, grad in due]).tolist()
+    return {weight for (weight, _), is_used in zip(due, used, strict=True) if not is_used}
+
+
+def _cause(weight: Weight) -> str:
+    tally = weight.smoothing.tally
+    if not weight.training and not has_curvature(weight) and tally.forward_mode != STE:
+        return IN_EVAL
+    outside = not weight.is_analytic and not has_curvature(weight) and tally.has_term
+    if outside and not tally.settings.reads_moment and not tally.was_called(weight):
+        return NOT_CALLED
+    if not _is_due(weight):
+        return ""
+    if private.current_backward() != -1:
+        return IN_BACKWARD
+    return OUTSIDE if tally.was_called(weight) else NOT_CALLED
+
+
+def _effect(weight: Weight) -> str:
+    """What comes of it, with a place for the names of all weights with the same."""
+    if not weight.smoothing.tally.has_term:
+        return "{} trained at rounded weights"
+    if weight.is_analytic:
+        return "the curvature of {} did not arrive with its gradient, so the last one is kept"
+    if weight.curvature.absent == OUTSIDE:
+        return "no compiled graph contains {}, so the term takes the Fisher form there"
+    return "the curvature of {} did not arrive with its gradient, so the term takes the Fisher form there"
