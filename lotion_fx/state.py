@@ -23,6 +23,7 @@ from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.attach import LATENT, MEAN, STE, Plan
 from lotion_fx.passes.attach.probe import Code, Layout
 from lotion_fx.passes.attach.usage import CONTRACTION, EMBEDDING, Use
+from lotion_fx.scalars import shown
 from lotion_fx.settings import Settings
 from lotion_fx.tally import Gathered, Tally
 
@@ -318,6 +319,8 @@ def smoothings_of(model: nn.Module) -> list[Smoothing]:
 
 def weights_of(model: nn.Module) -> list[Weight]:
     """Every weight of this model under smoothing, selected or not; raises if there is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={shown(model)}: expected a transformed nn.Module, not {type(model).__name__}")
     found: dict[Weight, None] = {}
     for module in model.modules():
         found.update(dict.fromkeys(registry.owned.get(module, {}).values()))
@@ -331,10 +334,10 @@ def weights_of(model: nn.Module) -> list[Weight]:
 
 def names_of(model: nn.Module) -> dict[Weight, str]:
     """Each weight's name in this model: two models may hold one weight under different names."""
+    weights_of(model)
     names: dict[Weight, str] = {}
     for prefix, module in model.named_modules():
         for attribute, weight in registry.owned.get(module, {}).items():
             name = f"{prefix}.{attribute}".removeprefix(".").replace("_orig_mod.", "")
             names.setdefault(weight, name)
-    weights_of(model)
     return names

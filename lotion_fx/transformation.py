@@ -18,6 +18,7 @@ from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
 from lotion_fx.outside import count_rows, hook_owners
 from lotion_fx.sampling import check_placement, sample_first
+from lotion_fx.scalars import check_flag
 from lotion_fx.settings import Settings
 from lotion_fx.state import Smoothing, registry, smoothings_of, weights_of
 from lotion_fx.variants import Backend
@@ -88,6 +89,9 @@ def transform(
     mode, options = compile_options.pop("mode", None), compile_options.pop("options", None) or {}
     if unknown := sorted(set(compile_options) - {"dynamic", "fullgraph"}):
         raise TypeError(f"transform got {unknown[0]!r}: expected torch.compile's mode, options, dynamic or fullgraph")
+    for name, flag in compile_options.items():
+        if flag is not None or name == "fullgraph":
+            check_flag(name, flag)
     check_compile_options(mode, options, inner)
     regions = check_regions(model, regions)
     settings = Settings(
