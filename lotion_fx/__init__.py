@@ -11,6 +11,7 @@ from lotion_fx.explanation import Explanation, explain, log_as_asked
 from lotion_fx.numerics.formats import Format, codebook, formats, register_format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, noises, register_noise
 from lotion_fx.objective import penalty
+from lotion_fx.passes.registered import register_contraction
 from lotion_fx.presets import preset
 from lotion_fx.saved import load_state_dict, state_dict
 from lotion_fx.switches import finish, full_precision, randomized
@@ -39,6 +40,7 @@ __all__ = [
     "penalty",
     "preset",
     "randomized",
+    "register_contraction",
     "register_format",
     "register_noise",
     "report",

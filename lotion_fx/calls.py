@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,9 @@ import torch
 from torch import nn
 
 from lotion_fx import private
+from lotion_fx.carried import MADE_ITSELF, all_standing_in
+from lotion_fx.outside import counts_rows
+from lotion_fx.state import Smoothing
 
 
 class CompiledCalls:
@@ -42,3 +47,39 @@ def _frame(call: Callable[..., Any]) -> Callable[..., Any]:
         return call(*args, **kwargs)
 
     return forward
+
+
+def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) -> Callable[..., Any]:
+    """What calling a transformed model runs: its compiled ``call``, or in Python where something else traces it.
+
+    Another compiler's graph ends here, for the model has graphs of its own.
+    """
+    reference, tally = weakref.ref(model), smoothing.tally  # the model's own state must not keep it alive
+
+    @torch.compiler.disable(reason=MADE_ITSELF)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        model = reference()
+        assert model is not None
+        if smoothing.take_in is not None:
+            smoothing.take_in(smoothing, model)
+        tally.forward_began()
+        if tracer := private.tracer():
+            _warn_of_training(tracer, smoothing)
+            with all_standing_in(smoothing), private.uncompiled(model):
+                return private.plain_call(model)(*args, **kwargs)
+        with all_standing_in(smoothing):
+            out = call(*args, **kwargs)
+        counts_rows(out, tally)
+        return out
+
+    return forward
+
+
+def _warn_of_training(tracer: str, smoothing: Smoothing) -> None:
+    """An exported model that trains is not the one that is deployed, and has no expected-loss term."""
+    if tracer in ("torch.export", "torch.jit.trace") and any(w.selected and w.training for w in smoothing.weights):
+        warnings.warn(
+            f"{tracer} of a model in training mode: it has the training forward of "
+            f"method={smoothing.settings.method!r}, not the rounded weights; call eval() first",
+            stacklevel=3,
+        )

@@ -69,8 +69,13 @@ def places_of(model: nn.Module) -> list[Place]:
     return list(places.values())
 
 
-def weights_for(smoothing: Smoothing, model: nn.Module, fmt: Format, only: Formats) -> Iterator[Weight]:
+def weights_for(
+    smoothing: Smoothing, model: nn.Module, fmt: Format, only: Formats, *, is_later: bool = False
+) -> Iterator[Weight]:
     """One `Weight` per parameter, tied ones once, with the format that ``only`` and the default give it.
+
+    Args:
+        is_later: the model has changed since the keys were checked, and may have lost what one of them matched.
 
     Raises:
         ValueError: a key matches no parameter, a format is unknown, or one is asked for inside a ScriptModule.
@@ -81,7 +86,7 @@ def weights_for(smoothing: Smoothing, model: nn.Module, fmt: Format, only: Forma
     for key in chosen:
         matches = _matcher(key, model)
         found = [place for place in places if matches(place)]
-        if not found and not isinstance(key, Kind):
+        if not found and not is_later and not isinstance(key, Kind):
             raise ValueError(_nothing_matches(key, model, places))
         for place in found:
             matching[place].append(key)

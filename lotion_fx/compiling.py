@@ -20,6 +20,7 @@ from lotion_fx.numerics.noise import registered_noises
 from lotion_fx.passes.attach.attach import Plan, attach, smooth, variance
 from lotion_fx.passes.lower import lower
 from lotion_fx.passes.pipeline import JointState, run
+from lotion_fx.passes.registered import registered_contractions
 
 compiles: Counter[str] = Counter()
 """How many graphs each inner compiler was given, for tests and for the curious."""
@@ -37,13 +38,13 @@ _SOURCES = source_files()
 
 
 class JointPasses(private.CustomGraphPass):
-    """`passes.JOINT` as Inductor runs them. Their configuration is in the graph itself, so the uuid hashes the code."""
+    """`passes.JOINT` as Inductor runs them. Their configuration is in the graph; the uuid hashes code and ops."""
 
     def __call__(self, graph: fx.Graph) -> None:
         rewrite_joint(graph)
 
     def uuid(self) -> Any:
-        return private.get_hash_for_files(_SOURCES, extra="lotion_fx.joint")
+        return private.get_hash_for_files(_SOURCES, extra=f"lotion_fx.joint {registered_contractions()}")
 
 
 def rewrite_joint(graph: fx.Graph) -> JointState:

@@ -1,8 +1,8 @@
 """PyTorch's private interfaces: each name that the package takes from them, and why.
 
 Nothing public does these things, and any release may change them. So no other module imports such a name or reads such
-an attribute, `WHY` has a reason for each, and `tests/runtime/test_private.py` is the canary that names the one which a
-release took away. This module knows torch alone: every other may import it.
+an attribute, `private_names` has a reason for each, and `tests/runtime/test_private.py` is the canary that names the
+one which a release took away. This module knows torch alone: every other may import it.
 
 Not here: names of ATen's operators, which are a schema of their own; what Inductor asks of a CUDA device, which
 `kernels/emit/absent_cuda.py` replaces; Triton's compiler, which that file and `kernels/audit/aot.py` drive.
@@ -24,7 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import _clear_fake_mode_weakrefs
-from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.eval_frame import innermost_backend, skip_code
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator, tls
 from torch._functorch import config as functorch_config
@@ -45,74 +45,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-
-WHY = {
-    # The compilers.
-    "functorch.compile.aot_function": "a function's joint graph of forward and backward, run once without a compiler",
-    "functorch.compile.nop": "the compiler that runs a graph as it is",
-    "torch._dynamo.backends.common.aot_autograd": "the inner compiler 'aot_eager' with a partition function of ours",
-    "torch._functorch.partitioners.min_cut_rematerialization_partition": "that partition, after our passes",
-    "torch._inductor.compile_fx.compile_fx": "the inner compiler 'inductor', with options for one graph",
-    "torch._inductor.custom_graph_pass.CustomGraphPass": "what a joint pass must be for the compile caches to stay on",
-    "torch._inductor.custom_graph_pass.get_hash_for_files": "that pass's key: our sources",
-    "torch._inductor.list_mode_options": "what `mode=` stands for, where we call Inductor and not torch.compile",
-    "torch._inductor.list_options": "an unknown name in `options=` is refused before anything is compiled",
-    "torch._inductor.config": "functions that others marked as cacheable are to stay so beside ours",
-    # What Dynamo knows of a graph's inputs.
-    "torch.fx.Node._dynamo_source": "the expression of a graph's input: AOTAutograd, DDP's splitter and we read it",
-    "torch._dynamo.symbolic_convert.tls": "whether Dynamo is compiling a frame at all",
-    "torch._dynamo.symbolic_convert.InstructionTranslator": "that frame's names, in which such an expression holds",
-    "torch._dynamo.guards.install_guard": "a model that was not registered must not run the code of one that was",
-    "torch._dynamo.guards.GuardBuilder": "that guard is on the parameter's identity",
-    "torch._dynamo.convert_frame._clear_fake_mode_weakrefs": "a tensor that has weak references cannot be swapped",
-    "torch._dynamo.trace_rules": "Dynamo skips forwards of torch's own, such as Sequential's",
-    "torch._dynamo.eval_frame.skip_code": "our hooks are no graphs of their own",
-    "torch._guards.TracingContext": "a later variant is compiled with the fake inputs and symbols of the first",
-    "torch._guards.tracing": "enters that context again",
-    # Graphs, and tensors without data.
-    "torch._subclasses.fake_tensor.FakeTensor": "an input without data is nobody's weight",
-    "torch._subclasses.fake_tensor.FakeTensorMode": "analyses run a graph without data",
-    "torch._dispatch.python.enable_python_dispatcher": "sizes stay symbols: 2.11's matmul in C++ makes them numbers",
-    "torch._ops.OpOverload": "a graph's operator, apart from other callables",
-    "torch._ops.HigherOrderOperator": "a region that must stay whole, such as a checkpointed one",
-    "torch.utils._python_dispatch.TorchDispatchMode": "sees each operator of a function that runs",
-    "torch.utils._pytree.tree_flatten": "the tensors in nested arguments, in the order that torch's graphs use",
-    "torch.utils._pytree.tree_leaves": "likewise",
-    "torch.utils._pytree.tree_map": "likewise",
-    "torch.utils._pytree.tree_unflatten": "likewise",
-    # Modules, tensors and training.
-    "torch.nn.Module._call_impl": "a module's hooks and forward, for us to compile as `Module.compile` does",
-    "torch.nn.Module._compiled_call_impl": "where `Module.compile` puts the compiled call",
-    "torch.nn.Module._forward_pre_hooks": "hooks of ours with one key for all modules, which Dynamo guards on",
-    "torch.nn.Module._forward_hooks": "likewise",
-    "torch.nn.Module._forward_hooks_always_called": "likewise, also after a forward that raises",
-    "torch.nn.Module._parameters": "a module's own parameters by attribute, tied ones and None included",
-    "torch.nn.Module._buffers": "a module's own buffers, to put them back as tensors",
-    "torch.Tensor._version": "whether a tensor was changed in place",
-    "torch._C._current_graph_task_id": "which backward pass is running, if any",
-    "torch.autograd.Variable._execution_engine": "a call after that pass: no public hook comes after DDP's and FSDP's",
-    "torch.optim.AdamW._init_group": "overridden in `optim`: the step asks it, group by group, for what to update",
-    "torch._foreach_add_": "an optimizer's step counts in one launch",
-    "torch._foreach_sub_": "likewise",
-    "torch.amp.GradScaler._scale": "the loss scale that was divided out of the gradients",
-    "torch.nn.parallel.DistributedDataParallel._get_active_ddp_module": "whose processes share the forward under way",
-    "torch.distributed.tensor._utils.compute_local_shape_and_global_offset": "which part of a weight this rank holds",
-    "torch.distributed.device_mesh.DeviceMesh._flatten": "one process group for a mesh of several dimensions",
-    # Emitting for a GPU that is not there: `kernels/emit`.
-    "torch._functorch.config": "backward is compiled at once; `triton_op`s stay whole until they are on the device",
-    "torch._functorch.aot_autograd.aot_export_module": "makes of those the kernels that they launch",
-    "torch._inductor.decomposition.select_decomp_table": "by Inductor's decompositions",
-    "torch._inductor.compile_fx.compile_fx_inner": "lowers a graph that we moved to the device",
-    "torch._inductor.graph.GraphLowering": "its source is read where it would be loaded",
-    "torch._inductor.codecache.PyCodeCache": "loads one kernel of that source",
-    "torch._inductor.runtime.triton_heuristics.GridExpr": "how many programs such a kernel is launched with",
-    "torch._inductor.fx_passes.joint_graph.UniformValueConstantFolder": "it folds constants on the device; on CPU here",
-}
-"""Each private name, and what it is needed for."""
 
 EXACT_DIVISION = "eager_numerics.division_rounding"
 """Inductor's option to divide as eager does: a code depends on w / s, and Triton's own division is approximate."""
@@ -235,6 +172,18 @@ def guard_identity(source: Any) -> None:
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
+_UNKNOWN_SIZE = 4  # stands for a size that depends on data
+
+
+def hint_of(value: Any) -> Any:
+    """A number of Dynamo's that may be a symbol, as it was when Dynamo saw it, without a guard on it."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    if value.node.has_hint():
+        return value.node.hint
+    return _UNKNOWN_SIZE if isinstance(value, torch.SymInt) else value.node.pytype(1)
+
+
 def current_context() -> TracingContext | None:
     """What Dynamo and AOTAutograd share about the graph under way."""
     return TracingContext.try_get()
@@ -276,9 +225,81 @@ def fake_input(value: Any, context: TracingContext | None) -> Any:
     return mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=symbolic is None)
 
 
+@torch.compiler.assume_constant_result
+def _tracing_backend() -> str:
+    """The module that the backend which Dynamo traces for was written in."""
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    backend = innermost_backend(backend)
+    backend = getattr(getattr(backend, "__self__", None), "backend_compile_fn", backend)  # of DDP's graph splitter
+    for wrapped in ("_compiler_fn", "compiler_fn"):
+        backend = getattr(innermost_backend(backend), wrapped, backend)
+    return str(getattr(backend, "__module__", ""))
+
+
+def traces_for_us() -> bool:
+    """Whether Dynamo, which is tracing the caller, traces it for a backend of ours."""
+    return _tracing_backend().startswith("lotion_fx")
+
+
+def leave_graph(reason: str) -> None:
+    """Ends the graph that Dynamo, which is tracing the caller, is making: what follows runs in Python."""
+    torch._dynamo.graph_break(msg=reason)
+
+
+def tracer() -> str:
+    """What traces or transforms the Python code that runs now, other than Dynamo; empty for nothing."""
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func"
+    return "make_fx" if get_proxy_mode() is not None else ""
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether torch.func or functionalization stands around a tensor's values."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
+
+
+class Place:
+    """Where a tensor's values lie, without keeping them, or the tensor from being swapped as a weak reference does.
+
+    Args:
+        tensor: one with a storage of its own.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.like, self.view = tensor.new_empty(0), (tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def tensor(self) -> Tensor | None:
+        """The values as they are now, None where they are gone."""
+        with outside_of_modes():
+            storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+            return None if storage is None else self.like.clone().set_(storage, *self.view)
+
+
+@contextlib.contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """Inside, tensors are computed as they are: nothing is traced, recorded or marked as inference."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
 # --- modules ---
 
 _HOOK: Any = "lotion_fx"  # the key of our hooks
+
+
+def inline_only(hook: Any) -> None:
+    """A function that is inlined where its caller is traced, and never a graph of its own."""
+    skip_code(hook.__code__)
 
 
 def hook_forward(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
@@ -286,8 +307,6 @@ def hook_forward(module: nn.Module, before: Callable[..., None], after: Callable
 
     Dynamo guards on the keys: with those that `nn.Module` numbers itself, no two blocks could share compiled code.
     """
-    for hook in (before, after):  # inlined where their module is traced, never a graph of their own
-        skip_code(hook.__code__)
     module._forward_pre_hooks[_HOOK] = before
     module._forward_hooks[_HOOK] = after
     module._forward_hooks_always_called[_HOOK] = True
@@ -310,9 +329,25 @@ def call_of(module: nn.Module) -> Callable[..., Any]:
     return module._compiled_call_impl or plain_call(module)
 
 
+def before_of(module: nn.Module) -> Any:
+    """Our hook before the module's forward, None where it has none."""
+    return module._forward_pre_hooks.get(_HOOK)
+
+
+def refresh_flat_weights(module: nn.Module) -> None:
+    """Makes a recurrent module see the parameters that it holds now: its forward takes them from a list of its own."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+
+
 def replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
     """Makes calling the module run something else."""
     module._compiled_call_impl = call
+
+
+def replaced_call(module: nn.Module, call: Callable[..., Any]) -> bool:
+    """Whether calling the module runs something compiled that is not this."""
+    return module._compiled_call_impl is not None and module._compiled_call_impl is not call
 
 
 @contextlib.contextmanager

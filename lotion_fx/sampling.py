@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lotion_fx import private
+from lotion_fx.carried import MADE_ITSELF
 from lotion_fx.likelihood import draws, output_in, sampled_loss
 from lotion_fx.state import Smoothing
 from lotion_fx.tally import Tally
@@ -28,6 +29,7 @@ def sample_first(
 ) -> Callable[..., Any]:
     """The user's ``forward``, with a curvature pass through ``call`` before it wherever one is due."""
 
+    @torch.compiler.disable(reason=MADE_ITSELF)
     def run(*args: Any, **kwargs: Any) -> Any:
         tally = smoothing.tally
         tally.step_of_forwards_began()

@@ -2,16 +2,20 @@
 
 A weight is identified by the module and attribute that own it, never by its storage: FSDP2 hands the compiled graph a
 temporary unsharded parameter and the optimizer a sharded one, both of which its module owns at some moment.
-No weak reference is ever made to a tensor: `torch.utils.swap_tensors`, and so FSDP2's ``model.to()``, refuses one that
-has any. Nothing here is reachable from the model, so `state_dict`, `deepcopy` and pickling see a plain model.
+A model reaches this through the hooks that it carries (`carried`): its `state_dict` is that of a plain model, a copy is
+under smoothing as the model is. No weak reference is ever made to a tensor: `torch.utils.swap_tensors`, and so FSDP2's
+``model.to()``, refuses one that has any.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +26,8 @@ from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.attach import LATENT, MEAN, STE, Plan
 from lotion_fx.passes.attach.probe import Code, Layout
-from lotion_fx.passes.attach.usage import CONTRACTION, EMBEDDING, Use
+from lotion_fx.passes.attach.usage import INNER, Use, why_not_of
+from lotion_fx.registry import Registry
 from lotion_fx.scalars import shown
 from lotion_fx.settings import Settings
 from lotion_fx.tally import Gathered, Tally
@@ -40,14 +45,86 @@ class Smoothing:
     Attributes:
         weights: its parameters, selected or not.
         tally: where its training stands.
+        model: what `transform` was given, weakly.
+        compile: makes a copy of the model call compiled code, as `transform` made the model.
+        call: what calling the model runs.
+        take_in: brings the weights up to what the model holds now, see `members`.
+        seen_changes: `Registry.changes` when it last did.
         loss_call: model and ``loss_fn`` compiled as one, where `transform` was given a function.
+        said: what the user was told, once each.
+        places: of a copy's weights, until the copy is settled: (path of the module, attribute, weight).
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.weights: list[Weight] = []
         self.tally = Tally(settings, self.weights, finish_term=settings.finish_term)
+        self.model: Callable[[], nn.Module | None] = _nothing
+        self.compile: Callable[[nn.Module], None] | None = None
+        self.call: Callable[..., Any] | None = None
+        self.take_in: Callable[[Smoothing, nn.Module], None] | None = None
+        self.seen_changes = 0
         self.loss_call: Callable[..., Any] | None = None
+        self.said: set[str] = set()
+        self.places: list[tuple[str, str, Weight]] = []
+        self._calls, self._lock = 0, threading.Lock()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a call of the model is under way."""
+        return self._calls > 0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[bool]:
+        """Inside, a call of the model is under way; gives whether it is the first of those that are."""
+        with self._lock:
+            self._calls += 1
+            first = self._calls == 1
+        try:
+            yield first
+        finally:
+            with self._lock:
+                self._calls -= 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Smoothing:
+        """That of a copy of the model, where its training stands included."""
+        memo[id(self)] = made = Smoothing(self.settings)
+        made.compile, made.take_in, made.seen_changes = self.compile, self.take_in, self.seen_changes
+        made.tally.restore(copy.deepcopy(self.tally.saved()))
+        made.weights.extend(copy.deepcopy(weight, memo) for weight in self.weights)
+        copies = dict(zip(self.weights, made.weights, strict=True))
+        for path, module in model.named_modules() if (model := self.model()) is not None else ():
+            held = registry.owned.get(module, {}).items()
+            made.places += [(path, attribute, copies[w]) for attribute, w in held if w in copies]
+        return made
+
+    def settle(self, model: nn.Module) -> None:
+        """Finds the weights of a copy in it, and compiles it."""
+        self.model, places, self.places = weakref.ref(model), self.places, []
+        for path, attribute, weight in places:
+            weight.is_owned_by(model.get_submodule(path), attribute)
+        for weight in dict.fromkeys(weight for _, _, weight in places):
+            registry.add(weight)
+        if self.compile is not None:
+            self.compile(model)
+
+
+class StandIn(NamedTuple):
+    """What stands in a parameter's place while its model runs in Python.
+
+    Args:
+        value: the rounded weight.
+        parameter: whose place it takes.
+        quantizer: by which it was rounded.
+    """
+
+    value: Tensor
+    parameter: Tensor
+    quantizer: Quantizer
+
+
+def _nothing() -> None:
+    """A weak reference to what is not there yet."""
 
 
 @dataclass(eq=False)
@@ -88,6 +165,8 @@ class Weight:
         gathered: since the last step.
         curvature: over the steps.
         gains: of the strength, in a moment stream and in the joint-graph form.
+        standing: what stands in the parameter's place now, see `carried`.
+        place: where the parameter's values were when the model last ran at rest.
     """
 
     name: str
@@ -102,6 +181,8 @@ class Weight:
     gathered: Gathered = field(default_factory=Gathered)
     curvature: Curvature = field(default_factory=Curvature)
     gains: tuple[float, float] = (1.0, 1.0)
+    standing: StandIn | None = None
+    place: private.Place | None = None
     _plans: dict[tuple[str, bool], Plan | None] = field(default_factory=dict)
     _layout: Layout | None = None
     _quantizer: Quantizer | None = None
@@ -113,9 +194,37 @@ class Weight:
         references = [(weakref.ref(module), attribute) for module, attribute in owners]
         weight = Weight(owners=references, shape=tuple(parameter.shape), shard=None, **identity)
         weight.is_stepped_as(parameter)
+        if type(parameter) is nn.Parameter and not parameter.is_meta:
+            weight.place = private.Place(parameter)
         return weight
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
+        """That of a copy of the model, which is to find its owners."""
+        smoothing = copy.deepcopy(self.smoothing, memo)
+        if id(self) not in memo:
+            known = self.curvature
+            memo[id(self)] = replace(
+                self,
+                smoothing=smoothing,
+                owners=[],
+                shard=None,
+                gathered=Gathered(steps=self.gathered.steps),
+                curvature=Curvature(known.code, None if known.ema is None else known.ema.clone()),
+                standing=None,
+                place=None,
+                _plans={},
+                _gain=None,
+            )
+        return memo[id(self)]
+
     # ------------------------------------------------------------------------------------------------------- identity
+
+    def is_owned_by(self, module: nn.Module, attribute: str) -> None:
+        """One more module holds it."""
+        if not any(ref() is module and name == attribute for ref, name in self.owners):
+            self.owners.append((weakref.ref(module), attribute))
+        if isinstance(parameter := self.parameter(), DTensor):
+            self.is_stepped_as(parameter)
 
     def _held(self) -> Iterator[Tensor]:
         """The tensor that each owner holds now, sharded or not."""
@@ -137,12 +246,19 @@ class Weight:
     @property
     def master(self) -> Tensor | None:
         """The parameter that the optimizer steps; None if it is gone, or while another tensor stands in for it."""
+        if self.standing is not None:
+            return self.standing.parameter
         held = self.parameter() if self.shard is None else self.shard
         return held if isinstance(held, nn.Parameter) else None
 
     def is_stepped_as(self, parameter: Tensor) -> None:
         """An optimizer steps it as this parameter."""
         self.shard = parameter if isinstance(parameter, DTensor) else None
+
+    def fits(self) -> bool:
+        """Whether its owner holds a tensor of its shape."""
+        parameter = self.parameter()
+        return parameter is not None and tuple(parameter.shape) == self.shape
 
     def is_now(self, tensor: Tensor) -> bool:
         """Whether this tensor is the weight at this moment."""
@@ -163,9 +279,9 @@ class Weight:
 
     @property
     def contraction(self) -> Use | None:
-        """The use that fixes blocks and factors: the first contraction whose axis is known, else the first use."""
+        """The use that fixes blocks and factors: the first product whose axis is known, else the first use."""
         uses = self.uses or []
-        known = [use for use in uses if use.kind == CONTRACTION]
+        known = [use for use in uses if use.is_product]
         return next(iter([*(use for use in known if use.axis is not None), *known, *uses]), None)
 
     @property
@@ -193,7 +309,8 @@ class Weight:
         use, kind = self.contraction, self.smoothing.settings.curvature
         groups, rows = (use.groups, use.rows) if use else (1, self.shape[0])
         kind = {"fisher": "none", "ggn": "factored"}.get(kind, kind)
-        return Layout(kind, self.shape, groups, rows)
+        direct = all(other.kind != INNER for other in self.uses or ())
+        return Layout(kind, self.shape, groups, rows, direct)
 
     @property
     def is_analytic(self) -> bool:
@@ -208,12 +325,7 @@ class Weight:
         if self.uses is None:
             modules = [ref() for ref, _ in self.owners]
             return "a lookup table or norm" if any(isinstance(m, _LOOKUPS + _NORMS) for m in modules) else ""
-        kinds = {use.kind for use in self.uses}
-        if EMBEDDING in kinds:
-            return "embedding, tied to a contraction" if CONTRACTION in kinds else "embedding"
-        if CONTRACTION not in kinds:
-            return "reaches no contraction" + (f": used by {self.uses[0].op}" if self.uses else ": unused")
-        return ""
+        return why_not_of(self.uses)
 
     @property
     def selected(self) -> bool:
@@ -221,16 +333,21 @@ class Weight:
 
     # ---------------------------------------------------------------------------------------------------- what it does
 
+    @property
+    def mode(self) -> str:
+        """The forward that it is to take now."""
+        tally = self.smoothing.tally
+        return tally.override or (tally.forward_mode if self.training else STE)
+
     def plan(self, with_grad: bool, requires_grad: bool) -> Plan | None:
-        """What its node does in the next forward; None where it needs no node.
+        """What its node does in the next forward; None where it needs no node, as where a rounded weight stands in.
 
         Args:
             with_grad: whether autograd records.
             requires_grad: whether the weight does.
         """
-        tally = self.smoothing.tally
-        mode = tally.override or (tally.forward_mode if self.training else STE)
-        probing = with_grad and requires_grad and self.training and tally.probes
+        mode = self.mode if self.standing is None else LATENT
+        probing = with_grad and requires_grad and self.training and self.smoothing.tally.probes
         if (mode, probing) not in self._plans:
             self._plans[mode, probing] = self._planned(mode, probing) if self.selected else None
         plan = self._plans[mode, probing]
@@ -261,57 +378,25 @@ class Weight:
         return self._gain[1]
 
 
-class Registry:
-    """Every weight under smoothing, by owner, with a cache by tensor identity.
-
-    A cached id says which weight to ask, never that the tensor is that weight: ids are used again.
-    """
-
-    def __init__(self) -> None:
-        self.owned: weakref.WeakKeyDictionary[nn.Module, dict[str, Weight]] = weakref.WeakKeyDictionary()
-        self._seen: dict[int, weakref.ref[Weight]] = {}
-
-    def add(self, weight: Weight) -> None:
-        for ref, attribute in weight.owners:
-            module = ref()
-            assert module is not None
-            self.owned.setdefault(module, {})[attribute] = weight
-
-    def __getitem__(self, tensor: Any) -> Weight | None:
-        """The weight that this tensor is right now, None if it is none."""
-        return self._cached(tensor) or self.find([tensor])[0]
-
-    def find(self, tensors: Iterable[Any]) -> list[Weight | None]:
-        """The weight that each of these is right now, None where it is none; all owners are asked once at most."""
-        tensors = list(tensors)
-        found = [self._cached(tensor) for tensor in tensors]
-        if not all(weight is not None or not isinstance(t, Tensor) for t, weight in zip(tensors, found, strict=True)):
-            held = self._ask_owners()
-            found = [weight or held.get(id(tensor)) for tensor, weight in zip(tensors, found, strict=True)]
-        return found
-
-    def _cached(self, tensor: Any) -> Weight | None:
-        reference = self._seen.get(id(tensor))
-        weight = reference() if reference is not None else None
-        return weight if weight is not None and weight.is_now(tensor) else None
-
-    def _ask_owners(self) -> dict[int, Weight]:
-        """Every weight by the ids that it has now, which are cached."""
-        weights = dict.fromkeys(weight for attributes in self.owned.values() for weight in attributes.values())
-        now = {id(tensor): weight for weight in weights for tensor in weight.tensors()}
-        if len(self._seen.keys() | now) > 2 * len(weights):  # FSDP2's weights have two ids; more are of the past
-            self._seen.clear()
-        self._seen.update((key, weakref.ref(weight)) for key, weight in now.items())
-        return now
-
-
 registry = Registry()
+
+
+def _modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules, copies among them settled."""
+    for module in model.modules():
+        before = private.before_of(module)
+        if getattr(before, "is_copy", False):
+            before.settle(module)
+        smoothing = getattr(before, "model", None)
+        if smoothing is not None and smoothing.take_in is not None:
+            smoothing.take_in(smoothing, module)
+        yield module
 
 
 def smoothings_of(model: nn.Module) -> list[Smoothing]:
     """Every `Smoothing` that some weight of this model is under, in order of first appearance."""
     found: dict[Smoothing, None] = {}
-    for module in model.modules():
+    for module in _modules_of(model):
         for weight in registry.owned.get(module, {}).values():
             found[weight.smoothing] = None
     return list(found)
@@ -322,12 +407,12 @@ def weights_of(model: nn.Module) -> list[Weight]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={shown(model)}: expected a transformed nn.Module, not {type(model).__name__}")
     found: dict[Weight, None] = {}
-    for module in model.modules():
+    for module in _modules_of(model):
         found.update(dict.fromkeys(registry.owned.get(module, {}).values()))
     if not found:
         raise ValueError(
             f"model: this {type(model).__name__} is not under lotion_fx; call lotion_fx.transform(model) first, "
-            "or run it once if it was compiled with torch.compile(model, backend='lotion_fx'). A deepcopy is plain."
+            "or run it once if it was compiled with torch.compile(model, backend='lotion_fx')"
         )
     return list(found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from lotion_fx import optimizer_hooks, private
 from lotion_fx.arguments import check_compile_options, check_model, check_regions, check_weights, checked
-from lotion_fx.calls import CompiledCalls, with_own_code
+from lotion_fx.calls import CompiledCalls, outermost, with_own_code
+from lotion_fx.carried import carry
 from lotion_fx.choosing import Formats, weights_for
 from lotion_fx.loss_graph import called, loss_of, pair, scalar
+from lotion_fx.members import take_in, watch
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
-from lotion_fx.outside import count_rows, hook_owners
 from lotion_fx.sampling import check_placement, sample_first
 from lotion_fx.scalars import check_flag
 from lotion_fx.settings import Settings
@@ -111,32 +113,39 @@ def transform(
     settings = checked(settings, likelihood, by_regions=regions != [model])
     check_model(model)
     smoothing = Smoothing(settings)
+    smoothing.model = weakref.ref(model)
     smoothing.weights.extend(weights_for(smoothing, model, resolve(fmt), {} if only is None else only))
     check_weights(smoothing)
     if settings.samples_labels:
         check_placement(model, smoothing)
     for weight in smoothing.weights:
         registry.add(weight)
-    hook_owners(smoothing.weights)
+    carry(model, smoothing)
     optimizer_hooks.install()
-    _compile(model, smoothing, Backend(inner, mode, tuple(sorted(options.items()))), regions, compile_options)
+    watch()
+    smoothing.seen_changes = registry.changes
+    smoothing.take_in = partial(take_in, resolve(fmt), {} if only is None else only)
+    paths = [path for path, module in model.named_modules() if module in set(regions)]
+    smoothing.compile = partial(_compile, Backend(inner, mode, tuple(sorted(options.items()))), paths, compile_options)
+    smoothing.compile(model)
     return model
 
 
-def _compile(
-    model: nn.Module, smoothing: Smoothing, backend: Backend, regions: Iterable[nn.Module], options: dict[str, Any]
-) -> None:
+def _compile(backend: Backend, regions: Iterable[str], options: dict[str, Any], model: nn.Module) -> None:
     """Makes the model's call the compiled one."""
+    smoothing = private.before_of(model).model
     compiled_call = CompiledCalls(backend, **options)
-    for region in regions:
+    for path in regions:
+        region = model.get_submodule(path)
         private.replace_call(region, compiled_call(region))
     if callable(smoothing.settings.loss_fn):
         loss = _with_loss(model, smoothing.settings.loss_fn, backend, options)
-        smoothing.loss_call = count_rows(loss, smoothing.tally)
+        smoothing.loss_call = outermost(loss, model, smoothing)
     call = private.call_of(model)
-    counted = count_rows(call, smoothing.tally)
-    labelled = smoothing.settings.samples_labels
-    private.replace_call(model, sample_first(call, counted, model, smoothing) if labelled else counted)
+    smoothing.call = outermost(call, model, smoothing)
+    if smoothing.settings.samples_labels:
+        smoothing.call = sample_first(call, smoothing.call, model, smoothing)
+    private.replace_call(model, smoothing.call)
 
 
 def _with_loss(model: nn.Module, loss_fn: Callable[..., Tensor], backend: Backend, options: Any) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from lotion_fx import passes, private
+from lotion_fx.carried import standing_now
 from lotion_fx.compiling import compile_graph, fake_gain, fake_probe
 from lotion_fx.passes.attach.attach import Plan
 from lotion_fx.passes.attach.usage import Use, weight_uses
@@ -89,6 +90,7 @@ class Variants:
             private.release_tensors(self.gm, self.context)
             self.is_released = True
         plans, weights = self._plans(args)
+        args = self._with_stand_ins(args)
         compiled = self._variant(plans)
         for index, certificate in compiled.stream.items():
             weights[index].gathered.entered_loss(certificate)
@@ -121,6 +123,17 @@ class Variants:
             if plan is not None:
                 plans[index], weights[index] = plan, weight
         return plans, weights
+
+    def _with_stand_ins(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments, each stand-in as it is to be now that this graph has told how its weight is used."""
+        changed = {
+            index: now
+            for index in self.candidates
+            if (weight := registry[args[index]]) is not None
+            and weight.standing is not None
+            and (now := standing_now(weight)) is not args[index]
+        }
+        return tuple(changed.get(index, x) for index, x in enumerate(args)) if changed else args
 
     def _variant(self, plans: Mapping[int, Plan]) -> _Compiled:
         key = tuple(plans.items())
@@ -170,8 +183,11 @@ def _known_number(node: fx.Node, value: Any) -> Any:
 
 
 def _concrete(value: Any, mode: private.FakeTensorMode) -> Any:
+    """The value with sizes as Dynamo saw them: asking a symbol for its number would make it that number."""
+    if not isinstance(value, Tensor):
+        return private.hint_of(value)
     if not isinstance(value, private.FakeTensor):
-        return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
-    sizes = [int(size) if isinstance(size, int) else size.node.hint for size in value.shape]
+        return mode.from_tensor(value, static_shapes=True)
+    sizes = [private.hint_of(size) for size in value.shape]
     made = torch.empty(sizes, dtype=value.dtype, device=value.device)
     return torch.nn.Parameter(made) if isinstance(value, torch.nn.Parameter) else made

@@ -38,10 +38,33 @@ def expand(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) ->
     return (*(frozenset[int]() for _ in range(len(new) - len(dims))), *dims)
 
 
+def repeat(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    """Copies, one after the other along any dimension."""
+    return expand(dims, args, old, new)
+
+
 def index(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
-    """Advanced indexing of leading dimensions, as experts are gathered: the gathered dimensions hold what they did."""
-    tail = dims[len(args[1]) :]
-    return (*(frozenset[int]() for _ in range(len(new) - len(tail))), *tail)
+    """Advanced indexing, as experts are gathered: indices side by side give way to their own dimensions, in place.
+
+    One index of one dimension permutes or chooses, so that its dimension still holds what it did; of others none does.
+    """
+    places = [place for place, chosen in enumerate(args[1]) if chosen is not None]
+    together = places == list(range(places[0], places[0] + len(places)))
+    first = places[0] if together else 0
+    rest = [d for place, d in enumerate(dims) if place not in places]
+    gathered = [frozenset[int]() for _ in range(len(new) - len(rest))]
+    if len(places) == 1 and len(gathered) == 1:
+        gathered = [dims[first]]
+    return (*rest[:first], *gathered, *rest[first:])
+
+
+def as_complex(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    """Pairs of reals, the last dimension, as one number."""
+    return dims[:-1]
+
+
+def as_real(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    return (*dims, frozenset())
 
 
 def reshape(dims: Dims, args: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:

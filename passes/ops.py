@@ -126,13 +126,20 @@ OPS: tuple[Op, ...] = (
     Op(aten.narrow, dims=dims.same),
     Op(aten.chunk, dims=dims.same),
     Op(operator.getitem, **_PART),
-    Op(aten.flip, **_PART, **_PLACED),
+    Op(aten.flip, **_PART, **_PLACED, dims=dims.same),
     Op(prims.rev, **_PART, **_PLACED),
-    Op(aten.roll, **_PART, **_PLACED),
-    Op(aten.tril, **_PART, **_PLACED),
-    Op(aten.triu, **_PART, **_PLACED),
-    Op(aten.constant_pad_nd, **_PART, **_PLACED),
-    Op(aten.repeat, **_PART),
+    Op(aten.roll, **_PART, **_PLACED, dims=dims.same),
+    Op(aten.tril, **_PART, **_PLACED, dims=dims.same),
+    Op(aten.triu, **_PART, **_PLACED, dims=dims.same),
+    Op(aten.constant_pad_nd, **_PART, **_PLACED, dims=dims.same),
+    Op(aten.repeat, **_PART, dims=dims.repeat),
+    Op(aten.view_as_complex, dims=dims.as_complex),
+    Op(aten.view_as_real, dims=dims.as_real),
+    Op(aten._conj, dims=dims.same),
+    Op(aten._softmax, dims=dims.same),
+    Op(aten._log_softmax, dims=dims.same),
+    Op(aten.cumsum, dims=dims.same),
+    Op(aten.native_dropout, dims=dims.same),
     Op(aten.neg, **_PART, backward=Backward.UNSIGNED, dims=dims.same),
     Op(aten.slice_scatter, **_PART, **_PLACED, through=(0, 1)),
     Op(aten.select_scatter, **_PART, **_PLACED, through=(0, 1)),
@@ -143,7 +150,7 @@ OPS: tuple[Op, ...] = (
     # rows by an index, and back
     Op(aten.embedding, **_GATHER),
     Op(aten.index, "Tensor", **_GATHER, **_PLACED, dims=dims.index),
-    Op(aten._unsafe_index, "Tensor", **_GATHER),
+    Op(aten._unsafe_index, "Tensor", **_GATHER, dims=dims.index),
     Op(aten.index_select, **_GATHER, dims=dims.same),
     Op(aten.gather, **_GATHER),
     Op(aten.index_put, **_PART, **_REDUCED, through=(0, 2)),
@@ -218,12 +225,27 @@ FILLS: dict[Any, int] = {
 # What eager tensors are dispatched to, where overloads do not matter.
 REARRANGED = {op.packet: op.dims for op in OPS if op.dims is not None}
 CONTRACTED = {op.packet: op.contracted for op in OPS if op.contracted}
-ARITHMETIC = {aten.mul, aten.div, aten.add, aten.sub}
 _REGROUPINGS = {aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.view_as, aten.reshape_as}
 # Of these each new dimension holds the labelled ones whole, repeating none.
 _ONE_TO_ONE = {aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.squeeze, aten.select, aten.slice, aten.narrow}
 
 _RULES = {target: op.squares for op in OPS if op.squares for target in op.targets}
+_OUTPUTS: dict[Any, int] = {aten.convolution_backward.default: 1}
+"""Of ops with several results, which one is the contraction."""
+
+
+def add(op: Op, output: int | None = None) -> None:
+    """Adds the row of a contraction that is not PyTorch's own; ``output`` as in `_OUTPUTS`."""
+    CONTRACTIONS.update(op.targets)
+    HOLDING.update(op.targets)
+    if op.contracted:
+        MATRIX_PRODUCTS.update(op.targets)
+        CONTRACTED[op.packet] = op.contracted
+    for target in op.targets:
+        assert op.squares is not None
+        _RULES[target] = op.squares
+        if output is not None:
+            _OUTPUTS[target] = output
 
 
 def makes_gradients(node: fx.Node) -> bool:
@@ -233,9 +255,9 @@ def makes_gradients(node: fx.Node) -> bool:
 
 def contraction_at(node: fx.Node) -> Contraction | None:
     """The contraction whose result the node is, if it is one."""
-    if node.target is operator.getitem and node.args[1] == 1:
+    if node.target is operator.getitem:
         made_by = node.all_input_nodes[0]
-        return contraction.convolution(made_by) if made_by.target is aten.convolution_backward.default else None
+        return _RULES[made_by.target](made_by) if _OUTPUTS.get(made_by.target) == node.args[1] else None
     if node.target is aten.mul.Tensor:
         return contraction.outer(node)
     return _RULES[node.target](node) if node.target in _RULES else None

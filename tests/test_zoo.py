@@ -1,7 +1,5 @@
 """Models nobody here wrote: gradients, coverage, block axes, evaluation and curvature, each against plain PyTorch."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,7 +57,8 @@ def test_evaluation_runs_at_weights_rounded_by_hand(name):
     run = trained(name)
     with torch.no_grad():
         mine, theirs = (model(**run.batch).logits for model in (run.model.eval(), rounded(run.model)))
-        latent = copy.deepcopy(run.model)(**run.batch).logits
+        with lotion_fx.full_precision(run.model):
+            latent = run.model(**run.batch).logits
     run.model.train()
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
     assert (mine - latent).norm() > 1e-3 * latent.norm(), "rounding shows"

@@ -79,6 +79,30 @@ def from_blocks(blocks: Tensor, fmt: Format, axis: int, shape: torch.Size | tupl
     return w.as_strided(shape, w.stride()).contiguous()
 
 
+def _restored(blocks: Tensor, fmt: Format, axis: int, w: Tensor) -> Tensor:
+    """`from_blocks` in ``w``'s own strides, those of dimensions of length one included.
+
+    A convolution reads from them which memory format its output is to have, and a graph was made for the weight's. For
+    length one torch's real tensors and its fake ones choose them differently, so they are always set here.
+    """
+    x = from_blocks(blocks, fmt, axis, w.shape)
+    if not _is_dense(w) or (x.stride() == w.stride() and 1 not in w.shape):
+        return x
+    order = sorted(range(w.dim()), key=lambda dim: (w.stride()[dim], w.shape[dim]), reverse=True)
+    x = x.permute(order).contiguous().permute([order.index(dim) for dim in range(w.dim())])
+    return x.as_strided(w.shape, w.stride()) if 1 in w.shape else x
+
+
+def _is_dense(w: Tensor) -> bool:
+    """Whether the elements fill their memory, each its own place: else strides cannot be those of a new tensor."""
+    filled = 1
+    for stride, length in sorted(zip(w.stride(), w.shape, strict=True)):
+        if length > 1 and stride != filled:
+            return False
+        filled *= length
+    return w.numel() > 0
+
+
 class _Blocks(NamedTuple):
     """A weight in blocks with what its scale is made of: ``w`` [..., blocks, block], the rest [..., blocks, 1]."""
 
@@ -148,7 +172,7 @@ def rtn(w: Tensor, fmt: Format, axis: int = -1, *, amax_tensor: Tensor | None = 
     """
     b = _blocks(w, fmt, axis, amax_tensor)
     s = b.scale
-    return from_blocks(fmt.grid.nearest(b.w / s) * s, fmt, axis, w.shape).to(w.dtype)
+    return _restored(fmt.grid.nearest(b.w / s) * s, fmt, axis, w).to(w.dtype)
 
 
 def rr(
@@ -183,7 +207,7 @@ def rr(
     level = torch.where(u * (at.hi - at.lo) < up, at.hi, at.lo)
     if law.beyond is not None:
         level = torch.where((1 - u) * (at.hi - at.lo) < beyond, at.third, level)
-    return from_blocks(level * s, fmt, axis, w.shape).to(w.dtype)
+    return _restored(level * s, fmt, axis, w).to(w.dtype)
 
 
 def outcomes(
@@ -204,7 +228,7 @@ def outcomes(
     if law.beyond is not None:
         values, odds = [*values, at.third], [*odds, beyond]
     pairs = ((v * s, p) for v, p in zip(values, odds, strict=True))
-    put = [(from_blocks(v, fmt, axis, w.shape), from_blocks(p, fmt, axis, w.shape)) for v, p in pairs]
+    put = [(_restored(v, fmt, axis, w), _restored(p, fmt, axis, w)) for v, p in pairs]
     return torch.stack([v for v, _ in put]), torch.stack([p for _, p in put])
 
 
@@ -219,7 +243,7 @@ def mean(
     b = _blocks(w, fmt, axis, amax_tensor)
     s = b.scale
     (m,) = law.torch["mean"](*_levels(fmt.grid.clamp(b.w / s), fmt, law))
-    return from_blocks(m * s, fmt, axis, w.shape)
+    return _restored(m * s, fmt, axis, w)
 
 
 def mean_vjp(
@@ -254,7 +278,7 @@ def mean_vjp(
     out = torch.where(inside, g * by_w, 0.0)
     if scale_grad:
         out = out + _at_amax(b, fmt, (g * torch.where(inside, by_s, at.z)).sum(-1, keepdim=True))
-    return from_blocks(out, fmt, axis, w.shape)
+    return _restored(out, fmt, axis, w)
 
 
 def variance(
@@ -269,7 +293,7 @@ def variance(
     s = b.scale
     # In grid units the law's factors are differences without cancellation: exactly 0 at a level.
     (v,) = law.torch["variance"](*_levels(fmt.grid.clamp(b.w / s), fmt, law))
-    return from_blocks(v * s * s, fmt, axis, w.shape)
+    return _restored(v * s * s, fmt, axis, w)
 
 
 def variance_vjp(
@@ -304,7 +328,7 @@ def variance_vjp(
     grad = by_w * s * h
     if scale_grad:
         grad = grad + _at_amax(b, fmt, s * (h * by_s).sum(-1, keepdim=True))
-    return from_blocks(grad, fmt, axis, w.shape)
+    return _restored(grad, fmt, axis, w)
 
 
 def rtn_vjp(
@@ -336,7 +360,7 @@ def rtn_vjp(
     z = fmt.grid.clamp(b.w / b.scale)
     g = to_blocks(grad, fmt, axis)
     total = (g * (fmt.grid.nearest(z) - z)).sum(-1, keepdim=True)
-    return from_blocks(g + _at_amax(b, fmt, total), fmt, axis, w.shape)
+    return _restored(g + _at_amax(b, fmt, total), fmt, axis, w)
 
 
 def _at_amax(b: _Blocks, fmt: Format, d_scale: Tensor) -> Tensor:

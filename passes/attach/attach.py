@@ -61,7 +61,7 @@ def attach(gm: fx.GraphModule, plans: Mapping[int, Plan]) -> tuple[fx.GraphModul
     """
     graph = _copy(gm)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    last, probes = placeholders[-1], []
+    last, probes = placeholders[-1] if placeholders else None, []
     nodes: list[tuple[fx.Node, fx.Node | None, Plan]] = []
     for index, plan in plans.items():
         if plan.is_identity:
@@ -74,7 +74,8 @@ def attach(gm: fx.GraphModule, plans: Mapping[int, Plan]) -> tuple[fx.GraphModul
         nodes.append((placeholders[index], probe, plan))
     for weight, probe, plan in reversed(nodes):
         with graph.inserting_after(last):
-            node = graph.call_function(smooth, (weight, probe, *_constants(plan)))
+            direct = plan.layout is None or plan.layout.direct
+            node = graph.call_function(smooth, (weight, probe, *_constants(plan)), {} if direct else {"direct": False})
         if "example_value" in weight.meta:
             node.meta["example_value"] = weight.meta["example_value"]
         for user in [user for user in weight.users if user is not node]:
@@ -85,7 +86,7 @@ def attach(gm: fx.GraphModule, plans: Mapping[int, Plan]) -> tuple[fx.GraphModul
 
 def attach_nodes(state: ForwardState) -> ForwardState:
     """`attach`, as a pass."""
-    gm, probed = attach(state.gm, state.plans) if state.plans else (state.gm, [])
+    gm, probed = attach(state.gm, state.plans)
     return replace(state, gm=gm, probed=tuple(probed))
 
 
@@ -132,12 +133,13 @@ def smooth(
     rows: int,
     noise: str = "randomized",
     kernel: bool = False,
+    direct: bool = True,
 ) -> Tensor:
     """The quantize-and-smooth node: see the module's docstring, `Plan` and `Layout` for the arguments.
 
     ``kernel`` is set by `passes.lower`: the forward is `lotion_fx.kernels.smooth` then, instead of ATen.
     """
-    return _Smooth.apply(weight, probe, mode, (fmt, axis, noise), (kind, groups, rows), kernel)
+    return _Smooth.apply(weight, probe, mode, (fmt, axis, noise), (kind, groups, rows, direct), kernel)
 
 
 class _Smooth(torch.autograd.Function):
@@ -148,7 +150,7 @@ class _Smooth(torch.autograd.Function):
         probe: Tensor | None,
         mode: str,
         constants: tuple[str, int, str],
-        layout: tuple[str, int, int],
+        layout: tuple[str, int, int, bool],
         kernel: bool,
     ) -> Tensor:
         ctx.probe = layout if probe is not None else None

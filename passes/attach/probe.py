@@ -33,6 +33,7 @@ class Code(IntEnum):
     BY_CHOICE = 4  # curvature="fisher": nothing asked of the graph
     UNREACHED = 5  # no compiled graph saw the weight; never emitted
     MIXED = 6  # several graphs use the weight and do not agree; never emitted
+    BY_PARAMETERS = 7  # it is multiplied with parameters or constants first: what that sums over are no positions
 
     @property
     def reason(self) -> str:
@@ -48,6 +49,7 @@ _REASONS = {
     Code.BY_CHOICE: "curvature='fisher' was asked for",
     Code.UNREACHED: "reached by no compiled graph",
     Code.MIXED: "several graphs use it, not all linearly",
+    Code.BY_PARAMETERS: "it meets data only after a product with other parameters",
 }
 
 
@@ -83,12 +85,14 @@ class Layout:
         groups: G, the leading groups with a factorization of their own (a grouped convolution's groups, experts).
         rows: R, rows per group; the columns are what is left. A linear weight [O, I] has (G, R, C) = (1, O, I), a
             convolution's [O, I/g, k...] (g, O/g, I/g*k), a stack of experts [E, R, C] (E, R, C).
+        direct: whether every product that takes it takes data with it; else the vector has no payload to hope for.
     """
 
     kind: str
     shape: tuple[int, ...]
     groups: int
     rows: int
+    direct: bool = True
 
     @property
     def factors(self) -> tuple[int, int, int]:
@@ -120,7 +124,7 @@ class Layout:
 
 
 @torch.library.custom_op("lotion_fx::curvature", mutates_args=())
-def curvature(grad: Tensor, weight: Tensor, kind: str, groups: int, rows: int) -> Tensor:
+def curvature(grad: Tensor, weight: Tensor, kind: str, groups: int, rows: int, direct: bool = True) -> Tensor:
     """The probe's gradient, given the weight's: header only, until `passes.curvature` resolves it.
 
     Run as itself it says ``UNRESOLVED``; the runtime then takes the Fisher form from the weight's ``.grad`` at the
@@ -129,7 +133,7 @@ def curvature(grad: Tensor, weight: Tensor, kind: str, groups: int, rows: int) -
     Args:
         grad: gradient of the loss with respect to the weight, any shape and floating dtype.
         weight: what `smooth` handed on, so that the joint graph shows its uses; no value of it is read.
-        kind, groups, rows: the probe's `Layout`, whose shape is that of ``grad``.
+        kind, groups, rows, direct: the probe's `Layout`, whose shape is that of ``grad``.
 
     Returns:
         float32 vector of `Layout.size` zeros with ``calls = 1``.
@@ -140,5 +144,5 @@ def curvature(grad: Tensor, weight: Tensor, kind: str, groups: int, rows: int) -
 
 
 @curvature.register_fake
-def _(grad: Tensor, weight: Tensor, kind: str, groups: int, rows: int) -> Tensor:
+def _(grad: Tensor, weight: Tensor, kind: str, groups: int, rows: int, direct: bool = True) -> Tensor:
     return grad.new_empty(Layout(kind, tuple(grad.shape), groups, rows).size, dtype=torch.float32)

@@ -1,27 +1,42 @@
 """How a graph uses each weight: the ops that first meet data, the dimension they contract, the groups.
 
 Formats block a weight along its contraction dimension, and a forward at rounded weights needs that dimension before
-any gradient exists. So the graph is run once on fake tensors while every tensor that is only a rearranged weight is
-followed: each of its dimensions remembers which dimension of the weight it is.
+any gradient exists. So the graph is run once on fake tensors, while every value is followed that is made of weights
+alone (`passes.attach.values`), op by op (`passes.attach.follow`). A weight is in if such a value meets a product.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from lotion_fx.passes.dims import Dims
-from lotion_fx.passes.ops import ARITHMETIC, CONTRACTED, REARRANGED
-from lotion_fx.private import OpOverload, TorchDispatchMode, tree_flatten
+from lotion_fx.passes.attach.call import (
+    CONTRACTION,
+    ELEMENTWISE,
+    EMBEDDING,
+    INNER,
+    INPUT,
+    LOOKUP,
+    PLACED,
+    PRODUCT,
+    PRODUCTS,
+    SCALE,
+    SUM,
+    Call,
+    Meeting,
+    Operand,
+)
+from lotion_fx.passes.attach.follow import followed
+from lotion_fx.passes.attach.values import CONSTANT, DATA, Part, Value, merged, whole
+from lotion_fx.passes.registered import settle
+from lotion_fx.private import OpOverload, TorchDispatchMode, source_of, tree_leaves
 
-aten = torch.ops.aten
-
-CONTRACTION, EMBEDDING, ELEMENTWISE, OTHER = "contraction", "embedding", "elementwise", "other"
+__all__ = ["CONTRACTION", "ELEMENTWISE", "EMBEDDING", "INNER", "PRODUCT", "SUM", "Use", "weight_uses", "why_not_of"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,10 @@ class Use:
     """One op that meets data with a weight.
 
     Args:
-        kind: ``"contraction"``, ``"embedding"``, ``"elementwise"`` or ``"other"``.
+        kind: ``"contraction"``; ``"inner contraction"``, with parameters or constants alone; ``"product"``, of an op
+            that sums over nobody knows what. Of these the weight is an operand. Of the others it is not: its rows are
+            chosen (``"embedding"``, ``"lookup"``), it stands among activations (``"placed"``, ``"input"``), it is added
+            to them (``"sum"``) or multiplies them (``"elementwise"``), or multiplies another weight (``"scale"``).
         op: the ATen op, ``"mm"``.
         axis: the weight's own dimension that is summed over; None where the op sums over none, or several.
         groups: leading groups of the weight that never mix: a convolution's groups, a stack's members.
@@ -42,15 +60,33 @@ class Use:
     groups: int
     rows: int
 
+    @property
+    def is_product(self) -> bool:
+        """Whether the weight is an operand of a product."""
+        return self.kind in PRODUCTS
 
-_SHAPE_QUERIES = {aten.sym_size, aten.sym_numel, aten.sym_stride, torch.ops.prim.device}
+
+_TOLD = {
+    LOOKUP: "looked up by index",
+    PLACED: "placed among activations",
+    INPUT: "the input of a convolution",
+    SUM: "added to activations",
+    ELEMENTWISE: "a factor of activations, elementwise",
+    SCALE: "a scale of another weight",
+}
 
 
-@dataclass(frozen=True)
-class _Derived:
-    weight: int
-    dims: Dims
-    numel: int
+_UNUSED = "reaches no contraction: unused"
+
+
+def why_not_of(uses: Sequence[Use]) -> str:
+    """Why a weight that is used so is left alone; empty where a product takes it."""
+    kinds = {use.kind for use in uses}
+    if EMBEDDING in kinds:
+        return "embedding, tied to a contraction" if kinds & PRODUCTS else "embedding"
+    if kinds & PRODUCTS:
+        return ""
+    return f"reaches no contraction: {_TOLD.get(uses[0].kind, 'used')} by {uses[0].op}" if uses else _UNUSED
 
 
 def weight_uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> dict[int, list[Use]]:
@@ -62,12 +98,14 @@ def weight_uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int
         weights: which of the placeholders are weights.
 
     Returns:
-        For each index in ``weights``, its uses in graph order, without repeats.
+        For each index in ``weights``, its uses without repeats: those that tell best along which dimension it is
+        summed over first, else in graph order.
     """
-    tracker = _Tracker({index: inputs[index] for index in weights}, inputs)
+    settle()
+    tracker = _Tracker(gm, inputs, weights)
     with torch.no_grad(), tracker:
         _Run(gm).run(*inputs)
-    return {index: list(dict.fromkeys(tracker.uses[index])) for index in weights}
+    return {index: tracker.uses_of(index) for index in weights}
 
 
 class _Run(fx.Interpreter):
@@ -82,73 +120,153 @@ class _Run(fx.Interpreter):
 
 
 class _Tracker(TorchDispatchMode):
-    """Follows rearranged weights through the ATen ops of one run."""
+    """Follows values through the ATen ops of one run."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, weights: dict[int, Tensor], inputs: Sequence[Any]) -> None:
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], weights: Collection[int]) -> None:
         super().__init__()
-        self.shapes = {index: tuple(w.shape) for index, w in weights.items()}
-        self.uses: dict[int, list[Use]] = {index: [] for index in weights}
-        self.derived: dict[int, _Derived] = {
-            id(w): _Derived(index, tuple(frozenset({d}) for d in range(w.dim())), math.prod(w.shape))
-            for index, w in weights.items()
-        }
-        self.data = {id(x) for x in inputs if isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter)}
-        self.data -= set(self.derived)
+        self.inside = False  # a region that is walked
+        self.met: dict[int, list[Meeting]] = {index: [] for index in weights}
+        self.values: dict[int, Value] = {}
         self.alive: list[Any] = list(inputs)  # ids stay unique while the tensors live
+        for index, (node, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
+            if index in self.met:
+                self.values[id(x)] = Value(parts={index: whole(x.shape)})
+            elif isinstance(x, Tensor) and not (isinstance(x, torch.nn.Parameter) or _is_buffer(node)):
+                self.values.setdefault(id(x), DATA)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not isinstance(func, OpOverload):
-            return out
-        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-        results = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
-        self.alive += results
-        meets_data = any(id(t) in self.data for t in tensors)
-        for position, tensor in enumerate(args):
-            if isinstance(tensor, Tensor) and id(tensor) in self.derived:
-                self._follow(func, args, position, results, meets_data)
-        for tensor in (t for a in args if isinstance(a, (list, tuple)) for t in a if isinstance(t, Tensor)):
-            if id(tensor) in self.derived and func.overloadpacket not in _SHAPE_QUERIES:
-                self._record(self.derived[id(tensor)], OTHER, func, None)
-        if meets_data and not any(id(t) in self.derived for t in results):
-            self.data |= {id(t) for t in results}
+        kwargs = kwargs or {}
+        if self.inside and isinstance(func, OpOverload) and func.namespace == "aten":
+            with self:  # where torch takes ops like `linear` apart by itself is passed by then
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if isinstance(func, OpOverload):
+            self._op(func, args, kwargs, out)
+        else:
+            self._region(func, args, kwargs, out)
         return out
 
-    def _follow(self, func: Any, args: Any, position: int, results: list[Tensor], meets_data: bool) -> None:
-        source, packet = self.derived[id(args[position])], func.overloadpacket
-        if packet in CONTRACTED and position in (rule := CONTRACTED[packet]):
-            self._record(source, CONTRACTION, func, rule[position])
-        elif packet is aten.convolution:
-            self._convolution(source, func, args, position)
-        elif packet is aten.embedding:
-            self._record(source, EMBEDDING, func, -1)
-        elif packet in REARRANGED and position == 0:
-            for result in results:
-                dims = REARRANGED[packet](source.dims, args, tuple(args[0].shape), tuple(result.shape))
-                self.derived[id(result)] = _Derived(source.weight, dims, source.numel)
-        elif not meets_data and results and results[0].shape == args[position].shape and packet in ARITHMETIC:
-            self.derived[id(results[0])] = source
-        elif results and packet not in _SHAPE_QUERIES:
-            kind = ELEMENTWISE if packet in ARITHMETIC and meets_data else OTHER
-            self._record(source, kind, func, -1 if kind == ELEMENTWISE else None)
+    def _op(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        schema = func._schema.arguments
+        bound = [args[i] if i < len(args) else kwargs.get(a.name, a.default_value) for i, a in enumerate(schema)]
+        written = [x for x, a in zip(bound, schema, strict=True) if a.alias_info is not None and a.alias_info.is_write]
+        results = list({id(t): t for t in tree_leaves((out, written)) if isinstance(t, Tensor)}.values())
+        operands = [
+            Operand(position, leaf, self.values.get(id(leaf), CONSTANT))
+            for position, argument in enumerate(bound)
+            for leaf in (argument if isinstance(argument, (list, tuple)) else [argument])
+            if isinstance(leaf, Tensor)
+        ]
+        if not results:
+            return
+        call = Call(func, bound, operands, [tuple(t.shape) for t in results], self._meet)
+        if any(operand.value.parts for operand in operands) or not call.data:
+            made = followed(call)
+        else:
+            made = [DATA] * len(results)
+        for tensor, value in zip(results, made, strict=True):
+            self._becomes(tensor, value)
+        for tensor in tree_leaves(written):
+            self._seen_through(tensor)
 
-    def _convolution(self, source: _Derived, func: Any, args: Any, position: int) -> None:
-        if position != 1:
-            return self._record(source, OTHER, func, None)
-        transposed, groups, shape = args[6], args[8], self.shapes[source.weight]
-        channels = source.dims[0 if transposed else 1]
-        # A depthwise kernel contracts its window alone: one input channel a group is no dimension to block.
-        axis = min(channels) if channels and shape[min(channels)] > 1 + transposed * (groups - 1) else len(shape) - 1
-        self.uses[source.weight].append(Use(CONTRACTION, _name(func), axis, groups, shape[0] // groups))
+    def _becomes(self, tensor: Tensor, value: Value) -> None:
+        self.alive.append(tensor)
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            value = Value(value.data)  # an index or a mask holds no weight
+        if value.data:
+            value = value.map(lambda part: part if part.scaled else None)
+        self.values[id(tensor)] = value
 
-    def _record(self, source: _Derived, kind: str, func: Any, contracted: int | None) -> None:
-        shape = self.shapes[source.weight]
-        held = source.dims[contracted] if contracted is not None and source.dims else frozenset()
-        axis = next(iter(held)) if len(held) == 1 else None
-        groups, rows = factor(shape, axis, batched=kind == CONTRACTION and len(source.dims) > 2)
-        self.uses[source.weight].append(Use(kind, _name(func), axis, groups, rows))
+    def _seen_through(self, tensor: Any) -> None:
+        """What is written into a view is in its base too."""
+        base = getattr(tensor, "_base", None)
+        if base is not None:
+            held = self.values.get(id(base), CONSTANT)
+            self._becomes(base, merged([held, self.values[id(tensor)].map(_anywhere)]))
+
+    def _meet(self, weight: int, meeting: Meeting) -> None:
+        self.met[weight].append(meeting)
+
+    # ------------------------------------------------------------------------------------------- higher-order operators
+
+    def _region(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Graphs inside of graphs: run where their inputs are known, else a product of nobody knows what."""
+        bodies = [a for a in args if isinstance(a, fx.GraphModule)]
+        rest = args[args.index(bodies[-1]) + 1 :] if bodies else ()
+        given = [leaf for leaf in tree_leaves(rest) if isinstance(leaf, (Tensor, int, float, torch.SymInt))]
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        walks = func.name() in _WALKED and all(len(b.graph.find_nodes(op="placeholder")) == len(given) for b in bodies)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        values = [self.values.get(id(t), CONSTANT) for t in tensors]
+        made = [Value(any(value.data for value in values))] * len(results)
+        if bodies and walks:
+            made = self._walked(bodies, given, made)
+        else:
+            for weight, part in merged([value.map(_anywhere) for value in values]).parts.items():
+                self._meet(weight, Meeting(PRODUCT, func.name(), part))
+        for tensor, value in zip(results, made, strict=True):
+            self._becomes(tensor, value)
+
+    def _walked(self, bodies: Sequence[fx.GraphModule], given: Sequence[Any], results: list[Value]) -> list[Value]:
+        """The results' values where any of the bodies may have run."""
+        outer, self.inside = self.inside, True
+        for body in bodies:
+            with self:
+                out = _Run(body).run(*given)
+            found = [self.values.get(id(t), CONSTANT) for t in tree_leaves(out) if isinstance(t, Tensor)]
+            if len(found) == len(results):
+                results = [merged([a, b.map(_anywhere)]) for a, b in zip(results, found, strict=True)]
+        self.inside = outer
+        return results
+
+    # ---------------------------------------------------------------------------------------------------------- results
+
+    def uses_of(self, index: int) -> list[Use]:
+        """A weight's uses, those first that tell its axis best."""
+        return list(dict.fromkeys(_use(meeting) for meeting in sorted(self.met[index], key=_rank)))
+
+
+_WALKED = {"cond", "while_loop", "invoke_subgraph", "wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast"}
+
+
+def _is_buffer(node: fx.Node) -> bool:
+    """Whether a graph's input is a module's own tensor that is no parameter."""
+    source = source_of(node)
+    return source is not None and "_buffers[" in str(source.name)
+
+
+def _anywhere(part: Part) -> Part:
+    return Part(part.shape, None, part.multiplied, part.scaled)
+
+
+def _rank(meeting: Meeting) -> int:
+    """How well a use tells the dimension that a weight is summed over.
+
+    That of the weight itself with data; its own product with parameters, if it is as in a linear layer; that of what
+    such a product made with data, as of B @ A for A; any other with parameters.
+    """
+    if meeting.kind == INNER:
+        return 1 if meeting.own and not meeting.part.multiplied and _is_last(meeting) else 3
+    return 2 if meeting.part.multiplied else 0
+
+
+def _is_last(meeting: Meeting) -> bool:
+    return len(meeting.part.shape) - 1 in meeting.summed
+
+
+def _use(meeting: Meeting) -> Use:
+    part, shape = meeting.part, meeting.part.shape
+    held = part.long(meeting.summed) or meeting.summed
+    axis = next(iter(held)) if len(held) == 1 else None
+    if meeting.groups:
+        return Use(meeting.kind, meeting.op, axis, meeting.groups, shape[0] // meeting.groups)
+    if meeting.kind in (EMBEDDING, ELEMENTWISE) and shape:
+        axis = len(shape) - 1
+    return Use(meeting.kind, meeting.op, axis, *factor(shape, axis, batched=meeting.stacked))
 
 
 def factor(shape: tuple[int, ...], axis: int | None, *, batched: bool = False) -> tuple[int, int]:
@@ -164,7 +282,3 @@ def factor(shape: tuple[int, ...], axis: int | None, *, batched: bool = False) -
     if axis is not None and axis == len(shape) - 1:
         return 1, math.prod(shape[:-1])
     return 1, shape[0] if shape else 1
-
-
-def _name(func: Any) -> str:
-    return str(func.overloadpacket).removeprefix("aten.").lstrip("_")

@@ -48,12 +48,15 @@ class Contraction:
         full: emits h in the gradient's shape and in any dtype.
         dims: the gradient's dimensions, each a tuple of atoms; empty where the op has no natural factors.
         factors: emits the factors.
+        positions: the dimensions of either operand that are positions, of an op that makes nothing but weights'
+            gradients; empty of one that may also be a forward product.
     """
 
     operands: tuple[fx.Node, fx.Node]
     full: Callable[[], fx.Node]
     dims: tuple[tuple[Atom, ...], ...] = ()
     factors: Callable[[], Factors] | None = None
+    positions: tuple[tuple[int, ...], ...] = ()
 
 
 Rule = Callable[[fx.Node], Contraction]
@@ -62,6 +65,14 @@ Rule = Callable[[fx.Node], Contraction]
 def arguments(node: fx.Node) -> Any:
     """The node's positional arguments, which the op's schema types and FX does not."""
     return node.args
+
+
+def bound(node: fx.Node) -> list[Any]:
+    """The node's arguments in the order of the op's schema, defaults included."""
+    target: Any = node.target
+    given, kwargs = arguments(node), node.kwargs
+    schema = target._schema.arguments
+    return [given[i] if i < len(given) else kwargs.get(a.name, a.default_value) for i, a in enumerate(schema)]
 
 
 def emit(graph: fx.Graph, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -211,22 +222,42 @@ def grouped_mm(node: fx.Node) -> Contraction:
     def full() -> fx.Node:
         return emit(graph, aten._grouped_mm.default, square_operand(a), square_operand(b), offs)
 
-    def factors() -> Factors:
-        member = _membership(b, offs)
-        weights = to_float(member)
-        # Rows of no expert hold whatever memory held, and 0 * nan is nan: zero them before the sum.
-        known = emit(graph, aten.unsqueeze.default, emit(graph, aten.any.dim, member, 0), 1)
-        zero = constant(a, [], 0)
-        rows = [square(emit(graph, aten.permute.default, a, [1, 0])), square(b)]
-        left, right = (
-            emit(graph, aten.mm.default, weights, emit(graph, aten.where.self, known, r, zero)) for r in rows
-        )
-        return Factors(left, right, emit(graph, aten.sum.dim_IntList, weights, [1]))
-
     if len(_shape(a)) != 2 or len(_shape(b)) != 2:
         return Contraction((a, b), full)
-    groups, rows, cols = _shape(node)
-    return Contraction((a, b), full, ((Atom(GROUP, groups),), (Atom(LEFT, rows),), (Atom(RIGHT, cols),)), factors)
+    return Contraction((a, b), full, _stack(_shape(node)), lambda: _by_expert(a, b, offs, transposed=True))
+
+
+def grouped_rows(node: fx.Node) -> Contraction:
+    """transformers' gradient of a stack, output 1 of the op: rows ``input`` [N, P] and ``grad`` [N, Q] cut likewise."""
+    rows, weight, offs, grad = bound(node)
+    graph = node.graph
+
+    def full() -> fx.Node:
+        squares = square_operand(rows), square_operand(grad)
+        # The op also makes the rows' gradient, which needs a weight of their dtype and is then dead.
+        stack = to_float(weight) if squares[0].meta["val"].dtype == torch.float32 else weight
+        return emit(graph, operator.getitem, emit(graph, node.target, squares[0], stack, offs, squares[1]), 1)
+
+    shape = node.meta["val"][1].shape
+    factors = _stack(shape), lambda: _by_expert(rows, grad, offs, transposed=False)
+    return Contraction((rows, grad), full, *factors, positions=((0,), (0,)))
+
+
+def _stack(shape: torch.Size) -> tuple[tuple[Atom, ...], ...]:
+    """[E, P, Q]: a group, its left and its right index."""
+    return tuple((Atom(axis, length),) for axis, length in zip((GROUP, LEFT, RIGHT), shape, strict=True))
+
+
+def _by_expert(a: fx.Node, b: fx.Node, offs: fx.Node, *, transposed: bool) -> Factors:
+    """Sums of the squares of ``a`` [N, P], or [P, N] if transposed, and ``b`` [N, Q] over each expert's positions."""
+    graph, member = b.graph, _membership(b, offs)
+    weights = to_float(member)
+    # Rows of no expert hold whatever memory held, and 0 * nan is nan: zero them before the sum.
+    known = emit(graph, aten.unsqueeze.default, emit(graph, aten.any.dim, member, 0), 1)
+    zero = constant(a, [], 0)
+    rows = [square(emit(graph, aten.permute.default, a, [1, 0]) if transposed else a), square(b)]
+    left, right = (emit(graph, aten.mm.default, weights, emit(graph, aten.where.self, known, r, zero)) for r in rows)
+    return Factors(left, right, emit(graph, aten.sum.dim_IntList, weights, [1]))
 
 
 def _membership(positions: fx.Node, offs: fx.Node) -> fx.Node:

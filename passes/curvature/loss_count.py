@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from lotion_fx.passes.curvature.contraction import after, emit
+from lotion_fx.passes.curvature.contraction import Contraction, after, emit
 from lotion_fx.passes.curvature.joint import JointGraph, Uses, numel, operands
 from lotion_fx.passes.curvature.path import Path
 from lotion_fx.passes.ops import ADDING, MATRIX_PRODUCTS, contraction_at, makes_gradients
@@ -36,7 +36,7 @@ def loss_count(joint: JointGraph, uses: Sequence[Uses], ends: Sequence[Path]) ->
         gradients = [operand for operand in contraction.operands if operand in joint.backward]
         if len(gradients) == 1:
             with joint.graph.inserting_before(node):
-                return _count(gradients[0], _features(joint, uses, node, contraction.operands, node in found))
+                return _count(gradients[0], _features(joint, uses, node, contraction, node in found))
     if not ends:
         return None
     # No contraction at all: the gradient of an embedding's or an elementwise op's output, whose last dimension is
@@ -57,13 +57,18 @@ def _count(gradient: fx.Node, features: Sequence[int]) -> fx.Node:
 
 
 def _features(
-    joint: JointGraph, uses: Sequence[Uses], node: fx.Node, pair: tuple[fx.Node, fx.Node], is_end: bool
+    joint: JointGraph, uses: Sequence[Uses], node: fx.Node, contraction: Contraction, is_end: bool
 ) -> list[int]:
     """The dimensions of the contraction's gradient operand that are features; the others are positions.
 
     The gradient of an input contracts over features, that of a weight over positions.
     """
+    pair = contraction.operands
     place = 0 if pair[0] in joint.backward else 1
+    if contraction.positions:
+        rank = pair[place].meta["val"].dim()
+        positions = {dim % rank for dim in contraction.positions[place]}
+        return [dim for dim in range(rank) if dim not in positions]
     if node.target is aten.convolution_backward.default:
         return [1]
     if node.target is aten.mul.Tensor:

@@ -16,11 +16,12 @@ import torch
 from torch import fx
 
 from lotion_fx.passes.attach.probe import Code, Layout
-from lotion_fx.passes.curvature.contraction import after, arguments, constant, emit
+from lotion_fx.passes.curvature.contraction import after, arguments, bound, constant, emit
 from lotion_fx.passes.curvature.factors import factored
 from lotion_fx.passes.curvature.joint import JointGraph, Uses
 from lotion_fx.passes.curvature.loss_count import loss_count
 from lotion_fx.passes.curvature.path import Path, Stop, find_path, squares
+from lotion_fx.passes.registered import settle
 
 if TYPE_CHECKING:
     from lotion_fx.passes.pipeline import JointState
@@ -66,6 +67,7 @@ def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
     targets = [node for node in graph.nodes if node.target is torch.ops.lotion_fx.curvature.default]
     if not targets:
         return []
+    settle()
     joint = JointGraph(graph)
     uses = [joint.uses(_unviewed(arguments(node)[1])) for node in targets]
     found = [_find(joint, use, node) for node, use in zip(targets, uses, strict=True)]
@@ -86,6 +88,8 @@ def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
 def _find(joint: JointGraph, uses: Uses, node: fx.Node) -> Path | Stop:
     """The path of one weight's gradient, or what stopped it."""
     try:
+        if not _layout(node).direct and uses.nonlinear is None:
+            raise Stop(Code.BY_PARAMETERS, arguments(node)[0])
         return find_path(joint, uses, arguments(node)[0])
     except Stop as stop:
         return stop
@@ -93,8 +97,8 @@ def _find(joint: JointGraph, uses: Uses, node: fx.Node) -> Path | Stop:
 
 def _resolution(node: fx.Node, found: Path | Stop, count: fx.Node | None) -> Resolution:
     """Emits the probe vector that takes the node's place: payload, calls = 1, code, loss count."""
-    grad, _, kind, groups, rows = arguments(node)
-    layout = Layout(kind, tuple(grad.meta["val"].shape), groups, rows)
+    grad, layout = arguments(node)[0], _layout(node)
+    kind = layout.kind
     payload: list[fx.Node] = []
     code, op, uses = Code.BY_CHOICE, "", 0
     if isinstance(found, Path) and kind != "none":
@@ -109,6 +113,11 @@ def _resolution(node: fx.Node, found: Path | Stop, count: fx.Node | None) -> Res
     header.append(constant(grad, [1], 0) if count is None else emit(node.graph, aten.reshape.default, count, [1]))
     vector = emit(node.graph, aten.cat.default, [*payload, *header])
     return Resolution(code, op, uses, code.reason, kind, vector)
+
+
+def _layout(node: fx.Node) -> Layout:
+    grad, _, kind, *rest = bound(node)
+    return Layout(kind, tuple(grad.meta["val"].shape), *rest)
 
 
 def _payload(path: Path, layout: Layout) -> list[fx.Node]:

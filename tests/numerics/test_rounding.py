@@ -84,6 +84,37 @@ def test_whole_blocks_are_a_view_and_results_keep_the_layout():
         assert rtn(w, resolve("int4/7"), axis).is_contiguous()
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "int4/5", "int4/channel", "int4/tensor"])
+@pytest.mark.parametrize("layout", ["plain", "channels last", "permuted", "other length-one strides"])
+def test_results_have_the_weight_s_own_strides_and_its_values(name, layout):
+    fmt, shape = resolve(name), (6, 32, 1, 1)
+    w = draw(shape)
+    if layout == "channels last":
+        w = w.to(memory_format=torch.channels_last)
+    elif layout == "permuted":
+        w = draw((32, 6, 1, 3)).transpose(0, 1)
+    elif layout == "other length-one strides":
+        w = w.as_strided(shape, (32, 1, 32, 1))
+    for which, function in FUNCTIONS.items():
+        for axis in (1, 0):
+            x = function(w, fmt, axis)
+            assert x.stride() == w.stride() == torch.empty_like(w).stride(), which
+            if which in ("rtn", "variance"):  # the others sum in the order of memory, or draw in it
+                assert torch.equal(x, function(w.contiguous(), fmt, axis)), which
+
+
+def test_a_compiled_graph_sees_the_same_strides():
+    """The fake tensors that a graph is made with choose strides of length one by another rule."""
+
+    def product(w, x):
+        w = rtn(w, resolve("nvfp4"), 1)
+        return torch.conv1d(x, w).view(2, 2, 16, 12)
+
+    w, x = torch.randn(32, 32, 1), torch.randn(2, 32, 12)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(product, backend="aot_eager")(w, x), product(w, x))
+
+
 def test_scale_parts_multiply_to_the_scale():
     w = draw((5, 37), dtype=torch.float32)
     block, tensor = scale_parts(w, resolve("nvfp4"))

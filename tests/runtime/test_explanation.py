@@ -53,7 +53,7 @@ def test_each_pass_of_each_variant_is_there_in_order():
     assert (
         training.plans["up.weight"].startswith("latent forward in int4") and "factored" in training.plans["up.weight"]
     )
-    assert evaluation.plans["up.weight"].startswith("ste forward")
+    assert not evaluation.plans  # rounded weights come in
 
 
 def test_the_op_that_stopped_the_walk_is_named():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import sympy
 import torch
@@ -16,6 +18,7 @@ from lotion_fx.numerics.noise import (
     D,
     NoiseLaw,
     register_noise,
+    resolve_noise,
 )
 from lotion_fx.state import registry, smoothings_of
 from lotion_fx.update import term_of
@@ -140,10 +143,16 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(x)[0])
 
 
-def test_a_weight_outside_of_every_graph_cannot_run_at_the_mean():
-    model = lotion_fx.transform(Recurrent(), "int4", noise="smoothstep", inner="eager")
-    with pytest.raises(ValueError, match="noise='smoothstep' needs a rounded training forward.*noise='randomized'"):
-        model(torch.randn(3, 2, 8))
+def test_a_weight_outside_of_every_graph_runs_at_the_mean():
+    model, x = Recurrent(), torch.randn(3, 2, 8)
+    at_mean = copy.deepcopy(model)
+    law, fmt = resolve_noise("smoothstep"), resolve("int4")
+    with torch.no_grad():
+        for parameter in at_mean.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(rounding.mean(parameter, fmt, 1, law=law))
+    lotion_fx.transform(model, "int4", noise="smoothstep", inner="eager")
+    torch.testing.assert_close(model(x), at_mean(x))
 
 
 def test_a_weight_outside_of_every_graph_is_sampled_from_the_law():

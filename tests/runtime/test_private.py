@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from lotion_fx import private
+from lotion_fx.private_names import WHY
 from tests.models import MLP
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +19,7 @@ FILES = [path for folder in ("lotion_fx", "passes", "kernels", "examples") for p
 OTHERS = {"_replace", "_lru_cache_wrapper", "_precompile_config"}
 INSTANCES = {  # what holds the attributes that its class does not
     "torch.nn.Module": nn.Module,
+    "torch.nn.RNNBase": lambda: nn.LSTM(1, 1),
     "torch.amp.GradScaler": lambda: torch.amp.GradScaler("cpu"),
 }
 
@@ -79,7 +81,7 @@ def test_no_other_module_imports_or_names_a_private_interface():
 
 def test_no_other_module_reads_a_private_attribute():
     ours = {name for path in FILES if path != OWNER for name in defined(path)} | OTHERS
-    taken = {name.rpartition(".")[2] for name in private.WHY} - {"_init_group"}
+    taken = {name.rpartition(".")[2] for name in WHY} - {"_init_group"}
     found = {
         str(path.relative_to(ROOT)): names
         for path in FILES
@@ -91,13 +93,13 @@ def test_no_other_module_reads_a_private_attribute():
 def test_every_name_has_a_reason_and_every_reason_a_name():
     """Attributes of objects count as used where the file reads them of anything."""
     names, attributes = private_names(OWNER), set(underscored(OWNER, own=()))
-    held = {name for name in private.WHY if name in names or name.rpartition(".")[2] in attributes}
+    held = {name for name in WHY if name in names or name.rpartition(".")[2] in attributes}
     held.add("torch.optim.AdamW._init_group")  # an override in `optim`
-    assert set(private.WHY) == held
-    reasoned = {name for name in names for known in private.WHY if f"{name}.".startswith(f"{known}.")}
+    assert set(WHY) == held
+    reasoned = {name for name in names for known in WHY if f"{name}.".startswith(f"{known}.")}
     assert names == reasoned
-    assert attributes - {"_lotion_fx"} <= {part for name in private.WHY for part in name.split(".")}
-    assert all(private.WHY.values())
+    assert attributes - {"_lotion_fx"} <= {part for name in WHY for part in name.split(".")}
+    assert all(WHY.values())
 
 
 def test_the_module_knows_torch_alone():
@@ -121,12 +123,12 @@ def found_in_torch(name):
     raise ImportError(name)
 
 
-@pytest.mark.parametrize("name", sorted(set(private.WHY) - {"torch.fx.Node._dynamo_source"}))
+@pytest.mark.parametrize("name", sorted(set(WHY) - {"torch.fx.Node._dynamo_source"}))
 def test_a_name_is_there(name):
     try:
         found_in_torch(name)
     except (ImportError, AttributeError):
-        pytest.fail(f"torch {torch.__version__} has no {name} any more; we need it because: {private.WHY[name]}")
+        pytest.fail(f"torch {torch.__version__} has no {name} any more; we need it because: {WHY[name]}")
 
 
 def test_a_name_that_is_gone_is_found_out():

@@ -102,8 +102,9 @@ def test_grad_scaler_is_divided_out(kind, unscale_first):
 
 
 def test_an_lbfgs_closure_gets_the_term():
-    model = lotion_fx.transform(MLP(), "int2/tensor", inner="aot_eager", strength=100.0)
+    model = MLP()
     plain = copy.deepcopy(model)
+    lotion_fx.transform(model, "int2/tensor", inner="aot_eager", strength=100.0)
     x = torch.randn(16, 20)
 
     def run(model):

@@ -23,7 +23,8 @@ Factors = tuple[Tensor, Tensor, Tensor]
 
 
 def latent(weight: Tensor, probe: Tensor, layout: Layout) -> Tensor:
-    return smooth(weight, probe, "latent", "int4", weight.dim() - 1, layout.kind, layout.groups, layout.rows)
+    axis, direct = weight.dim() - 1, getattr(layout, "direct", True)
+    return smooth(weight, probe, "latent", "int4", axis, layout.kind, layout.groups, layout.rows, direct=direct)
 
 
 @dataclass

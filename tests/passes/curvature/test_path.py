@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -256,6 +257,8 @@ NOT_LINEAR: dict[str, tuple[Callable[..., Tensor], Code, str | None]] = {
     "w @ w": (lambda w, x: x @ (w @ w), Code.NONLINEAR, "mm"),
     "w * w": (lambda w, x: x @ (w * w), Code.NONLINEAR, "mul"),
     "normalized": (lambda w, x: x @ (w / w.norm()), Code.NONLINEAR, "div"),
+    "spectral norm": (lambda w, x: x @ (w / (x[0] @ (w @ x[1]))), Code.NONLINEAR, "div"),
+    "a scale through another product": (lambda w, x: x @ (w * torch.tanh(x[:5] @ w)), Code.NONLINEAR, "mul"),
     "weight norm by rows": (lambda w, x: x @ F.normalize(w), Code.NONLINEAR, "div"),
     "softmax": (lambda w, x: w.softmax(-1) @ x.T, Code.NONLINEAR, None),
     "relu": (lambda w, x: x @ w.relu(), Code.NONLINEAR, None),
@@ -296,6 +299,14 @@ def test_weights_that_are_added_share_a_gradient_and_keep_their_own_uses() -> No
     layouts = [Layout("full", (5, 7), 1, 5)] * 2
     made = run(lambda a, b, x: loss_of(F.linear(x, a + b.square())), [randn(5, 7)] * 2, layouts, (randn(13, 7),))
     assert [probe[-2] for probe in made.probes] == [Code.ANALYTIC, Code.NONLINEAR]
+
+
+def test_a_weight_that_meets_parameters_first_has_no_positions_of_its_own() -> None:
+    """Of B @ A the gradient is a sum over positions before A's is made: its squares are no sums of squares."""
+    layout = replace(Layout("factored", (2, 7), 1, 2), direct=False)
+    made = run(lambda a, b, x: loss_of(F.linear(x, b @ a)), [randn(2, 7)], [layout], (randn(5, 2), randn(13, 7)))
+    (probe,) = made.probes
+    assert made.resolutions[0].code == Code.BY_PARAMETERS and not probe[: layout.payload].any()
 
 
 def test_rounded_forward_is_not_mistaken_for_a_nonlinear_use() -> None:

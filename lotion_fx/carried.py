@@ -1,0 +1,269 @@
+"""What the modules of a transformed model carry, so that whoever runs them sees the rounded weights.
+
+Two hooks on each module that owns a weight, and on the model itself. Where our backend traces the module they do
+nothing: graphs round what they are given. Where another compiler traces it, its graph ends there. Where the module runs
+in Python (recurrent modules, which Dynamo skips; what a graph break or an exhausted recompile limit leaves over),
+rounded weights stand in its parameters' places, and their expected-loss term takes the Fisher form at the step.
+
+Around a call of the model itself the same happens to all weights at once, for a module may read another's weight: in
+`eval()` to every weight, at values that are rounded once a version; in training to those that no graph was seen to use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lotion_fx import private
+from lotion_fx.deployed import deployed, forget, forget_changed, linked, rounded, smoothed
+from lotion_fx.passes.attach.attach import LATENT, MEAN, RR, STE, STE_SCALE
+from lotion_fx.state import Smoothing, StandIn, Weight, registry
+
+MADE_ITSELF = (
+    "lotion_fx compiles this model itself, so no other graph can contain it; leave fullgraph=True out of torch.compile "
+    "and strict=True out of torch.export, and all that is around the model is compiled"
+)
+"""Shown where another compiler insists on one graph."""
+_CERTAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Bilinear, nn.RNNBase)  # whose weights meet products
+_entered: weakref.WeakKeyDictionary[nn.Module, list[contextlib.ExitStack]] = weakref.WeakKeyDictionary()
+
+
+class Before:
+    """The hook before a module's forward.
+
+    Args:
+        weights: those that the module owns, by attribute.
+        model: the transformed model that the module is; None for a part of one.
+    """
+
+    def __init__(self, weights: dict[str, Weight], model: Smoothing | None = None) -> None:
+        self.weights, self.model, self.is_copy = weights, model, False
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_dynamo_compiling():
+            _enter(self, module)
+        elif not private.traces_for_us():
+            private.leave_graph(MADE_ITSELF)
+
+    def settle(self, module: nn.Module) -> None:
+        """Makes a copied module the owner of its weights, and a copied model one that compiles."""
+        self.is_copy = False
+        if self.model is not None:
+            self.model.settle(module)
+        for attribute, weight in self.weights.items():
+            weight.is_owned_by(module, attribute)
+            registry.add(weight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Before:
+        made = Before(copy.deepcopy(self.weights, memo), copy.deepcopy(self.model, memo))
+        made.is_copy = True
+        if self.model is not None and (copied := memo.get(id(self.model.model()))) is not None:
+            private.replace_call(copied, _FirstCall(copied))
+        return made
+
+    def __reduce__(self) -> Any:
+        smoothing = self.model or next(iter(self.weights.values())).smoothing
+        return Unpickled, (smoothing.said,)
+
+
+class _FirstCall:
+    """What calling a copied model runs until it is settled."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    @torch.compiler.disable(reason=MADE_ITSELF)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model()
+        assert model is not None
+        private.before_of(model).settle(model)
+        return model(*args, **kwargs)
+
+
+class Unpickled:
+    """What is left of `Before` in a file.
+
+    Args:
+        said: shared by the hooks of one model: what its user was told.
+    """
+
+    def __init__(self, said: set[str]) -> None:
+        self.said = said
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_dynamo_compiling() and "unpickled" not in self.said:
+            self.said.add("unpickled")
+            warnings.warn(
+                f"this {type(module).__name__} was unpickled and runs at its full-precision weights; call "
+                "lotion_fx.transform on it to have them rounded",
+                stacklevel=2,
+            )
+
+
+def _after(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_dynamo_compiling():
+        _leave(module)
+
+
+for _hook in (Before.__call__, Unpickled.__call__, _after):
+    private.inline_only(_hook)
+
+
+def carry(model: nn.Module, smoothing: Smoothing) -> None:
+    """Puts the hooks on a model and on every module of it that owns a weight with a format."""
+    owned: dict[nn.Module, dict[str, Weight]] = {model: {}}
+    for weight in smoothing.weights:
+        for ref, attribute in weight.owners if weight.format else ():
+            if (module := ref()) is not None:
+                owned.setdefault(module, {})[attribute] = weight
+    for module, weights in owned.items():
+        private.hook_forward(module, Before(weights, smoothing if module is model else None), _after)
+
+
+@torch.compiler.disable
+def _enter(before: Before, module: nn.Module) -> None:
+    """A module runs in Python from here on."""
+    if before.is_copy:
+        before.settle(module)
+    stack = contextlib.ExitStack()
+    if before.model is not None:
+        _call_again(before.model, module)
+        stack.enter_context(all_standing_in(before.model))
+    else:
+        if not all(weight.smoothing.is_running for weight in before.weights.values()):
+            forget_changed(before.weights.values())
+        stack.enter_context(standing_in(before.weights.values()))
+    _entered.setdefault(module, []).append(stack)
+
+
+@torch.compiler.disable
+def _leave(module: nn.Module) -> None:
+    if stacks := _entered.get(module):
+        stacks.pop().close()
+
+
+def _call_again(smoothing: Smoothing, model: nn.Module) -> None:
+    """Puts the model's own compiled call back where `Module.compile` has replaced it."""
+    if smoothing.call is not None and private.replaced_call(model, smoothing.call):
+        private.replace_call(model, smoothing.call)
+        warnings.warn(
+            f"{type(model).__name__}.compile() after lotion_fx.transform: the transform compiles the model itself, and "
+            "from the next call on that compiled call runs again; leave compile() out",
+            stacklevel=4,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- standing in
+
+
+@contextlib.contextmanager
+def all_standing_in(smoothing: Smoothing) -> Iterator[None]:
+    """Around a call of a model: rounded weights stand in for all those that graphs do not round themselves."""
+    with smoothing.running() as first:
+        if not first:
+            yield
+            return
+        weights = [weight for weight in smoothing.weights if weight.selected]
+        at_rest = [weight for weight in weights if _at_rest(weight)]
+        forget(weight for weight in weights if weight.training)
+        forget_changed(at_rest)
+        new = smoothing.tally.forwards <= 1
+        # Until a graph has told how the others are used, and in training those that a graph rounds, are left to it.
+        chosen = at_rest if not new else [w for w in at_rest if w.uses is not None or _is_certain(w)]
+        chosen += [w for w in weights if not new and w.uses is None and not _at_rest(w)]
+        with standing_in(chosen, sharded_apart=True):
+            yield
+
+
+@contextlib.contextmanager
+def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False) -> Iterator[None]:
+    """Inside, rounded weights stand in their owners' places.
+
+    Args:
+        sharded_apart: sharded weights are left to graphs, instead of refused.
+
+    Raises:
+        ValueError: the weight is sharded, or what traces the call cannot differentiate its rounding.
+    """
+    standing: list[Weight] = []
+    tracer = private.tracer()
+    try:
+        for weight in weights:
+            parameter = weight.parameter()
+            if weight.standing is not None or parameter is None or weight.mode == LATENT or not weight.selected:
+                continue
+            if isinstance(parameter, DTensor):
+                if sharded_apart:
+                    continue
+                raise ValueError(f"no compiled graph contains {weight.name!r}, and it is sharded: put it into regions=")
+            weight.standing = StandIn(_value(weight, parameter, tracer), parameter, weight.quantizer)
+            standing.append(weight)
+            _place(weight, parameter, weight.standing.value)
+        yield
+    finally:
+        for weight in standing:
+            stood, weight.standing = weight.standing, None
+            assert stood is not None
+            _place(weight, stood.value, stood.parameter)
+
+
+def standing_now(weight: Weight) -> Tensor:
+    """What is to stand in for a weight: made again where a graph has just told how the weight is blocked or used."""
+    stood = weight.standing
+    assert stood is not None
+    if not weight.selected:
+        return stood.parameter
+    return stood.value if weight.quantizer == stood.quantizer else _value(weight, stood.parameter, private.tracer())
+
+
+def _place(weight: Weight, old: Tensor, new: Tensor) -> None:
+    for ref, attribute in weight.owners:
+        module = ref()
+        if module is not None and (held := private.parameters_of(module)).get(attribute) is old:
+            held[attribute] = new
+            private.refresh_flat_weights(module)
+
+
+def _at_rest(weight: Weight) -> bool:
+    """Whether it runs at the values that are deployed."""
+    return weight.mode == STE and not weight.training
+
+
+def _is_certain(weight: Weight) -> bool:
+    return any(isinstance(ref(), _CERTAIN) for ref, _ in weight.owners)
+
+
+def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:
+    """What stands in for a parameter, its gradient passed on to it, where `private.tracer` is this."""
+    mode = weight.mode
+    if not tracer and not _at_rest(weight):
+        return smoothed(weight, parameter, mode)
+    if mode in (STE_SCALE, MEAN):
+        raise ValueError(
+            f"{tracer} cannot trace the rounding of {weight.name!r} in this mode of training; call eval(), or use "
+            "lotion_fx.full_precision(model)"
+        )
+    if mode == RR:
+        values = weight.quantizer.rr(parameter.detach())
+    elif tracer in ("torch.func", "make_fx") or not _is_real(parameter):
+        real = weight.place.tensor() if tracer == "torch.export" and weight.place is not None else None
+        values = weight.quantizer.rtn(parameter.detach()) if real is None else rounded(weight, real)
+    else:
+        values = deployed(weight, parameter, is_traced=bool(tracer))
+    differentiates = tracer == "torch.func" or (torch.is_grad_enabled() and parameter.requires_grad)
+    if tracer in ("torch.export", "torch.jit.trace"):  # what is exported is not trained
+        return values
+    return linked(parameter, values) if differentiates else values
+
+
+def _is_real(parameter: Tensor) -> bool:
+    """Whether a tensor has values of its own: it is not traced, sharded, or without data."""
+    return type(parameter) in (Tensor, nn.Parameter) and not parameter.is_meta and not private.is_wrapped(parameter)

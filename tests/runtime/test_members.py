@@ -1,0 +1,139 @@
+"""What is put into a model after `transform` is the model's too, under the same formats."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lotion_fx
+from lotion_fx.numerics import rounding
+from lotion_fx.state import registry, smoothings_of
+
+X = torch.randn(6, 32)
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    torch.compiler.reset()
+
+
+class Net(nn.Module):
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(32, 48), nn.GELU())
+        self.head = nn.Linear(48, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def rounded(model: nn.Module, make=Net, skip=()) -> nn.Module:
+    plain = make() if not isinstance(make, nn.Module) else make
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if parameter.dim() > 1 and name not in skip:
+                parameter.copy_(rounding.rtn(parameter, lotion_fx.resolve("int4"), 1))
+    return plain.eval()
+
+
+def step(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    F.cross_entropy(model(X), torch.arange(6) % 3).backward()
+    optimizer.step()
+
+
+def new_head(model: nn.Module, classes: int) -> nn.Module:
+    model.head = nn.Linear(48, classes)
+    return Net(classes)
+
+
+def same_head(model: nn.Module) -> nn.Module:
+    model.head = nn.Linear(48, 10)
+    return Net()
+
+
+def new_block(model: nn.Module) -> nn.Module:
+    model.body.append(nn.Linear(48, 48))
+    plain = Net()
+    plain.body.append(nn.Linear(48, 48))
+    return plain
+
+
+def new_parameter(model: nn.Module) -> nn.Module:
+    model.head.weight = nn.Parameter(torch.randn(7, 48))
+    model.head.bias = nn.Parameter(torch.randn(7))
+    return Net(7)
+
+
+CHANGES = {
+    "a head of more classes": lambda m: new_head(m, 12),
+    "a head of the same shape": same_head,
+    "a block": new_block,
+    "a parameter of another shape": new_parameter,
+}
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_comes_later_is_taken_in(what, trained, inner):
+    model = lotion_fx.transform(Net(), "int4", inner=inner)
+    if trained:
+        step(model)
+        model.eval()(X)
+        model.train()
+    plain = CHANGES[what](model)
+    names = {row.name for row in lotion_fx.report(model).rows if row.format}  # a question takes in as well
+    assert names == {name for name, parameter in plain.named_parameters() if parameter.dim() > 1}
+    assert torch.equal(model.eval()(X), rounded(model, plain)(X))
+    model.train()
+    step(model)
+    if inner != "eager":
+        assert {row.estimator for row in lotion_fx.report(model).rows if row.format} == {"analytic"}
+    assert torch.equal(model.eval()(X), rounded(model, plain)(X))
+    assert len(smoothings_of(model)[0].weights) == len(list(model.parameters()))
+
+
+def test_a_change_without_a_question_in_between():
+    model = lotion_fx.transform(Net(), "int4", inner="aot_eager")
+    step(model)
+    plain = same_head(model)  # no guard of the graph tells
+    assert torch.equal(model.eval()(X), rounded(model, plain)(X))
+    assert registry[model.head.weight] is not None
+
+
+def test_what_was_left_out_stays_out():
+    model = lotion_fx.transform(Net(), "int4", only={"head.*": None}, inner="aot_eager")
+    model(X)
+    plain = new_head(model, 12)
+    assert torch.equal(model.eval()(X), rounded(model, plain, skip=("head.weight",))(X))
+    assert lotion_fx.report(model)["head.weight"].reason == "excluded by only={'head.*': None}"
+
+
+def test_a_key_may_lose_what_it_matched():
+    model = lotion_fx.transform(Net(), "int4", only={"head.weight": "int8"}, inner="aot_eager")
+    model.head = nn.Identity()
+    model.eval()(X)
+    assert [row.name for row in lotion_fx.report(model).rows] == ["body.0.weight", "body.0.bias"]
+
+
+def test_a_weight_tied_later_is_one_weight():
+    model = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32)})
+    lotion_fx.transform(model, "int4", inner="aot_eager")
+    model["b"].weight = model["a"].weight
+    lotion_fx.report(model)
+    assert registry.owned[model["b"]]["weight"] is registry.owned[model["a"]]["weight"]
+    tied = model.eval()["b"](X)
+    by_hand = rounding.rtn(model["a"].weight.detach(), lotion_fx.resolve("int4"), 1)
+    assert torch.equal(tied, F.linear(X, by_hand, model["b"].bias))
+
+
+def test_other_models_are_no_members():
+    model = lotion_fx.transform(Net(), "int4", inner="aot_eager")
+    before = copy.copy(smoothings_of(model)[0].weights)
+    Net()
+    model(X)
+    assert smoothings_of(model)[0].weights == before
