@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -96,7 +97,13 @@ def _check_loss(settings: Settings, by_regions: bool) -> None:
         raise ValueError(f"loss_fn={loss_fn!r}: {why}")
 
 
-def check_compile_options(mode: str | None, options: Mapping[str, Any], inner: str) -> None:
+def check_compile_options(
+    mode: str | None, options: Mapping[str, Any], inner: str, flags: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Refuses what torch.compile does not take; ``flags`` are its ``dynamic`` and ``fullgraph``."""
+    for name, flag in flags.items():
+        if flag is not None or name == "fullgraph":
+            check_flag(name, flag)
     modes = private.list_mode_options()
     if mode is not None and mode not in modes:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(modes)}{near(mode, modes)}")

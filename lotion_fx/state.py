@@ -47,7 +47,6 @@ class Smoothing:
         tally: where its training stands.
         model: what `transform` was given, weakly.
         compile: makes a copy of the model call compiled code, as `transform` made the model.
-        call: what calling the model runs.
         take_in: brings the weights up to what the model holds now, see `members`.
         seen_changes: `Registry.changes` when it last did.
         loss_call: model and ``loss_fn`` compiled as one, where `transform` was given a function.
@@ -61,7 +60,6 @@ class Smoothing:
         self.tally = Tally(settings, self.weights, finish_term=settings.finish_term)
         self.model: Callable[[], nn.Module | None] = _nothing
         self.compile: Callable[[nn.Module], None] | None = None
-        self.call: Callable[..., Any] | None = None
         self.take_in: Callable[[Smoothing, nn.Module], None] | None = None
         self.seen_changes = 0
         self.loss_call: Callable[..., Any] | None = None

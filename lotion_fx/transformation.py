@@ -20,7 +20,6 @@ from lotion_fx.members import take_in, watch
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
 from lotion_fx.sampling import check_placement, sample_first
-from lotion_fx.scalars import check_flag
 from lotion_fx.settings import Settings
 from lotion_fx.state import Smoothing, registry, smoothings_of, weights_of
 from lotion_fx.variants import Backend
@@ -91,10 +90,7 @@ def transform(
     mode, options = compile_options.pop("mode", None), compile_options.pop("options", None) or {}
     if unknown := sorted(set(compile_options) - {"dynamic", "fullgraph"}):
         raise TypeError(f"transform got {unknown[0]!r}: expected torch.compile's mode, options, dynamic or fullgraph")
-    for name, flag in compile_options.items():
-        if flag is not None or name == "fullgraph":
-            check_flag(name, flag)
-    check_compile_options(mode, options, inner)
+    check_compile_options(mode, options, inner, compile_options)
     regions = check_regions(model, regions)
     settings = Settings(
         method=method,
@@ -133,7 +129,8 @@ def transform(
 
 def _compile(backend: Backend, regions: Iterable[str], options: dict[str, Any], model: nn.Module) -> None:
     """Makes the model's call the compiled one."""
-    smoothing = private.before_of(model).model
+    before = private.before_of(model)
+    smoothing = before.model
     compiled_call = CompiledCalls(backend, **options)
     for path in regions:
         region = model.get_submodule(path)
@@ -142,10 +139,10 @@ def _compile(backend: Backend, regions: Iterable[str], options: dict[str, Any], 
         loss = _with_loss(model, smoothing.settings.loss_fn, backend, options)
         smoothing.loss_call = outermost(loss, model, smoothing)
     call = private.call_of(model)
-    smoothing.call = outermost(call, model, smoothing)
+    before.call = outermost(call, model, smoothing)
     if smoothing.settings.samples_labels:
-        smoothing.call = sample_first(call, smoothing.call, model, smoothing)
-    private.replace_call(model, smoothing.call)
+        before.call = sample_first(call, before.call, model, smoothing)
+    private.replace_call(model, before.call)
 
 
 def _with_loss(model: nn.Module, loss_fn: Callable[..., Tensor], backend: Backend, options: Any) -> Callable[..., Any]:
