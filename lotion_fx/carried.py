@@ -15,7 +15,7 @@ import contextlib
 import copy
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,10 +42,15 @@ class Before:
     Args:
         weights: those that the module owns, by attribute.
         model: the transformed model that the module is; None for a part of one.
+
+    Attributes:
+        call: what calling that model runs.
     """
 
     def __init__(self, weights: dict[str, Weight], model: Smoothing | None = None) -> None:
         self.weights, self.model, self.is_copy = weights, model, False
+        # Not in `Smoothing`: it holds the model, which nothing that the registry holds may keep alive.
+        self.call: Callable[..., Any] | None = None
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_dynamo_compiling():
@@ -135,7 +140,7 @@ def _enter(before: Before, module: nn.Module) -> None:
         before.settle(module)
     stack = contextlib.ExitStack()
     if before.model is not None:
-        _call_again(before.model, module)
+        _call_again(before, module)
         stack.enter_context(all_standing_in(before.model))
     else:
         if not all(weight.smoothing.is_running for weight in before.weights.values()):
@@ -150,10 +155,10 @@ def _leave(module: nn.Module) -> None:
         stacks.pop().close()
 
 
-def _call_again(smoothing: Smoothing, model: nn.Module) -> None:
+def _call_again(before: Before, model: nn.Module) -> None:
     """Puts the model's own compiled call back where `Module.compile` has replaced it."""
-    if smoothing.call is not None and private.replaced_call(model, smoothing.call):
-        private.replace_call(model, smoothing.call)
+    if before.call is not None and private.replaced_call(model, before.call):
+        private.replace_call(model, before.call)
         warnings.warn(
             f"{type(model).__name__}.compile() after lotion_fx.transform: the transform compiles the model itself, and "
             "from the next call on that compiled call runs again; leave compile() out",
