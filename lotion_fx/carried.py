@@ -58,6 +58,14 @@ class Before:
         elif not private.traces_for_us():
             private.leave_graph(MADE_ITSELF)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # of a hook as torch.jit.script takes it
+            raise AttributeError(
+                "torch.jit.script cannot script a model that lotion_fx has transformed; use torch.export.export or "
+                "torch.jit.trace on it in eval()"
+            )
+        raise AttributeError(name)
+
     def settle(self, module: nn.Module) -> None:
         """Makes a copied module the owner of its weights, and a copied model one that compiles."""
         self.is_copy = False
@@ -169,23 +177,19 @@ def _call_again(before: Before, model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------- standing in
 
 
-@contextlib.contextmanager
-def all_standing_in(smoothing: Smoothing) -> Iterator[None]:
+def all_standing_in(smoothing: Smoothing) -> contextlib.AbstractContextManager[None]:
     """Around a call of a model: rounded weights stand in for all those that graphs do not round themselves."""
-    with smoothing.running() as first:
-        if not first:
-            yield
-            return
-        weights = [weight for weight in smoothing.weights if weight.selected]
-        at_rest = [weight for weight in weights if _at_rest(weight)]
-        forget(weight for weight in weights if weight.training)
-        forget_changed(at_rest)
-        new = smoothing.tally.forwards <= 1
-        # Until a graph has told how the others are used, and in training those that a graph rounds, are left to it.
-        chosen = at_rest if not new else [w for w in at_rest if w.uses is not None or _is_certain(w)]
-        chosen += [w for w in weights if not new and w.uses is None and not _at_rest(w)]
-        with standing_in(chosen, sharded_apart=True):
-            yield
+    return smoothing.called(lambda: standing_in(_left_to_python(smoothing), sharded_apart=True))
+
+
+def _left_to_python(smoothing: Smoothing) -> list[Weight]:
+    weights = [weight for weight in smoothing.weights if weight.selected]
+    at_rest = [weight for weight in weights if _at_rest(weight)]
+    forget(weight for weight in weights if weight.training)
+    forget_changed(at_rest)
+    if smoothing.tally.forwards <= 1:  # until graphs have told how the others are used, these are left to them
+        return [weight for weight in at_rest if weight.uses is not None or _is_certain(weight)]
+    return [*at_rest, *(weight for weight in weights if weight.uses is None and not _at_rest(weight))]
 
 
 @contextlib.contextmanager

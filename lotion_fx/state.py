@@ -63,7 +63,7 @@ class Smoothing:
         self.loss_call: Callable[..., Any] | None = None
         self.said: set[str] = set()
         self.places: list[tuple[str, str, Weight]] = []
-        self._calls, self._lock = 0, threading.Lock()
+        self._calls, self._around, self._lock = 0, contextlib.ExitStack(), threading.RLock()
 
     @property
     def is_running(self) -> bool:
@@ -71,16 +71,24 @@ class Smoothing:
         return self._calls > 0
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[bool]:
-        """Inside, a call of the model is under way; gives whether it is the first of those that are."""
+    def called(self, around: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+        """Inside, a call of the model is under way.
+
+        Args:
+            around: what is to be entered with the first of several calls at a time, and left with the last: threads that
+                serve one model, or a model that calls itself.
+        """
         with self._lock:
+            if not self._calls:
+                self._around.enter_context(around())
             self._calls += 1
-            first = self._calls == 1
         try:
-            yield first
+            yield
         finally:
             with self._lock:
                 self._calls -= 1
+                if not self._calls:
+                    self._around.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Smoothing:
         """That of a copy of the model, where its training stands included."""
