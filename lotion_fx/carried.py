@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
-from lotion_fx.deployed import deployed, forget, forget_changed, linked, rounded, smoothed
+from lotion_fx.deployed import as_parameter, deployed, forget, forget_changed, linked, rounded, smoothed
 from lotion_fx.passes.attach.attach import LATENT, MEAN, RR, STE, STE_SCALE
 from lotion_fx.state import Smoothing, StandIn, Weight, registry
 
@@ -189,7 +189,9 @@ def _left_to_python(smoothing: Smoothing) -> list[Weight]:
     forget_changed(at_rest)
     if smoothing.tally.forwards <= 1:  # until graphs have told how the others are used, these are left to them
         return [weight for weight in at_rest if weight.uses is not None or _is_certain(weight)]
-    return [*at_rest, *(weight for weight in weights if weight.uses is None and not _at_rest(weight))]
+    # In training graphs round faster; but where Python runs between them, it may read any weight.
+    broken = smoothing.tally.has_breaks and smoothing.is_whole
+    return [*at_rest, *(w for w in weights if (broken or w.uses is None) and not _at_rest(w))]
 
 
 @contextlib.contextmanager
@@ -254,7 +256,7 @@ def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:
     """What stands in for a parameter, its gradient passed on to it, where `private.tracer` is this."""
     mode = weight.mode
     if not tracer and not _at_rest(weight):
-        return smoothed(weight, parameter, mode)
+        return as_parameter(smoothed(weight, parameter, mode), parameter)
     if mode in (STE_SCALE, MEAN):
         raise ValueError(
             f"{tracer} cannot trace the rounding of {weight.name!r} in this mode of training; call eval(), or use "
