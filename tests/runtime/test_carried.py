@@ -470,6 +470,14 @@ def test_recurrent_modules_train_at_rounded_weights(kind, options, method):
     torch.testing.assert_close(model.eval()(x), by_hand(_plain(model))(x))
 
 
+def test_a_recurrent_module_keeps_no_rounded_weight():
+    """It holds its parameters in a list of its own, which a copy would take along."""
+    model = lotion_fx.transform(Recurrent("LSTM"), "int4", inner="aot_eager", method="ste")
+    model(torch.randn(4, 6, 32))
+    assert all(a is b for a, b in zip(model.rnn._flat_weights, model.rnn.parameters(), strict=True))
+    copy.deepcopy(model)
+
+
 def _plain(model: nn.Module) -> nn.Module:
     """The model without hooks, which a copy would carry."""
     clone = copy.deepcopy(model)
