@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from lotion_fx import private
 from lotion_fx.choosing import near
 from lotion_fx.likelihood import LIKELIHOODS, likelihood_of
+from lotion_fx.scalars import check_count, check_flag, check_loss, check_number, shown
 from lotion_fx.settings import CURVATURES, INNERS, METHODS, MOMENTS, Settings
 from lotion_fx.state import Smoothing, registry
 
@@ -29,7 +31,7 @@ def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = Fa
         The settings with the likelihood's name.
 
     Raises:
-        ValueError: naming the argument, its value and what was expected.
+        TypeError, ValueError: naming the argument, its value and what was expected.
     """
     for name, value, known in (
         ("method", settings.method, tuple(METHODS)),
@@ -39,17 +41,18 @@ def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = Fa
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}{near(value, known)}")
-    strength, decay, finish, steps = settings.strength, settings.decay, settings.finish, settings.total_steps
-    if not 0 <= strength < float("inf"):
-        raise ValueError(f"strength={strength!r}: expected a finite number, 0 or more; 1 is the expected loss")
-    if not 0 < decay < 1:
-        raise ValueError(f"decay={decay!r}: expected a number between 0 and 1")
-    if finish is not None and not 0 < finish <= 1:
-        raise ValueError(f"finish={finish!r}: expected a share of the training in (0, 1], such as 0.4, or None")
+    infinite, finish, steps = float("inf"), settings.finish, settings.total_steps
+    finite = "a finite number, 0 or more; 1 is the expected loss"
+    check_number("strength", settings.strength, lambda x: 0 <= x < infinite, finite)
+    check_number("decay", settings.decay, lambda x: 0 < x < 1, "a number between 0 and 1")
+    if finish is not None:
+        share = "a share of the training in (0, 1], such as 0.4, or None"
+        check_number("finish", finish, lambda x: 0 < x <= 1, share)
+    if steps is not None:
+        check_count("steps", steps, 1, "the number of optimizer steps in the whole training")
     if (finish is None) != (steps is None):
         raise ValueError(f"finish={finish!r} and steps={steps!r} go together: the share and the number of all steps")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps={steps!r}: expected the number of optimizer steps in the whole training")
+    check_flag("finish_term", settings.finish_term)
     settings = replace(settings, likelihood=_likelihood(settings, likelihood))
     _check_loss(settings, by_regions)
     return settings
@@ -58,6 +61,7 @@ def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = Fa
 def _likelihood(settings: Settings, likelihood: Any) -> str | None:
     """The likelihood's name, None for the curvatures that ask for none."""
     curvature, refresh = settings.curvature, settings.refresh
+    check_count("refresh", refresh, 1, "the number of steps between two curvature passes, 1 or more")
     if not settings.samples_labels:
         for name, value, default in (("likelihood", likelihood, None), ("refresh", refresh, 1)):
             if value != default:
@@ -65,8 +69,6 @@ def _likelihood(settings: Settings, likelihood: Any) -> str | None:
         return None
     if settings.inner == "eager":
         raise ValueError("curvature='ggn' is made in the joint graph, and inner='eager' compiles none; try 'aot_eager'")
-    if not isinstance(refresh, int) or refresh < 1:
-        raise ValueError(f"refresh={refresh!r}: expected the number of steps between two curvature passes, 1 or more")
     likelihood = "categorical" if likelihood is None else likelihood
     if not isinstance(likelihood, str):
         return likelihood_of(likelihood)
@@ -80,10 +82,8 @@ def _check_loss(settings: Settings, by_regions: bool) -> None:
     loss_fn = settings.loss_fn
     if loss_fn is None:
         return
-    if loss_fn != "model" and not callable(loss_fn):
-        raise ValueError(
-            f"loss_fn={loss_fn!r}: expected a function of (output, targets), 'model' (it returns its loss) or None"
-        )
+    if not (isinstance(loss_fn, str) and loss_fn == "model"):
+        check_loss(loss_fn, where_returned="'model'")
     why = ""
     if settings.method != "lotion":
         why = f"method={settings.method!r} has no expected loss; leave loss_fn out"
@@ -97,7 +97,13 @@ def _check_loss(settings: Settings, by_regions: bool) -> None:
         raise ValueError(f"loss_fn={loss_fn!r}: {why}")
 
 
-def check_compile_options(mode: str | None, options: Mapping[str, Any], inner: str) -> None:
+def check_compile_options(
+    mode: str | None, options: Mapping[str, Any], inner: str, flags: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Refuses what torch.compile does not take; ``flags`` are its ``dynamic`` and ``fullgraph``."""
+    for name, flag in flags.items():
+        if flag is not None or name == "fullgraph":
+            check_flag(name, flag)
     modes = private.list_mode_options()
     if mode is not None and mode not in modes:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(modes)}{near(mode, modes)}")
@@ -111,7 +117,8 @@ def check_compile_options(mode: str | None, options: Mapping[str, Any], inner: s
 
 def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected an nn.Module, not {type(model).__name__}")
+        several = "; transform the module that holds them" if isinstance(model, (list, tuple)) else ""
+        raise TypeError(f"model={shown(model)}: expected an nn.Module, not {type(model).__name__}{several}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             f"model: a {type(model).__name__} is TorchScript, which no tracer of Python sees; transform the nn.Module "
@@ -130,15 +137,25 @@ def check_model(model: Any) -> None:
         raise ValueError(f"model: this {type(model).__name__} has no parameters; transform it after they are made")
 
 
-def check_regions(model: nn.Module, regions: Iterable[nn.Module] | None) -> list[nn.Module]:
+def check_regions(model: Any, regions: Any) -> list[nn.Module]:
+    if not isinstance(model, nn.Module):
+        check_model(model)
     if regions is None:
         return [model]
-    inside, chosen = set(model.modules()), list(regions)
+    if isinstance(regions, (str, bytes, nn.ModuleDict)) or not isinstance(regions, Iterable):
+        instead = "regions=[module]" if isinstance(regions, nn.Module) else "such as model.layers"
+        instead = "regions=list(modules.values())" if isinstance(regions, nn.ModuleDict) else instead
+        raise TypeError(f"regions={shown(regions)}: expected the modules to compile one by one, {instead}")
+    inside, chosen = set(model.modules()), list(dict.fromkeys(regions))
     if not chosen:
         raise ValueError("regions=[]: expected the modules to compile one by one, or None for the whole model")
     for region in chosen:
+        if not isinstance(region, nn.Module):
+            raise TypeError(f"regions: expected modules of the model, got {shown(region)}")
         if region not in inside:
             raise ValueError(f"regions: {type(region).__name__} is no submodule of the model")
+        if isinstance(region, (nn.ModuleList, nn.ModuleDict)):
+            raise ValueError(f"regions: a {type(region).__name__} is never called; expected the modules in it")
     return chosen
 
 

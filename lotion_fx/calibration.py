@@ -6,7 +6,7 @@ Curvature is an estimate, and the second order is not the whole: the predicted i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from lotion_fx.estimate import Estimate, estimate
 from lotion_fx.loss_graph import LossFunction
 from lotion_fx.passes.moments.certificate import EXACT
+from lotion_fx.scalars import check_count, check_generator, shown
 from lotion_fx.state import names_of, smoothings_of
 from lotion_fx.switches import switched
 
@@ -58,15 +59,17 @@ def calibrate(
     Raises:
         ValueError: no batches, fewer than 2 samples, or what `expected_loss` raises.
     """
-    if samples < 2:
-        raise ValueError(f"samples={samples!r}: expected at least 2 roundings, to know how far to trust them")
-    if every is not None and every < 1:
-        raise ValueError(f"every={every!r}: expected a number of optimizer steps, or None to calibrate at once")
+    check_count("samples", samples, 2, "at least 2 roundings, to know how far to trust them")
+    if every is not None:
+        check_count("every", every, 1, "a number of optimizer steps, or None to calibrate at once")
+    check_generator(generator)
     names = {name: weight for weight, name in names_of(model).items()}
     smoothings = smoothings_of(model)
     tallies = [smoothing.tally for smoothing in smoothings]
     if every is not None and not any(t.calibrated is None or t.steps - t.calibrated >= every for t in tallies):
         return {}
+    if isinstance(batches, (str, bytes, Mapping, torch.Tensor)) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches={shown(batches)}: expected an iterable of batches; of a single one, [batch]")
     batches = list(batches)
     if not batches:
         raise ValueError("batches: expected at least one batch to measure on, got none")

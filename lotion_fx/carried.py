@@ -15,7 +15,7 @@ import contextlib
 import copy
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
-from lotion_fx.deployed import deployed, forget, forget_changed, linked, rounded, smoothed
+from lotion_fx.deployed import as_parameter, deployed, forget, forget_changed, linked, rounded, smoothed
 from lotion_fx.passes.attach.attach import LATENT, MEAN, RR, STE, STE_SCALE
 from lotion_fx.state import Smoothing, StandIn, Weight, registry
 
@@ -42,16 +42,29 @@ class Before:
     Args:
         weights: those that the module owns, by attribute.
         model: the transformed model that the module is; None for a part of one.
+
+    Attributes:
+        call: what calling that model runs.
     """
 
     def __init__(self, weights: dict[str, Weight], model: Smoothing | None = None) -> None:
         self.weights, self.model, self.is_copy = weights, model, False
+        # Not in `Smoothing`: it holds the model, which nothing that the registry holds may keep alive.
+        self.call: Callable[..., Any] | None = None
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_dynamo_compiling():
             _enter(self, module)
         elif not private.traces_for_us():
             private.leave_graph(MADE_ITSELF)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # of a hook as torch.jit.script takes it
+            raise AttributeError(
+                "torch.jit.script cannot script a model that lotion_fx has transformed; use torch.export.export or "
+                "torch.jit.trace on it in eval()"
+            )
+        raise AttributeError(name)
 
     def settle(self, module: nn.Module) -> None:
         """Makes a copied module the owner of its weights, and a copied model one that compiles."""
@@ -135,7 +148,7 @@ def _enter(before: Before, module: nn.Module) -> None:
         before.settle(module)
     stack = contextlib.ExitStack()
     if before.model is not None:
-        _call_again(before.model, module)
+        _call_again(before, module)
         stack.enter_context(all_standing_in(before.model))
     else:
         if not all(weight.smoothing.is_running for weight in before.weights.values()):
@@ -150,10 +163,10 @@ def _leave(module: nn.Module) -> None:
         stacks.pop().close()
 
 
-def _call_again(smoothing: Smoothing, model: nn.Module) -> None:
+def _call_again(before: Before, model: nn.Module) -> None:
     """Puts the model's own compiled call back where `Module.compile` has replaced it."""
-    if smoothing.call is not None and private.replaced_call(model, smoothing.call):
-        private.replace_call(model, smoothing.call)
+    if before.call is not None and private.replaced_call(model, before.call):
+        private.replace_call(model, before.call)
         warnings.warn(
             f"{type(model).__name__}.compile() after lotion_fx.transform: the transform compiles the model itself, and "
             "from the next call on that compiled call runs again; leave compile() out",
@@ -164,23 +177,21 @@ def _call_again(smoothing: Smoothing, model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------- standing in
 
 
-@contextlib.contextmanager
-def all_standing_in(smoothing: Smoothing) -> Iterator[None]:
+def all_standing_in(smoothing: Smoothing) -> contextlib.AbstractContextManager[None]:
     """Around a call of a model: rounded weights stand in for all those that graphs do not round themselves."""
-    with smoothing.running() as first:
-        if not first:
-            yield
-            return
-        weights = [weight for weight in smoothing.weights if weight.selected]
-        at_rest = [weight for weight in weights if _at_rest(weight)]
-        forget(weight for weight in weights if weight.training)
-        forget_changed(at_rest)
-        new = smoothing.tally.forwards <= 1
-        # Until a graph has told how the others are used, and in training those that a graph rounds, are left to it.
-        chosen = at_rest if not new else [w for w in at_rest if w.uses is not None or _is_certain(w)]
-        chosen += [w for w in weights if not new and w.uses is None and not _at_rest(w)]
-        with standing_in(chosen, sharded_apart=True):
-            yield
+    return smoothing.called(lambda: standing_in(_left_to_python(smoothing), sharded_apart=True))
+
+
+def _left_to_python(smoothing: Smoothing) -> list[Weight]:
+    weights = [weight for weight in smoothing.weights if weight.selected]
+    at_rest = [weight for weight in weights if _at_rest(weight)]
+    forget(weight for weight in weights if weight.training)
+    forget_changed(at_rest)
+    if smoothing.tally.forwards <= 1:  # until graphs have told how the others are used, these are left to them
+        return [weight for weight in at_rest if weight.uses is not None or _is_certain(weight)]
+    # In training graphs round faster; but where Python runs between them, it may read any weight.
+    broken = smoothing.tally.has_breaks and smoothing.is_whole
+    return [*at_rest, *(w for w in weights if (broken or w.uses is None) and not _at_rest(w))]
 
 
 @contextlib.contextmanager
@@ -245,7 +256,7 @@ def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:
     """What stands in for a parameter, its gradient passed on to it, where `private.tracer` is this."""
     mode = weight.mode
     if not tracer and not _at_rest(weight):
-        return smoothed(weight, parameter, mode)
+        return as_parameter(smoothed(weight, parameter, mode), parameter)
     if mode in (STE_SCALE, MEAN):
         raise ValueError(
             f"{tracer} cannot trace the rounding of {weight.name!r} in this mode of training; call eval(), or use "

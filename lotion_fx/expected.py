@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lotion_fx.estimate import Estimate, estimate
 from lotion_fx.loss_graph import LossFunction
 from lotion_fx.passes.moments.certificate import Certificate
+from lotion_fx.scalars import check_count, check_generator
 from lotion_fx.settings import MOMENTS
 
 
@@ -105,8 +106,8 @@ def expected_loss(
     Raises:
         ValueError: the model is not under lotion_fx, or sharded; the batch or the loss is not as above.
     """
-    if samples < 0:
-        raise ValueError(f"samples={samples!r}: expected the number of roundings to sample, 0 or more")
+    check_count("samples", samples, 0, "the number of roundings to sample, 0 or more")
+    check_generator(generator)
     if moments not in MOMENTS:
         raise ValueError(f"moments={moments!r}: expected one of {', '.join(MOMENTS)}")
     found = estimate(model, batch, loss_fn, moments)

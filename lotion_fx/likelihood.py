@@ -39,7 +39,8 @@ def likelihood_of(loss: Any) -> str:
     Raises:
         ValueError: any other loss, or a module that weights or sums where the likelihood takes the plain mean.
     """
-    name = _LOSSES.get(type(loss) if isinstance(loss, nn.Module) else loss)
+    key = type(loss) if isinstance(loss, nn.Module) else loss
+    name = _LOSSES.get(key) if callable(key) else None
     if name is None:
         raise ValueError(f"likelihood={loss!r}: no loss that is known here; name it: {', '.join(LIKELIHOODS)}")
     for option, plain in (("reduction", "mean"), ("weight", None), ("pos_weight", None)):

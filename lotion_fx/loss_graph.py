@@ -18,6 +18,7 @@ from lotion_fx import private
 from lotion_fx.passes.attach.attach import LATENT
 from lotion_fx.private import tree_flatten, tree_unflatten
 from lotion_fx.sampling import kept_buffers
+from lotion_fx.scalars import check_loss
 from lotion_fx.switches import switched
 
 
@@ -56,18 +57,21 @@ class LossGraph:
             return self.gm(*self.inputs(changed))[0]
 
 
-def loss_graph(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> LossGraph:
+def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
     """Traces a model's loss on one batch.
 
     Args:
         model: any module; its parameters are left as they are.
         batch: ``(inputs, targets)`` for ``loss_fn(model(inputs), targets)``, where a tuple or dictionary of inputs is
             spread; or without ``loss_fn`` the model's own arguments, a dictionary as keywords.
-        loss_fn: None where the model returns its loss.
+        loss_fn: None, or ``"model"``, where the model returns its loss.
 
     Raises:
         ValueError: the batch is not as above, or there is no scalar loss.
     """
+    loss_fn = None if isinstance(loss_fn, str) and loss_fn == "model" else loss_fn
+    if loss_fn is not None:
+        check_loss(loss_fn, where_returned="None")
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if loss_fn is not None:
         pair(batch)

@@ -46,7 +46,7 @@ def preset(name: str) -> dict[Any, EllipsisType | None]:
         "linear": {"*": None, LINEAR: ...},
         "all": {EVERYTHING: ...},
     }
-    if name not in presets:
+    if not isinstance(name, str) or name not in presets:
         raise ValueError(f"preset={name!r}: expected one of {', '.join(presets)}{near(name, presets)}")
     return presets[name]
 

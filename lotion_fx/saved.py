@@ -10,6 +10,7 @@ from torch import nn
 
 from lotion_fx.passes.attach.probe import Code
 from lotion_fx.passes.attach.usage import Use
+from lotion_fx.scalars import shown
 from lotion_fx.state import Weight, names_of, smoothings_of, weights_of
 
 
@@ -27,6 +28,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             "code": None if weight.curvature.code is None else int(weight.curvature.code),
             "steps": weight.gathered.steps,
             "gains": list(weight.gains),
+            "format": None if weight.format is None else weight.format.name,
         }
         for weight in weights_of(model)
     }
@@ -37,11 +39,20 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Restores what `state_dict` gave, into a model transformed with the same arguments.
 
     Raises:
-        ValueError: the state is of another version, curvature, noise, or set of parameters; nothing is changed then.
+        TypeError: the state is no mapping.
+        ValueError: the state is of another version, curvature, noise, set of parameters, or format of one of them;
+            nothing is changed then.
     """
     names, smoothings = names_of(model), smoothings_of(model)
-    if state.get("version") != 1:
-        raise ValueError(f"state: expected what lotion_fx.state_dict returned, version 1, got {state.get('version')!r}")
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"state={shown(state)}: expected what lotion_fx.state_dict returned, not {type(state).__name__}"
+        )
+    if state.get("version") != 1 or not {"weights", "phases"} <= state.keys():
+        raise ValueError(
+            f"state: expected what lotion_fx.state_dict returned, version 1, got version {state.get('version')!r} with "
+            f"keys {', '.join(map(str, list(state)[:4])) or 'none'}"
+        )
     if differing := sorted(set(names.values()) ^ set(state["weights"])):
         raise ValueError(f"state: parameters differ from the model's, first {differing[0]!r}; transform the same model")
     for setting, expected, default in (
@@ -52,6 +63,14 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         if expected != found:
             raise ValueError(
                 f"state: saved with {setting}={found}, this model has {expected}; transform it the same way"
+            )
+    for weight, name in names.items():
+        now = None if weight.format is None else weight.format.name
+        before = state["weights"][name].get("format", now)  # states of before told none
+        if before != now:
+            raise ValueError(
+                f"state: saved with {name!r} in {before or 'full precision'}, this model has it in "
+                f"{now or 'full precision'}; transform it with the same fmt and only"
             )
     for smoothing, phase in zip(smoothings, state["phases"], strict=True):
         smoothing.tally.restore(phase)

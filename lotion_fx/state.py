@@ -13,7 +13,7 @@ import contextlib
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.attach import LATENT, MEAN, STE, Plan
 from lotion_fx.passes.attach.probe import Code, Layout
 from lotion_fx.passes.attach.usage import INNER, Use, why_not_of
+from lotion_fx.registry import Registry
+from lotion_fx.scalars import shown
 from lotion_fx.settings import Settings
 from lotion_fx.tally import Gathered, Tally
 from lotion_fx.unseen import axis_unseen, why_not_unseen
@@ -42,8 +44,8 @@ class Smoothing:
         weights: its parameters, selected or not.
         tally: where its training stands.
         model: what `transform` was given, weakly.
+        is_whole: whether it is compiled as one, and not by regions.
         compile: makes a copy of the model call compiled code, as `transform` made the model.
-        call: what calling the model runs.
         take_in: brings the weights up to what the model holds now, see `members`.
         seen_changes: `Registry.changes` when it last did.
         loss_call: model and ``loss_fn`` compiled as one, where `transform` was given a function.
@@ -56,14 +58,14 @@ class Smoothing:
         self.weights: list[Weight] = []
         self.tally = Tally(settings, self.weights, finish_term=settings.finish_term)
         self.model: Callable[[], nn.Module | None] = _nothing
+        self.is_whole = True
         self.compile: Callable[[nn.Module], None] | None = None
-        self.call: Callable[..., Any] | None = None
         self.take_in: Callable[[Smoothing, nn.Module], None] | None = None
         self.seen_changes = 0
         self.loss_call: Callable[..., Any] | None = None
         self.said: set[str] = set()
         self.places: list[tuple[str, str, Weight]] = []
-        self._calls, self._lock = 0, threading.Lock()
+        self._calls, self._around, self._lock = 0, contextlib.ExitStack(), threading.RLock()
 
     @property
     def is_running(self) -> bool:
@@ -71,20 +73,29 @@ class Smoothing:
         return self._calls > 0
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[bool]:
-        """Inside, a call of the model is under way; gives whether it is the first of those that are."""
+    def called(self, around: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+        """Inside, a call of the model is under way.
+
+        Args:
+            around: what is to be entered with the first of several calls at a time, and left with the last: threads may
+                serve one model, and a model may call itself.
+        """
         with self._lock:
+            if not self._calls:
+                self._around.enter_context(around())
             self._calls += 1
-            first = self._calls == 1
         try:
-            yield first
+            yield
         finally:
             with self._lock:
                 self._calls -= 1
+                if not self._calls:
+                    self._around.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Smoothing:
         """That of a copy of the model, where its training stands included."""
         memo[id(self)] = made = Smoothing(self.settings)
+        made.is_whole = self.is_whole
         made.compile, made.take_in, made.seen_changes = self.compile, self.take_in, self.seen_changes
         made.tally.restore(copy.deepcopy(self.tally.saved()))
         made.weights.extend(copy.deepcopy(weight, memo) for weight in self.weights)
@@ -377,51 +388,6 @@ class Weight:
         return self._gain[1]
 
 
-class Registry:
-    """Every weight under smoothing, by owner, with a cache by tensor identity.
-
-    A cached id says which weight to ask, never that the tensor is that weight: ids are used again.
-    """
-
-    def __init__(self) -> None:
-        self.owned: weakref.WeakKeyDictionary[nn.Module, dict[str, Weight]] = weakref.WeakKeyDictionary()
-        self._seen: dict[int, weakref.ref[Weight]] = {}
-        self.changes = 0  # how often a module was given a parameter or a module, anywhere
-
-    def add(self, weight: Weight) -> None:
-        for ref, attribute in weight.owners:
-            module = ref()
-            assert module is not None
-            self.owned.setdefault(module, {})[attribute] = weight
-
-    def __getitem__(self, tensor: Any) -> Weight | None:
-        """The weight that this tensor is right now, None if it is none."""
-        return self._cached(tensor) or self.find([tensor])[0]
-
-    def find(self, tensors: Iterable[Any]) -> list[Weight | None]:
-        """The weight that each of these is right now, None where it is none; all owners are asked once at most."""
-        tensors = list(tensors)
-        found = [self._cached(tensor) for tensor in tensors]
-        if not all(weight is not None or not isinstance(t, Tensor) for t, weight in zip(tensors, found, strict=True)):
-            held = self._ask_owners()
-            found = [weight or held.get(id(tensor)) for tensor, weight in zip(tensors, found, strict=True)]
-        return found
-
-    def _cached(self, tensor: Any) -> Weight | None:
-        reference = self._seen.get(id(tensor))
-        weight = reference() if reference is not None else None
-        return weight if weight is not None and weight.is_now(tensor) else None
-
-    def _ask_owners(self) -> dict[int, Weight]:
-        """Every weight by the ids that it has now, which are cached."""
-        weights = dict.fromkeys(weight for attributes in self.owned.values() for weight in attributes.values())
-        now = {id(tensor): weight for weight in weights for tensor in weight.tensors()}
-        if len(self._seen.keys() | now) > 2 * len(weights):  # FSDP2's weights have two ids; more are of the past
-            self._seen.clear()
-        self._seen.update((key, weakref.ref(weight)) for key, weight in now.items())
-        return now
-
-
 registry = Registry()
 
 
@@ -448,6 +414,8 @@ def smoothings_of(model: nn.Module) -> list[Smoothing]:
 
 def weights_of(model: nn.Module) -> list[Weight]:
     """Every weight of this model under smoothing, selected or not; raises if there is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={shown(model)}: expected a transformed nn.Module, not {type(model).__name__}")
     found: dict[Weight, None] = {}
     for module in _modules_of(model):
         found.update(dict.fromkeys(registry.owned.get(module, {}).values()))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lotion_fx.passes.attach.attach import LATENT, RR
+from lotion_fx.scalars import check_flag
 from lotion_fx.state import smoothings_of, weights_of
 
 
@@ -19,6 +20,7 @@ def finish(model: nn.Module, *, term: bool = True) -> None:
         term: whether the expected-loss term stays on.
     """
     weights_of(model)
+    check_flag("term", term)
     for smoothing in smoothings_of(model):
         smoothing.tally.finish(term=term)
 

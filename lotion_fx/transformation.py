@@ -90,7 +90,7 @@ def transform(
     mode, options = compile_options.pop("mode", None), compile_options.pop("options", None) or {}
     if unknown := sorted(set(compile_options) - {"dynamic", "fullgraph"}):
         raise TypeError(f"transform got {unknown[0]!r}: expected torch.compile's mode, options, dynamic or fullgraph")
-    check_compile_options(mode, options, inner)
+    check_compile_options(mode, options, inner, compile_options)
     regions = check_regions(model, regions)
     settings = Settings(
         method=method,
@@ -109,7 +109,7 @@ def transform(
     settings = checked(settings, likelihood, by_regions=regions != [model])
     check_model(model)
     smoothing = Smoothing(settings)
-    smoothing.model = weakref.ref(model)
+    smoothing.model, smoothing.is_whole = weakref.ref(model), regions == [model]
     smoothing.weights.extend(weights_for(smoothing, model, resolve(fmt), {} if only is None else only))
     check_weights(smoothing)
     if settings.samples_labels:
@@ -129,7 +129,8 @@ def transform(
 
 def _compile(backend: Backend, regions: Iterable[str], options: dict[str, Any], model: nn.Module) -> None:
     """Makes the model's call the compiled one."""
-    smoothing = private.before_of(model).model
+    before = private.before_of(model)
+    smoothing = before.model
     compiled_call = CompiledCalls(backend, **options)
     for path in regions:
         region = model.get_submodule(path)
@@ -138,10 +139,10 @@ def _compile(backend: Backend, regions: Iterable[str], options: dict[str, Any], 
         loss = _with_loss(model, smoothing.settings.loss_fn, backend, options)
         smoothing.loss_call = outermost(loss, model, smoothing)
     call = private.call_of(model)
-    smoothing.call = outermost(call, model, smoothing)
+    before.call = outermost(call, model, smoothing)
     if smoothing.settings.samples_labels:
-        smoothing.call = sample_first(call, smoothing.call, model, smoothing)
-    private.replace_call(model, smoothing.call)
+        before.call = sample_first(call, before.call, model, smoothing)
+    private.replace_call(model, before.call)
 
 
 def _with_loss(model: nn.Module, loss_fn: Callable[..., Tensor], backend: Backend, options: Any) -> Callable[..., Any]:

@@ -70,8 +70,15 @@ def codebook(levels: Sequence[float], block: Block = 32, name: str = "codebook")
 
     Raises:
         ValueError: the levels or the block are not as above.
+        TypeError: the levels are no numbers.
     """
-    return Format(name, Codebook(tuple(levels)), block)
+    try:
+        numbers: tuple[float, ...] | None = tuple(float(level) for level in levels)
+    except (TypeError, ValueError):
+        numbers = None
+    if numbers is None or isinstance(levels, (str, bytes)):
+        raise TypeError(f"levels={levels!r}: expected 2 to 256 numbers, such as [-1, 0, 1]")
+    return Format(name, Codebook(numbers), block)
 
 
 _E2M1 = Minifloat(2, 1, 6.0)

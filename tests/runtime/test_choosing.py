@@ -8,6 +8,12 @@ import lotion_fx
 from tests.models import LM, MLP, ids, lm_loss
 
 
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    """Code of torch's own is compiled here, for which all models share one limit of recompiles."""
+    torch._dynamo.reset()
+
+
 def formats(model, fmt="int4", **options):
     """Each parameter's format, from before any graph is known."""
     lotion_fx.transform(model, fmt, inner="aot_eager", **options)
