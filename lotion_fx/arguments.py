@@ -165,10 +165,13 @@ def check_weights(smoothing: Smoothing) -> None:
         assert parameter is not None
         if weight.format is None:
             continue
+        if parameter.is_complex() and not weight.forced:
+            weight.format, weight.excluded = None, "complex, and formats are of real numbers"
+            continue
         if not parameter.is_floating_point():
             raise TypeError(
-                f"model: {weight.name!r} is {parameter.dtype}, expected a floating-point weight; it cannot be trained, "
-                f"so leave it out with only={{{weight.name!r}: None}}"
+                f"model: {weight.name!r} is {parameter.dtype}, expected real floating-point numbers, complex ones as "
+                f"pairs behind torch.view_as_complex; leave it out with only={{{weight.name!r}: None}}"
             )
         if parameter.is_meta:
             raise ValueError(f"model: {weight.name!r} is on the meta device; materialize the model before transform")

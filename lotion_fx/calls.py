@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lotion_fx import private
+from lotion_fx.announcing import announcer
 from lotion_fx.carried import MADE_ITSELF, all_standing_in
 from lotion_fx.outside import counts_rows
 from lotion_fx.state import Smoothing
@@ -62,6 +63,7 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
         assert model is not None
         if smoothing.take_in is not None:
             smoothing.take_in(smoothing, model)
+        announcer.new_call()
         tally.forward_began()
         if tracer := private.tracer():
             _warn_of_training(tracer, smoothing)

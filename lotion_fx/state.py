@@ -31,9 +31,7 @@ from lotion_fx.registry import Registry
 from lotion_fx.scalars import shown
 from lotion_fx.settings import Settings
 from lotion_fx.tally import Gathered, Tally
-
-_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
-_NORMS = (nn.LayerNorm, nn.GroupNorm)
+from lotion_fx.unseen import axis_unseen, why_not_unseen
 
 
 class Smoothing:
@@ -284,9 +282,13 @@ class Weight:
 
     @property
     def axis(self) -> int:
-        """The dimension that blocks run along; the last one where no graph tells."""
+        """The dimension that blocks run along; its module's where no graph tells."""
         use = self.contraction
-        return len(self.shape) - 1 if use is None or use.axis is None else use.axis
+        return axis_unseen(self._held_by, self.shape) if use is None or use.axis is None else use.axis
+
+    @property
+    def _held_by(self) -> list[tuple[nn.Module | None, str]]:
+        return [(ref(), attribute) for ref, attribute in self.owners]
 
     @property
     def quantizer(self) -> Quantizer:
@@ -321,8 +323,7 @@ class Weight:
         if self.format is None or self.forced:
             return "" if self.format else self.excluded
         if self.uses is None:
-            modules = [ref() for ref, _ in self.owners]
-            return "a lookup table or norm" if any(isinstance(m, _LOOKUPS + _NORMS) for m in modules) else ""
+            return why_not_unseen(self._held_by, self.shape)
         return why_not_of(self.uses)
 
     @property

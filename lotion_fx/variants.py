@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from lotion_fx import passes, private
+from lotion_fx.announcing import announcer
 from lotion_fx.carried import standing_now
 from lotion_fx.compiling import compile_graph, fake_gain, fake_probe
 from lotion_fx.passes.attach.attach import Plan
@@ -96,10 +97,19 @@ class Variants:
             weights[index].gathered.entered_loss(certificate)
         gains = [weights[index].gain_on(args[index].device) for index in compiled.stream]
         if not compiled.probed:
-            return compiled.run(*args, *gains)
+            return self._differentiable_once(compiled.run(*args, *gains))
         tally = weights[compiled.probed[0]].smoothing.tally
         tally.graph_runs([weights[index] for index in compiled.probed], counts=self.backend.inner != "eager")
-        return compiled.run(*args, *gains, *(tally.probe_for(weights[i], args[i]) for i in compiled.probed))
+        probes = (tally.probe_for(weights[i], args[i]) for i in compiled.probed)
+        return self._differentiable_once(compiled.run(*args, *gains, *probes))
+
+    def _differentiable_once(self, outputs: Any) -> Any:
+        """A graph's outputs, whose backward pass refuses to be differentiated where it cannot be."""
+        if self.backend.inner != "eager":
+            first = next((x for x in outputs if isinstance(x, Tensor) and x.requires_grad), None)
+            if first is not None:
+                first.register_hook(_refuse_second_derivatives)
+        return outputs
 
     def _rehearse(self, args: Sequence[Any]) -> Any:
         """DDP's graph splitter runs each compiled part once on fakes, which are nobody's weights."""
@@ -152,8 +162,15 @@ class Variants:
                 private.release_examples(state.gm)
             gains = [fake_gain(self.inputs[i]) for i in state.variances]
             inputs = [*self.inputs, *gains, *(fake_probe(self.inputs[i], state.plans[i]) for i in state.probed)]
-            made = compile_graph(state.gm, inputs, backend.inner, backend.mode, dict(backend.options))
+            with announcer.compiling(self._told(plans)):
+                made = compile_graph(state.gm, inputs, backend.inner, backend.mode, dict(backend.options))
         return _Compiled(made, state.probed, state.certificates)
+
+    def _told(self, plans: Mapping[int, Plan]) -> str:
+        """The graph, for a message."""
+        finishing = any(weight.smoothing.tally.finishing for weight in self.taught)
+        phase = " of the finishing phase" if plans and finishing else ""
+        return f"a graph{phase} of {len(self.gm.graph.nodes)} operations with inner={self.backend.inner!r}"
 
     def rehearsal(self) -> Iterator[Mapping[int, Plan]]:
         """Compiles every variant once more, after giving its plans, for whoever watches the passes.
@@ -164,6 +181,14 @@ class Variants:
         for key in list(self.compiled):
             yield dict(key)
             self.compile(dict(key), replace(self.backend, inner=inner))
+
+
+def _refuse_second_derivatives(grad: Tensor) -> None:
+    if torch.is_grad_enabled():  # which is create_graph=True
+        raise RuntimeError(
+            "create_graph=True: compiled graphs have no second derivatives; transform the model with inner='eager', "
+            "which has them, or keep that part of it out of graphs by torch.compiler.disable"
+        )
 
 
 def _uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> dict[int, list[Use]]:

@@ -308,6 +308,8 @@ def convolution(node: fx.Node) -> Contraction:
         left, right = (emit(graph, aten.reshape.default, vector, shape) for vector in (left, right))
         return Factors(left, right, constant(left, [groups], *(size(by_row, dim) for dim in dims)))
 
+    if isinstance(groups, fx.Node):  # as many as the batch: a kernel for each sample, which no weight has for its own
+        return Contraction((g, x), full)
     rows, *cols = _shape(weight)
     inner = 1
     right_dims: list[tuple[Atom, ...]] = []

@@ -99,16 +99,14 @@ class JointGraph:
             pending += [user for user in node.users if user not in self.backward and self._hands_on(node, user, uses)]
         return uses
 
-    def _depends(self, node: fx.Node, chain: set[fx.Node]) -> bool:
-        """Whether a forward value is made of a weight's in any way."""
+    def ancestors(self, node: fx.Node) -> set[fx.Node]:
+        """All that a value is made of, itself included."""
         seen, pending = set[fx.Node](), [node]
         while pending:
-            if (node := pending.pop()) in chain:
-                return True
-            if node not in seen:
+            if (node := pending.pop()) not in seen:
                 seen.add(node)
                 pending += node.all_input_nodes
-        return False
+        return seen
 
     def _shadow(self, weight: fx.Node) -> set[fx.Node]:
         shadow, pending = set(), [weight]
@@ -132,7 +130,7 @@ class JointGraph:
         if user.target in SCALINGS and not meets_itself:
             # Activations may depend on it: a layer used twice is linear in each. A scale of the weight may not, as by
             # its own spectral norm.
-            meets_itself = any(self._depends(other, uses.chain) for other in others)
+            meets_itself = any(self.ancestors(other) & uses.chain for other in others)
         if user.target in SCALINGS | CONTRACTIONS and meets_itself:
             uses.nonlinear = user
         uses.partners.update(self.number(other) for other in others)

@@ -84,9 +84,19 @@ class _Walk:
             return self.walk(child)
         except Stop:
             of_copies = child in self.joint.backward and numel(child) in self.uses.copies
-            if node.target in ADDING_POSITIONS and of_copies:
+            if node.target in ADDING_POSITIONS and of_copies and not self._by_frequency(child):
                 return Path(child, below=node)
             raise
+
+    def _by_frequency(self, node: fx.Node) -> bool:
+        """Whether a gradient is divided by a function of indices alone: by how often each row was read.
+
+        So Inductor writes ``embedding(scale_grad_by_freq=True)``. It is no derivative then.
+        """
+        if node.target is not aten.div.Tensor or not isinstance(node.args[1], fx.Node):
+            return False
+        inputs = [n.meta["val"] for n in self.joint.ancestors(node.args[1]) if n.op == "placeholder"]
+        return bool(inputs) and not any(x.is_floating_point() for x in inputs if isinstance(x, torch.Tensor))
 
     def _held(self, node: fx.Node) -> list[fx.Node]:
         """The arguments through which a linear op hands on gradients; none where the op is not known as linear."""

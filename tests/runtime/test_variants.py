@@ -107,3 +107,75 @@ def test_the_update_is_compiled_once_for_equal_weights():
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     specs = {registry[layer.weight].curvature.spec[1] for layer in model}
     assert len(specs) == 2
+
+
+# ------------------------------------------------------------------------------------------------- second derivatives
+
+
+class Energy(nn.Module):
+    """Differentiates itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 1)
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        return torch.autograd.grad(self.b(torch.tanh(self.a(x))).sum(), x, create_graph=True)[0]
+
+
+def test_second_derivatives_need_eager():
+    torch.compiler.reset()
+    x = torch.randn(8, 4)
+    plain = Energy()
+    plain(x).square().mean().backward()
+    for inner in ("eager", "aot_eager"):
+        model = Energy()
+        model.load_state_dict(plain.state_dict())
+        lotion_fx.transform(model, "nvfp4", inner=inner)
+        if inner == "eager":
+            model(x).square().mean().backward()
+            torch.testing.assert_close(model.a.weight.grad, plain.a.weight.grad)
+            continue
+        with pytest.raises(RuntimeError, match="create_graph=True: compiled graphs have no second derivatives.*eager"):
+            model(x).square().mean().backward()
+
+
+# --------------------------------------------------------------------------------------------------- lengths that vary
+
+
+class Attention(nn.Module):
+    """Takes its sizes apart as most attention blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 10)
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, 32))
+
+
+@pytest.mark.parametrize("method", ["lotion", "ste"])
+def test_lengths_stay_symbols(method):
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model = lotion_fx.transform(Attention(), "nvfp4", inner="aot_eager", method=method)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    for length in (32, 17, 25, 31, 40, 12, 19, 22, 27, 36):
+        optimizer.zero_grad()
+        model(torch.randn(4, length, 32)).square().mean().backward()
+        optimizer.step()
+    assert counters["stats"]["unique_graphs"] == 2
+    if method == "lotion":
+        assert lotion_fx.report(model)["qkv.weight"].estimator == "analytic"
+    torch.compiler.reset()
+    counters.clear()
+    model, x = lotion_fx.transform(Attention(), "nvfp4", inner="aot_eager", method=method), torch.randn(4, 32, 32)
+    torch._dynamo.mark_dynamic(x, 1)
+    model(x)
+    model(torch.randn(4, 21, 32))
+    assert counters["stats"]["unique_graphs"] == 1

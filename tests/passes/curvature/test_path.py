@@ -287,10 +287,11 @@ def test_takes_the_fisher_form(name: str, table: str) -> None:
     assert not probe[: layout.payload].any() and probe[-3:-1].tolist() == [1, code]
 
 
-def test_a_gradient_divided_by_how_often_its_row_was_read_is_not_squared() -> None:
+@pytest.mark.parametrize("table", TABLES)
+def test_a_gradient_divided_by_how_often_its_row_was_read_is_not_squared(table: str) -> None:
     """It is no derivative, and the sum of its positions' squares no curvature."""
-    layout = Layout("factored", (9, 7), 1, 9)
-    made = run(lambda w, i: loss_of(F.embedding(i, w, scale_grad_by_freq=True)), [randn(9, 7)], [layout], (TOKENS,))
+    layout, data = Layout("factored", (9, 7), 1, 9), (TOKENS,)
+    made = run(lambda w, i: loss_of(F.embedding(i, w, scale_grad_by_freq=True)), [randn(9, 7)], [layout], data, table)
     (probe,) = made.probes
     assert made.resolutions[0].code == Code.NOT_A_CONTRACTION and not probe[: layout.payload].any()
 

@@ -1,0 +1,64 @@
+"""What is read of a weight that no graph saw, off its module, its name and its shape.
+
+The rule is that of graphs, as far as these tell: in is what the plainest forward would bring to a product.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PRODUCTS = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, *_CONVOLUTIONS, *_TRANSPOSED)
+_TOLD_BY_NAME = re.compile(r"bias|pos_?emb|position|embedding|token|scale|gain|gamma|a_log")
+
+Owner = tuple[Any, str]
+"""A module that holds the weight, and as what."""
+
+
+def why_not_unseen(owners: Iterable[Owner], shape: Sequence[int]) -> str:
+    """Why a weight that no graph saw is left alone; empty where it is taken for a product's operand."""
+    owners = [(module, attribute) for module, attribute in owners if module is not None]
+    if any(isinstance(module, _LOOKUPS) or "Norm" in type(module).__name__ for module, _ in owners):
+        return "a lookup table or norm"
+    if any(_is_gain(module, attribute) for module, attribute in owners):
+        return "seen by no compiled graph: the gain of a weight norm"
+    if any(isinstance(module, _PRODUCTS) and "weight" in attribute for module, attribute in owners):
+        return ""
+    told = next((match[0] for _, attribute in owners if (match := _TOLD_BY_NAME.search(attribute.lower()))), None)
+    if told is not None:
+        return f"seen by no compiled graph: named as no product's weight is ({told})"
+    if sum(length > 1 for length in shape) < 2:
+        return "seen by no compiled graph: fewer than two dimensions longer than one, as tokens and scales have"
+    if len(shape) > 2 and shape[0] == 1:
+        return "seen by no compiled graph: the same for a whole batch, as tokens and position tables are"
+    return ""
+
+
+def axis_unseen(owners: Iterable[Owner], shape: Sequence[int]) -> int:
+    """The dimension that the weight's module sums over; the last one of a module that nobody knows."""
+    last = len(shape) - 1
+    for module, _ in owners:
+        kind = type(module).__name__
+        if kind == "Conv1D" and len(shape) == 2:  # of transformers: [in, out]
+            return 0
+        if isinstance(module, _TRANSPOSED):
+            return 0 if module.in_channels > module.groups else last
+        if isinstance(module, _CONVOLUTIONS) or (kind == "ParametrizationList" and len(shape) > 2):
+            return 1 if shape[1] > 1 else last  # a depthwise kernel sums over its window alone
+        if len(shape) == 3 and getattr(module, "is_transposed", False) is True:  # transformers' experts: [E, in, out]
+            return 1
+    return last
+
+
+def _is_gain(module: Any, attribute: str) -> bool:
+    """Whether a parameter is the magnitude of `torch.nn.utils.weight_norm`'s, of either kind."""
+    if attribute.endswith("_g") and hasattr(module, f"{attribute[:-2]}_v"):
+        return True
+    parametrized = isinstance(module, nn.utils.parametrize.ParametrizationList) and attribute == "original0"
+    return parametrized and any("WeightNorm" in type(each).__name__ for each in module)
