@@ -14,6 +14,7 @@ from lotion_fx.objective import penalty
 from lotion_fx.passes.registered import register_contraction
 from lotion_fx.presets import preset
 from lotion_fx.saved import load_state_dict, state_dict
+from lotion_fx.suggestion import Suggestion, suggest
 from lotion_fx.switches import finish, full_precision, randomized
 from lotion_fx.transformation import training_loss, transform
 
@@ -26,6 +27,7 @@ __all__ = [
     "Explanation",
     "Format",
     "NoiseLaw",
+    "Suggestion",
     "calibrate",
     "codebook",
     "expected_loss",
@@ -47,6 +49,7 @@ __all__ = [
     "resolve",
     "rounding",
     "state_dict",
+    "suggest",
     "training_loss",
     "transform",
 ]

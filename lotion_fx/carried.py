@@ -36,6 +36,15 @@ _CERTAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Bilinear, nn.RNNBase)
 _entered: weakref.WeakKeyDictionary[nn.Module, list[contextlib.ExitStack]] = weakref.WeakKeyDictionary()
 
 
+_tracers = 0  # how many are tracing a model now, all of whose rounded weights are in place
+
+
+@torch.compiler.assume_constant_result
+def _may_stay() -> bool:
+    """Whether a graph that Dynamo is making may contain a module; asked when it is made."""
+    return _tracers > 0 or private.traces_for_us()
+
+
 class Before:
     """The hook before a module's forward.
 
@@ -55,7 +64,7 @@ class Before:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_dynamo_compiling():
             _enter(self, module)
-        elif not private.traces_for_us():
+        elif not _may_stay():
             private.leave_graph(MADE_ITSELF)
 
     def __getattr__(self, name: str) -> Any:
@@ -204,9 +213,11 @@ def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False) -> It
     Raises:
         ValueError: the weight is sharded, or what traces the call cannot differentiate its rounding.
     """
+    global _tracers
     standing: list[Weight] = []
     tracer = private.tracer()
     try:
+        _tracers += bool(tracer)
         for weight in weights:
             parameter = weight.parameter()
             if weight.standing is not None or parameter is None or weight.mode == LATENT or not weight.selected:
@@ -220,6 +231,7 @@ def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False) -> It
             _place(weight, parameter, weight.standing.value)
         yield
     finally:
+        _tracers -= bool(tracer)
         for weight in standing:
             stood, weight.standing = weight.standing, None
             assert stood is not None
@@ -267,6 +279,8 @@ def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:
     elif tracer in ("torch.func", "make_fx") or not _is_real(parameter):
         real = weight.place.tensor() if tracer == "torch.export" and weight.place is not None else None
         values = weight.quantizer.rtn(parameter.detach()) if real is None else rounded(weight, real)
+        if tracer == "torch.export":  # some kernels choose their way by this
+            values.requires_grad_(parameter.requires_grad)
     else:
         values = deployed(weight, parameter, is_traced=bool(tracer))
     differentiates = tracer == "torch.func" or (torch.is_grad_enabled() and parameter.requires_grad)

@@ -145,17 +145,12 @@ def estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments
         if isinstance(weight.parameter(), DTensor):
             raise ValueError(f"model: {name!r} is sharded; expected_loss needs whole weights")
     graph = loss_graph(model, batch, loss_fn)
+    weights = quantized_in(graph, names)
     at = {name: index for index, name in enumerate(graph.parameters)}
-    with grad_mode_kept(), private.faked(graph.inputs({})) as fakes:
-        new = {at[name]: weight for weight, name in names.items() if weight.uses is None and name in at}
-        for index, uses in weight_uses(graph.gm, fakes, list(new)).items():
-            new[index].learn(uses)
-        weights = {name: weight for weight, name in names.items() if weight.selected and name in at}
-        if not weights:
-            raise ValueError("model: no weight of it is quantized, so nothing is random; see lotion_fx.report(model)")
-        certificates: dict[str, Certificate] = {}
-        ended = dict.fromkeys(weights, "moments='off'")
-        if moments != "off":
+    certificates: dict[str, Certificate] = {}
+    ended = dict.fromkeys(weights, "moments='off'")
+    if moments != "off":
+        with grad_mode_kept(), private.faked(graph.inputs({})) as fakes:
             for name in weights:
                 fakes[at[name]] = random_tensor.weight(name, fakes[at[name]], fakes[at[name]])
             analysis = analyse(graph.gm, fakes, [0], moments == "diagonal")
@@ -170,6 +165,23 @@ def estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments
     for name in weights:
         estimated.certificates[name] = _with_strength(certificates[name], name, estimated.strength(name))
     return estimated
+
+
+def quantized_in(graph: LossGraph, names: Mapping[Weight, str]) -> dict[str, Weight]:
+    """The quantized weights of a loss, by name; those that no graph has contained yet learn their uses from it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    at = {name: index for index, name in enumerate(graph.parameters)}
+    with grad_mode_kept(), private.faked(graph.inputs({})) as fakes:
+        new = {at[name]: weight for weight, name in names.items() if weight.uses is None and name in at}
+        for index, uses in weight_uses(graph.gm, fakes, list(new)).items():
+            new[index].learn(uses)
+    weights = {name: weight for weight, name in names.items() if weight.selected and name in at}
+    if not weights:
+        raise ValueError("model: no weight of it is quantized, so nothing is random; see lotion_fx.report(model)")
+    return weights
 
 
 def _with_strength(certificate: Certificate, name: str, strength: float) -> Certificate:
