@@ -18,6 +18,8 @@ with data, as an eager run sees it that knows nothing of us (`zoo_products.py`),
 Tables of embeddings are left out by default and do not count; frozen weights count in no sum. What the report says of
 each weight in full precision is in the JSON, and summed up below the table.
 
+torch's fast path of nn.TransformerEncoder is off: it is another kernel, which modules with hooks never take.
+
 A kind may also be a module of your own, with `ENTRIES` as `zoo_plain.py` has them.
 
 Models run in worker processes, each of `--batch` models; one that dies or takes longer than `--limit` seconds is one
@@ -72,6 +74,7 @@ def work(kind: str, names: Sequence[str], inner: str, checks: Sequence[str]) -> 
     from zoo_trial import Trial, try_out
 
     torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)
     assert all(hasattr(Trial, check) for check in CHECKS)
     known = entries(kind)
     print(_ROW + "null", flush=True)  # the time of a model begins here

@@ -41,6 +41,7 @@ def test_a_sample_of_the_plain_modules_passes(tmp_path) -> None:
     assert f"plain: {len(rows)}/{len(rows)} passed; 100.00% of product weights analytic or exact" in printed
 
 
+@pytest.mark.slow
 def test_a_sample_of_transformers_passes(tmp_path) -> None:
     pytest.importorskip("transformers")
     sample = "--kind", "transformers", "--only", "bert,mixtral", "--checks", "train,eval,silent"
