@@ -18,6 +18,8 @@ with data, as an eager run sees it that knows nothing of us (`zoo_products.py`),
 Tables of embeddings are left out by default and do not count; frozen weights count in no sum. What the report says of
 each weight in full precision is in the JSON, and summed up below the table.
 
+torch's fast path of nn.TransformerEncoder is off: it is another kernel, which modules with hooks never take.
+
 A kind may also be a module of your own, with `ENTRIES` as `zoo_plain.py` has them.
 
 Models run in worker processes, each of `--batch` models; one that dies or takes longer than `--limit` seconds is one
@@ -39,6 +41,8 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,7 @@ def work(kind: str, names: Sequence[str], inner: str, checks: Sequence[str]) -> 
     from zoo_trial import Trial, try_out
 
     torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)
     assert all(hasattr(Trial, check) for check in CHECKS)
     known = entries(kind)
     print(_ROW + "null", flush=True)  # the time of a model begins here
@@ -138,7 +143,7 @@ def table(rows: Sequence[dict[str, Any]], form: str) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    verdict = "yes" if row["passed"] else row["cause"].replace("|", "/")
+    verdict = "yes" if row["passed"] else row["cause"].replace("|", "/")[:200]
     if "elements" not in row:
         return [row["kind"], row["name"], *[""] * (len(SHARES) + 4), verdict]
     total = sum(row["elements"].values())
@@ -178,9 +183,20 @@ def _markdown(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
     kinds = "\n".join(f"* {line.strip()}" for line in summary(rows))
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
     return (
-        f"# The zoo\n\nWhat `lotion_fx` makes of {len(rows)} models, by\n\n```bash\n{command}\n```\n\n"
+        f"# The zoo\n\nWhat `lotion_fx` makes of {len(rows)} models ({_versions()}), by\n\n```bash\n{command}\n```\n\n"
         f"{about}\n\n## In all\n\n{kinds}\n\n## Model by model\n\n{table(rows, 'github')}\n"
     )
+
+
+def _versions() -> str:
+    """The libraries that are installed, and the day."""
+    found = []
+    for name in ("torch", "transformers", "timm"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join([*found, f"{datetime.now():%Y-%m-%d}"])
 
 
 def chosen(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
-from lotion_fx.deployed import deployed, forget, forget_changed, linked, rounded, smoothed
+from lotion_fx.deployed import as_parameter, deployed, forget, forget_changed, linked, rounded, smoothed
 from lotion_fx.passes.attach.attach import LATENT, MEAN, RR, STE, STE_SCALE
 from lotion_fx.state import Smoothing, StandIn, Weight, registry
 
@@ -34,6 +34,15 @@ MADE_ITSELF = (
 """Shown where another compiler insists on one graph."""
 _CERTAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Bilinear, nn.RNNBase)  # whose weights meet products
 _entered: weakref.WeakKeyDictionary[nn.Module, list[contextlib.ExitStack]] = weakref.WeakKeyDictionary()
+
+
+_tracers = 0  # how many are tracing a model now, all of whose rounded weights are in place
+
+
+@torch.compiler.assume_constant_result
+def _may_stay() -> bool:
+    """Whether a graph that Dynamo is making may contain a module; asked when it is made."""
+    return _tracers > 0 or private.traces_for_us()
 
 
 class Before:
@@ -55,8 +64,16 @@ class Before:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_dynamo_compiling():
             _enter(self, module)
-        elif not private.traces_for_us():
+        elif not _may_stay():
             private.leave_graph(MADE_ITSELF)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # of a hook as torch.jit.script takes it
+            raise AttributeError(
+                "torch.jit.script cannot script a model that lotion_fx has transformed; use torch.export.export or "
+                "torch.jit.trace on it in eval()"
+            )
+        raise AttributeError(name)
 
     def settle(self, module: nn.Module) -> None:
         """Makes a copied module the owner of its weights, and a copied model one that compiles."""
@@ -169,23 +186,21 @@ def _call_again(before: Before, model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------- standing in
 
 
-@contextlib.contextmanager
-def all_standing_in(smoothing: Smoothing) -> Iterator[None]:
+def all_standing_in(smoothing: Smoothing) -> contextlib.AbstractContextManager[None]:
     """Around a call of a model: rounded weights stand in for all those that graphs do not round themselves."""
-    with smoothing.running() as first:
-        if not first:
-            yield
-            return
-        weights = [weight for weight in smoothing.weights if weight.selected]
-        at_rest = [weight for weight in weights if _at_rest(weight)]
-        forget(weight for weight in weights if weight.training)
-        forget_changed(at_rest)
-        new = smoothing.tally.forwards <= 1
-        # Until a graph has told how the others are used, and in training those that a graph rounds, are left to it.
-        chosen = at_rest if not new else [w for w in at_rest if w.uses is not None or _is_certain(w)]
-        chosen += [w for w in weights if not new and w.uses is None and not _at_rest(w)]
-        with standing_in(chosen, sharded_apart=True):
-            yield
+    return smoothing.called(lambda: standing_in(_left_to_python(smoothing), sharded_apart=True))
+
+
+def _left_to_python(smoothing: Smoothing) -> list[Weight]:
+    weights = [weight for weight in smoothing.weights if weight.selected]
+    at_rest = [weight for weight in weights if _at_rest(weight)]
+    forget(weight for weight in weights if weight.training)
+    forget_changed(at_rest)
+    if smoothing.tally.forwards <= 1:  # until graphs have told how the others are used, these are left to them
+        return [weight for weight in at_rest if weight.uses is not None or _is_certain(weight)]
+    # In training graphs round faster; but where Python runs between them, it may read any weight.
+    broken = smoothing.tally.has_breaks and smoothing.is_whole
+    return [*at_rest, *(w for w in weights if (broken or w.uses is None) and not _at_rest(w))]
 
 
 @contextlib.contextmanager
@@ -198,9 +213,11 @@ def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False) -> It
     Raises:
         ValueError: the weight is sharded, or what traces the call cannot differentiate its rounding.
     """
+    global _tracers
     standing: list[Weight] = []
     tracer = private.tracer()
     try:
+        _tracers += bool(tracer)
         for weight in weights:
             parameter = weight.parameter()
             if weight.standing is not None or parameter is None or weight.mode == LATENT or not weight.selected:
@@ -214,6 +231,7 @@ def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False) -> It
             _place(weight, parameter, weight.standing.value)
         yield
     finally:
+        _tracers -= bool(tracer)
         for weight in standing:
             stood, weight.standing = weight.standing, None
             assert stood is not None
@@ -250,7 +268,7 @@ def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:
     """What stands in for a parameter, its gradient passed on to it, where `private.tracer` is this."""
     mode = weight.mode
     if not tracer and not _at_rest(weight):
-        return smoothed(weight, parameter, mode)
+        return as_parameter(smoothed(weight, parameter, mode), parameter)
     if mode in (STE_SCALE, MEAN):
         raise ValueError(
             f"{tracer} cannot trace the rounding of {weight.name!r} in this mode of training; call eval(), or use "
@@ -261,6 +279,8 @@ def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:
     elif tracer in ("torch.func", "make_fx") or not _is_real(parameter):
         real = weight.place.tensor() if tracer == "torch.export" and weight.place is not None else None
         values = weight.quantizer.rtn(parameter.detach()) if real is None else rounded(weight, real)
+        if tracer == "torch.export":  # some kernels choose their way by this
+            values.requires_grad_(parameter.requires_grad)
     else:
         values = deployed(weight, parameter, is_traced=bool(tracer))
     differentiates = tracer == "torch.func" or (torch.is_grad_enabled() and parameter.requires_grad)

@@ -61,6 +61,19 @@ def _partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> t
     return private.min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
 
+def _as_it_is(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The compiler of the `aot_eager` inner compiler: none.
+
+    A kernel may lay its result out in another way than its fake one said, and then a view of the trace is none.
+    Inductor makes reshapes of all views too.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    gm.recompile()
+    run_as_it_is: Callable[..., Any] = private.nop(gm, inputs)
+    return run_as_it_is
+
+
 def compile_graph(
     gm: fx.GraphModule, inputs: Sequence[Any], inner: str, mode: str | None, options: Mapping[str, Any]
 ) -> Callable[..., Any]:
@@ -75,7 +88,7 @@ def compile_graph(
     if inner == "eager":
         return gm.forward
     if inner == "aot_eager":
-        return private.aot_autograd(fw_compiler=private.nop, partition_fn=_partition)(gm, inputs)
+        return private.aot_autograd(fw_compiler=_as_it_is, partition_fn=_partition)(gm, inputs)
     compiled: Any = private.compile_fx(gm, inputs, config_patches=inductor_options(mode, options))
     return compiled
 

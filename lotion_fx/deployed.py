@@ -100,11 +100,15 @@ def smoothed(weight: Weight, parameter: Tensor, mode: str) -> Tensor:
 
 
 def linked(parameter: Tensor, values: Tensor) -> Tensor:
-    """Values whose gradient passes on to a parameter, and a parameter to the guards of graphs compiled for one."""
-    found: Tensor = Linked.apply(parameter, values)
-    if type(parameter) is nn.Parameter and type(found) is Tensor:
-        found.__class__ = nn.Parameter
-    return found
+    """Values whose gradient passes on to a parameter."""
+    return as_parameter(Linked.apply(parameter, values), parameter)
+
+
+def as_parameter(made: Tensor, parameter: Tensor) -> Tensor:
+    """What was made of a parameter, and is one to the guards of graphs that were compiled for one."""
+    if type(parameter) is nn.Parameter and type(made) is Tensor:
+        made.__class__ = nn.Parameter
+    return made
 
 
 class Linked(torch.autograd.Function):

@@ -225,20 +225,14 @@ def fake_input(value: Any, context: TracingContext | None) -> Any:
     return mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=symbolic is None)
 
 
-@torch.compiler.assume_constant_result
-def _tracing_backend() -> str:
-    """The module that the backend which Dynamo traces for was written in."""
+def traces_for_us() -> bool:
+    """Whether the backend that Dynamo traces for is ours; to be asked while it traces."""
     backend: Any = InstructionTranslator.current_tx().output.compiler_fn
     backend = innermost_backend(backend)
     backend = getattr(getattr(backend, "__self__", None), "backend_compile_fn", backend)  # of DDP's graph splitter
     for wrapped in ("_compiler_fn", "compiler_fn"):
         backend = getattr(innermost_backend(backend), wrapped, backend)
-    return str(getattr(backend, "__module__", ""))
-
-
-def traces_for_us() -> bool:
-    """Whether Dynamo, which is tracing the caller, traces it for a backend of ours."""
-    return _tracing_backend().startswith("lotion_fx")
+    return str(getattr(backend, "__module__", "")).startswith("lotion_fx")
 
 
 def leave_graph(reason: str) -> None:

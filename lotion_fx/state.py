@@ -44,6 +44,7 @@ class Smoothing:
         weights: its parameters, selected or not.
         tally: where its training stands.
         model: what `transform` was given, weakly.
+        is_whole: whether it is compiled as one, and not by regions.
         compile: makes a copy of the model call compiled code, as `transform` made the model.
         take_in: brings the weights up to what the model holds now, see `members`.
         seen_changes: `Registry.changes` when it last did.
@@ -57,13 +58,14 @@ class Smoothing:
         self.weights: list[Weight] = []
         self.tally = Tally(settings, self.weights, finish_term=settings.finish_term)
         self.model: Callable[[], nn.Module | None] = _nothing
+        self.is_whole = True
         self.compile: Callable[[nn.Module], None] | None = None
         self.take_in: Callable[[Smoothing, nn.Module], None] | None = None
         self.seen_changes = 0
         self.loss_call: Callable[..., Any] | None = None
         self.said: set[str] = set()
         self.places: list[tuple[str, str, Weight]] = []
-        self._calls, self._lock = 0, threading.Lock()
+        self._calls, self._around, self._lock = 0, contextlib.ExitStack(), threading.RLock()
 
     @property
     def is_running(self) -> bool:
@@ -71,20 +73,29 @@ class Smoothing:
         return self._calls > 0
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[bool]:
-        """Inside, a call of the model is under way; gives whether it is the first of those that are."""
+    def called(self, around: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+        """Inside, a call of the model is under way.
+
+        Args:
+            around: what is to be entered with the first of several calls at a time, and left with the last: threads may
+                serve one model, and a model may call itself.
+        """
         with self._lock:
+            if not self._calls:
+                self._around.enter_context(around())
             self._calls += 1
-            first = self._calls == 1
         try:
-            yield first
+            yield
         finally:
             with self._lock:
                 self._calls -= 1
+                if not self._calls:
+                    self._around.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Smoothing:
         """That of a copy of the model, where its training stands included."""
         memo[id(self)] = made = Smoothing(self.settings)
+        made.is_whole = self.is_whole
         made.compile, made.take_in, made.seen_changes = self.compile, self.take_in, self.seen_changes
         made.tally.restore(copy.deepcopy(self.tally.saved()))
         made.weights.extend(copy.deepcopy(weight, memo) for weight in self.weights)

@@ -105,6 +105,8 @@ class Tally:
         forwards: calls of the model so far.
         backwards: backward passes since the last step.
         dropped: how often gradients were dropped since then, no step having taken them.
+        graphs: that rounded weights in the forward under way.
+        has_breaks: whether a forward ran several of them.
         counted_in_graph: whether a joint graph of the forward under way counts T.
         loss_count: T of the step under way, over all its backward passes.
         is_used: whether an optimizer took that T; then the next backward pass begins a new one.
@@ -131,6 +133,8 @@ class Tally:
     forwards: int = 0
     backwards: int = 0
     dropped: int = 0
+    graphs: int = 0
+    has_breaks: bool = False
     counted_in_graph: bool = False
     loss_count: Tensor | None = None
     is_used: bool = False
@@ -207,6 +211,12 @@ class Tally:
     def forward_began(self) -> None:
         self.counted_in_graph = False
         self.forwards += 1
+        self.graphs = 0
+
+    def graph_ran(self) -> None:
+        """One of the graphs that round weights ran; a second one in a forward has Python before it."""
+        self.graphs += 1
+        self.has_breaks |= self.graphs > 1
 
     def runs_in(self, group: Any) -> None:
         """The forward under way is that of a DistributedDataParallel over this group; None of no such module."""

@@ -109,7 +109,7 @@ def transform(
     settings = checked(settings, likelihood, by_regions=regions != [model])
     check_model(model)
     smoothing = Smoothing(settings)
-    smoothing.model = weakref.ref(model)
+    smoothing.model, smoothing.is_whole = weakref.ref(model), regions == [model]
     smoothing.weights.extend(weights_for(smoothing, model, resolve(fmt), {} if only is None else only))
     check_weights(smoothing)
     if settings.samples_labels:

@@ -93,6 +93,8 @@ class Variants:
         plans, weights = self._plans(args)
         args = self._with_stand_ins(args)
         compiled = self._variant(plans)
+        if weights:
+            next(iter(weights.values())).smoothing.tally.graph_ran()
         for index, certificate in compiled.stream.items():
             weights[index].gathered.entered_loss(certificate)
         gains = [weights[index].gain_on(args[index].device) for index in compiled.stream]
@@ -106,7 +108,7 @@ class Variants:
     def _differentiable_once(self, outputs: Any) -> Any:
         """A graph's outputs, whose backward pass refuses to be differentiated where it cannot be."""
         if self.backend.inner != "eager":
-            first = next((x for x in outputs if isinstance(x, Tensor) and x.requires_grad), None)
+            first = next((x for x in outputs if isinstance(x, Tensor) and x.grad_fn is not None), None)
             if first is not None:
                 first.register_hook(_refuse_second_derivatives)
         return outputs

@@ -123,6 +123,8 @@ def transform(call: Call) -> Value:
     if call.data:
         for operand in call.operands:
             for weight, part in operand.value.parts.items():
-                call.record(weight, Meeting(PRODUCT, call.name, part))
+                rank = len(part.dims or ())
+                summed = part.held_at(dim % rank for dim in call.args[1]) if rank else frozenset()
+                call.record(weight, Meeting(PRODUCT, call.name, part, summed))
         return DATA
     return opaque(call)

@@ -41,9 +41,10 @@ def test_a_sample_of_the_plain_modules_passes(tmp_path) -> None:
     assert f"plain: {len(rows)}/{len(rows)} passed; 100.00% of product weights analytic or exact" in printed
 
 
+@pytest.mark.slow
 def test_a_sample_of_transformers_passes(tmp_path) -> None:
     pytest.importorskip("transformers")
-    sample = "--kind", "transformers", "--only", "llama,bert", "--checks", "train,eval,silent"
+    sample = "--kind", "transformers", "--only", "bert,mixtral", "--checks", "train,eval,silent"
     rows, _ = run(tmp_path, *sample)
     assert len(rows) == 2
     for row in rows.values():
@@ -53,40 +54,50 @@ def test_a_sample_of_transformers_passes(tmp_path) -> None:
 
 BAD = """
 import os, time
-import torch
 from torch import nn
 from zoo_entry import Entry, normal
 
-def die():
-    os._exit(3)
-
-def sleep():
-    time.sleep(600)
-
-class Deaf(nn.Linear):
+class Drifts(nn.Linear):
     def __init__(self):
         super().__init__(16, 16)
         self.calls = 0
+
     def forward(self, x):
         self.calls += 1
         return super().forward(x) * self.calls
 
-make = lambda: nn.Linear(16, 4)
-ENTRIES = [Entry("bad_models", name, made, normal((3, 16))) for name, made in
-           {"first": make, "dies": die, "raises": lambda: 1 / 0, "sleeps": sleep, "drifts": Deaf, "last": make}.items()]
+MODELS = {
+    "first": lambda: nn.Linear(16, 4),
+    "dies": lambda: os._exit(3),
+    "raises": lambda: 1 / 0,
+    "sleeps": lambda: time.sleep(600),
+    "drifts": lambda: Drifts(),
+    "last": lambda: nn.Linear(16, 4),
+}
+ENTRIES = [Entry("bad_models", name, make, normal((3, 16))) for name, make in MODELS.items()]
 """
 
 
 def test_one_bad_model_loses_no_other(tmp_path) -> None:
     (tmp_path / "bad_models.py").write_text(BAD)
     markdown = tmp_path / "zoo.md"
-    checks = "--checks", "train,eval", "--limit", "10", "--markdown", str(markdown)
-    rows, printed = run(tmp_path, "--kind", "bad_models", *checks, path=str(tmp_path))
-    passed = {name for name, row in rows.items() if row["passed"]}
-    assert passed == {"first", "last"} and len(rows) == 6
-    assert rows["dies"]["cause"] == rows["sleeps"]["cause"] == "it died, or took more than 10.0 s"
-    assert "division by zero" in rows["raises"]["cause"] and "differs by" in rows["drifts"]["checks"]["eval"]
-    assert "bad_models: 2/6 passed" in printed and "| drifts " in markdown.read_text()
+    only = "--only", "first,dies,raises,drifts,last", "--checks", "train,eval"
+    rows, printed = run(tmp_path, "--kind", "bad_models", *only, "--markdown", str(markdown), path=str(tmp_path))
+    assert {name for name, row in rows.items() if row["passed"]} == {"first", "last"} and len(rows) == 5
+    assert rows["dies"]["cause"].startswith("it died") and "division by zero" in rows["raises"]["cause"]
+    assert "differs by" in rows["drifts"]["checks"]["eval"]
+    assert "bad_models: 2/5 passed" in printed and "| drifts " in markdown.read_text()
+
+
+@pytest.mark.slow
+def test_a_model_that_takes_too_long_is_one_row_and_what_passed_is_kept(tmp_path) -> None:
+    (tmp_path / "bad_models.py").write_text(BAD)
+    sleeping = "--kind", "bad_models", "--only", "first,sleeps,last", "--checks", "train", "--limit", "40", "--resume"
+    rows, first = run(tmp_path, *sleeping, path=str(tmp_path))
+    assert {name: row["passed"] for name, row in rows.items()} == {"first": True, "sleeps": False, "last": True}
+    assert rows["sleeps"]["cause"] == "it died, or took more than 40.0 s"
+    rows, second = run(tmp_path, *sleeping, path=str(tmp_path))
+    assert len(rows) == 3 and "bad_models first: passed" in first and "bad_models first: passed" not in second
 
 
 class Judged(nn.Module):
@@ -114,8 +125,6 @@ def test_the_judge_follows_parameters_to_products(benchmark) -> None:
     assert found == {"head.weight"} | {name for name, _ in model.named_parameters() if name.startswith("meets")}
 
 
-def test_a_zoo_is_as_large_as_it_says(benchmark) -> None:
-    entries = benchmark("zoo_plain").ENTRIES
-    assert len({entry.name for entry in entries}) == len(entries) >= 60
-    for entry in entries[::10]:
-        assert entry.make.__doc__ or entry.name
+def test_names_are_unique_and_enough(benchmark) -> None:
+    names = [entry.name for entry in benchmark("zoo_plain").ENTRIES]
+    assert len(set(names)) == len(names) >= 60

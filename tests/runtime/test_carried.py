@@ -420,6 +420,20 @@ def test_a_weight_read_by_another_is_rounded(inner, trained):
         assert torch.equal(model(X), rounded(X))
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_weight_read_by_another_is_rounded_in_training_too(inner):
+    """From the second forward on: the first one tells that Python runs between the graphs."""
+    model = Reads()
+    rounded = by_hand(model)
+    lotion_fx.transform(model, "int4", inner=inner, method="ste")
+    model(X)
+    assert torch.equal(model(X), rounded(X))
+    model(X).square().mean().backward()
+    rounded(X).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, rounded.get_parameter(name).grad, msg=name)
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: str, **options) -> None:
         super().__init__()
@@ -454,6 +468,14 @@ def test_recurrent_modules_train_at_rounded_weights(kind, options, method):
     torch.optim.SGD(model.parameters(), 0.1).step()
     assert not torch.equal(before, model.rnn.weight_hh_l0)
     torch.testing.assert_close(model.eval()(x), by_hand(_plain(model))(x))
+
+
+def test_a_recurrent_module_keeps_no_rounded_weight():
+    """It holds its parameters in a list of its own, which a copy would take along."""
+    model = lotion_fx.transform(Recurrent("LSTM"), "int4", inner="aot_eager", method="ste")
+    model(torch.randn(4, 6, 32))
+    assert all(a is b for a, b in zip(model.rnn._flat_weights, model.rnn.parameters(), strict=True))
+    copy.deepcopy(model)
 
 
 def _plain(model: nn.Module) -> nn.Module:

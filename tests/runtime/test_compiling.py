@@ -3,7 +3,43 @@
 import types
 from pathlib import Path
 
+import torch
+from torch import nn
+
+import lotion_fx
 from lotion_fx import compiling, kernels, numerics, passes, private
+
+
+@torch.library.custom_op("compiling::turned", mutates_args=())
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """The values in another layout than is said below, as some of PyTorch's own kernels do."""
+    return x.T.contiguous().T.clone()
+
+
+@turned.register_fake
+def _(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+turned.register_autograd(lambda ctx, grad: torch.ops.compiling.turned(grad))
+
+
+def test_a_kernel_may_lay_its_result_out_otherwise_than_its_fake_one():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.last(torch.ops.compiling.turned(self.first(x)).view(-1, 4))
+
+    torch._dynamo.reset()
+    model, x = lotion_fx.transform(Net(), "int4", inner="aot_eager"), torch.randn(6, 8)
+    expected = model.last(model.first(x).reshape(-1, 4))
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+    with torch.no_grad():
+        assert model.eval()(x).shape == expected.shape
 
 
 def test_every_source_of_compiled_code_is_in_the_key():
