@@ -143,7 +143,8 @@ def _row(name: str, weight: Weight, term: torch.Tensor | None, total: float) -> 
     estimator, reason = _estimator(weight)
     part = None if term is None else float(term)
     share = part / total if part is not None and total > 0 else None
-    axis = None if weight.uses is None and weight.curvature.code is None else weight.axis
+    has_run = weight.uses is not None or weight.smoothing.tally.forwards > 0
+    axis = weight.axis if has_run else None  # a graph may still tell another
     return Row(
         name, weight.shape, weight.quantizer.format.name, estimator, reason, uses, axis, _sqnr(weight), part, share
     )

@@ -493,3 +493,30 @@ def test_packed_sequences():
     rounded = by_hand(_plain(model))
     packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 5, 32), [5, 3, 2], batch_first=True)
     assert torch.equal(model.eval()["lstm"](packed)[0].data, rounded["lstm"](packed)[0].data)
+
+
+@pytest.mark.parametrize(
+    ("layer", "axis", "x"),
+    [
+        (nn.Conv2d(6, 16, 3), 1, torch.randn(2, 6, 8, 8)),
+        (nn.ConvTranspose1d(12, 8, 3), 0, torch.randn(2, 12, 9)),
+        (nn.Linear(32, 16), 1, torch.randn(3, 32)),
+        (nn.GRUCell(32, 16), 1, torch.randn(3, 32)),
+    ],
+)
+def test_the_block_axis_in_python_is_the_module_s(layer, axis, x):
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = copy.deepcopy(layer)
+
+        @torch.compiler.disable
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    model = Hidden()
+    rounded = by_hand(model, axis=axis)
+    lotion_fx.transform(model, "int4", inner="aot_eager").eval()
+    for _ in range(2):
+        assert torch.equal(model(x), rounded(x))
+    assert {row.block_axis for row in lotion_fx.report(model).rows if row.format} == {axis}
