@@ -33,6 +33,7 @@ _stepping: list[torch.optim.Optimizer] = []  # one may step another inside its o
 _done: weakref.WeakSet[Weight] = weakref.WeakSet()  # weights that have their term in the outermost of those steps
 
 
+@torch.compiler.disable  # a compiled train step leaves the term to Python, which has a graph of its own for it
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     """Adds the term now, or after each call of the closure where the optimizer makes the gradients itself."""
     _stepping[:] = [outer for outer in _stepping if outer is not optimizer and _is_running(outer)]
@@ -60,6 +61,7 @@ def _is_running(optimizer: torch.optim.Optimizer) -> bool:
     return False
 
 
+@torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     if optimizer in _stepping:
         del _stepping[_stepping.index(optimizer) :]

@@ -19,7 +19,9 @@ from lotion_fx.state import registry
 X = torch.randn(6, 32)
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit:DeprecationWarning", "ignore:LSTM with projections is not supported with oneDNN"
+    "ignore:.*torch.jit:DeprecationWarning",
+    "ignore:.*torch.jit:FutureWarning",
+    "ignore:LSTM with projections is not supported with oneDNN",
 )
 
 
