@@ -147,7 +147,10 @@ def carry(model: nn.Module, smoothing: Smoothing) -> None:
             if (module := ref()) is not None:
                 owned.setdefault(module, {})[attribute] = weight
     for module, weights in owned.items():
-        private.hook_forward(module, Before(weights, smoothing if module is model else None), _after)
+        before, known = Before(weights, smoothing if module is model else None), private.before_of(module)
+        if isinstance(known, Before):
+            before.call = known.call
+        private.hook_forward(module, before, _after)
 
 
 @torch.compiler.disable
@@ -197,7 +200,17 @@ def _left_to_python(smoothing: Smoothing) -> list[Weight]:
     forget(weight for weight in weights if weight.training)
     forget_changed(at_rest)
     if smoothing.tally.forwards <= 1:  # until graphs have told how the others are used, these are left to them
-        return [weight for weight in at_rest if weight.uses is not None or _is_certain(weight)]
+        unknown = [weight for weight in at_rest if weight.uses is None and not _is_certain(weight)]
+        if not (tracer := private.tracer()):
+            return [weight for weight in at_rest if weight not in unknown]
+        if unknown:
+            weight = unknown[0]
+            warnings.warn(
+                f"{tracer} of a model that never ran: {weight.name!r} is rounded in blocks along its dimension "
+                f"{weight.axis}, which a run may correct; call the model once before, in eval()",
+                stacklevel=2,
+            )
+        return at_rest
     # In training graphs round faster; but where Python runs between them, it may read any weight.
     broken = smoothing.tally.has_breaks and smoothing.is_whole
     return [*at_rest, *(w for w in weights if (broken or w.uses is None) and not _at_rest(w))]

@@ -172,6 +172,27 @@ def test_traced_it_is_rounded(how, fmt, ran, with_grad):
     assert torch.equal(model(X), rounded(X)) and model.a.weight.requires_grad  # everything is back in its place
 
 
+class Raw(nn.Module):
+    """A parameter of no module that tells its use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+def test_a_model_that_never_ran_is_exported_aloud():
+    model = Raw()
+    known, guessed = by_hand(model, axis=0), by_hand(model, axis=1)
+    lotion_fx.transform(model, "int4", inner="aot_eager").eval()
+    with pytest.warns(UserWarning, match="of a model that never ran: 'w' is rounded in blocks along its dimension 1"):
+        assert torch.equal(torch.export.export(model, (X,)).module()(X), guessed(X))
+    model(X)
+    assert torch.equal(torch.export.export(model, (X,)).module()(X), known(X))
+
+
 def test_an_exported_program_holds_the_rounded_weights_as_constants():
     model, rounded = pair()
     program = torch.export.export(model.eval(), (X,))

@@ -95,6 +95,9 @@ def test_what_comes_later_is_taken_in(what, trained, inner):
         assert {row.estimator for row in lotion_fx.report(model).rows if row.format} == {"analytic"}
     assert torch.equal(model.eval()(X), rounded(model, plain)(X))
     assert len(smoothings_of(model)[0].weights) == len(list(model.parameters()))
+    model.compile(backend="eager")
+    with pytest.warns(UserWarning, match="leave compile"):
+        model(X)
 
 
 def test_a_change_without_a_question_in_between():
