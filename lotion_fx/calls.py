@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable
@@ -61,11 +62,13 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
     def forward(*args: Any, **kwargs: Any) -> Any:
         model = reference()
         assert model is not None
-        if smoothing.take_in is not None:
-            smoothing.take_in(smoothing, model)
+        tracer = private.tracer()
+        with private.outside_of_modes() if tracer else contextlib.nullcontext():
+            if smoothing.take_in is not None:
+                smoothing.take_in(smoothing, model)
         announcer.new_call()
         tally.forward_began()
-        if tracer := private.tracer():
+        if tracer:
             _warn_of_training(tracer, smoothing)
             with all_standing_in(smoothing), private.uncompiled(model):
                 return private.plain_call(model)(*args, **kwargs)

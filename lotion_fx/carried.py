@@ -279,8 +279,10 @@ def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:
     elif tracer in ("torch.func", "make_fx") or not _is_real(parameter):
         real = weight.place.tensor() if tracer == "torch.export" and weight.place is not None else None
         values = weight.quantizer.rtn(parameter.detach()) if real is None else rounded(weight, real)
-        if tracer == "torch.export":  # some kernels choose their way by this
-            values.requires_grad_(parameter.requires_grad)
+        if tracer == "torch.export":
+            values.requires_grad_(parameter.requires_grad)  # by which some kernels choose their way
+            # torch.export takes it for a parameter that was not registered. It is a constant, and meant.
+            warnings.filterwarnings("ignore", r"A model attribute `.*lifted_tensor_\d+` requires gradient")
     else:
         values = deployed(weight, parameter, is_traced=bool(tracer))
     differentiates = tracer == "torch.func" or (torch.is_grad_enabled() and parameter.requires_grad)

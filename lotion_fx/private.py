@@ -119,6 +119,17 @@ class InTurn(CustomGraphPass):
         return None if None in keys else tuple(keys)
 
 
+def arguments_of(op: Any) -> Sequence[Any]:
+    """An operator's arguments: ``name``, ``default_value``, and ``alias_info``, by which one is written to."""
+    declared: Sequence[Any] = op._schema.arguments
+    return declared
+
+
+def results_of(op: Any) -> int:
+    """How many results an operator has."""
+    return len(op._schema.returns)
+
+
 # --- what Dynamo knows of a graph's inputs ---
 
 

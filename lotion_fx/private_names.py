@@ -41,6 +41,7 @@ WHY = {
     "torch._dispatch.python.enable_python_dispatcher": "sizes stay symbols: 2.11's matmul in C++ makes them numbers",
     "torch._ops.OpOverload": "a graph's operator, apart from other callables",
     "torch._ops.HigherOrderOperator": "a region that must stay whole, such as a checkpointed one",
+    "torch._ops.OpOverload._schema": "its arguments by name, with defaults, and which of them it writes to",
     "torch.utils._python_dispatch.TorchDispatchMode": "sees each operator of a function that runs",
     "torch.utils._pytree.tree_flatten": "the tensors in nested arguments, in the order that torch's graphs use",
     "torch.utils._pytree.tree_leaves": "likewise",

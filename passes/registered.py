@@ -24,6 +24,7 @@ from lotion_fx.passes.curvature.contraction import (
     square_operand,
     to_float,
 )
+from lotion_fx.private import arguments_of, results_of
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _settle(entry: _Registered) -> None:
     packet = _found(entry.name)
     target = packet.default
     places = _places(entry, target)
-    returns = len(target._schema.returns)
+    returns = results_of(target)
     if (entry.output or 0) >= returns or (entry.output is None and returns > 1):
         raise ValueError(
             f"output={entry.output!r}: {entry.name} has {returns} results; expected the place of that which is the sum"
@@ -130,7 +131,7 @@ def _settle(entry: _Registered) -> None:
 
 
 def _places(entry: _Registered, target: Any) -> dict[int, int]:
-    names = [argument.name for argument in target._schema.arguments]
+    names = [argument.name for argument in arguments_of(target)]
     places = {}
     for operand, dim in entry.contracted:
         place = operand if isinstance(operand, int) else names.index(operand) if operand in names else -1

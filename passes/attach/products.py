@@ -10,6 +10,7 @@ import torch
 from lotion_fx.passes.attach.call import CONTRACTION, INNER, INPUT, PRODUCT, SCALE, SUM, Call, Meeting, Operand
 from lotion_fx.passes.attach.values import CONSTANT, DATA, Part, Value, broadcast, lost, merged
 from lotion_fx.passes.ops import CONTRACTED
+from lotion_fx.private import arguments_of
 
 aten = torch.ops.aten
 
@@ -92,7 +93,7 @@ def attention(call: Call) -> Value:
     if not call.data:
         return opaque(call)
     for operand in call.operands:
-        name = call.func._schema.arguments[operand.position].name
+        name = arguments_of(call.func)[operand.position].name
         if name in ("query", "key", "value") or operand.position < 3:
             data = any(other.value.data for other in call.operands if other is not operand)
             call.contracts(

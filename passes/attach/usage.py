@@ -34,7 +34,7 @@ from lotion_fx.passes.attach.call import (
 from lotion_fx.passes.attach.follow import followed
 from lotion_fx.passes.attach.values import CONSTANT, DATA, Part, Value, merged, whole
 from lotion_fx.passes.registered import settle
-from lotion_fx.private import OpOverload, TorchDispatchMode, source_of, tree_leaves
+from lotion_fx.private import OpOverload, TorchDispatchMode, arguments_of, source_of, tree_leaves
 
 __all__ = ["CONTRACTION", "ELEMENTWISE", "EMBEDDING", "INNER", "PRODUCT", "SUM", "Use", "weight_uses", "why_not_of"]
 
@@ -151,7 +151,7 @@ class _Tracker(TorchDispatchMode):
         return out
 
     def _op(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        schema = func._schema.arguments
+        schema = arguments_of(func)
         bound = [args[i] if i < len(args) else kwargs.get(a.name, a.default_value) for i, a in enumerate(schema)]
         written = [x for x, a in zip(bound, schema, strict=True) if a.alias_info is not None and a.alias_info.is_write]
         results = list({id(t): t for t in tree_leaves((out, written)) if isinstance(t, Tensor)}.values())

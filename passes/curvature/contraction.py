@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from lotion_fx.private import arguments_of
+
 aten = torch.ops.aten
 GROUP, LEFT, RIGHT = "group", "left", "right"
 
@@ -71,7 +73,7 @@ def bound(node: fx.Node) -> list[Any]:
     """The node's arguments in the order of the op's schema, defaults included."""
     target: Any = node.target
     given, kwargs = arguments(node), node.kwargs
-    schema = target._schema.arguments
+    schema = arguments_of(target)
     return [given[i] if i < len(given) else kwargs.get(a.name, a.default_value) for i, a in enumerate(schema)]
 
 

@@ -54,6 +54,8 @@ class Uses:
         partners: numbers of the operands that meet the chain in an op.
         copies: element counts of the chain and of what elementwise ops make of it.
         stack: whether the weight is a stack of matrices, of which some may be gathered.
+        spread: nodes of the chain in which the weight was multiplied by data that is the same along some of it: kernels
+            of a sample's own, or a product by hand. They are operands only of what takes them for kernels.
         nonlinear: the op in which the weight meets a function of itself, if one does.
     """
 
@@ -62,6 +64,7 @@ class Uses:
     partners: set[int] = field(default_factory=set)
     copies: set[Any] = field(default_factory=set)
     stack: bool = False
+    spread: set[fx.Node] = field(default_factory=set)
     nonlinear: fx.Node | None = None
 
 
@@ -133,12 +136,22 @@ class JointGraph:
             meets_itself = any(self.ancestors(other) & uses.chain for other in others)
         if user.target in SCALINGS | CONTRACTIONS and meets_itself:
             uses.nonlinear = user
+        if node in uses.spread:
+            if user.target in VIEWS:
+                uses.spread.add(user)
+                return True
+            if not _takes_kernels(node, user):
+                return False
         uses.partners.update(self.number(other) for other in others)
         if user.target in ADDING and user.args[0] is node:
             uses.copies.add(numel(user))
         if user.target in ELEMENTWISE:
             uses.copies.add(numel(user))
-            return node.meta["val"].dim() == user.meta["val"].dim() and numel(node) == numel(user)
+            if node.meta["val"].dim() == user.meta["val"].dim() and numel(node) == numel(user):
+                return True
+            if user.target in SCALINGS and any(_spreads(node, other) for other in others):
+                uses.spread.add(user)
+            return user in uses.spread
         return user.target not in CONTRACTIONS
 
 
@@ -150,6 +163,26 @@ def _takes_gathered(node: fx.Node, user: fx.Node, stack: bool) -> bool:
     if user.target in STACK_PRODUCTS:
         return stack
     return user.target in VIEWS or (user.target in (aten.mm.default, aten.addmm.default) and user.args[-1] is node)
+
+
+def _spreads(node: fx.Node, other: fx.Node) -> bool:
+    """Whether a factor is the same along one of two dimensions or more of a weight: no scale of activations is."""
+    shape, by = list(node.meta["val"].shape), list(other.meta["val"].shape)
+    by = [1] * (len(shape) - len(by)) + by[max(len(by) - len(shape), 0) :]
+    long = [place for place, length in enumerate(shape) if not _is_one(length)]
+    return len(long) > 1 and any(_is_one(by[place]) for place in long)
+
+
+def _is_one(length: Any) -> bool:
+    return isinstance(length, int) and length == 1
+
+
+def _takes_kernels(node: fx.Node, user: fx.Node) -> bool:
+    """Whether an op has a spread weight for its kernels: with an input for each of them."""
+    if user.target is aten.convolution.default:
+        return user.args[1] is node
+    others = [other for other in operands(user) if other is not node]
+    return user.target is aten.bmm.default and all(numel(root(other)) == numel(other) for other in others)
 
 
 def operands(node: fx.Node) -> list[fx.Node]:

@@ -167,8 +167,9 @@ def test_what_a_preset_leaves_out_has_its_reason():
 # -------------------------------------------------------------------------------------------------------- TorchScript
 
 
+@pytest.mark.filterwarnings("ignore:no compiled graph contains 2.weight")  # Dynamo of torch 2.11 gives up there
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of BatchNorm's own code
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("make", [lambda module: torch.jit.trace(module, torch.randn(4, 20)), torch.jit.script])
 def test_a_script_module_inside_is_left_out_with_its_reason(make):
     torch.manual_seed(0)
@@ -193,7 +194,7 @@ def test_a_script_module_inside_is_left_out_with_its_reason(make):
     assert lotion_fx.state_dict(model)["weights"].keys() == dict(model.named_parameters()).keys()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_script_modules_that_cannot_be_left_out():
     scripted = torch.jit.script(nn.Linear(20, 7))
     with pytest.raises(TypeError, match=r"model: a RecursiveScriptModule is TorchScript.*transform the nn.Module"):

@@ -18,6 +18,7 @@ FILES = [path for folder in ("lotion_fx", "passes", "kernels", "examples") for p
 # Underscored, and not PyTorch's: namedtuple's method, functools' class, Triton's autotuner that Inductor extends.
 OTHERS = {"_replace", "_lru_cache_wrapper", "_precompile_config"}
 INSTANCES = {  # what holds the attributes that its class does not
+    "torch._ops.OpOverload": lambda: torch.ops.aten.mm.default,
     "torch.nn.Module": nn.Module,
     "torch.nn.RNNBase": lambda: nn.LSTM(1, 1),
     "torch.amp.GradScaler": lambda: torch.amp.GradScaler("cpu"),
@@ -257,6 +258,14 @@ def test_attributes_of_a_module_and_a_tensor():
     before = private.version_of(x)
     x.add_(1)
     assert private.version_of(x) == before + 1
+
+
+def test_an_operator_tells_its_arguments():
+    found = private.arguments_of(torch.ops.aten.index_put_.default)
+    assert [(a.name, a.default_value, bool(a.alias_info and a.alias_info.is_write)) for a in found] == [
+        ("self", None, True), ("indices", None, False), ("values", None, False), ("accumulate", False, False),
+    ]  # fmt: skip
+    assert private.results_of(torch.ops.aten.max.dim) == 2
 
 
 def test_the_scale_that_a_grad_scaler_divided_out_is_told_once():

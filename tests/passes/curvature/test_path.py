@@ -141,6 +141,61 @@ CASES["flipped"] = Case(
     lambda g, v: product(g["y"], v["x"])[0].flip(1),
     (randn(13, 7),),
 )
+CASES["beside others"] = Case(
+    (5, 7),
+    1,
+    5,
+    lambda w, tap, x, m: tap("y", F.linear(tap("x", x), torch.cat([m, w]))[:, 3:]),
+    lambda g, v: product(g["y"], v["x"])[0],
+    (randn(13, 7), randn(3, 7)),
+)
+CASES["above the diagonal"] = Case(
+    (7, 7),
+    1,
+    7,
+    lambda w, tap, x: tap("y", F.linear(tap("x", x), w.triu())),
+    lambda g, v: product(g["y"], v["x"])[0].triu(),
+    (randn(13, 7),),
+)
+CASES["by hand"] = Case(
+    (5, 7),
+    1,
+    5,
+    lambda w, tap, x: tap("y", (tap("x", x).unsqueeze(-2) * w).sum(-1)),
+    lambda g, v: product(g["y"], v["x"])[0],
+    (randn(13, 7),),
+)
+
+
+def modulated(w: Tensor, tap: Any, x: Tensor, style: Tensor) -> Tensor:
+    """Each image has its own kernel, w [O, I, K] times its style [N, I]."""
+    kernels = (w[None] * style[:, None, :, None]).flatten(0, 1)
+    y = F.conv1d(tap("x", x).flatten(0, 1)[None], kernels, groups=len(x))
+    return tap("y", y.view(len(x), len(w), -1))
+
+
+def of_styled_windows(g: Any, v: Any) -> Any:
+    seen = (v["x"] * randn(2, 3).double()[..., None]).unfold(2, 4, 1)  # [N, I, P, K]
+    return torch.einsum("nop,nipk->oik", g["y"].square(), seen.square())
+
+
+CASES["modulated, a matrix"] = Case(
+    (5, 7),
+    1,
+    5,
+    lambda w, tap, x, style: tap("y", torch.bmm(w * style[:, None], tap("x", x).mT)),
+    lambda g, v: torch.einsum("nop,npi,ni->oi", g["y"].square(), v["x"].square(), randn(3, 7).double().square()),
+    (randn(3, 13, 7), randn(3, 7)),
+)
+CASES["scales of rows, then a matrix"] = Case(
+    (5, 7),
+    1,
+    5,
+    lambda w, tap, x, m: tap("y", tap("x", x)[:, None] * w) @ m,
+    lambda g, v: (g["y"] * v["x"][:, None]).square().sum(0),
+    (randn(13, 7), randn(7, 3)),
+)
+CASES["modulated"] = Case((5, 3, 4), 1, 5, modulated, of_styled_windows, (randn(2, 3, 11), randn(2, 3)))
 
 
 def qkv(w: Tensor, tap: Any, x: Tensor) -> Tensor:
