@@ -1,7 +1,6 @@
 """The pass that curvature="ggn" makes of its own leaves no trace in the user's step, and comes when it is due."""
 
 import contextlib
-import copy
 import functools
 import io
 
@@ -229,7 +228,8 @@ def test_refresh_rests_between_passes(passes):
     for step in range(7):
         one_step(model, recorder, lambda m, step=step: lm_loss(m, ids(seed=step)))
         masses.append(registry[model.head.weight].curvature.ema[-1].item())
-        plain = copy.deepcopy(model)
+        plain = LM()
+        plain.load_state_dict(model.state_dict())
         lm_loss(plain, ids(seed=step)).backward()
         assert not torch.allclose(recorder.given["head.weight"], plain.head.weight.grad, rtol=1e-5, atol=0)
     assert len(passes) == 3 and masses == pytest.approx([0.01] * 3 + [0.0199] * 3 + [0.029701])
@@ -377,7 +377,8 @@ def test_terms_of_a_skipped_step_do_not_stay():
 
 def test_a_model_of_analytic_weights_counts_no_terms():
     model = trained(lambda model: lm_loss(model, ids()).backward())
-    assert not model(ids())._backward_hooks
+    hooks = (model(ids())._backward_hooks or {}).values()
+    assert [hook.__name__ for hook in hooks] == ["_refuse_second_derivatives"]
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
