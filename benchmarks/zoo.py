@@ -10,7 +10,7 @@ evaluated. The checks, each against the same model without us (`--checks`, see `
     eval       the output in eval() equals, bit for bit, that of the plain model whose weights were rounded by hand
     eager      the same, that model run by eager PyTorch
     compiled   the same, with `torch.compile` on top of the transformed model
-    exported   the same, after `torch.export` of both
+    exported   the same, after `torch.export` of both, whose programs are frozen
     silent     every parameter has a format or a reason; nothing warns that does not under plain `torch.compile`
 
 'exact' to 'out' are shares of the elements of product weights: parameters of two or more dimensions that meet a product

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import timm
 from timm import layers
 from timm.models import convmixer, focalnet, metaformer, mlp_mixer
+from torch import nn
 from zoo_entry import Entry, normal
 
 _VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -103,15 +105,25 @@ CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 _OFF = {"num_classes": 10}
 
+
+def _made(make: Callable[..., nn.Module], **arguments: Any) -> nn.Module:
+    """A model whose head is not zero, as some are made: nothing would reach the output."""
+    model = make(**arguments)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 ENTRIES = [
     Entry(
         "timm",
         name,
-        partial(timm.create_model, name, pretrained=False, **{**_OFF, **more}),
+        partial(_made, partial(timm.create_model, name), pretrained=False, **{**_OFF, **more}),
         normal((2, 3, pixels, pixels)),
     )
     for name, (pixels, more) in MODELS.items()
 ] + [
-    Entry("timm", name, partial(make, **{**_OFF, **more}), normal((2, 3, 32, 32)))
+    Entry("timm", name, partial(_made, make, **{**_OFF, **more}), normal((2, 3, 32, 32)))
     for name, (make, more) in CLASSES.items()
 ]

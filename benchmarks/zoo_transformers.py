@@ -51,6 +51,7 @@ def build(kind: str, head: str, more: dict[str, Any]) -> nn.Module:
     """A model of a type, by an automatic class or a class of its own."""
     made = getattr(transformers, head)
     config = small(kind, **more)
+    config.use_cache = False  # torch.export knows no cache among outputs
     model = made.from_config(config) if head.startswith("AutoModel") else made(config)
     if head == "AutoModelForCausalLM":
         model.loss_type = "ForCausalLM"  # else a logging call breaks the graph of some
@@ -279,7 +280,7 @@ def _two_towers(kind: str, **more: Any) -> nn.Module:
 
 
 def _llava() -> nn.Module:
-    vision, language = small("clip_vision_model", **_PATCHES, num_hidden_layers=2), small("llama")
+    vision, language = small("clip_vision_model", **_PATCHES, num_hidden_layers=2), small("llama", use_cache=False)
     config = AutoConfig.for_model("llava", vision_config=vision, text_config=language, image_token_id=95)
     return transformers.LlavaForConditionalGeneration(config)
 

@@ -279,8 +279,12 @@ class Trial:
             return list(tensors_in(model(*self.args, **self.kwargs)))
 
     def _export(self, model: nn.Module) -> Callable[..., Any]:
+        """The exported program, frozen: matmul chooses a kernel by whether an operand needs a gradient.
+
+        Export's constants, which rounded weights become, need none.
+        """
         with torch.no_grad():
-            return torch.export.export(model, self.args, self.kwargs).module()
+            return torch.export.export(model, self.args, self.kwargs).module().requires_grad_(False)
 
     def _differs(self, mine: list[Tensor], theirs: list[Tensor]) -> str:
         """How far tensors are from those that they should be; empty where they are equal."""
