@@ -47,7 +47,7 @@ class Announcer:
         self.said = True
         LOG.warning(
             "compiling %s, for more than %.0f s: the first step of a model and the first of its finishing phase wait "
-            "for their graphs, as under torch.compile; inner='aot_eager' waits for none, and each step takes longer",
+            "for their graphs, as under torch.compile; later ones do not",
             what,
             PATIENCE,
         )
