@@ -158,6 +158,12 @@ def _enter(before: Before, module: nn.Module) -> None:
     """A module runs in Python from here on."""
     if before.is_copy:
         before.settle(module)
+    if private.is_traced_by_fx() and before.weights:
+        warnings.warn(
+            f"torch.fx.symbolic_trace: its graph reads {type(module).__name__}.{next(iter(before.weights))} at full "
+            "precision; use torch.export.export on the model in eval()",
+            stacklevel=4,
+        )
     stack = contextlib.ExitStack()
     if before.model is not None:
         _call_again(before, module)

@@ -262,6 +262,11 @@ def tracer() -> str:
     return "make_fx" if get_proxy_mode() is not None else ""
 
 
+def is_traced_by_fx() -> bool:
+    """Whether `torch.fx.symbolic_trace` runs the caller: it takes parameters by name, whatever they hold."""
+    return torch.fx._symbolic_trace.is_fx_symbolic_tracing() and get_proxy_mode() is None
+
+
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether torch.func or functionalization stands around a tensor's values."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)

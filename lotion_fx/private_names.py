@@ -24,6 +24,7 @@ WHY = {
     "torch._dynamo.trace_rules": "Dynamo skips forwards of torch's own, such as Sequential's",
     "torch._dynamo.eval_frame.skip_code": "our hooks are no graphs of their own",
     "torch._dynamo.eval_frame.innermost_backend": "whether Dynamo traces for a backend of ours or another's",
+    "torch.fx._symbolic_trace.is_fx_symbolic_tracing": "a graph that names parameters has them at full precision",
     "torch._dynamo.graph_break": "another's graph ends where a model of ours is called",
     "torch._C._functorch.peek_interpreter_stack": "whether torch.func transforms what runs now",
     "torch._C.DisableTorchFunction": "likewise",

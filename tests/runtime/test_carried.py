@@ -193,6 +193,17 @@ def test_a_model_that_never_ran_is_exported_aloud():
     assert torch.equal(torch.export.export(model, (X,)).module()(X), known(X))
 
 
+def test_a_symbolic_trace_names_what_it_reads_at_full_precision():
+    model = nn.Sequential(Raw(), nn.Linear(16, 4))
+    lotion_fx.transform(model, "int4", inner="aot_eager").eval()
+    with pytest.warns(UserWarning, match=r"torch.fx.symbolic_trace: its graph reads Raw.w at full precision"):
+        torch.fx.symbolic_trace(model)
+    rounded = by_hand(Net())  # whole modules keep their hooks in such a graph
+    plain = Net()
+    plain.load_state_dict(rounded.state_dict())
+    assert torch.equal(torch.fx.symbolic_trace(lotion_fx.transform(plain, "int4", inner="eager").eval())(X), rounded(X))
+
+
 def test_an_exported_program_holds_the_rounded_weights_as_constants():
     model, rounded = pair()
     program = torch.export.export(model.eval(), (X,))
