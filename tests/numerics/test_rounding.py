@@ -261,10 +261,11 @@ def test_randomness_is_independent_between_weights():
     assert abs(torch.corrcoef(torch.stack([up[:-1], up[1:]]))[0, 1]) < 0.08
 
 
+# Variances of smaller weights are no normal float32 numbers: an ulp of w / s, 5e-7, times s^2, and s is w / 7.
 weights = hnp.arrays(
     np.float32,
     hnp.array_shapes(min_dims=1, max_dims=3, max_side=40),
-    elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False).map(lambda x: 0.0 if abs(x) < 1e-15 else x),
+    elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False).map(lambda x: 0.0 if abs(x) < 1e-12 else x),
 ).map(torch.from_numpy)
 any_format = st.sampled_from(EVERY)
 relaxed = settings(max_examples=40, deadline=None, derandomize=True)
