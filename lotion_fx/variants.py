@@ -129,7 +129,8 @@ class Variants:
             if weight is None:
                 continue
             if index not in self.taught.setdefault(weight, set()):
-                weight.learn(self.uses[index])  # one that shares another's graph is used as the other is
+                if index in self.uses:
+                    weight.learn(self.uses[index])  # one that shares another's graph is used as the other is
                 self.taught[weight].add(index)
             plan = weight.plan(with_grad, args[index].requires_grad)
             if plan is not None:

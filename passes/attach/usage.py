@@ -99,13 +99,16 @@ def weight_uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int
 
     Returns:
         For each index in ``weights``, its uses without repeats: those that tell best along which dimension it is
-        summed over first, else in graph order.
+        summed over first, else in graph order. Without the weights that only leave the graph, for Python, which runs
+        next, to use them.
     """
     settle()
     tracker = _Tracker(gm, inputs, weights)
     with torch.no_grad(), tracker:
-        _Run(gm).run(*inputs)
-    return {index: tracker.uses_of(index) for index in weights}
+        outputs = _Run(gm).run(*inputs)
+    uses = {index: tracker.uses_of(index) for index in weights}
+    leaving = tracker.weights_in(outputs)
+    return {index: found for index, found in uses.items() if found or index not in leaving}
 
 
 class _Run(fx.Interpreter):
@@ -224,6 +227,11 @@ class _Tracker(TorchDispatchMode):
         return results
 
     # ---------------------------------------------------------------------------------------------------------- results
+
+    def weights_in(self, outputs: Any) -> set[int]:
+        """The weights that some of these hold."""
+        found = (self.values.get(id(x)) for x in tree_leaves(outputs) if isinstance(x, Tensor))
+        return {index for value in found if value is not None for index in value.parts}
 
     def uses_of(self, index: int) -> list[Use]:
         """A weight's uses, those first that tell its axis best."""

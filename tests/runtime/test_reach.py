@@ -125,3 +125,36 @@ def test_a_complex_weight_is_left_alone_and_says_so():
     other = nn.ParameterDict({"z": nn.Parameter(torch.randn(16, 8, dtype=torch.cfloat))})
     with pytest.raises(TypeError, match=r"'z' is torch.complex64, expected real .*view_as_complex"):
         lotion_fx.transform(other, FORMAT, only={"z": "int4"})
+
+
+class Leaves(nn.Module):
+    """Two parameters that one graph hands to the next as they are, past a graph break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(16, 32))
+        self.position_embeddings = nn.Parameter(torch.randn(4, 32))
+        self.out = nn.Linear(16, 8)
+
+    def forward(self, x):
+        table, position = self.table * 1.0, self.position_embeddings[None]
+        torch._dynamo.graph_break()
+        return self.out((x + position[0]) @ table.T)
+
+
+def test_a_weight_that_leaves_its_graph_is_not_unused():
+    torch.compiler.reset()
+    model, x = Leaves(), torch.randn(4, 32)
+    by_hand = Leaves()
+    by_hand.load_state_dict(model.state_dict())
+    lotion_fx.transform(model, "int4", inner="aot_eager")
+    model(x).square().mean().backward()
+    torch.optim.AdamW(model.parameters(), lr=0.0).step()
+    report = lotion_fx.report(model)
+    assert report["table"].estimator == "fisher" and report["out.weight"].estimator == "analytic"
+    assert report["position_embeddings"].format is None and "position" in report["position_embeddings"].reason
+    with torch.no_grad():
+        for name in ("table", "out.weight"):
+            weight = by_hand.get_parameter(name)
+            weight.copy_(lotion_fx.rounding.rtn(weight, lotion_fx.resolve("int4"), report[name].block_axis))
+    assert torch.equal(model.eval()(x), by_hand(x))
