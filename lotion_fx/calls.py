@@ -14,7 +14,7 @@ from torch import nn
 from lotion_fx import private
 from lotion_fx.announcing import announcer
 from lotion_fx.carried import MADE_ITSELF, all_standing_in
-from lotion_fx.outside import counts_rows
+from lotion_fx.rows import count_rows
 from lotion_fx.state import Smoothing
 
 
@@ -64,8 +64,7 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
         assert model is not None
         tracer = private.tracer()
         with private.outside_of_modes() if tracer else contextlib.nullcontext():
-            if smoothing.take_in is not None:
-                smoothing.take_in(smoothing, model)
+            smoothing.take_in(model)
         announcer.new_call()
         tally.forward_began()
         if tracer:
@@ -74,7 +73,7 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
                 return private.plain_call(model)(*args, **kwargs)
         with all_standing_in(smoothing):
             out = call(*args, **kwargs)
-        counts_rows(out, tally)
+        count_rows(out, tally)
         return out
 
     return forward

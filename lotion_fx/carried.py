@@ -32,7 +32,6 @@ MADE_ITSELF = (
     "and strict=True out of torch.export, and all that is around the model is compiled"
 )
 """Shown where another compiler insists on one graph."""
-_CERTAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Bilinear, nn.RNNBase)  # whose weights meet products
 _entered: weakref.WeakKeyDictionary[nn.Module, list[contextlib.ExitStack]] = weakref.WeakKeyDictionary()
 
 
@@ -206,7 +205,7 @@ def _left_to_python(smoothing: Smoothing) -> list[Weight]:
     forget(weight for weight in weights if weight.training)
     forget_changed(at_rest)
     if smoothing.tally.forwards <= 1:  # until graphs have told how the others are used, these are left to them
-        unknown = [weight for weight in at_rest if weight.uses is None and not _is_certain(weight)]
+        unknown = [weight for weight in at_rest if not weight.is_known_operand]
         if not (tracer := private.tracer()):
             return [weight for weight in at_rest if weight not in unknown]
         if unknown:
@@ -277,10 +276,6 @@ def _place(weight: Weight, old: Tensor, new: Tensor) -> None:
 def _at_rest(weight: Weight) -> bool:
     """Whether it runs at the values that are deployed."""
     return weight.mode == STE and not weight.training
-
-
-def _is_certain(weight: Weight) -> bool:
-    return any(isinstance(ref(), _CERTAIN) for ref, _ in weight.owners)
 
 
 def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:

@@ -40,9 +40,6 @@ def take_in(fmt: Format, only: Formats, smoothing: Smoothing, model: nn.Module) 
         fmt, only: as `transform` was given them.
         smoothing: the model's.
     """
-    if smoothing.seen_changes == registry.changes:
-        return
-    smoothing.seen_changes = registry.changes
     known = {weight for module in model.modules() for weight in registry.owned.get(module, {}).values()}
     held = {id(tensor): weight for weight in known for tensor in weight.tensors()}
     current = [weight for weight in smoothing.weights if weight in known and weight.fits()]

@@ -31,7 +31,7 @@ from lotion_fx.registry import Registry
 from lotion_fx.scalars import shown
 from lotion_fx.settings import Settings
 from lotion_fx.tally import Gathered, Tally
-from lotion_fx.unseen import axis_unseen, why_not_unseen
+from lotion_fx.unseen import axis_unseen, is_told_by_module, why_not_unseen
 
 
 class Smoothing:
@@ -46,7 +46,7 @@ class Smoothing:
         model: what `transform` was given, weakly.
         is_whole: whether it is compiled as one, and not by regions.
         compile: makes a copy of the model call compiled code, as `transform` made the model.
-        take_in: brings the weights up to what the model holds now, see `members`.
+        bring_up_to_date: makes the weights those that the model holds now, see `members`.
         seen_changes: `Registry.changes` when it last did.
         loss_call: model and ``loss_fn`` compiled as one, where `transform` was given a function.
         said: what the user was told, once each.
@@ -60,7 +60,7 @@ class Smoothing:
         self.model: Callable[[], nn.Module | None] = _nothing
         self.is_whole = True
         self.compile: Callable[[nn.Module], None] | None = None
-        self.take_in: Callable[[Smoothing, nn.Module], None] | None = None
+        self.bring_up_to_date: Callable[[Smoothing, nn.Module], None] | None = None
         self.seen_changes = 0
         self.loss_call: Callable[..., Any] | None = None
         self.said: set[str] = set()
@@ -96,7 +96,8 @@ class Smoothing:
         """That of a copy of the model, where its training stands included."""
         memo[id(self)] = made = Smoothing(self.settings)
         made.is_whole = self.is_whole
-        made.compile, made.take_in, made.seen_changes = self.compile, self.take_in, self.seen_changes
+        made.compile, made.bring_up_to_date = self.compile, self.bring_up_to_date
+        made.seen_changes = self.seen_changes
         made.tally.restore(copy.deepcopy(self.tally.saved()))
         made.weights.extend(copy.deepcopy(weight, memo) for weight in self.weights)
         copies = dict(zip(self.weights, made.weights, strict=True))
@@ -104,6 +105,12 @@ class Smoothing:
             held = registry.owned.get(module, {}).items()
             made.places += [(path, attribute, copies[w]) for attribute, w in held if w in copies]
         return made
+
+    def take_in(self, model: nn.Module) -> None:
+        """Takes in what was put into the model since it was last looked through."""
+        if self.seen_changes != registry.changes and self.bring_up_to_date is not None:
+            self.seen_changes = registry.changes
+            self.bring_up_to_date(self, model)
 
     def settle(self, model: nn.Module) -> None:
         """Finds the weights of a copy in it, and compiles it."""
@@ -338,6 +345,11 @@ class Weight:
         return why_not_of(self.uses)
 
     @property
+    def is_known_operand(self) -> bool:
+        """Whether its use is known, from graphs or from its module."""
+        return self.uses is not None or is_told_by_module(self._held_by)
+
+    @property
     def selected(self) -> bool:
         return self.format is not None and not self.why_not
 
@@ -398,8 +410,8 @@ def _modules_of(model: nn.Module) -> Iterator[nn.Module]:
         if getattr(before, "is_copy", False):
             before.settle(module)
         smoothing = getattr(before, "model", None)
-        if smoothing is not None and smoothing.take_in is not None:
-            smoothing.take_in(smoothing, module)
+        if smoothing is not None:
+            smoothing.take_in(module)
         yield module
 
 

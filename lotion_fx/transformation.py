@@ -120,7 +120,7 @@ def transform(
     optimizer_hooks.install()
     watch()
     smoothing.seen_changes = registry.changes
-    smoothing.take_in = partial(take_in, resolve(fmt), {} if only is None else only)
+    smoothing.bring_up_to_date = partial(take_in, resolve(fmt), {} if only is None else only)
     paths = [path for path, module in model.named_modules() if module in set(regions)]
     smoothing.compile = partial(_compile, Backend(inner, mode, tuple(sorted(options.items()))), paths, compile_options)
     smoothing.compile(model)

@@ -28,7 +28,7 @@ def why_not_unseen(owners: Iterable[Owner], shape: Sequence[int]) -> str:
         return "a lookup table or norm"
     if any(_is_gain(module, attribute) for module, attribute in owners):
         return "seen by no compiled graph: the gain of a weight norm"
-    if any(isinstance(module, _PRODUCTS) and "weight" in attribute for module, attribute in owners):
+    if is_told_by_module(owners):
         return ""
     told = next((match[0] for _, attribute in owners if (match := _TOLD_BY_NAME.search(attribute.lower()))), None)
     if told is not None:
@@ -38,6 +38,11 @@ def why_not_unseen(owners: Iterable[Owner], shape: Sequence[int]) -> str:
     if len(shape) > 2 and shape[0] == 1:
         return "seen by no compiled graph: the same for a whole batch, as tokens and position tables are"
     return ""
+
+
+def is_told_by_module(owners: Iterable[Owner]) -> bool:
+    """Whether a weight is a known module's operand of a product."""
+    return any(isinstance(module, _PRODUCTS) and "weight" in attribute for module, attribute in owners)
 
 
 def axis_unseen(owners: Iterable[Owner], shape: Sequence[int]) -> int:

@@ -504,6 +504,15 @@ def test_recurrent_modules_train_at_rounded_weights(kind, options, method):
     torch.testing.assert_close(model.eval()(x), by_hand(_plain(model))(x))
 
 
+def test_recurrent_modules_are_rounded_while_finishing():
+    model, x = Recurrent("LSTM"), torch.randn(4, 6, 32)
+    rounded = by_hand(model)
+    lotion_fx.transform(model, "int4", inner="aot_eager")
+    lotion_fx.finish(model)
+    torch.testing.assert_close(model(x), rounded(x))
+    torch.testing.assert_close(model.eval()(x), rounded(x))
+
+
 def test_a_recurrent_module_keeps_no_rounded_weight():
     """It holds its parameters in a list of its own, which a copy would take along."""
     model = lotion_fx.transform(Recurrent("LSTM"), "int4", inner="aot_eager", method="ste")

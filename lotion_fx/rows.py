@@ -11,17 +11,16 @@ from lotion_fx.private import tree_leaves
 from lotion_fx.tally import Tally
 
 
-def counts_rows(out: Any, tally: Tally) -> None:
-    """T is counted at a model's output where no graph of the forward that made it counts it."""
-    if not tally.counted_in_graph and tally.has_term and tally.needs_loss_count and torch.is_grad_enabled():
-        _count_rows(out, tally)
-
-
-def _count_rows(out: Any, tally: Tally) -> None:
-    """T is the number of rows with non-zero gradient in the first output that has rows.
+def count_rows(out: Any, tally: Tally) -> None:
+    """T is the number of rows with non-zero gradient in the first output that has rows, where no joint graph counts it.
 
     All of its rows where the model made the loss itself: such a graph does not show what gradient they had.
+
+    Args:
+        out: what the model returned, tensors in any nesting.
     """
+    if tally.counted_in_graph or not tally.has_term or not tally.needs_loss_count or not torch.is_grad_enabled():
+        return
     leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim()]
     if leaves:
         leaf = next((leaf for leaf in leaves if leaf.dim() > 1), leaves[0])

@@ -1,6 +1,4 @@
-"""What no graph sees: T counted at the model's output, and weights that run in Python."""
-
-import copy
+"""T counted at the model's output, where no joint graph counts it."""
 
 import pytest
 import torch
@@ -8,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lotion_fx
-from lotion_fx.numerics import rounding
 from tests.models import LM, MLP, ids
 
 LABELS = torch.tensor([1, -100, 3, 0, 2, -100, 6, 4, 5])
@@ -50,26 +47,3 @@ def test_the_output_s_rows_are_the_loss_terms():
     assert terms_of(scores, (scores(torch.randn(9, 20)) * (LABELS >= 0)).sum()) == 7
     model = lotion_fx.transform(MakesItsLoss(), "int4", inner="eager")
     assert terms_of(model, model(ids(8, 5))["loss"]) == 40
-
-
-class Recurrent(nn.Module):
-    """A layer that Dynamo skips, with the frame that calls it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(16, 12, batch_first=True), nn.Linear(12, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0][:, -1])
-
-
-def test_a_weight_outside_of_every_graph_is_rounded_while_finishing():
-    model, x = Recurrent(), torch.randn(4, 6, 16)
-    plain = copy.deepcopy(model)
-    with torch.no_grad():
-        for weight in (plain.lstm.weight_ih_l0, plain.lstm.weight_hh_l0):
-            weight.copy_(rounding.rtn(weight, lotion_fx.resolve("int4"), 1))
-    lotion_fx.transform(model, "int4", only={"head.weight": None}, inner="aot_eager")
-    lotion_fx.finish(model)
-    torch.testing.assert_close(model(x), plain(x))
-    torch.testing.assert_close(model.eval()(x), plain(x))
