@@ -53,6 +53,7 @@ def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = Fa
     if (finish is None) != (steps is None):
         raise ValueError(f"finish={finish!r} and steps={steps!r} go together: the share and the number of all steps")
     check_flag("finish_term", settings.finish_term)
+    check_flag("calibrate", settings.calibrate)
     settings = replace(settings, likelihood=_likelihood(settings, likelihood))
     _check_loss(settings, by_regions)
     return settings

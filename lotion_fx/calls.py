@@ -66,6 +66,8 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
         with private.outside_of_modes() if tracer else contextlib.nullcontext():
             smoothing.take_in(model)
         announcer.new_call()
+        if not tracer:
+            tally.forward_comes(trains=model.training and torch.is_grad_enabled())
         tally.forward_began()
         if tracer:
             _warn_of_training(tracer, smoothing)

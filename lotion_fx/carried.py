@@ -16,7 +16,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
 from lotion_fx.deployed import as_parameter, deployed, forget, forget_changed, linked, rounded, smoothed
+from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.attach import LATENT, MEAN, RR, STE, STE_SCALE
-from lotion_fx.state import Smoothing, StandIn, Weight, registry
+from lotion_fx.state import Smoothing, Weight, registry
 
 MADE_ITSELF = (
     "lotion_fx compiles this model itself, so no other graph can contain it; leave fullgraph=True out of torch.compile "
@@ -42,6 +43,20 @@ _tracers = 0  # how many are tracing a model now, all of whose rounded weights a
 def _may_stay() -> bool:
     """Whether a graph that Dynamo is making may contain a module; asked when it is made."""
     return _tracers > 0 or private.traces_for_us()
+
+
+class StandIn(NamedTuple):
+    """What stands in a parameter's place while its model runs in Python.
+
+    Args:
+        value: the rounded weight.
+        parameter: whose place it takes.
+        quantizer: by which it was rounded.
+    """
+
+    value: Tensor
+    parameter: Tensor
+    quantizer: Quantizer
 
 
 class Before:
@@ -149,7 +164,15 @@ def carry(model: nn.Module, smoothing: Smoothing) -> None:
         before, known = Before(weights, smoothing if module is model else None), private.before_of(module)
         if isinstance(known, Before):
             before.call = known.call
+        if known is None:
+            module.register_state_dict_pre_hook(_before_saving)
         private.hook_forward(module, before, _after)
+
+
+def _before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """What is saved are the weights' own values."""
+    for weight in registry.owned.get(module, {}).values():
+        weight.smoothing.tally.measuring.put_back()
 
 
 @torch.compiler.disable
@@ -163,6 +186,8 @@ def _enter(before: Before, module: nn.Module) -> None:
             "precision; use torch.export.export on the model in eval()",
             stacklevel=4,
         )
+    if not private.tracer():
+        _forward_comes(before, module)
     stack = contextlib.ExitStack()
     if before.model is not None:
         _call_again(before, module)
@@ -172,6 +197,13 @@ def _enter(before: Before, module: nn.Module) -> None:
             forget_changed(before.weights.values())
         stack.enter_context(standing_in(before.weights.values()))
     _entered.setdefault(module, []).append(stack)
+
+
+def _forward_comes(before: Before, module: nn.Module) -> None:
+    """Tells of a forward outside of any call of its model."""
+    smoothings = {weight.smoothing for weight in before.weights.values() if not weight.smoothing.is_running}
+    for smoothing in smoothings:
+        smoothing.tally.forward_comes(trains=module.training and torch.is_grad_enabled())
 
 
 @torch.compiler.disable

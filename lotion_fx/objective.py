@@ -49,5 +49,5 @@ def penalty(model: nn.Module) -> Tensor:
         total = parameter.new_zeros((), dtype=torch.float32) if total is None else total
         h = curvature_of(weight, parameter)
         if h is not None:
-            total = total + weight.joint_strength * _Term.apply(parameter, h, weight)
+            total = total + weight.smoothing.tally.strength_of(weight) * _Term.apply(parameter, h, weight)
     return next(model.parameters()).new_zeros((), dtype=torch.float32) if total is None else total

@@ -74,12 +74,21 @@ class _WithTerm:
         self.closure, self.optimizer, self.calls = closure, optimizer, 0
 
     def __call__(self) -> Any:
+        _has_closure(self.optimizer)
         with torch.enable_grad():
             loss = self.closure()
         _done.clear()
         add_term(self.optimizer, counts=self.calls == 0)
         self.calls += 1
         return loss
+
+
+def _has_closure(optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer compares the losses of several forwards in a step: they are all to be at the weights themselves."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for smoothing in {weight.smoothing for weight in registry.find(parameters) if weight is not None}:
+        smoothing.tally.measuring.put_back()
+        smoothing.tally.measuring.is_possible = False
 
 
 @torch.no_grad()
@@ -95,6 +104,7 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, weight in zip(parameters, registry.find(parameters), strict=True):
         if weight is not None and weight not in _done:
+            weight.smoothing.tally.measuring.put_back([weight])
             weight.is_stepped_as(parameter)
             weight.gathered.is_in_optimizer()
             if parameter.grad is not None and weight.selected:

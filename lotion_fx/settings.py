@@ -25,6 +25,7 @@ class Settings:
         finish_term: whether the term stays on meanwhile, unless `finish` says otherwise.
         loss_fn: a callable, or ``"model"`` where the model returns its loss; None where graphs hold no loss.
         likelihood: of ``curvature="ggn"``: what the model's output parametrizes.
+        calibrate: whether the term's size is measured while training.
         adopted: came in through ``torch.compile(backend="lotion_fx")``.
     """
 
@@ -41,6 +42,7 @@ class Settings:
     moments: str = "closed"
     likelihood: str | None = None
     refresh: int = 1
+    calibrate: bool = True
     adopted: bool = False
 
     @property
@@ -50,6 +52,11 @@ class Settings:
         Under a biased noise the expected loss is taken around the mean of the random weights.
         """
         return MEAN if self.method == "lotion" and not self.noise.unbiased else METHODS[self.method]
+
+    @property
+    def measures(self) -> bool:
+        """Whether steps are to measure the term; of an adopted model no call is seen that one could begin with."""
+        return self.calibrate and self.method == "lotion" and not self.adopted
 
     @property
     def samples_labels(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ def span_of(parameter: Tensor) -> tuple[int, int]:
     if not isinstance(parameter, DTensor):
         return 0, parameter.shape[0]
     return private.local_span(parameter)
+
+
+def index_of(parameter: Tensor) -> Tensor:
+    """The place of each element of this rank's part in the whole parameter, row-major, int64 of the part's shape."""
+    local, inner = local_of(parameter), math.prod(parameter.shape[1:])
+    first = span_of(parameter)[0] * inner
+    return torch.arange(first, first + local.numel(), device=local.device).view(local.shape)
 
 
 def group_of(parameter: DTensor) -> Any:

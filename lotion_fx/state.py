@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from lotion_fx.scalars import shown
 from lotion_fx.settings import Settings
 from lotion_fx.tally import Gathered, Tally
 from lotion_fx.unseen import axis_unseen, is_told_by_module, why_not_unseen
+
+if TYPE_CHECKING:
+    from lotion_fx.carried import StandIn
 
 
 class Smoothing:
@@ -121,20 +124,6 @@ class Smoothing:
             registry.add(weight)
         if self.compile is not None:
             self.compile(model)
-
-
-class StandIn(NamedTuple):
-    """What stands in a parameter's place while its model runs in Python.
-
-    Args:
-        value: the rounded weight.
-        parameter: whose place it takes.
-        quantizer: by which it was rounded.
-    """
-
-    value: Tensor
-    parameter: Tensor
-    quantizer: Quantizer
 
 
 def _nothing() -> None:
@@ -440,8 +429,13 @@ def weights_of(model: nn.Module) -> list[Weight]:
 
 
 def names_of(model: nn.Module) -> dict[Weight, str]:
-    """Each weight's name in this model: two models may hold one weight under different names."""
+    """Each weight's name in this model, whose parameters hold their own values from here on.
+
+    Two models may hold one weight under different names.
+    """
     weights_of(model)
+    for smoothing in smoothings_of(model):
+        smoothing.tally.measuring.put_back()
     names: dict[Weight, str] = {}
     for prefix, module in model.named_modules():
         for attribute, weight in registry.owned.get(module, {}).items():

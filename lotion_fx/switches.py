@@ -22,6 +22,7 @@ def finish(model: nn.Module, *, term: bool = True) -> None:
     weights_of(model)
     check_flag("term", term)
     for smoothing in smoothings_of(model):
+        smoothing.tally.measuring.put_back()
         smoothing.tally.finish(term=term)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lotion_fx import private
+from lotion_fx.measuring import Measuring
 from lotion_fx.passes.attach.attach import STE_SCALE
 from lotion_fx.passes.attach.probe import Header
 from lotion_fx.passes.moments.certificate import Certificate
@@ -120,6 +121,7 @@ class Tally:
         last_pass: the step, so counted, of the last curvature pass of ``"ggn"``.
         sampling: whether that pass is under way.
         draws: labels that it drew.
+        measuring: the size of the term.
     """
 
     settings: Settings
@@ -148,6 +150,10 @@ class Tally:
     last_pass: int | None = None
     sampling: bool = False
     draws: int = 1
+    measuring: Measuring = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.measuring = Measuring(self.weights, is_on=self.settings.measures)
 
     # ------------------------------------------------------------------------------------------------------- questions
 
@@ -183,6 +189,10 @@ class Tally:
         """Whether some weight's curvature takes T from the user's own loss."""
         return not self.settings.samples_labels or any(w.selected and not w.is_analytic for w in self.weights)
 
+    def strength_of(self, weight: Weight) -> float:
+        """Of a weight's term in the steps: the user's, times its measured size."""
+        return weight.joint_strength * (1.0 if self.plain else self.measuring.factor(weight, self.steps))
+
     # --------------------------------------------------------------------------------------------------------- phases
 
     def finish(self, *, term: bool) -> None:
@@ -207,6 +217,17 @@ class Tally:
     def step_of_forwards_began(self) -> None:
         """A forward comes, the first of a step where an optimizer stepped since the last."""
         self.step_of_forwards, self.is_closed = self.step_of_forwards + self.is_closed, False
+
+    def forward_comes(self, *, trains: bool) -> None:
+        """Code that reads weights is about to run; parameters hold what it is to read.
+
+        Args:
+            trains: it is a training forward, whose gradient an optimizer is to step with.
+        """
+        if not trains or self.override:
+            self.measuring.put_back()
+        elif self.has_term and not self.finishing:
+            self.measuring.hold(self.steps)
 
     def forward_began(self) -> None:
         self.counted_in_graph = False
@@ -367,6 +388,7 @@ class Tally:
             "calibrated": self.calibrated,
             "turn": self.step_of_forwards + self.is_closed,
             "noise": self.settings.noise.name,
+            "size": self.measuring.saved(),
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
@@ -374,6 +396,8 @@ class Tally:
         self.steps, self.finishing, self.finish_term = saved["steps"], saved["finishing"], saved["finish_term"]
         self.last_loss_count, self.clip2, self.calibrated = saved["terms"], saved["clip2"], saved["calibrated"]
         self.step_of_forwards, self.is_closed, self.last_pass = saved["turn"], False, None
+        if "size" in saved:  # states of before had none
+            self.measuring.restore(saved["size"])
         self.loss_count = None  # of a step under way, as the probes that are dropped with it
 
 

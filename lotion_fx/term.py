@@ -23,7 +23,7 @@ from lotion_fx import private
 from lotion_fx.passes.attach.probe import HEADER, Code, Header
 from lotion_fx.shards import group_of, local_of, sample, shared_amax, span_of
 from lotion_fx.state import Smoothing, Weight
-from lotion_fx.update import FISHER, KEPT, MOMENT, VECTOR, Spec, stored, update
+from lotion_fx.update import FISHER, KEPT, MOMENT, VECTOR, Spec, curvature_of, stored, update
 
 _PROVISIONAL = (None, Code.UNREACHED, Code.UNRESOLVED)  # another graph may yet show more
 _UNCOUNTED = "nothing counted the loss terms of this step, which scale the term, so they are taken as 1"
@@ -104,6 +104,7 @@ class Step:
 
     def run(self) -> None:
         """Moves every weight's curvature, and adds its term or hands it over."""
+        self.tally.measuring.observe(self.pairs, self.optimizer, self.pending, self.tally.steps, curvature_of)
         shrunk = self._shrunk()
         factors = self._factors(shrunk)
         vectors = self._payloads(factors)
@@ -131,7 +132,7 @@ class Step:
         moment = None
         if self.tally.clip2 is not None:
             moment = _ratio(total, self._on(self.tally.clip2))
-        strengths = [0.0 if w.gathered.in_objective else w.joint_strength for w, _ in self.pairs]
+        strengths = [0.0 if w.gathered.in_objective else self.tally.strength_of(w) for w, _ in self.pairs]
         gains = torch.tensor(strengths, device=self.device) * (1.0 if self.pending is None else self._on(self.pending))
         return Factors(row, (total / (scale * shrunk) ** 2).float(), moment, gains.unbind())
 

@@ -44,6 +44,7 @@ def transform(
     regions: Iterable[nn.Module] | None = None,
     likelihood: Any = None,
     refresh: int = 1,
+    calibrate: bool = True,
     **compile_options: Any,
 ) -> nn.Module:
     """Puts a model under quantization-aware training, compiled in place.
@@ -81,6 +82,9 @@ def transform(
         regions: modules of ``model`` to compile one by one (transformer blocks, as FSDP2 wants) instead of the whole.
         likelihood: for ``"ggn"``, what the output parametrizes: ``"categorical"`` (the default), ``"bernoulli"``,
             ``"gaussian"``, or the loss itself, such as ``F.mse_loss``; see `likelihood`.
+        calibrate: measures the size of the term, whatever the loss: the forwards of a few early steps, then of one in a
+            hundred, run at randomly rounded weights, and log the loss there. False takes it as counted, which is right
+            for a mean over independent likelihood terms.
         refresh: for ``"ggn"``, optimizer steps from one pass to the next; the curvature rests in between.
         **compile_options: torch.compile's ``mode``, ``options``, ``dynamic``, ``fullgraph``.
 
@@ -105,6 +109,7 @@ def transform(
         loss_fn=loss_fn,
         moments=moments,
         refresh=refresh,
+        calibrate=calibrate,
     )
     settings = checked(settings, likelihood, by_regions=regions != [model])
     check_model(model)

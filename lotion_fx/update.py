@@ -217,7 +217,8 @@ def term_of(weight: Weight) -> Tensor | None:
     h = None if parameter is None or not weight.selected else curvature_of(weight, parameter)
     if parameter is None or h is None:
         return None
-    return 0.5 * (h * weight.quantizer.variance(local_of(parameter))).sum()
+    size = weight.smoothing.tally.measuring.size(weight)
+    return 0.5 * size * (h * weight.quantizer.variance(local_of(parameter))).sum()
 
 
 def curvature_of(weight: Weight, parameter: Tensor) -> Tensor | None:

@@ -1,0 +1,329 @@
+"""The size of the expected-loss term, measured instead of assumed.
+
+The curvature that graphs hand out tells how the term is spread over weights. How large it is depends on the loss: the
+count T of its terms, their weights, how its residuals are scaled. That is measured. Where a step's forward runs at
+weights w + eps, rounded at random about their mean w,
+
+    1/2 eps . grad L(w + eps)        has the mean        1/2 E[eps' H eps] = E L(w + eps) - L(w)        to second order
+
+for any loss whatever, and the gradient is itself an unbiased one of the smoothed loss. So a few early steps and then
+one in `EVERY` have their forwards at such weights; the gradient that arrives at the optimizer tells the rest. What it
+holds of the loss's slope at w has mean zero and most of the spread: the optimizer's first moment, or the gradient of
+the step before, is taken out as far as it agrees. `gain` holds what is believed after each of them: of the whole term,
+and of each weight's share in it.
+
+From such a step's first forward until its optimizer steps, the parameters *hold* the rounded values, so that all that
+reads them computes with the same ones: recomputation, a head applied outside of the model, other compilers, shards.
+They hold their own values again before anything else looks: a step, a forward in `eval()` or without gradients, a
+`state_dict`, a function of this package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lotion_fx import private
+from lotion_fx.gain import Gains
+from lotion_fx.shards import group_of, index_of, local_of, shared_amax
+
+if TYPE_CHECKING:
+    from lotion_fx.state import Weight
+
+FIRST = 8
+"""Steps in a row that measure, from the second of the training on: the first has no curvature yet."""
+
+UNSURE = 16
+"""Measurements at most before they become rare, where the error is still above `ENOUGH`."""
+
+ENOUGH, SOON = 0.1, 4
+"""Relative error that suffices; and steps from one measurement to the next while it does not."""
+
+EVERY = 100
+"""Steps from one measurement to the next in the long run."""
+
+_MOMENTS = ("exp_avg", "momentum_buffer")
+_OWN_REACH, _OWN_STEP, _OWN_PRIOR = math.log(8.0), 0.1, 0.25  # of one weight's factor beside the common one
+
+
+@dataclass
+class Held:
+    """A parameter that holds other values for the step under way.
+
+    Args:
+        own: its own values while it holds rounded ones; afterwards the rounded ones.
+        version: of the parameter when it came to hold them.
+        seed: by which they were drawn.
+        amax: the absmax of the whole weight, where it is needed of a shard; else None.
+        is_back: whether it has its own again.
+        is_told: whether its gradient is that at the rounded values.
+    """
+
+    own: Tensor
+    version: int
+    seed: int
+    amax: Tensor | None
+    is_back: bool = False
+    is_told: bool = True
+
+    def rounded(self, weight: Weight, parameter: Tensor, own: Tensor) -> Tensor:
+        """The values that a parameter comes to hold, given its own on this rank."""
+        return weight.quantizer.rr(own, uniform=uniforms(self.seed, index_of(parameter)), amax_tensor=self.amax)
+
+
+class Measuring:
+    """When a model's term is measured, and what is known of its size.
+
+    Args:
+        weights: the model's, selected or not.
+        is_on: whether it is measured at all.
+
+    Attributes:
+        draws: measurements so far.
+        next_at: the step of the next one.
+        is_possible: whether measured steps can be had: optimizers that evaluate a closure have none.
+    """
+
+    def __init__(self, weights: Sequence[Weight], *, is_on: bool) -> None:
+        self.weights, self.is_on, self.is_possible = weights, is_on, True
+        self.draws, self.next_at = 0, 1
+        self._common, self._own = Gains(1), _own_gains(0)
+        self._factors: dict[Weight, float] = {}
+        self._held: dict[Weight, Held] = {}
+        self._before: dict[Weight, Tensor] = {}
+
+    # ----------------------------------------------------------------------------------------------------- the outcome
+
+    def factor(self, weight: Weight, steps: int) -> float:
+        """By what a weight's term is multiplied in the step after so many.
+
+        It has none until its size was measured, unless that does not come about.
+        """
+        if self.is_on and self.is_possible and not self.draws and steps < FIRST:
+            return 0.0
+        return self.size(weight)
+
+    def size(self, weight: Weight) -> float:
+        """Measured over counted size of a weight's term; 1 where nothing was measured."""
+        return self._factors.get(weight, float(self._common.mean) if self.draws else 1.0)
+
+    @property
+    def common(self) -> tuple[float, float] | None:
+        """Measured over counted size of the whole term, and its standard error; None before any measurement."""
+        return (float(self._common.mean), float(self._common.error)) if self.draws else None
+
+    def stop(self) -> None:
+        """Nothing is measured any more, and nothing that was holds."""
+        self.put_back()
+        self.is_on, self.draws, self._factors = False, 0, {}
+
+    # --------------------------------------------------------------------------------------------------------- holding
+
+    def hold(self, steps: int) -> None:
+        """A training forward of the step after so many begins, and it is to measure if one is due.
+
+        Args:
+            steps: optimizer steps so far.
+        """
+        for held in self._held.values():
+            held.is_told &= not held.is_back  # part of this step's gradient is not at the rounded values
+        if not self.is_on or not self.is_possible or steps < self.next_at:
+            return
+        self.put_back()
+        self.next_at = steps + self._pause()
+        for place, weight in enumerate(self.weights):
+            if _can_be_measured(weight) and (parameter := weight.master) is not None:
+                local, amax = local_of(parameter), shared_amax(weight.name, weight.quantizer, parameter)
+                held = Held(local.clone(), private.version_of(local), _seed(steps, place), *amax or [None])
+                self._held[weight] = held
+                local.data.copy_(held.rounded(weight, parameter, held.own))
+
+    def _pause(self) -> int:
+        """Steps to the next measurement."""
+        if self.draws + 1 < FIRST:
+            return 1
+        return SOON if self.draws + 1 < UNSURE and self._relative_error > ENOUGH else EVERY
+
+    @property
+    def _relative_error(self) -> float:
+        return float(self._common.error / self._common.mean)
+
+    def put_back(self, weights: Iterable[Weight] | None = None) -> None:
+        """Parameters hold their own values again: of these weights, or of all.
+
+        Not counted as a change in place, for a backward pass may be to come.
+        """
+        for weight in list(self._held) if weights is None else weights:
+            held, parameter = self._held.get(weight), weight.master
+            if held is None or held.is_back or parameter is None:
+                continue
+            local, own = local_of(parameter), held.own
+            held.is_back, held.own = True, local.clone()
+            if private.version_of(local) == held.version:
+                local.data.copy_(own)
+            else:  # someone has moved it meanwhile: the move stays
+                held.own, held.is_told = held.rounded(weight, parameter, own), False
+                local.data.add_(own - held.own)
+
+    # ------------------------------------------------------------------------------------------------------- observing
+
+    def observe(
+        self,
+        pairs: Sequence[tuple[Weight, Tensor]],
+        optimizer: torch.optim.Optimizer,
+        pending: Tensor | None,
+        steps: int,
+        curvature_of: Callable[[Weight, Tensor], Tensor | None],
+    ) -> None:
+        """An optimizer is about to step, and the gradients are the loss's own still.
+
+        Args:
+            pairs: its weights, with their parameters, which have a ``.grad`` and hold their own values.
+            pending: the loss scale that is still in the gradients.
+            steps: optimizer steps so far.
+            curvature_of: h over this rank's part of a weight, without this step's.
+        """
+        held = {weight: self._held.pop(weight, None) for weight, _ in pairs}
+        told = [(weight, p, h) for weight, p in pairs if (h := held[weight]) is not None and h.is_told and h.is_back]
+        sums = []
+        for weight, p, h in told:
+            slope, curvature = self._slope(weight, p, optimizer), curvature_of(weight, p)
+            sums.append(_sums(weight, p, h.own, _gradient(p, pending), slope, curvature))
+        if sums:
+            self._learn([weight for weight, _, _ in told], _over_shards(torch.stack(sums), [p for _, p, _ in told]))
+        self._before.clear()
+        if self.is_on and self.is_possible and steps + 1 >= self.next_at:
+            without = [(w, p) for w, p in pairs if not _moment_of(optimizer, p)]
+            self._before.update({weight: _gradient(p, pending).clone() for weight, p in without})
+
+    def _slope(self, weight: Weight, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """What is known of the loss's gradient at the weight itself, up to a factor."""
+        moment = _moment_of(optimizer, parameter)
+        return local_of(moment[0]).float() if moment else self._before.get(weight)
+
+    def _learn(self, weights: Sequence[Weight], sums: Tensor) -> None:
+        """One measurement of these weights.
+
+        Args:
+            sums: float64 [weights, 6] of eps g, eps m, sigma^2 g^2, sigma^2 g m, sigma^2 m^2 and sigma^2 h, with the
+                gradient g, what is known of the slope m, and the curvature h.
+        """
+        eps_g, eps_m, gg, gm, mm, predicted = sums.cpu().unbind(1)
+        agrees = torch.where(mm > 0, gm / mm, 0.0)
+        measured = 0.5 * (eps_g - agrees * eps_m)
+        variance = 0.25 * (gg - agrees * gm).clamp(min=0)
+        predicted = 0.5 * predicted
+        if not bool((predicted.sum() > 0) & sums.isfinite().all()):
+            return
+        self.draws += 1
+        self._common.observe(measured.sum()[None], predicted.sum()[None], variance.sum()[None])
+        self._own.grow(len(self.weights))
+        places = {weight: place for place, weight in enumerate(self.weights)}
+        at, common = torch.tensor([places[weight] for weight in weights]), float(self._common.mean)
+        everything = torch.zeros(3, len(self.weights), dtype=torch.float64)
+        everything[:, at] = torch.stack([measured, common * predicted, variance])
+        self._own.observe(*everything)
+        own = self._own.mean
+        own = own * (predicted.sum() / (own[at] * predicted).sum())  # together they are the whole
+        self._factors = {weight: common * float(own[place]) for weight, place in places.items()}
+
+    # ----------------------------------------------------------------------------------------------------- saved state
+
+    def saved(self) -> dict[str, Any]:
+        """What `restore` takes, in the order of the weights."""
+        return {
+            "draws": self.draws,
+            "next_at": self.next_at,
+            "common": self._common.saved(),
+            "own": self._own.saved(),
+            "factors": [self.size(weight) for weight in self.weights],
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Stands where `saved` was called."""
+        self.put_back()
+        self._held.clear()
+        self.draws, self.next_at = saved["draws"], saved["next_at"]
+        self._common.restore(saved["common"])
+        self._own.restore(saved["own"])
+        self._factors = dict(zip(self.weights, saved["factors"], strict=False)) if self.draws else {}
+
+
+def _sums(
+    weight: Weight, parameter: Tensor, rounded: Tensor, grad: Tensor, slope: Tensor | None, h: Tensor | None
+) -> Tensor:
+    """What one weight adds to a measurement, float64 [6]: see `Measuring._learn`."""
+    local, quantizer = local_of(parameter), weight.quantizer
+    mean = local if quantizer.unbiased else quantizer.mean(local)
+    noise, variance = (rounded - mean).float(), quantizer.variance(local).float()
+    slope = torch.zeros_like(grad) if slope is None or slope.shape != grad.shape else slope
+    products = (
+        noise * grad,
+        noise * slope,
+        variance * grad.square(),
+        variance * grad * slope,
+        variance * slope.square(),
+        variance.new_zeros(()) if h is None else variance * h.view(variance.shape),
+    )
+    return torch.stack([product.sum(dtype=torch.float64) for product in products])
+
+
+def uniforms(seed: int, index: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1), float32 with 24 bits, told by the seed and each element's place alone.
+
+    So that shards draw what the whole weight would. Source: Steele et al., "Fast splittable pseudorandom number
+    generators", OOPSLA 2014 (its mixing function, variant 13 of Stafford's).
+    """
+    x = index * -0x61C8864680B583EB + (seed * 0x2545F4914F6CDD1D + 0x1234567) % (1 << 63)
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return ((x >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
+def _seed(steps: int, place: int) -> int:
+    return steps * 1_000_003 + place
+
+
+def _own_gains(count: int) -> Gains:
+    return Gains(count, _OWN_REACH, _OWN_STEP, _OWN_PRIOR)
+
+
+def _can_be_measured(weight: Weight) -> bool:
+    """Whether an optimizer will tell of a weight that its term is to be added to."""
+    known = weight.curvature
+    has_curvature = known.ema is not None or known.moment is not None
+    in_hook = weight.gathered.has_optimizer and weight.gathered.certificate is None
+    parameter = weight.master
+    trains = parameter is not None and parameter.requires_grad and weight.training
+    return trains and in_hook and has_curvature and weight.selected
+
+
+def _moment_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
+    """The optimizer's moving average of gradients, if it keeps one."""
+    state = optimizer.state.get(parameter, {})
+    return [state[name] for name in _MOMENTS if isinstance(state.get(name), Tensor)][:1]
+
+
+def _gradient(parameter: Tensor, pending: Tensor | None) -> Tensor:
+    """This rank's part of a gradient in float32, without the loss scale."""
+    assert parameter.grad is not None
+    grad = local_of(parameter.grad).float()
+    return grad if pending is None else grad / pending.to(grad.device)
+
+
+def _over_shards(sums: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The sums [parameters, n] over all ranks, of those parameters that are sharded."""
+    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    if not sharded:
+        return sums
+    total = sums.clone()
+    dist.all_reduce(total, group=group_of(sharded[0]))
+    is_sharded = torch.tensor([isinstance(parameter, DTensor) for parameter in parameters], device=sums.device)
+    return torch.where(is_sharded[:, None], total, sums)
