@@ -86,14 +86,16 @@ class Measuring:
         is_on: whether it is measured at all.
 
     Attributes:
-        draws: measurements so far.
+        begun: steps that were to measure so far.
+        draws: those of them that told something.
         next_at: the step of the next one.
         is_possible: whether measured steps can be had: optimizers that evaluate a closure have none.
     """
 
     def __init__(self, weights: Sequence[Weight], *, is_on: bool) -> None:
         self.weights, self.is_on, self.is_possible = weights, is_on, True
-        self.draws, self.next_at = 0, 1
+        self.begun, self.draws, self.next_at = 0, 0, 1
+        self._is_told = False
         self._common, self._own = Gains(1), _own_gains(0)
         self._factors: dict[Weight, float] = {}
         self._held: dict[Weight, Held] = {}
@@ -122,7 +124,7 @@ class Measuring:
     def stop(self) -> None:
         """Nothing is measured any more, and nothing that was holds."""
         self.put_back()
-        self.is_on, self.draws, self._factors = False, 0, {}
+        self.is_on, self.begun, self.draws, self._factors = False, 0, 0, {}
 
     # --------------------------------------------------------------------------------------------------------- holding
 
@@ -137,19 +139,20 @@ class Measuring:
         if not self.is_on or not self.is_possible or steps < self.next_at:
             return
         self.put_back()
-        self.next_at = steps + self._pause()
+        self.begun += 1
+        self.next_at, self._is_told = steps + self._pause(), False
         for place, weight in enumerate(self.weights):
             if _can_be_measured(weight) and (parameter := weight.master) is not None:
                 local, amax = local_of(parameter), shared_amax(weight.name, weight.quantizer, parameter)
-                held = Held(local.clone(), private.version_of(local), _seed(steps, place), *amax or [None])
+                held = Held(local.clone(), private.version_of(local), _seed(steps, place), amax[0] if amax else None)
                 self._held[weight] = held
                 local.data.copy_(held.rounded(weight, parameter, held.own))
 
     def _pause(self) -> int:
         """Steps to the next measurement."""
-        if self.draws + 1 < FIRST:
+        if self.begun < FIRST:
             return 1
-        return SOON if self.draws + 1 < UNSURE and self._relative_error > ENOUGH else EVERY
+        return SOON if self.begun < UNSURE and self._relative_error > ENOUGH else EVERY
 
     @property
     def _relative_error(self) -> float:
@@ -222,7 +225,8 @@ class Measuring:
         predicted = 0.5 * predicted
         if not bool((predicted.sum() > 0) & sums.isfinite().all()):
             return
-        self.draws += 1
+        self.draws += not self._is_told  # an optimizer for each weight tells it in parts
+        self._is_told = True
         self._common.observe(measured.sum()[None], predicted.sum()[None], variance.sum()[None])
         self._own.grow(len(self.weights))
         places = {weight: place for place, weight in enumerate(self.weights)}
@@ -239,6 +243,7 @@ class Measuring:
     def saved(self) -> dict[str, Any]:
         """What `restore` takes, in the order of the weights."""
         return {
+            "begun": self.begun,
             "draws": self.draws,
             "next_at": self.next_at,
             "common": self._common.saved(),
@@ -250,7 +255,7 @@ class Measuring:
         """Stands where `saved` was called."""
         self.put_back()
         self._held.clear()
-        self.draws, self.next_at = saved["draws"], saved["next_at"]
+        self.begun, self.draws, self.next_at = saved["begun"], saved["draws"], saved["next_at"]
         self._common.restore(saved["common"])
         self._own.restore(saved["own"])
         self._factors = dict(zip(self.weights, saved["factors"], strict=False)) if self.draws else {}

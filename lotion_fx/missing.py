@@ -87,8 +87,8 @@ def _cause(weight: Weight) -> str:
         return NOT_CALLED
     if not _is_due(weight):
         return ""
-    if private.current_backward() != -1:
-        return IN_BACKWARD
+    if private.current_backward() != -1:  # from the next forward on, curvature is there first
+        return "" if tally.steps_inside == tally.forwards else IN_BACKWARD
     return OUTSIDE if tally.was_called(weight) else NOT_CALLED
 
 

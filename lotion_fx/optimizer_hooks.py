@@ -104,6 +104,7 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, weight in zip(parameters, registry.find(parameters), strict=True):
         if weight is not None and weight not in _done:
+            weight.smoothing.tally.step_begins()
             weight.smoothing.tally.measuring.put_back([weight])
             weight.is_stepped_as(parameter)
             weight.gathered.is_in_optimizer()

@@ -4,7 +4,7 @@ Whatever of this changes, changes here, by a method named for what happened; eve
 happens in one step, in this order:
 
     forward_began      the model is called                        probe_for         a weight enters a graph with a probe
-    curvature_arrived  backward: the first probe tells T          rows_counted      ... or the model's output does
+    backward_comes     what was dropped since the last is     curvature_arrived  backward: the first probe tells T          rows_counted      ... or the model's output does
     backward_ended     gradients are sampled, before clipping     counted           the optimizer's hook knows T
     clipped, took_in   an optimizer's step has its term           stepped           the step is over
 """
@@ -27,7 +27,7 @@ from lotion_fx.passes.attach.attach import STE_SCALE
 from lotion_fx.passes.attach.probe import Header
 from lotion_fx.passes.moments.certificate import Certificate
 from lotion_fx.settings import Settings
-from lotion_fx.shards import sample
+from lotion_fx.shards import local_of, sample
 
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
@@ -50,6 +50,7 @@ class Gathered:
         last_step: of the model, that was the last with a gradient; None if there was none since it was loaded.
         last_forward: of the model, before that step.
         has_optimizer: whether an optimizer that stepped holds it.
+        gradient: address and version of the weight's ``.grad`` when the last backward pass ended; None without one.
     """
 
     probe: Tensor | None = None
@@ -63,6 +64,7 @@ class Gathered:
     last_step: int | None = None
     last_forward: int = 0
     has_optimizer: bool = False
+    gradient: tuple[int, int] | None = None
 
     def drop_probe(self) -> None:
         """Forgets what the probe gathered."""
@@ -112,6 +114,8 @@ class Tally:
         loss_count: T of the step under way, over all its backward passes.
         is_used: whether an optimizer took that T; then the next backward pass begins a new one.
         last_backward: the backward pass in which curvature last arrived.
+        last_checked: the backward pass before which dropped gradients were looked for.
+        steps_inside: the forward in whose backward pass an optimizer was first seen to step; None if none was.
         gradients: a few elements of each gradient as backward left it.
         group: DistributedDataParallel's process group.
         last_loss_count: T of the last step, over all ranks.
@@ -141,6 +145,8 @@ class Tally:
     loss_count: Tensor | None = None
     is_used: bool = False
     last_backward: int = -1
+    last_checked: int = -1
+    steps_inside: int | None = None
     gradients: dict[Weight, Tensor] = field(default_factory=dict)
     group: Any = None
     last_loss_count: Tensor | None = None
@@ -296,6 +302,26 @@ class Tally:
 
     # ------------------------------------------------------------------------------------------------- backward passes
 
+    def backward_comes(self) -> None:
+        """A backward pass is about to fill gradients: what probes gathered with dropped ones is dropped too."""
+        backward = private.current_backward()
+        if self.last_checked == backward:
+            return
+        self.last_checked, kept = backward, []
+        for weight in self.weights:
+            gathered, master = weight.gathered, weight.master
+            if gathered.gradient is None or master is None or gathered.probe is None or gathered.probe.grad is None:
+                continue
+            if master.grad is None:
+                gathered.drop_probe()
+                self._dropped()
+            elif gathered.gradient != _identity(master.grad):  # zeroed in place, or scaled
+                kept.append(local_of(master.grad).any())
+                gathered.probe.grad *= kept[-1]
+                gathered.loss_count = None if gathered.loss_count is None else gathered.loss_count * kept[-1]
+        if kept and self.loss_count is not None:
+            self.loss_count = self.loss_count * torch.stack(kept).any()
+
     def curvature_arrived(self, weight: Weight) -> None:
         """A weight's curvature arrived. The first one of a backward pass is nearest the loss, and tells T."""
         gathered, backward = weight.gathered, private.current_backward()
@@ -324,10 +350,17 @@ class Tally:
         """Samples the gradients that Fisher curvature will read, so that later clipping can be divided out."""
         for weight in self.weights:
             master = weight.master
+            has_gradient = weight.selected and master is not None and master.grad is not None
+            weight.gathered.gradient = _identity(master.grad) if has_gradient else None
             if master is not None and master.grad is not None and not weight.is_analytic and weight.selected:
                 self.gradients[weight] = sample(master.grad).clone()
 
     # ----------------------------------------------------------------------------------------------------------- steps
+
+    def step_begins(self) -> None:
+        """An optimizer's hook runs."""
+        if self.steps_inside is None and private.current_backward() != -1:
+            self.steps_inside = self.forwards
 
     def counted(self, loss_count: Tensor) -> None:
         """T of the step, over all ranks."""
@@ -399,6 +432,12 @@ class Tally:
         if "size" in saved:  # states of before had none
             self.measuring.restore(saved["size"])
         self.loss_count = None  # of a step under way, as the probes that are dropped with it
+
+
+def _identity(grad: Tensor) -> tuple[int, int]:
+    """Changes where a gradient is written or another is put in its place."""
+    local = local_of(grad)
+    return local.data_ptr(), private.version_of(local)
 
 
 def _arrived(weight: Weight | None) -> None:

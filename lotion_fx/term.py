@@ -25,6 +25,9 @@ from lotion_fx.shards import group_of, local_of, sample, shared_amax, span_of
 from lotion_fx.state import Smoothing, Weight
 from lotion_fx.update import FISHER, KEPT, MOMENT, VECTOR, Spec, curvature_of, stored, update
 
+BOUND = 0.5
+"""How large a term may be beside the root of a second moment that holds its squares too, see `update`."""
+
 _PROVISIONAL = (None, Code.UNREACHED, Code.UNRESOLVED)  # another graph may yet show more
 _UNCOUNTED = "nothing counted the loss terms of this step, which scale the term, so they are taken as 1"
 Pairs = Sequence[tuple[Weight, Tensor]]  # each with the parameter that the optimizer steps
@@ -39,12 +42,14 @@ class Term:
             it is before the step and ``.grad`` as it is in memory.
         of_moment, of_square: 0-d float32, one of them 0.
         gain: 0-d float32: the strength, times the loss scale if that is still in ``.grad``.
+        limit: 0-d float32: the term is at most this times the root of h, see `update`.
     """
 
     weight: Weight
     of_moment: Tensor
     of_square: Tensor
     gain: Tensor
+    limit: Tensor
 
 
 @runtime_checkable
@@ -69,12 +74,14 @@ class Factors:
         gradient: T over the squared factor by which ``.grad`` was scaled or clipped: of squares of it.
         moment: of the optimizer's second moment; None where the optimizer's state was loaded without ours.
         gains: of each weight's term.
+        limit: of a term over the root of its h, where h comes from a moment that holds the term's squares.
     """
 
     row: Tensor
     gradient: Tensor
     moment: Tensor | None
     gains: tuple[Tensor, ...]
+    limit: Tensor
 
 
 class Step:
@@ -133,8 +140,10 @@ class Step:
         if self.tally.clip2 is not None:
             moment = _ratio(total, self._on(self.tally.clip2))
         strengths = [0.0 if w.gathered.in_objective else self.tally.strength_of(w) for w, _ in self.pairs]
-        gains = torch.tensor(strengths, device=self.device) * (1.0 if self.pending is None else self._on(self.pending))
-        return Factors(row, (total / (scale * shrunk) ** 2).float(), moment, gains.unbind())
+        pending = torch.ones_like(total) if self.pending is None else self._on(self.pending).float()
+        gains = torch.tensor(strengths, dtype=torch.float32, device=self.device) * pending
+        limit = BOUND * pending / total.sqrt()
+        return Factors(row, (total / (scale * shrunk) ** 2).float(), moment, gains.unbind(), limit)
 
     def _on(self, factor: Tensor) -> Tensor:
         return factor.to(self.device)
@@ -143,7 +152,7 @@ class Step:
         """T: loss terms of the step on this rank, counted where its backward passes began."""
         count = self.tally.loss_count
         if count is None:
-            if self.tally.steps == 0:
+            if self.tally.steps == 0 and self.tally.steps_inside != self.tally.forwards:
                 warnings.warn(f"{_UNCOUNTED}; {self._why_uncounted()}", stacklevel=2)
             return torch.ones((), device=self.device)
         return self._on(count.clamp(min=1))
@@ -263,7 +272,7 @@ class Step:
         if source != MOMENT and (state is None or state.numel() != layout.payload + 1):
             state = known.ema = torch.zeros(layout.payload + 1, device=local.device)
         assert state is not None
-        args = [local, grad, state, *given, *amax, factors.row, factors.gradient, gain]
+        args = [local, grad, state, *given, *amax, factors.row, factors.gradient, gain, factors.limit]
         return Spec.of(weight, source, layout, span, args), args
 
     def _moment_factor(self, parameter: Tensor, factors: Factors) -> Tensor:
@@ -289,7 +298,7 @@ class Step:
             return False
         zero = torch.zeros_like(factors.gradient)
         pair = (self._moment_factor(parameter, factors), zero) if has_moment else (zero, factors.gradient)
-        optimizer.terms[parameter] = Term(weight, *pair, gain)
+        optimizer.terms[parameter] = Term(weight, *pair, gain, factors.limit)
         weight.curvature.ema = None
         return True
 

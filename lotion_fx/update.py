@@ -44,6 +44,7 @@ class Spec:
         span: [start, stop) of its dimension 0 on this rank.
         decay: of the EMA.
         tensors: shape, stride, dtype and device of each argument.
+        bounded: whether the term is kept within a multiple of the gradients' root mean square, see `_update_one`.
         kernel: whether a Triton kernel adds the term, see `passes.lower`.
     """
 
@@ -53,18 +54,21 @@ class Spec:
     span: tuple[int, int]
     decay: float
     tensors: tuple[Any, ...]
+    bounded: bool = False
     kernel: bool = False
 
     @staticmethod
     def of(weight: Weight, source: str, layout: Layout, span: tuple[int, int], args: Sequence[Tensor]) -> Spec:
         """The one `Spec` of this make: equal ones are the same object, found again without comparing them."""
         tensors = tuple((t.shape, t.stride(), t.dtype, t.device) for t in args)
-        known, decay, quantizer = weight.curvature.spec, weight.smoothing.settings.decay, weight.quantizer
+        known, settings, quantizer = weight.curvature.spec, weight.smoothing.settings, weight.quantizer
+        decay, bounded = settings.decay, settings.reads_moment
         key = (source, quantizer, layout, span, decay, tensors)
         if known is None or known[0] != key:
             fmt, axis, arch, (local, grad) = quantizer.format, quantizer.axis, lower.arch_of(args[0].device), args[:2]
-            kernel = arch is not None and grad.is_contiguous() and lower.prefers_kernel("term", local, fmt, axis, arch)
-            spec = Spec(source, quantizer, layout, span, decay, tensors, kernel)
+            fits = arch is not None and grad.is_contiguous() and not bounded
+            kernel = fits and lower.prefers_kernel("term", local, fmt, axis, arch)
+            spec = Spec(source, quantizer, layout, span, decay, tensors, bounded, kernel)
             known = weight.curvature.spec = key, _specs.setdefault(key, spec)
         return known[1]
 
@@ -112,9 +116,13 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
 
     ``args``: weight, grad, state, the payload (vector) or exp_avg_sq (moment) if any, amax_tensor if the format needs
     one from elsewhere, and last the 0-d ``row_factor`` (T over the squared loss scale), ``grad_factor`` (T over the
-    squared factor by which ``grad`` was scaled or clipped) and ``gain``.
+    squared factor by which ``grad`` was scaled or clipped), ``gain`` and ``limit``.
+
+    Where h is read from a second moment that holds the squares of the term as well, the term is at most ``limit`` times
+    the root of h, half of the gradients' root mean square: so it can no more than double that moment's root, and what
+    it is made of does not grow with it.
     """
-    weight, grad, state, *given, row_factor, grad_factor, gain = args
+    weight, grad, state, *given, row_factor, grad_factor, gain, limit = args
     layout = spec.layout
     h = moved = None
     if spec.source == MOMENT:
@@ -137,8 +145,11 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
         return
     h = dense(moved, layout, spec.span) if moved is not None else h
     assert h is not None
-    term = spec.quantizer.variance_vjp(weight, h.view(weight.shape), amax_tensor=amax)
-    grad.add_((0.5 * gain * term).to(grad.dtype))
+    term = 0.5 * gain * spec.quantizer.variance_vjp(weight, h.view(weight.shape), amax_tensor=amax)
+    if spec.bounded:
+        reach = limit * h.view(weight.shape).sqrt()
+        term = torch.minimum(torch.maximum(term, -reach), reach)
+    grad.add_(term.to(grad.dtype))
 
 
 def _add_by_kernel(

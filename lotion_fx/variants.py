@@ -25,6 +25,7 @@ from lotion_fx.passes.lower import lower
 from lotion_fx.passes.moments.certificate import Certificate
 from lotion_fx.passes.pipeline import ForwardState, run
 from lotion_fx.state import Weight, registry
+from lotion_fx.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,12 @@ class Variants:
             return self._differentiable_once(compiled.run(*args, *gains))
         tally = weights[compiled.probed[0]].smoothing.tally
         tally.graph_runs([weights[index] for index in compiled.probed], counts=self.backend.inner != "eager")
-        probes = (tally.probe_for(weights[i], args[i]) for i in compiled.probed)
-        return self._differentiable_once(compiled.run(*args, *gains, *probes))
+        probes = [tally.probe_for(weights[i], args[i]) for i in compiled.probed]
+        if tally.steps_inside is not None:
+            args = tuple(_Later.apply(x) if i in compiled.probed else x for i, x in enumerate(args))
+        outputs = self._differentiable_once(compiled.run(*args, *gains, *probes))
+        _tell_of_backward(outputs, tally)
+        return outputs
 
     def _differentiable_once(self, outputs: Any) -> Any:
         """A graph's outputs, whose backward pass refuses to be differentiated where it cannot be."""
@@ -184,6 +189,30 @@ class Variants:
         for key in list(self.compiled):
             yield dict(key)
             self.compile(dict(key), replace(self.backend, inner=inner))
+
+
+class _Later(torch.autograd.Function):
+    """A weight whose gradient arrives after its probe's: an optimizer that steps upon it finds its curvature there."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+def _tell_of_backward(outputs: Any, tally: Tally) -> None:
+    """Has a model's tally told before a backward pass comes through a graph."""
+    reference = weakref.ref(tally)  # autograd's nodes are no place to keep a model
+
+    def tell(_: Any) -> None:
+        if (known := reference()) is not None:
+            known.backward_comes()
+
+    for node in {x.grad_fn for x in outputs if isinstance(x, Tensor) and x.grad_fn is not None}:
+        node.register_prehook(tell)
 
 
 def _refuse_second_derivatives(grad: Tensor) -> None:
