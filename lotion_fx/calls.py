@@ -14,7 +14,7 @@ from torch import nn
 from lotion_fx import private
 from lotion_fx.announcing import announcer
 from lotion_fx.carried import MADE_ITSELF, all_standing_in
-from lotion_fx.rows import count_rows
+from lotion_fx.rows import count_rows, watch_residuals
 from lotion_fx.state import Smoothing
 
 
@@ -76,6 +76,8 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
         with all_standing_in(smoothing):
             out = call(*args, **kwargs)
         count_rows(out, tally)
+        if tally.measuring.is_holding:
+            watch_residuals(out, tally)
         return out
 
     return forward

@@ -14,7 +14,7 @@ from torch import nn
 from lotion_fx.missing import IDLE
 from lotion_fx.passes.attach.probe import Code
 from lotion_fx.shards import local_of
-from lotion_fx.state import Weight, names_of, registry
+from lotion_fx.state import Weight, names_of, registry, smoothings_of
 from lotion_fx.tally import PATIENCE
 from lotion_fx.update import term_of
 
@@ -52,9 +52,18 @@ class Row:
 
 @dataclass(frozen=True)
 class CoverageReport:
-    """Every parameter of a transformed model. ``str()`` is a table, ``to_dict()`` for machines."""
+    """Every parameter of a transformed model. ``str()`` is a table, ``to_dict()`` for machines.
+
+    Args:
+        rows: one for each parameter.
+        size: measured over counted size of the term and its standard error, see `transform`'s ``calibrate``; None
+            where nothing was measured, and the count stands.
+        measurements: how many steps it comes from.
+    """
 
     rows: tuple[Row, ...]
+    size: tuple[float, float] | None = None
+    measurements: int = 0
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -75,7 +84,13 @@ class CoverageReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries."""
-        return {"coverage": self.coverage, "term": self.term, "parameters": [asdict(row) for row in self.rows]}
+        return {
+            "coverage": self.coverage,
+            "term": self.term,
+            "size": self.size,
+            "measurements": self.measurements,
+            "parameters": [asdict(row) for row in self.rows],
+        }
 
     def __str__(self) -> str:
         """The table: as wide as its texts are, or as the terminal where it is printed on one."""
@@ -97,6 +112,9 @@ class CoverageReport:
         if sys.stdout.isatty():
             _fit(rows, shutil.get_terminal_size().columns)
         foot = f"{self.coverage:.1%} of all parameters quantized; expected-loss term {self.term:.3g}"
+        if self.size is not None:
+            error = abs(self.term) * self.size[1] / self.size[0]
+            foot += f" ± {error:.1g}, measured in {self.measurements} steps as {self.size[0]:.3g} times the count"
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, ["-" * width for width in widths])
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -132,7 +150,8 @@ def report(model: nn.Module) -> CoverageReport:
         if weight is None:
             reason = "not there when the model was transformed"
             rows[name] = Row(name, tuple(parameter.shape), None, None, reason, (), None, None, None, None)
-    return CoverageReport(tuple(rows.values()))
+    measured = smoothings_of(model)[0].tally.measuring
+    return CoverageReport(tuple(rows.values()), measured.common, measured.draws)
 
 
 def _row(name: str, weight: Weight, term: torch.Tensor | None, total: float) -> Row:

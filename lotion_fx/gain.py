@@ -56,6 +56,12 @@ class Gains:
     def restore(self, saved: Tensor) -> None:
         self.density = saved.to("cpu", torch.float64, copy=True)
 
+    def shift(self, log: float) -> None:
+        """All densities are moved by so much."""
+        places = max(-len(self.logs) // 2, min(len(self.logs) // 2, round(log / self.step)))
+        moved = torch.roll(self.density, places, 1)
+        self.density = moved / moved.sum(1, keepdim=True)
+
     def observe(self, measured: Tensor, predicted: Tensor, variance: Tensor) -> None:
         """One observation of each factor; one whose prediction is not positive, or that is not finite, is left out.
 

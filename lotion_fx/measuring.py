@@ -9,8 +9,9 @@ weights w + eps, rounded at random about their mean w,
 for any loss whatever, and the gradient is itself an unbiased one of the smoothed loss. So a few early steps and then
 one in `EVERY` have their forwards at such weights; the gradient that arrives at the optimizer tells the rest. What it
 holds of the loss's slope at w has mean zero and most of the spread: the optimizer's first moment, or the gradient of
-the step before, is taken out as far as it agrees. `gain` holds what is believed after each of them: of the whole term,
-and of each weight's share in it.
+the step before, is taken out as far as it agrees. Where the batches' own noise hides the increase all the same, eps is
+amplified, up to `LOUDEST` times, which is as harmless there as it is hard to see. `gain` holds what is believed after
+each of them: of the whole term, and of each weight's share in it.
 
 From such a step's first forward until its optimizer steps, the parameters *hold* the rounded values, so that all that
 reads them computes with the same ones: recomputation, a head applied outside of the model, other compilers, shards.
@@ -49,6 +50,12 @@ ENOUGH, SOON = 0.1, 4
 EVERY = 100
 """Steps from one measurement to the next in the long run."""
 
+LOUDEST, AUDIBLE = 3.0, 0.5
+"""Up to how many times the rounding noise is amplified, so that one step's measurement has this relative error."""
+
+DOUBT = 4.0
+"""By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
+
 _MOMENTS = ("exp_avg", "momentum_buffer")
 _OWN_REACH, _OWN_STEP, _OWN_PRIOR = math.log(8.0), 0.1, 0.25  # of one weight's factor beside the common one
 
@@ -62,6 +69,7 @@ class Held:
         version: of the parameter when it came to hold them.
         seed: by which they were drawn.
         amax: the absmax of the whole weight, where it is needed of a shard; else None.
+        loudness: by what the noise is amplified.
         is_back: whether it has its own again.
         is_told: whether its gradient is that at the rounded values.
     """
@@ -70,12 +78,18 @@ class Held:
     version: int
     seed: int
     amax: Tensor | None
+    loudness: float
     is_back: bool = False
     is_told: bool = True
 
     def rounded(self, weight: Weight, parameter: Tensor, own: Tensor) -> Tensor:
         """The values that a parameter comes to hold, given its own on this rank."""
-        return weight.quantizer.rr(own, uniform=uniforms(self.seed, index_of(parameter)), amax_tensor=self.amax)
+        uniform = uniforms(self.seed, index_of(parameter))
+        rounded = weight.quantizer.rr(own, uniform=uniform, amax_tensor=self.amax)
+        if self.loudness == 1:
+            return rounded
+        mean = own if weight.quantizer.unbiased else weight.quantizer.mean(own)
+        return torch.lerp(mean, rounded, self.loudness)
 
 
 class Measuring:
@@ -95,7 +109,8 @@ class Measuring:
     def __init__(self, weights: Sequence[Weight], *, is_on: bool) -> None:
         self.weights, self.is_on, self.is_possible = weights, is_on, True
         self.begun, self.draws, self.next_at = 0, 0, 1
-        self._is_told = False
+        self._is_told, self._loudness = False, 1.0
+        self._residuals: Tensor | None = None
         self._common, self._own = Gains(1), _own_gains(0)
         self._factors: dict[Weight, float] = {}
         self._held: dict[Weight, Held] = {}
@@ -140,11 +155,12 @@ class Measuring:
             return
         self.put_back()
         self.begun += 1
-        self.next_at, self._is_told = steps + self._pause(), False
+        self.next_at, self._is_told, self._residuals = steps + self._pause(), False, None
         for place, weight in enumerate(self.weights):
             if _can_be_measured(weight) and (parameter := weight.master) is not None:
                 local, amax = local_of(parameter), shared_amax(weight.name, weight.quantizer, parameter)
-                held = Held(local.clone(), private.version_of(local), _seed(steps, place), amax[0] if amax else None)
+                known = _seed(steps, place), amax[0] if amax else None, self._loudness
+                held = Held(local.clone(), private.version_of(local), *known)
                 self._held[weight] = held
                 local.data.copy_(held.rounded(weight, parameter, held.own))
 
@@ -177,12 +193,40 @@ class Measuring:
 
     # ------------------------------------------------------------------------------------------------------- observing
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether parameters hold rounded values for a measurement under way."""
+        return any(not held.is_back for held in self._held.values())
+
+    def residuals_arrived(self, norms: Tensor, energies: Tensor) -> None:
+        """The gradients of a model's outputs arrived in a backward pass that measures.
+
+        Args:
+            norms, energies: 0-d, the sum over rows of the gradient's norm and of its square.
+        """
+        now = torch.stack([norms, energies]).double()
+        self._residuals = now if self._residuals is None else self._residuals + now
+
+    def _expect(self, loss_count: Tensor | None) -> None:
+        """Before anything was measured: what the size may be expected to be.
+
+        Residuals of a likelihood are about 1 in size, so that their weights in the loss show in their gradients: of a
+        sum these are of size 1, of a mean over T of size 1/T. Where they contradict the count, they are believed.
+        """
+        if self._residuals is None or self.begun > 1 or loss_count is None:
+            return
+        norms, energies = self._residuals.tolist()
+        ratio = norms / (energies * max(float(loss_count), 1.0)) if energies > 0 else 1.0
+        if not 1 / DOUBT < ratio < DOUBT and math.isfinite(ratio):
+            self._common.shift(math.log(ratio))
+
     def observe(
         self,
         pairs: Sequence[tuple[Weight, Tensor]],
         optimizer: torch.optim.Optimizer,
         pending: Tensor | None,
         steps: int,
+        loss_count: Tensor | None,
         curvature_of: Callable[[Weight, Tensor], Tensor | None],
     ) -> None:
         """An optimizer is about to step, and the gradients are the loss's own still.
@@ -191,6 +235,7 @@ class Measuring:
             pairs: its weights, with their parameters, which have a ``.grad`` and hold their own values.
             pending: the loss scale that is still in the gradients.
             steps: optimizer steps so far.
+            loss_count: T of the step on this rank.
             curvature_of: h over this rank's part of a weight, without this step's.
         """
         held = {weight: self._held.pop(weight, None) for weight, _ in pairs}
@@ -198,8 +243,9 @@ class Measuring:
         sums = []
         for weight, p, h in told:
             slope, curvature = self._slope(weight, p, optimizer), curvature_of(weight, p)
-            sums.append(_sums(weight, p, h.own, _gradient(p, pending), slope, curvature))
+            sums.append(_sums(weight, p, h, _gradient(p, pending), slope, curvature))
         if sums:
+            self._expect(loss_count)
             self._learn([weight for weight, _, _ in told], _over_shards(torch.stack(sums), [p for _, p, _ in told]))
         self._before.clear()
         if self.is_on and self.is_possible and steps + 1 >= self.next_at:
@@ -228,6 +274,9 @@ class Measuring:
         self.draws += not self._is_told  # an optimizer for each weight tells it in parts
         self._is_told = True
         self._common.observe(measured.sum()[None], predicted.sum()[None], variance.sum()[None])
+        error = float(variance.sum().sqrt() / (predicted.sum() * self._common.mean[0]))
+        self._loudness *= min(max(error / AUDIBLE, 0.5), 2.0)
+        self._loudness = min(max(self._loudness, 1.0), LOUDEST)
         self._own.grow(len(self.weights))
         places = {weight: place for place, weight in enumerate(self.weights)}
         at, common = torch.tensor([places[weight] for weight in weights]), float(self._common.mean)
@@ -245,6 +294,7 @@ class Measuring:
         return {
             "begun": self.begun,
             "draws": self.draws,
+            "loudness": self._loudness,
             "next_at": self.next_at,
             "common": self._common.saved(),
             "own": self._own.saved(),
@@ -256,18 +306,19 @@ class Measuring:
         self.put_back()
         self._held.clear()
         self.begun, self.draws, self.next_at = saved["begun"], saved["draws"], saved["next_at"]
+        self._loudness = saved["loudness"]
         self._common.restore(saved["common"])
         self._own.restore(saved["own"])
         self._factors = dict(zip(self.weights, saved["factors"], strict=False)) if self.draws else {}
 
 
 def _sums(
-    weight: Weight, parameter: Tensor, rounded: Tensor, grad: Tensor, slope: Tensor | None, h: Tensor | None
+    weight: Weight, parameter: Tensor, held: Held, grad: Tensor, slope: Tensor | None, h: Tensor | None
 ) -> Tensor:
     """What one weight adds to a measurement, float64 [6]: see `Measuring._learn`."""
     local, quantizer = local_of(parameter), weight.quantizer
     mean = local if quantizer.unbiased else quantizer.mean(local)
-    noise, variance = (rounded - mean).float(), quantizer.variance(local).float()
+    noise, variance = (held.own - mean).float(), quantizer.variance(local).float() * held.loudness**2
     slope = torch.zeros_like(grad) if slope is None or slope.shape != grad.shape else slope
     products = (
         noise * grad,

@@ -28,6 +28,24 @@ def count_rows(out: Any, tally: Tally) -> None:
         leaf.register_hook(lambda grad: tally.rows_counted(_rows(grad, every)))
 
 
+def watch_residuals(out: Any, tally: Tally) -> None:
+    """Tells a step that measures the term how large the gradients of the model's outputs are, row by row.
+
+    Args:
+        out: what the model returned, tensors in any nesting.
+    """
+
+    def tell(grad: Tensor | None) -> None:
+        if grad is not None:
+            squares = grad.detach().float().square()
+            energies = squares.sum(-1) if grad.dim() > 1 else squares
+            tally.measuring.residuals_arrived(energies.sqrt().sum(), energies.sum())
+
+    for leaf in tree_leaves(out) if torch.is_grad_enabled() else ():
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim():
+            leaf.register_hook(tell)
+
+
 def _rows(grad: Tensor | None, every: Tensor) -> Tensor:
     if grad is None:
         return every

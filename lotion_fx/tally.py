@@ -3,10 +3,12 @@
 Whatever of this changes, changes here, by a method named for what happened; every other file only reads it. What
 happens in one step, in this order:
 
-    forward_began      the model is called                        probe_for         a weight enters a graph with a probe
-    backward_comes     what was dropped since the last is     curvature_arrived  backward: the first probe tells T          rows_counted      ... or the model's output does
-    backward_ended     gradients are sampled, before clipping     counted           the optimizer's hook knows T
-    clipped, took_in   an optimizer's step has its term           stepped           the step is over
+    forward_comes      parameters hold what is to be read  forward_began     the model is called
+    probe_for          a weight enters a graph with a probe
+    backward_comes     gradients may have been dropped     curvature_arrived the first probe tells T
+    rows_counted       ... or the model's output does      backward_ended    gradients are sampled, before clipping
+    step_begins        the optimizer's hook runs           counted           it knows T
+    clipped, took_in   an optimizer's step has its term    stepped           the step is over
 """
 
 from __future__ import annotations
@@ -350,8 +352,8 @@ class Tally:
         """Samples the gradients that Fisher curvature will read, so that later clipping can be divided out."""
         for weight in self.weights:
             master = weight.master
-            has_gradient = weight.selected and master is not None and master.grad is not None
-            weight.gathered.gradient = _identity(master.grad) if has_gradient else None
+            grad = None if master is None or not weight.selected else master.grad
+            weight.gathered.gradient = None if grad is None else _identity(grad)
             if master is not None and master.grad is not None and not weight.is_analytic and weight.selected:
                 self.gradients[weight] = sample(master.grad).clone()
 

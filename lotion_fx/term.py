@@ -111,7 +111,8 @@ class Step:
 
     def run(self) -> None:
         """Moves every weight's curvature, and adds its term or hands it over."""
-        self.tally.measuring.observe(self.pairs, self.optimizer, self.pending, self.tally.steps, curvature_of)
+        tally = self.tally
+        tally.measuring.observe(self.pairs, self.optimizer, self.pending, tally.steps, tally.loss_count, curvature_of)
         shrunk = self._shrunk()
         factors = self._factors(shrunk)
         vectors = self._payloads(factors)

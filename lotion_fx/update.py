@@ -66,8 +66,12 @@ class Spec:
         key = (source, quantizer, layout, span, decay, tensors)
         if known is None or known[0] != key:
             fmt, axis, arch, (local, grad) = quantizer.format, quantizer.axis, lower.arch_of(args[0].device), args[:2]
-            fits = arch is not None and grad.is_contiguous() and not bounded
-            kernel = fits and lower.prefers_kernel("term", local, fmt, axis, arch)
+            kernel = (
+                arch is not None
+                and grad.is_contiguous()
+                and not bounded
+                and lower.prefers_kernel("term", local, fmt, axis, arch)
+            )
             spec = Spec(source, quantizer, layout, span, decay, tensors, bounded, kernel)
             known = weight.curvature.spec = key, _specs.setdefault(key, spec)
         return known[1]
