@@ -275,8 +275,8 @@ class Measuring:
         self._is_told = True
         self._common.observe(measured.sum()[None], predicted.sum()[None], variance.sum()[None])
         error = float(variance.sum().sqrt() / (predicted.sum() * self._common.mean[0]))
-        self._loudness *= min(max(error / AUDIBLE, 0.5), 2.0)
-        self._loudness = min(max(self._loudness, 1.0), LOUDEST)
+        louder = self._loudness * min(max(error / AUDIBLE, 0.5), 2.0)
+        self._loudness = min(max(_rounded(louder), 1.0), LOUDEST)
         self._own.grow(len(self.weights))
         places = {weight: place for place, weight in enumerate(self.weights)}
         at, common = torch.tensor([places[weight] for weight in weights]), float(self._common.mean)
@@ -285,7 +285,7 @@ class Measuring:
         self._own.observe(*everything)
         own = self._own.mean
         own = own * (predicted.sum() / (own[at] * predicted).sum())  # together they are the whole
-        self._factors = {weight: common * float(own[place]) for weight, place in places.items()}
+        self._factors = {weight: _rounded(common * float(own[place])) for weight, place in places.items()}
 
     # ----------------------------------------------------------------------------------------------------- saved state
 
@@ -299,6 +299,7 @@ class Measuring:
             "common": self._common.saved(),
             "own": self._own.saved(),
             "factors": [self.size(weight) for weight in self.weights],
+            "before": {place: self._before[w] for place, w in enumerate(self.weights) if w in self._before},
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
@@ -310,6 +311,14 @@ class Measuring:
         self._common.restore(saved["common"])
         self._own.restore(saved["own"])
         self._factors = dict(zip(self.weights, saved["factors"], strict=False)) if self.draws else {}
+        self._before = {self.weights[place]: gradient.clone() for place, gradient in saved["before"].items()}
+
+    def copied(self, memo: Mapping[int, Any]) -> None:
+        """The model is being copied, and what was copied of it so far has its own values."""
+        for weight, held in self._held.items():
+            if not held.is_back and (copied := memo.get(id(weight.master))) is not None:
+                local_of(copied).data.copy_(held.own)
+        self.put_back()
 
 
 def _sums(
@@ -343,6 +352,11 @@ def uniforms(seed: int, index: Tensor) -> Tensor:
     return ((x >> 40) & 0xFFFFFF).float() * 2.0**-24
 
 
+def _rounded(x: float) -> float:
+    """To three digits, more than are known: the last bits of sums depend on the number of ranks, and stay out."""
+    return float(f"{x:.2e}")
+
+
 def _seed(steps: int, place: int) -> int:
     return steps * 1_000_003 + place
 
@@ -353,9 +367,8 @@ def _own_gains(count: int) -> Gains:
 
 def _can_be_measured(weight: Weight) -> bool:
     """Whether an optimizer will tell of a weight that its term is to be added to."""
-    known = weight.curvature
-    has_curvature = known.ema is not None or known.moment is not None
-    in_hook = weight.gathered.has_optimizer and weight.gathered.certificate is None
+    has_curvature = weight.curvature.ema is not None or weight.smoothing.settings.reads_moment
+    in_hook = weight.gathered.steps > 0 and weight.gathered.certificate is None
     parameter = weight.master
     trains = parameter is not None and parameter.requires_grad and weight.training
     return trains and in_hook and has_curvature and weight.selected

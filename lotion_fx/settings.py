@@ -56,7 +56,7 @@ class Settings:
     @property
     def measures(self) -> bool:
         """Whether steps are to measure the term; of an adopted model no call is seen that one could begin with."""
-        return self.calibrate and self.method == "lotion" and not self.adopted
+        return self.calibrate and self.method == "lotion" and self.strength > 0 and not self.adopted
 
     @property
     def samples_labels(self) -> bool:

@@ -101,8 +101,9 @@ class Smoothing:
         made.is_whole = self.is_whole
         made.compile, made.bring_up_to_date = self.compile, self.bring_up_to_date
         made.seen_changes = self.seen_changes
-        made.tally.restore(copy.deepcopy(self.tally.saved()))
+        self.tally.measuring.copied(memo)
         made.weights.extend(copy.deepcopy(weight, memo) for weight in self.weights)
+        made.tally.restore(copy.deepcopy(self.tally.saved()))
         copies = dict(zip(self.weights, made.weights, strict=True))
         for path, module in model.named_modules() if (model := self.model()) is not None else ():
             held = registry.owned.get(module, {}).items()

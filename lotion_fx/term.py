@@ -111,6 +111,9 @@ class Step:
 
     def run(self) -> None:
         """Moves every weight's curvature, and adds its term or hands it over."""
+        for weight, parameter in self.pairs if self.settings.reads_moment else ():
+            if isinstance(moment := self._moment_of(parameter), Tensor):
+                weight.curvature.moment = local_of(moment)
         tally = self.tally
         tally.measuring.observe(self.pairs, self.optimizer, self.pending, tally.steps, tally.loss_count, curvature_of)
         shrunk = self._shrunk()
@@ -263,7 +266,7 @@ class Step:
         source = VECTOR if given else KEPT if known.code in (None, Code.ANALYTIC) else FISHER
         state = known.ema
         if self.settings.reads_moment:
-            moment = self.optimizer.state.get(parameter, {}).get("exp_avg_sq")
+            moment = self._moment_of(parameter)
             if self._is_taken(weight, parameter, moment, factors, gain):
                 return None
             if isinstance(moment, Tensor):  # no state of our own then
@@ -275,6 +278,10 @@ class Step:
         assert state is not None
         args = [local, grad, state, *given, *amax, factors.row, factors.gradient, gain, factors.limit]
         return Spec.of(weight, source, layout, span, args), args
+
+    def _moment_of(self, parameter: Tensor) -> Any:
+        """The optimizer's second moment, if it has one."""
+        return self.optimizer.state.get(parameter, {}).get("exp_avg_sq")
 
     def _moment_factor(self, parameter: Tensor, factors: Factors) -> Tensor:
         """Curvature over the optimizer's second moment.
