@@ -70,7 +70,8 @@ class Factors:
     """What one step's curvatures and gradients are multiplied by, 0-d float32 each.
 
     Args:
-        row: T over the squared loss scale: of payloads, which are made of gradients as backward saw them.
+        row: T, on average over ranks, over the squared loss scale: of payloads, averaged likewise, which are made of
+            gradients as backward saw them.
         gradient: T over the squared factor by which ``.grad`` was scaled or clipped: of squares of it.
         moment: of the optimizer's second moment; None where the optimizer's state was loaded without ours.
         gains: of each weight's term.
@@ -137,7 +138,9 @@ class Step:
         count, scale = self._loss_count(), 1.0 if self.loss_scale is None else self._on(self.loss_scale)
         total = self._over_ranks(count).float()
         self.tally.counted(total)
-        row = (count / scale**2).float()
+        # A step's gradient is the mean over W ranks, in which rank r's terms have 1/W of the gradients that its payload
+        # P_r was made of: h = T sum_r P_r / W^2, the mean of T times the mean of P, whoever has how many of the terms.
+        row = (total / self._ranks / scale**2).float()
         if self.settings.samples_labels:  # of the pass's own loss, which nothing scaled
             row = torch.full_like(row, 1 / self.tally.draws)
         moment = None
@@ -167,6 +170,10 @@ class Step:
         if not any(self.tally.was_called(weight) for weight, _ in self.pairs):
             return "call the transformed model itself, not its forward() or a part of it"
         return "no output of the model had a gradient"
+
+    @property
+    def _ranks(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         if self.group is None:
@@ -238,7 +245,7 @@ class Step:
         return torch.cat([of_rows, of_cols.flatten(), of_rows.view(groups, rows).sum(1)])
 
     def _reduced(self, vectors: Sequence[Tensor | None], row: Tensor) -> list[Tensor | None]:
-        """The payloads averaged over ranks, in one all-reduce: each rank's own T is in its rows before."""
+        """The payloads averaged over ranks, in one all-reduce, with T in them."""
         flat: list[Tensor] = []
         for (weight, _), vector in zip(self.pairs, vectors, strict=True):
             if vector is not None:
@@ -248,7 +255,7 @@ class Step:
             return list(vectors)
         joined = torch.cat(flat)
         dist.all_reduce(joined, group=self.group)
-        joined /= dist.get_world_size(self.group)
+        joined /= self._ranks
         parts = iter(joined.split([v.numel() for v in flat]))
         return [None if v is None else next(parts) for v in vectors]
 

@@ -93,19 +93,31 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return made[0], made[1]
 
 
-def train(model: nn.Module, rank: int = 0, world: int = 1, accumulate: int = 1) -> None:
-    """Momentum steps on this rank's part of the global batches; the loss is the mean over the global batch."""
+def train(model: nn.Module, rank: int = 0, world: int = 1, accumulate: int = 1, loss: str = "mean") -> None:
+    """Momentum steps on this rank's part of the global batches.
+
+    Args:
+        accumulate: micro-batches a step.
+        loss: the ``"mean"`` over the global batch; or with ragged labels, ignored ones most on the last ranks, the mean
+            over the ``"global count"`` of labels, or the ``"mean of means"`` over each micro-batch's own.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     share = BATCH // world // accumulate
     for step in range(STEPS):
         ids, labels = batch(step)
+        if loss != "mean":
+            labels = torch.where(torch.arange(BATCH)[:, None] + torch.arange(LENGTH) < 9, labels, -100)
+        count = (labels != -100).sum()
         optimizer.zero_grad()
         for micro in range(accumulate):
             start = (rank * accumulate + micro) * share
             part, last = slice(start, start + share), micro == accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else no_sync(model):
-                loss = F.cross_entropy(model(ids[part]).flatten(0, 1), labels[part].flatten()) / accumulate
-                loss.backward()
+                logits, wanted = model(ids[part]).flatten(0, 1), labels[part].flatten()
+                if loss == "global count":
+                    (F.cross_entropy(logits, wanted, reduction="sum") * world / count).backward()
+                else:
+                    (F.cross_entropy(logits, wanted) / accumulate).backward()
         optimizer.step()
 
 
@@ -155,16 +167,31 @@ def regions_of(model: LM, how: str | None) -> list[nn.Module] | None:
     return {None: None, "blocks": [*model.blocks], "blocks and head": [*model.blocks, model.head]}[how]
 
 
-def single(kind: str = "even", regions: str | None = None, fmt: str = "nvfp4", **options: Any) -> dict[str, Any]:
-    """One process, the global batch at once."""
+def single(
+    kind: str = "even",
+    regions: str | None = None,
+    fmt: str = "nvfp4",
+    loss: str = "mean",
+    parts: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """One process, the global batch at once, or in parts."""
     model = make(kind)
     lotion_fx.transform(model, fmt, regions=regions_of(model, regions), **options)
-    train(model)
+    train(model, accumulate=parts, loss=loss)
     return result(model)
 
 
 def ddp(
-    rank: int, world: int, outside: bool, bucket: float, accumulate: int, kind: str, fmt: str, **options: Any
+    rank: int,
+    world: int,
+    outside: bool,
+    bucket: float,
+    accumulate: int,
+    kind: str,
+    fmt: str,
+    loss: str,
+    **options: Any,
 ) -> dict[str, Any]:
     """DistributedDataParallel; ``outside`` transforms what it returns, ``bucket`` is its size in MiB."""
     model: nn.Module = make(kind)
@@ -176,12 +203,20 @@ def ddp(
     if outside:
         lotion_fx.transform(model, fmt, **options)
     before = compiles[options["inner"]]
-    train(model, rank, world, accumulate)
+    train(model, rank, world, accumulate, loss)
     return {"graphs": compiles[options["inner"]] - before} | result(model)
 
 
 def fsdp(
-    rank: int, world: int, before: bool, accumulate: int, kind: str, fmt: str, regions: str | None, **options: Any
+    rank: int,
+    world: int,
+    before: bool,
+    accumulate: int,
+    kind: str,
+    fmt: str,
+    regions: str | None,
+    loss: str,
+    **options: Any,
 ) -> dict[str, Any]:
     """FSDP2, each block and the root sharded; ``before`` transforms the model first."""
     model = make(kind)
@@ -192,7 +227,7 @@ def fsdp(
     fully_shard(model)
     if not before:
         lotion_fx.transform(model, fmt, regions=regions_of(model, regions), **options)
-    train(model, rank, world, accumulate)
+    train(model, rank, world, accumulate, loss)
     return result(model)
 
 

@@ -21,6 +21,7 @@ TIMEOUT = 120
 
 def job(wrapper, **options):
     defaults = {"fmt": "nvfp4", "inner": "aot_eager", "curvature": "factored", "kind": "even", "accumulate": 1}
+    defaults |= {"loss": "mean"}
     wrappers = {"ddp": {"outside": False, "bucket": 25}, "fsdp": {"before": True, "regions": "blocks and head"}}
     return wrapper, defaults | wrappers[wrapper] | options
 
@@ -29,6 +30,7 @@ FAST = {
     "ddp split": job("ddp", bucket=0.01),
     "ddp no_sync": job("ddp", accumulate=2),
     "fsdp no_sync": job("fsdp", accumulate=2),
+    "ddp ragged": job("ddp", loss="global count"),
 }
 SLOW = {
     "ddp": job("ddp"),
@@ -47,6 +49,13 @@ SLOW = {
     "fsdp flipped": job("fsdp", kind="flipped"),
     "fsdp mxfp4": job("fsdp", fmt="mxfp4"),
     "fsdp int8": job("fsdp", fmt="int8"),
+    "ddp ragged full": job("ddp", loss="global count", curvature="full"),
+    "ddp ragged fisher": job("ddp", loss="global count", curvature="fisher"),
+    "ddp ragged means": job("ddp", loss="mean of means"),
+    "fsdp ragged": job("fsdp", loss="global count"),
+    "fsdp ragged no_sync": job("fsdp", loss="global count", accumulate=2),
+    "fsdp ragged full": job("fsdp", loss="global count", curvature="full"),
+    "fsdp ragged means": job("fsdp", loss="mean of means", curvature="full"),
 }
 INDUCTOR = {
     "ddp inductor": job("ddp", inner="inductor"),
@@ -91,9 +100,11 @@ def launched(group: int) -> dict[str, list[dict]]:
 
 
 @functools.cache
-def single(kind, fmt, inner, curvature, regions):
+def single(kind, fmt, inner, curvature, loss, regions):
     torch._dynamo.reset()
-    return distributed_worker.single(kind, regions, fmt, inner=inner, curvature=curvature)
+    # Means of its own parts in one process: these are its micro-batches.
+    parts = 2 if loss == "mean of means" else 1
+    return distributed_worker.single(kind, regions, fmt, loss, parts, inner=inner, curvature=curvature)
 
 
 def ranks_and_reference(name):
@@ -102,7 +113,7 @@ def ranks_and_reference(name):
     for found in ranks:
         assert "error" not in found, found["error"]
     options = GROUPS[group][name][1]
-    chosen = (options[key] for key in ("kind", "fmt", "inner", "curvature"))
+    chosen = (options[key] for key in ("kind", "fmt", "inner", "curvature", "loss"))
     # FSDP's hooks on the root break its graph: without regions the blocks and the head are compiled by themselves.
     return *ranks, single(*chosen, options.get("regions") or "blocks and head")
 
