@@ -115,7 +115,8 @@ def transform(
     check_model(model)
     smoothing = Smoothing(settings)
     smoothing.model, smoothing.is_whole = weakref.ref(model), regions == [model]
-    smoothing.weights.extend(weights_for(smoothing, model, resolve(fmt), {} if only is None else only))
+    others = {} if only is None else only
+    smoothing.weights.extend(weights_for(smoothing, model, resolve(fmt), others))
     check_weights(smoothing)
     if settings.samples_labels:
         check_placement(model, smoothing)
@@ -124,8 +125,7 @@ def transform(
     carry(model, smoothing)
     optimizer_hooks.install()
     watch()
-    smoothing.seen_changes = registry.changes
-    smoothing.bring_up_to_date = partial(take_in, resolve(fmt), {} if only is None else only)
+    smoothing.seen_changes, smoothing.bring_up_to_date = registry.changes, partial(take_in, resolve(fmt), others)
     paths = [path for path, module in model.named_modules() if module in set(regions)]
     smoothing.compile = partial(_compile, Backend(inner, mode, tuple(sorted(options.items()))), paths, compile_options)
     smoothing.compile(model)

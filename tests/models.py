@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lotion_fx
+
 VOCAB = 23
+
+counted = partial(lotion_fx.transform, calibrate=False)
+"""`lotion_fx.transform` with the term at its counted size, from the first step on."""
 
 
 class MLP(nn.Module):

@@ -22,6 +22,7 @@ from lotion_fx.compiling import compiles
 from lotion_fx.passes.attach.probe import Layout
 from lotion_fx.state import Weight, weights_of
 from lotion_fx.update import dense
+from tests.models import counted
 
 VOCAB, WIDTH, STEPS, BATCH, LENGTH = 48, 32, 3, 8, 6
 FIRST_BUCKET = dist._DEFAULT_FIRST_BUCKET_BYTES
@@ -177,7 +178,7 @@ def single(
 ) -> dict[str, Any]:
     """One process, the global batch at once, or in parts."""
     model = make(kind)
-    lotion_fx.transform(model, fmt, regions=regions_of(model, regions), **options)
+    counted(model, fmt, regions=regions_of(model, regions), **options)
     train(model, accumulate=parts, loss=loss)
     return result(model)
 
@@ -198,10 +199,10 @@ def ddp(
     # DDP's graph splitter wants the first bucket to be the smallest.
     dist._DEFAULT_FIRST_BUCKET_BYTES = min(int(bucket * 2**20), FIRST_BUCKET)
     if not outside:
-        lotion_fx.transform(model, fmt, **options)
+        counted(model, fmt, **options)
     model = DistributedDataParallel(model, bucket_cap_mb=bucket)
     if outside:
-        lotion_fx.transform(model, fmt, **options)
+        counted(model, fmt, **options)
     before = compiles[options["inner"]]
     train(model, rank, world, accumulate, loss)
     return {"graphs": compiles[options["inner"]] - before} | result(model)
@@ -221,12 +222,12 @@ def fsdp(
     """FSDP2, each block and the root sharded; ``before`` transforms the model first."""
     model = make(kind)
     if before:
-        lotion_fx.transform(model, fmt, regions=regions_of(model, regions), **options)
+        counted(model, fmt, regions=regions_of(model, regions), **options)
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
     if not before:
-        lotion_fx.transform(model, fmt, regions=regions_of(model, regions), **options)
+        counted(model, fmt, regions=regions_of(model, regions), **options)
     train(model, rank, world, accumulate, loss)
     return result(model)
 
@@ -244,7 +245,7 @@ class WithLoss(nn.Module):
 
 def expected(rank: int, world: int, fmt: str, inner: str) -> dict[str, Any]:
     """The loss in the graph, its head in a moment stream; one process where ``world`` is 1."""
-    inside = lotion_fx.transform(WithLoss(), fmt, loss_fn="model", inner=inner)
+    inside = counted(WithLoss(), fmt, loss_fn="model", inner=inner)
     model = DistributedDataParallel(inside) if world > 1 else inside
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     for step in range(STEPS):

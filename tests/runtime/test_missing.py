@@ -98,7 +98,10 @@ def test_an_optimizer_inside_of_backward():
         parameter.register_post_accumulate_grad_hook(step)
     strangers = torch.optim.SGD([torch.zeros(1)], 0.1)
     warned, _ = said(model, strangers, loss=lambda m: m(torch.randn(16, 20)).square().mean())
-    assert warned and all("inside backward()" in text for text in warned)
+    assert warned == []  # known from here on, it finds its curvature
+    warned, report = said(model, strangers, loss=lambda m: m(torch.randn(16, 20)).square().mean())
+    assert warned == [] and all(report[name].estimator == "analytic" for name in ("0.weight", "2.weight"))
+    assert lotion_fx.state_dict(model)["phases"][0]["terms"] == 16
 
 
 # ------------------------------------------------------------------------------------------------------------ no step

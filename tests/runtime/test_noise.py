@@ -22,7 +22,7 @@ from lotion_fx.numerics.noise import (
 )
 from lotion_fx.state import registry, smoothings_of
 from lotion_fx.update import term_of
-from tests.models import MLP
+from tests.models import MLP, counted
 
 
 def objective_gradient(weight: torch.Tensor, loss, h: torch.Tensor, fmt: lotion_fx.Format, law: NoiseLaw):
@@ -44,7 +44,7 @@ def test_a_step_trains_the_objective_around_the_mean():
     model, fmt = nn.Sequential(nn.Linear(12, 5, bias=False)).double(), resolve("int4/channel")
     x, y = torch.randn(20, 12, dtype=torch.float64), torch.randn(20, 5, dtype=torch.float64)
     weight = model[0].weight
-    lotion_fx.transform(model, "int4/channel", noise="smoothstep", curvature="full", inner="aot_eager")
+    counted(model, "int4/channel", noise="smoothstep", curvature="full", inner="aot_eager")
     loss = (model(x) - y).square().sum() / 20
     loss.backward()
     mean = rounding.mean(weight.detach(), fmt, law=SMOOTHSTEP)
@@ -77,7 +77,7 @@ def test_a_registered_noise_is_in_the_key_of_compile_caches():
 
 def test_an_unbiased_noise_adds_no_node():
     for noise, mode in (("randomized", "latent"), ("gaussian", "mean")):
-        model = lotion_fx.transform(MLP(), "int4", noise=noise, inner="eager")
+        model = counted(MLP(), "int4", noise=noise, inner="eager")
         assert [smoothing.tally.forward_mode for smoothing in smoothings_of(model)] == [mode]
 
 
@@ -95,7 +95,7 @@ def rounds_down(rounded: torch.Tensor, weight: torch.Tensor, fmt: lotion_fx.Form
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_randomized_and_rr_sample_from_the_law(inner):
     model, fmt = nn.Sequential(nn.Linear(64, 64, bias=False)), resolve("int4/channel")
-    lotion_fx.transform(model, "int4/channel", method="rr", noise=never(), inner=inner)
+    counted(model, "int4/channel", method="rr", noise=never(), inner=inner)
     weight = model[0].weight.detach()
     assert rounds_down(model(torch.eye(64)).T.detach(), weight, fmt)
     with lotion_fx.randomized(model), torch.no_grad():
@@ -103,13 +103,13 @@ def test_randomized_and_rr_sample_from_the_law(inner):
 
 
 def test_eval_is_at_the_nearest_whatever_the_noise():
-    model = lotion_fx.transform(nn.Sequential(nn.Linear(32, 8, bias=False)), "int4", noise="smoothstep", inner="eager")
+    model = counted(nn.Sequential(nn.Linear(32, 8, bias=False)), "int4", noise="smoothstep", inner="eager")
     weight = model[0].weight.detach()
     torch.testing.assert_close(model.eval()(torch.eye(32)).T, rounding.rtn(weight, resolve("int4")))
 
 
 def test_the_state_of_another_noise_is_refused():
-    make = lambda noise: lotion_fx.transform(MLP(), "int4", noise=noise, inner="eager")  # noqa: E731
+    make = lambda noise: counted(MLP(), "int4", noise=noise, inner="eager")  # noqa: E731
     state = lotion_fx.state_dict(make("smoothstep"))
     lotion_fx.load_state_dict(make("smoothstep"), state)
     with pytest.raises(ValueError, match=r"noise=\['smoothstep'\], this model has \['randomized'\]"):
@@ -119,8 +119,8 @@ def test_the_state_of_another_noise_is_refused():
 def test_unknown_noise_is_refused_before_anything_changes():
     model = MLP()
     with pytest.raises(ValueError, match="noise='gausian': unknown noise; did you mean gaussian"):
-        lotion_fx.transform(model, noise="gausian")
-    lotion_fx.transform(model, noise="gaussian", inner="eager")
+        counted(model, noise="gausian")
+    counted(model, noise="gaussian", inner="eager")
 
 
 def test_torch_compile_s_backend_takes_a_noise():
@@ -151,12 +151,12 @@ def test_a_weight_outside_of_every_graph_runs_at_the_mean():
         for parameter in at_mean.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(rounding.mean(parameter, fmt, 1, law=law))
-    lotion_fx.transform(model, "int4", noise="smoothstep", inner="eager")
+    counted(model, "int4", noise="smoothstep", inner="eager")
     torch.testing.assert_close(model(x), at_mean(x))
 
 
 def test_a_weight_outside_of_every_graph_is_sampled_from_the_law():
-    model = lotion_fx.transform(Recurrent(), "int4/channel", noise=never(), inner="eager")
+    model = counted(Recurrent(), "int4/channel", noise=never(), inner="eager")
     weight, seen = model.rnn.weight_ih_l0.detach().clone(), []
     model.rnn.register_forward_pre_hook(lambda module, _: seen.append(module.weight_ih_l0.detach().clone()))
     with lotion_fx.randomized(model), torch.no_grad():

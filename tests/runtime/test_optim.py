@@ -17,7 +17,7 @@ import lotion_fx
 from lotion_fx.kernels import adamw_smooth as kernel
 from lotion_fx.state import registry
 from lotion_fx.term import TakesTerms
-from tests.models import LM, ids, lm_loss
+from tests.models import LM, counted, ids, lm_loss
 
 TAKEN = {"mlp.0.weight": (40, 16), "mlp.2.weight": (16, 40), "head.weight": (23, 16)}  # of an LM with blocks of 8
 
@@ -40,7 +40,7 @@ def on_cpu(monkeypatch):
 def make(cls, fmt="int4/8", curvature="fisher", groups=None, model=None, **settings):
     torch.manual_seed(0)
     model = LM() if model is None else model()
-    lotion_fx.transform(model, fmt, curvature=curvature, inner="eager", strength=3.0)
+    counted(model, fmt, curvature=curvature, inner="eager", strength=3.0)
     params = model.parameters() if groups is None else groups(model)
     return model, cls(params, **{"lr": 1e-2, "weight_decay": 0.1, **settings})
 

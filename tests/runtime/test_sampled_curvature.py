@@ -15,7 +15,7 @@ from lotion_fx.likelihood import sampled_loss
 from lotion_fx.passes.attach.probe import HEADER, Layout
 from lotion_fx.state import Weight, registry
 from lotion_fx.update import curvature_of
-from tests.models import LM, MLP, ids, lm_loss
+from tests.models import LM, MLP, counted, ids, lm_loss
 from tests.runtime.steps import Recorder, curvature, inputs_and_gradients, one_step, term_gradient
 
 
@@ -65,7 +65,7 @@ def test_the_passes_average_to_the_exact_diagonal(likelihood, make, name, shape,
     if make is linear:  # and by hand
         by_hand = 2 / (len(batch) * 5) * batch.square().sum(0).expand(5, -1)
         torch.testing.assert_close(expected, by_hand)
-    lotion_fx.transform(model, "int4/tensor", inner="aot_eager", curvature="ggn", likelihood=likelihood)
+    counted(model, "int4/tensor", inner="aot_eager", curvature="ggn", likelihood=likelihood)
     weight = registry[model.get_parameter(name)]
     drawn = []
     for step in range(200):
@@ -89,7 +89,7 @@ def test_empirical_curvature_is_the_fisher_diagonal():
         return F.cross_entropy(functional_call(model, weights, x), label) / 9
 
     each = vmap(grad(loss), (None, 0, 0))(weights, x.double(), labels)
-    lotion_fx.transform(model, "int4/tensor", inner="aot_eager", curvature="full")
+    counted(model, "int4/tensor", inner="aot_eager", curvature="full")
     one_step(model, torch.optim.SGD(model.parameters(), lr=0.0), lambda m: F.cross_entropy(m(x), labels))
     for name in ("up.weight", "down.weight"):
         parameter = model.get_parameter(name)
@@ -101,7 +101,7 @@ def test_empirical_curvature_is_the_fisher_diagonal():
 def test_the_step_adds_the_formula():
     """Against hooks on a plain model that is given the same labels."""
     plain = LM().double()
-    model = lotion_fx.transform(copy.deepcopy(plain), "int4/channel", inner="aot_eager", curvature="ggn")
+    model = counted(copy.deepcopy(plain), "int4/channel", inner="aot_eager", curvature="ggn")
     recorder = Recorder(model)
     one_step(model, recorder, lambda m: lm_loss(m, ids()))
     generator = torch.Generator().manual_seed(hash((torch.initial_seed(), 0, 0)))
@@ -122,7 +122,7 @@ def test_each_rank_draws_its_own_labels():
         torch.distributed.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
         try:
             torch.manual_seed(0)
-            model = lotion_fx.transform(MLP(), "int4", curvature="ggn", inner="aot_eager")
+            model = counted(MLP(), "int4", curvature="ggn", inner="aot_eager")
             parallel = nn.parallel.DistributedDataParallel(model)
             parallel.register_comm_hook(None, keep)  # no other rank is there to reduce with
             one_step(parallel, torch.optim.SGD(model.parameters(), lr=0.0), lambda m: m(x).square().mean())

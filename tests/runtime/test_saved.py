@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lotion_fx
-from tests.models import LM, MLP, ids, lm_loss
+from tests.models import LM, MLP, counted, ids, lm_loss
 from tests.runtime.steps import one_step
 
 
@@ -61,7 +61,7 @@ def test_without_our_state_the_optimizer_s_second_moment_is_read_by_its_own_coun
     """As where a run under another tool goes on under this one: no average of clipping factors was kept."""
 
     def make():
-        model = lotion_fx.transform(LM(), "int4", curvature="fisher", inner="aot_eager")
+        model = counted(LM(), "int4", curvature="fisher", inner="aot_eager")
         return model, torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, 0.99))
 
     def step(model, optimizer, seed):

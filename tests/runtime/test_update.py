@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import lotion_fx
-from tests.models import LM, MLP, ids, lm_loss
+from tests.models import LM, MLP, counted, ids, lm_loss
 from tests.runtime.steps import Recorder, one_step
 
 
 def test_a_step_that_overflowed_leaves_nothing_behind():
-    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    model = counted(LM(), "int4", inner="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
     scaler.scale(lm_loss(model, ids()) * 1e3).backward()
@@ -21,7 +21,7 @@ def test_a_step_that_overflowed_leaves_nothing_behind():
     before = copy.deepcopy(model)
     recorder = Recorder(model)
     one_step(model, recorder, lambda m: lm_loss(m, ids()))
-    lotion_fx.transform(before, "int4", inner="aot_eager")
+    counted(before, "int4", inner="aot_eager")
     fresh = Recorder(before)
     one_step(before, fresh, lambda m: lm_loss(m, ids()))
     assert torch.equal(recorder.given["head.weight"], fresh.given["head.weight"])
@@ -32,7 +32,7 @@ def test_training_pulls_weights_to_their_levels():
 
     def final_term(strength):
         torch.manual_seed(0)
-        model = lotion_fx.transform(MLP(bias=False), "int4/tensor", inner="aot_eager", strength=strength)
+        model = counted(MLP(bias=False), "int4/tensor", inner="aot_eager", strength=strength)
         optimizer = torch.optim.SGD(model.parameters(), lr=2e-3)
         x = torch.randn(256, 20)
         target = model(x).detach()
@@ -46,7 +46,7 @@ def test_training_pulls_weights_to_their_levels():
 @pytest.mark.parametrize("kind", ["factored", "full", "fisher"])
 def test_an_overflowing_step_teaches_nothing(kind):
     """Squares past float32's range, in a step that nothing skips."""
-    model = lotion_fx.transform(MLP(), "int4", curvature=kind, inner="aot_eager")
+    model = counted(MLP(), "int4", curvature=kind, inner="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     one_step(model, optimizer, lambda m: m(torch.randn(4, 20)).square().mean())
     before = lotion_fx.penalty(model)

@@ -53,7 +53,7 @@ def counted(name: str, counts: list[int]) -> Iterator[None]:
 def trained(method: str, fmt: str, **settings: object) -> tuple[list[torch.Tensor], nn.Module]:
     torch.manual_seed(3)
     model = MLP()
-    lotion_fx.transform(model, fmt, method=method, inner="aot_eager", **settings)
+    lotion_fx.transform(model, fmt, method=method, inner="aot_eager", calibrate=False, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(16, next(model.parameters()).shape[1])
     for _ in range(3):
@@ -82,7 +82,8 @@ def test_training_is_the_same(method: str, fmt: str, curvature: str, request: py
         assert taken[0] == (len(weights) if fmt == "nvfp4" else 0)
     else:
         assert sum(taken) == 0  # at the weights themselves there is nothing to round
-        assert any(spec.kernel for group in update._compiled for spec in group[1])
+        # What is read from a second moment is bounded by it, which the kernel does not do.
+        assert any(spec.kernel for group in update._compiled for spec in group[1]) == (curvature != "fisher")
 
 
 def test_random_rounding_takes_the_kernel(pretend: list[int]) -> None:
@@ -153,7 +154,7 @@ def _trained_by_pass(curvature: str) -> None:
     """`aot_eager` runs the same pass on the joint graph by its partition function."""
     torch.manual_seed(3)
     model = MLP()
-    lotion_fx.transform(model, "int4", curvature=curvature, inner="aot_eager")
+    lotion_fx.transform(model, "int4", curvature=curvature, inner="aot_eager", calibrate=False)
     model(torch.randn(16, next(model.parameters()).shape[1])).square().mean().backward()
 
 

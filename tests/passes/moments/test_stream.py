@@ -15,7 +15,7 @@ import lotion_fx
 from lotion_fx.compiling import compiles
 from lotion_fx.numerics import rounding
 from lotion_fx.state import weights_of
-from tests.models import LM, VOCAB, ids
+from tests.models import LM, VOCAB, counted, ids
 
 
 def mlp() -> nn.Sequential:
@@ -40,7 +40,7 @@ def expected_gradients(model: nn.Module, data: Any, loss_fn: Any = F.cross_entro
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fmt", ["int4", "nvfp4"])
 def test_the_training_loss_is_the_expected_loss(inner, fmt):
-    model = lotion_fx.transform(mlp(), fmt, loss_fn=F.cross_entropy, inner=inner)
+    model = counted(mlp(), fmt, loss_fn=F.cross_entropy, inner=inner)
     loss = lotion_fx.training_loss(model, batch())
     loss.backward()
     result = lotion_fx.expected_loss(model, batch(), F.cross_entropy)
@@ -52,7 +52,7 @@ def test_the_training_loss_is_the_expected_loss(inner, fmt):
 
 
 def test_the_step_adds_nothing_to_it():
-    model = lotion_fx.transform(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager")
+    model = counted(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(3):
         expected = [
@@ -66,7 +66,7 @@ def test_the_step_adds_nothing_to_it():
 
 
 def test_without_the_loss_the_term_is_at_the_step_again():
-    model = lotion_fx.transform(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager")
+    model = counted(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     estimators = []
     for loss in (lotion_fx.training_loss, lambda model, data: F.cross_entropy(model(data[0]), data[1])) * 2:
@@ -78,7 +78,7 @@ def test_without_the_loss_the_term_is_at_the_step_again():
 
 
 def test_micro_batches_are_one_batch():
-    models = [lotion_fx.transform(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager") for _ in range(2)]
+    models = [counted(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager") for _ in range(2)]
     x, y = batch()
     lotion_fx.training_loss(models[0], (x, y)).backward()
     for part in range(2):
@@ -103,7 +103,7 @@ class Pooled(nn.Module):
 def test_what_the_stream_cannot_reach_gets_its_term_at_the_step():
     def model(**options: Any) -> nn.Module:
         torch.manual_seed(0)
-        return lotion_fx.transform(Pooled(), "int4/tensor", curvature="full", inner="aot_eager", **options)
+        return counted(Pooled(), "int4/tensor", curvature="full", inner="aot_eager", **options)
 
     x, y = torch.randn(8, 1, 8, 8), torch.randint(4, (8,))
     streamed, plain = model(loss_fn=F.cross_entropy), model()
@@ -157,7 +157,7 @@ class WithLoss(nn.Module):
 
 def test_a_model_that_returns_its_loss():
     torch.manual_seed(0)
-    model = lotion_fx.transform(WithLoss(), "int4", loss_fn="model", inner="aot_eager")
+    model = counted(WithLoss(), "int4", loss_fn="model", inner="aot_eager")
     x, y = batch()
     result = lotion_fx.expected_loss(model, {"inputs": x, "labels": y})
     out = model(inputs=x, labels=y)
@@ -193,7 +193,7 @@ def test_a_scalar_that_is_no_loss_takes_no_term_away():
     added = []
     for options in ({}, {"loss_fn": F.cross_entropy}):
         torch.manual_seed(0)
-        model = lotion_fx.transform(Scaled(), "int4", inner="aot_eager", **options)
+        model = counted(Scaled(), "int4", inner="aot_eager", **options)
         logits, scale = model(batch()[0])
         F.cross_entropy(logits * scale, batch()[1]).backward()
         before = gradients(model)
@@ -219,7 +219,7 @@ class TwoLosses(nn.Module):
 
 def test_every_scalar_may_be_the_loss():
     torch.manual_seed(0)
-    model = lotion_fx.transform(TwoLosses(), "int4", loss_fn="model", inner="aot_eager")
+    model = counted(TwoLosses(), "int4", loss_fn="model", inner="aot_eager")
     x, y = batch()
     loss = model(x, y)["loss"]
     result = lotion_fx.expected_loss(model, (x, y))
@@ -230,7 +230,7 @@ def test_every_scalar_may_be_the_loss():
 
 def test_batches_of_many_sizes():
     """More than Dynamo compiles one by one."""
-    model = lotion_fx.transform(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager")
+    model = counted(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager")
     for size in range(3, 15):
         data = torch.randn(size, 6), torch.randint(4, (size,))
         expected = lotion_fx.expected_loss(model, data, F.cross_entropy).total
@@ -244,7 +244,7 @@ def test_a_llama_s_loss():
         num_key_value_heads=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = lotion_fx.transform(transformers.LlamaForCausalLM(config), "int4", loss_fn="model", inner="aot_eager")
+    model = counted(transformers.LlamaForCausalLM(config), "int4", loss_fn="model", inner="aot_eager")
     tokens = torch.randint(64, (2, 8))
     data = {"input_ids": tokens, "labels": tokens}
     result = lotion_fx.expected_loss(model, data)
@@ -259,7 +259,7 @@ def test_a_llama_s_loss():
 
 
 def test_finishing_keeps_the_variance_at_rounded_weights():
-    model = lotion_fx.transform(mlp(), "int4/tensor", loss_fn=F.cross_entropy, inner="aot_eager")
+    model = counted(mlp(), "int4/tensor", loss_fn=F.cross_entropy, inner="aot_eager")
     lotion_fx.finish(model)
     kept = lotion_fx.training_loss(model, batch())
     lotion_fx.finish(model, term=False)
@@ -270,7 +270,7 @@ def test_finishing_keeps_the_variance_at_rounded_weights():
 
 
 def test_a_new_strength_needs_no_new_graph():
-    model = lotion_fx.transform(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager")
+    model = counted(mlp(), "int4", loss_fn=F.cross_entropy, inner="aot_eager")
     plain = lotion_fx.training_loss(model, batch())
     before = compiles["aot_eager"]
     lotion_fx.calibrate(model, [batch(1), batch(2)], F.cross_entropy, samples=4)
@@ -290,7 +290,7 @@ def test_a_graph_with_a_checkpointed_block_is_left_to_the_joint_graph():
             return self.head(checkpoint(self.body, x, use_reentrant=False))
 
     torch.manual_seed(0)
-    model = lotion_fx.transform(Checkpointed(), "int4", loss_fn=F.cross_entropy, inner="aot_eager")
+    model = counted(Checkpointed(), "int4", loss_fn=F.cross_entropy, inner="aot_eager")
     lotion_fx.training_loss(model, batch()).backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     estimators = {row.name: row.estimator for row in lotion_fx.report(model).rows if row.format}
@@ -307,7 +307,7 @@ def test_a_language_model_s_head_is_in_the_stream_and_its_blocks_are_not():
     kinds = {}
     for moments in ("closed", "diagonal", "off"):
         torch.manual_seed(0)
-        model = lotion_fx.transform(LM(), "int4", loss_fn=loss_fn, moments=moments, inner="aot_eager")
+        model = counted(LM(), "int4", loss_fn=loss_fn, moments=moments, inner="aot_eager")
         loss = lotion_fx.training_loss(model, data)
         loss.backward()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -331,11 +331,11 @@ def test_a_language_model_s_head_is_in_the_stream_and_its_blocks_are_not():
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        lotion_fx.transform(mlp(), **{"inner": "aot_eager", **options})
+        counted(mlp(), **{"inner": "aot_eager", **options})
 
 
 def test_bad_batches_are_named():
-    model = lotion_fx.transform(mlp(), inner="aot_eager")
+    model = counted(mlp(), inner="aot_eager")
     with pytest.raises(ValueError, match="without a loss"):
         lotion_fx.training_loss(model, batch())
     with pytest.raises(ValueError, match=r"expected \(inputs, targets\)"):
