@@ -3,7 +3,7 @@
 model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
 """
 
-from lotion_fx import noise, optim, rounding
+from lotion_fx import noise, optim, riding, rounding
 from lotion_fx.calibration import calibrate
 from lotion_fx.coverage import CoverageReport, report
 from lotion_fx.expected import ExpectedLoss, expected_loss
@@ -19,6 +19,7 @@ from lotion_fx.switches import finish, full_precision, randomized
 from lotion_fx.transformation import training_loss, transform
 
 log_as_asked()
+riding.watch()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from lotion_fx import optimizer_hooks, private
+from lotion_fx import optimizer_hooks, private, riding
 from lotion_fx.arguments import check_compile_options, checked
 from lotion_fx.choosing import known_format
 from lotion_fx.numerics.formats import resolve
@@ -53,6 +53,7 @@ def dynamo_backend(gm: Any, example_inputs: Any, *, mode: str | None = None, opt
         )
         smoothing.weights.append(weight)
         registry.add(weight)
+        riding.take_in_waiting()
 
     return Backend(settings.inner, mode, tuple(sorted(options.items())), adopt)(gm, example_inputs)
 

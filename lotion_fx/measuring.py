@@ -311,7 +311,7 @@ class Measuring:
         self._common.restore(saved["common"])
         self._own.restore(saved["own"])
         self._factors = dict(zip(self.weights, saved["factors"], strict=False)) if self.draws else {}
-        self._before = {self.weights[place]: gradient.clone() for place, gradient in saved["before"].items()}
+        self._before = {self.weights[int(place)]: gradient.clone() for place, gradient in saved["before"].items()}
 
     def copied(self, memo: Mapping[int, Any]) -> None:
         """The model is being copied, and what was copied of it so far has its own values."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lotion_fx import private
+from lotion_fx import private, riding
 from lotion_fx.missing import has_curvature, look_for_missing
 from lotion_fx.state import Smoothing, Weight, registry
 from lotion_fx.term import Step, TakesTerms
@@ -26,6 +27,7 @@ def install() -> None:
     if not _handles:
         _handles = [register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)]
         private.watch_grad_scaler()
+    riding.take_in_waiting()
 
 
 _handles: list[Any] = []
@@ -63,6 +65,7 @@ def _is_running(optimizer: torch.optim.Optimizer) -> bool:
 
 @torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+    riding.after_step(optimizer)
     if optimizer in _stepping:
         del _stepping[_stepping.index(optimizer) :]
 
@@ -102,8 +105,12 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
         optimizer.terms.clear()  # of a step that raised
     mine: dict[Smoothing, list[tuple[Weight, Tensor]]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter, weight in zip(parameters, registry.find(parameters), strict=True):
-        if weight is not None and weight not in _done:
+    held = [(p, weight) for p, weight in zip(parameters, registry.find(parameters), strict=True) if weight is not None]
+    riding.before_step(optimizer, held)
+    if _is_rehearsal(optimizer, [weight for _, weight in held]):
+        return
+    for parameter, weight in held:
+        if weight not in _done:
             weight.smoothing.tally.step_begins()
             weight.smoothing.tally.measuring.put_back([weight])
             weight.is_stepped_as(parameter)
@@ -121,3 +128,10 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
         if smoothing.tally.has_term and outside:
             Step(smoothing, optimizer, outside, unscaled_by, pending).run()
         smoothing.tally.stepped([weight for weight, _ in pairs], counts=counts)
+
+
+def _is_rehearsal(optimizer: torch.optim.Optimizer, weights: Sequence[Weight]) -> bool:
+    """Whether torch.distributed.checkpoint makes a new optimizer fill its state: a step of nothing, before any call."""
+    if any(weight.smoothing.tally.forwards or weight.smoothing.settings.adopted for weight in weights):
+        return False
+    return all(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lotion_fx.passes.attach.probe import Code
 from lotion_fx.passes.attach.usage import Use
 from lotion_fx.scalars import shown
-from lotion_fx.state import Weight, names_of, smoothings_of, weights_of
+from lotion_fx.state import Smoothing, Weight, names_of, smoothings_of, weights_of
+
+loaded_by_hand: weakref.WeakSet[Smoothing] = weakref.WeakSet()
+"""Whose state was loaded since their last step: it wins over what rides in an optimizer's, see `riding`."""
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
@@ -22,17 +26,22 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     names = names_of(model)
     phases = [smoothing.tally.saved() for smoothing in smoothings_of(model)]
     weights = {
-        names[weight]: {
-            "uses": None if weight.uses is None else [asdict(use) for use in weight.uses],
-            "ema": None if weight.curvature.ema is None else weight.curvature.ema.clone(),
-            "code": None if weight.curvature.code is None else int(weight.curvature.code),
-            "steps": weight.gathered.steps,
-            "gains": list(weight.gains),
-            "format": None if weight.format is None else weight.format.name,
-        }
+        names[weight]: {name: v.clone() if isinstance(v, Tensor) else v for name, v in saved_of(weight).items()}
         for weight in weights_of(model)
     }
     return {"version": 1, "phases": phases, "weights": weights}
+
+
+def saved_of(weight: Weight) -> dict[str, Any]:
+    """What resuming needs of one weight; its tensors are those in use."""
+    return {
+        "uses": None if weight.uses is None else [asdict(use) for use in weight.uses],
+        "ema": weight.curvature.ema,
+        "code": None if weight.curvature.code is None else int(weight.curvature.code),
+        "steps": weight.gathered.steps,
+        "gains": list(weight.gains),
+        "format": None if weight.format is None else weight.format.name,
+    }
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -75,10 +84,12 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     for smoothing, phase in zip(smoothings, state["phases"], strict=True):
         smoothing.tally.restore(phase)
     for weight, name in names.items():
-        _restore(weight, state["weights"][name])
+        restore(weight, state["weights"][name])
+    loaded_by_hand.update(smoothings)
 
 
-def _restore(weight: Weight, saved: Mapping[str, Any]) -> None:
+def restore(weight: Weight, saved: Mapping[str, Any]) -> None:
+    """Makes a weight what `saved_of` said."""
     parameter = weight.parameter()
     device = parameter.device if parameter is not None else None
     if saved["uses"] is not None:

@@ -77,7 +77,7 @@ class Gathered:
     def restore(self, steps: int) -> None:
         """Stands at a step boundary, after so many steps."""
         self.drop_probe()
-        self.steps, self.last_step = steps, None
+        self.steps, self.last_step, self.bound_in, self.last_forward = steps, None, -1, 0
 
     def entered_loss(self, certificate: Certificate) -> None:
         """A graph whose loss holds the term runs."""
@@ -422,6 +422,8 @@ class Tally:
             "clip2": self.clip2,
             "calibrated": self.calibrated,
             "turn": self.step_of_forwards + self.is_closed,
+            "forwards": self.forwards,
+            "has_breaks": self.has_breaks,
             "noise": self.settings.noise.name,
             "size": self.measuring.saved(),
         }
@@ -433,6 +435,7 @@ class Tally:
         self.step_of_forwards, self.is_closed, self.last_pass = saved["turn"], False, None
         if "size" in saved:  # states of before had none
             self.measuring.restore(saved["size"])
+        self.forwards, self.has_breaks = saved.get("forwards", self.forwards), saved.get("has_breaks", self.has_breaks)
         self.loss_count = None  # of a step under way, as the probes that are dropped with it
 
 

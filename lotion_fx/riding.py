@@ -1,0 +1,253 @@
+"""Our state rides in the optimizer's: what every pipeline saves and loads already holds what a resume needs.
+
+`Optimizer.state_dict` finds one more entry in each weight's state, ``"lotion_fx"``: a vector of bytes, put there as it
+is asked, and taken away before the next step, so that no optimizer ever meets it. Bytes, for `load_state_dict` casts
+whatever it loads to the parameter's dtype, in which 0 to 255 are exact; and of a length that the weight's shape tells,
+for torch.distributed.checkpoint reads into what a new optimizer has. What is loaded is taken in at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lotion_fx.saved import loaded_by_hand, restore, saved_of
+from lotion_fx.shards import local_of
+from lotion_fx.state import Smoothing, Weight, registry
+
+KEY = "lotion_fx"
+PAGE = 4096  # bytes; the text that stands before the curvature takes whole pages
+
+_known: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that write our entries when they are asked
+_waiting: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # loaded with entries of weights that nobody knows yet
+_without: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # loaded in mid-training without any
+
+
+def watch() -> None:
+    """Looks, from now on, into what any optimizer loads.
+
+    A new optimizer that resumes has taken no step at which a hook could have been put on it, and some have a
+    ``load_state_dict`` of their own; all end in ``__setstate__``.
+    """
+    original = Optimizer.__setstate__
+    if getattr(original, "is_watched", False):
+        return
+
+    def set_state(self: Optimizer, state: dict[str, Any]) -> None:
+        original(self, state)
+        take_in(self)
+
+    set_state.is_watched = True  # type: ignore[attr-defined]
+    Optimizer.__setstate__ = set_state  # type: ignore[method-assign]
+
+
+def take_in_waiting() -> None:
+    """Takes in what was loaded before its model was transformed."""
+    for optimizer in list(_waiting):
+        take_in(optimizer)
+
+
+@torch.no_grad()
+def take_in(optimizer: Optimizer) -> None:
+    """Takes in, and away, what an optimizer has loaded for weights that are known."""
+    states = _states(optimizer)
+    entries = [parameter for parameter, state in states.items() if KEY in state]
+    _waiting.discard(optimizer)
+    (_without.discard if entries or not states else _without.add)(optimizer)
+    misfits: dict[str, list[str]] = {}
+    for parameter, weight in zip(entries, registry.find(entries), strict=True):
+        if weight is None:
+            _waiting.add(optimizer)
+            continue
+        entry = _pop(optimizer, parameter)
+        if weight.smoothing not in loaded_by_hand and (why := _restore(weight, entry)):
+            misfits.setdefault(why, []).append(weight.name)
+    for why, names in misfits.items():
+        warnings.warn(
+            f"the optimizer's loaded state was saved with {why} for {_listed(names)}: it is left out and curvature is "
+            "gathered anew; transform the model as the saved one was, or go on",
+            stacklevel=2,
+        )
+
+
+def before_step(optimizer: Optimizer, pairs: Iterable[tuple[Tensor, Weight]]) -> None:
+    """Leaves an optimizer its own state alone.
+
+    Args:
+        optimizer: about to step.
+        pairs: its parameters that are weights.
+    """
+    pairs = list(pairs)
+    for parameter, _ in pairs:
+        if KEY in (optimizer.state.get(parameter) or ()):
+            _pop(optimizer, parameter)
+    _waiting.discard(optimizer)
+    _tell_missing(optimizer, [weight for _, weight in pairs])
+    for smoothing in {weight.smoothing for _, weight in pairs}:
+        loaded_by_hand.discard(smoothing)
+
+
+def after_step(optimizer: Optimizer) -> None:
+    """From its first step with a weight of ours on, an optimizer writes our entries whenever its state is asked for."""
+    if optimizer in _known or not any(weight is not None for weight in registry.find(_parameters(optimizer))):
+        return
+    _known.add(optimizer)
+    optimizer.register_state_dict_pre_hook(write)
+    write(optimizer)  # torch.distributed.checkpoint takes a new optimizer's names from its state after a first step
+
+
+@torch.no_grad()
+def write(optimizer: Optimizer) -> None:
+    """Puts our entries into an optimizer's state, as they are now."""
+    parameters = _parameters(optimizer)
+    pairs = [(p, w) for p, w in zip(parameters, registry.find(parameters), strict=True) if w is not None and w.format]
+    for parameter, _ in pairs:
+        if KEY in (optimizer.state.get(parameter) or ()):
+            _pop(optimizer, parameter)
+    # Where a state is empty an optimizer makes its moments, so it stays empty, unless no weight's ever holds anything.
+    stateful = [(p, w) for p, w in pairs if optimizer.state.get(p)]
+    phased: set[Smoothing] = set()
+    for parameter, weight in stateful or pairs:
+        moment = "exp_avg_sq" in (optimizer.state.get(parameter) or {})
+        has_phases = weight.smoothing not in phased
+        optimizer.state[parameter][KEY] = _entry(weight, parameter, has_phases=has_phases, has_moment=moment)
+        phased.add(weight.smoothing)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+
+
+def _states(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    """Its parameters' states that hold something."""
+    states = getattr(optimizer, "state", {})
+    found = ((parameter, states.get(parameter)) for parameter in _parameters(optimizer))
+    return {parameter: state for parameter, state in found if isinstance(state, dict) and state}
+
+
+def _pop(optimizer: Optimizer, parameter: Tensor) -> Tensor:
+    entry: Tensor = optimizer.state[parameter].pop(KEY)
+    if not optimizer.state[parameter]:
+        del optimizer.state[parameter]
+    return entry
+
+
+def _tell_missing(optimizer: Optimizer, weights: list[Weight]) -> None:
+    if optimizer not in _without:
+        return
+    _without.discard(optimizer)
+    missing = [
+        weight
+        for weight in weights
+        if weight.selected
+        and weight.smoothing not in loaded_by_hand
+        and (weight.smoothing.tally.has_term or weight.smoothing.settings.finish)
+    ]
+    if missing:
+        warnings.warn(
+            "the optimizer's state was loaded in mid-training and holds nothing of lotion_fx for "
+            f"{_listed([weight.name for weight in missing])}: curvature is gathered anew, "
+            "and finish= counts its steps from here; call lotion_fx.load_state_dict(model, ...) after loading where "
+            "lotion_fx.state_dict(model) was saved, else go on",
+            stacklevel=2,
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+# -------------------------------------------------------------------------------------------------------------- entries
+
+
+def _entry(weight: Weight, parameter: Tensor, *, has_phases: bool, has_moment: bool) -> Tensor:
+    """A weight's entry, uint8: ``[length of the text | text | curvature, float32]``, in whole pages and with room."""
+    settings, saved = weight.smoothing.settings, saved_of(weight)
+    vector, device = saved.pop("ema"), local_of(parameter).device
+    if settings.reads_moment and weight.shard is not None:
+        vector = None  # of this rank's shard alone, and other ranks may be those that read it
+    text = {**saved, **_made_with(weight), "vector": None if vector is None else vector.numel()}
+    if has_phases:
+        text["phases"] = weight.smoothing.tally.saved()
+    data = json.dumps(text, default=_plain).encode()
+    data = len(data).to_bytes(8, "little") + data
+    head = torch.frombuffer(bytearray(data.ljust(-(-len(data) // PAGE) * PAGE, b"\0")), dtype=torch.uint8).to(device)
+    values = torch.zeros(0, device=device) if vector is None else vector.detach().float().contiguous()
+    room = torch.zeros(4 * max(0, _room(weight, has_moment) - values.numel()), dtype=torch.uint8, device=device)
+    return torch.cat([head, values.view(torch.uint8), room])
+
+
+def _room(weight: Weight, has_moment: bool) -> int:
+    """How long a weight's vector may become, as far as its shape and its module tell before any graph does."""
+    settings, shape = weight.smoothing.settings, weight.shape
+    if settings.method != "lotion" or (settings.reads_moment and (has_moment or weight.shard is not None)):
+        return 0
+    if settings.reads_moment or settings.curvature == "full":
+        return 1 + math.prod(shape)
+    grouped = [m.groups for ref, _ in weight.owners if isinstance(m := ref(), _CONVOLUTIONS)]
+    cut = [(groups, shape[0] // groups) for groups in grouped] or [(1, shape[0])]
+    if len(shape) > 2 and not grouped:
+        cut.append((shape[0], shape[1]))  # a stack of experts
+    layouts = [weight.layout, *(replace(weight.layout, groups=groups, rows=rows) for groups, rows in cut)]
+    return 1 + max(layout.payload for layout in layouts)
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"tensor": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
+    raise TypeError(f"{value!r}: expected a number, a string or a tensor in saved state")
+
+
+def _rich(value: dict[str, Any]) -> Any:
+    is_tensor = value.keys() == {"tensor", "values"}
+    return torch.tensor(value["values"], dtype=getattr(torch, value["tensor"])) if is_tensor else value
+
+
+def _restore(weight: Weight, entry: Any) -> str:
+    """Makes a weight what its entry says; where that is of another transform, says how, and does nothing."""
+    parameter = weight.parameter()
+    assert parameter is not None  # by which it was found
+    saved = _read(entry, local_of(parameter).device)
+    for name, now in _made_with(weight).items():
+        if saved.get(name) != now:
+            return f"{name}={saved.get(name)!r}, where the model has {now!r},"
+    if "phases" in saved:
+        weight.smoothing.tally.restore(saved["phases"])
+    restore(weight, saved)
+    return ""
+
+
+def _made_with(weight: Weight) -> dict[str, Any]:
+    """What an entry must have been written under."""
+    settings, fmt = weight.smoothing.settings, weight.format
+    return {
+        "format": None if fmt is None else fmt.name,
+        "curvature": settings.curvature,
+        "noise": settings.noise.name,
+    }
+
+
+def _read(entry: Any, device: torch.device) -> Mapping[str, Any]:
+    """What an entry says, whatever dtype its bytes were cast to; nothing where it is none of ours."""
+    if not isinstance(entry, Tensor) or entry.numel() < PAGE:
+        return {}
+    data = local_of(entry).to(device, torch.uint8).contiguous()
+    length = int.from_bytes(bytes(data[:8].tolist()), "little")
+    if not 0 < length <= data.numel() - 8:
+        return {}
+    saved: dict[str, Any] = json.loads(bytes(data[8 : 8 + length].tolist()), object_hook=_rich)
+    start, count = -(-(8 + length) // PAGE) * PAGE, saved.pop("vector")
+    saved["ema"] = None if count is None else data[start : start + 4 * count].view(torch.float32).clone()
+    return saved

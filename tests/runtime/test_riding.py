@@ -1,0 +1,289 @@
+"""Our state rides in the optimizer's: a resumed run goes on bit for bit, with no line added."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import lotion_fx
+from lotion_fx.riding import KEY
+from tests.models import LM, ids, lm_loss
+from tests.runtime.steps import one_step
+
+STEPS, HALF = 6, 3
+
+
+def adam(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def built(model=None, make=adam, **options):
+    torch.manual_seed(0)
+    model = lotion_fx.transform(LM() if model is None else model(), "int4", inner="aot_eager", **options)
+    return model, make(model)
+
+
+def run(model, optimizer, steps):
+    for step in steps:
+        one_step(model, optimizer, lambda m, step=step: lm_loss(m, ids(seed=step)))
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_goes_on(resumed, optimizer, whole, steps=range(HALF, STEPS)):
+    """Runs what is left, and compares with the run that was not interrupted, bit for bit."""
+    run(resumed, optimizer, steps)
+    for (name, mine), theirs in zip(resumed.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert lotion_fx.report(resumed).to_dict() == lotion_fx.report(whole).to_dict()
+
+
+def check_resume(**options):
+    whole, optimizer = built(**options)
+    run(whole, optimizer, range(STEPS))
+    first, optimizer = built(**options)
+    run(first, optimizer, range(HALF))
+    saved = through_a_file({"model": first.state_dict(), "optimizer": optimizer.state_dict()})
+    resumed, optimizer = built(**options)
+    resumed.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert_goes_on(resumed, optimizer, whole)
+
+
+@pytest.mark.parametrize(
+    "kind, finish", [("factored", 0.7), ("factored", 0.2), ("full", None), ("fisher", 0.7), ("ggn", 0.7)]
+)
+def test_a_plain_loop_resumes_bit_for_bit(kind, finish):
+    """In the middle of a finishing phase, and before one."""
+    check_resume(curvature=kind, finish=finish, steps=STEPS if finish else None)
+
+
+@pytest.mark.parametrize("kind", ["factored", "fisher"])
+def test_so_does_a_bf16_model_whose_optimizer_casts_all_that_it_loads(kind):
+    check_resume(model=lambda: LM().bfloat16(), curvature=kind)
+
+
+OPTIMIZERS = {
+    "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=0.1),
+    "momentum": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9),
+    "foreach": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, foreach=True),
+    "fused": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True),
+    "adafactor": lambda m: torch.optim.Adafactor(m.parameters(), lr=1e-2),
+    "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-3),
+    "ours": lambda m: lotion_fx.optim.AdamW(m.parameters(), lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_under_any_optimizer(name):
+    """Fisher curvature is read off an optimizer's second moment, or is a state of our own under one that has none."""
+    check_resume(make=OPTIMIZERS[name], curvature="fisher" if name in ("sgd", "ours") else "factored")
+
+
+@pytest.mark.parametrize("make", [adam, OPTIMIZERS["sgd"]])
+def test_an_optimizer_never_meets_what_rides_in_its_state(make):
+    model, optimizer = built(make=make)
+    run(model, optimizer, range(2))
+    plain, before = make(LM()), set()
+    lm_loss(model, ids()).backward()
+    optimizer.register_step_pre_hook(lambda opt, *_: before.update(*opt.state.values()))
+    optimizer.state_dict()
+    assert any(KEY in state for state in optimizer.state.values())
+    optimizer.step()
+    for parameter in plain.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    plain.step()
+    assert set().union(*optimizer.state.values()) == set().union(*plain.state.values())
+    # A parameter without moments of its own gets no entry: Adam would take it for one that has them.
+    model.mlp.append(nn.Linear(16, 16))
+    optimizer.add_param_group({"params": list(model.mlp[-1].parameters())})
+    state = optimizer.state_dict()
+    if make is adam:
+        assert not [s for s in state["state"].values() if set(s) == {KEY}]
+    again = make(LM())
+    again.add_param_group({"params": list(nn.Linear(16, 16).parameters())})
+    again.load_state_dict(state)
+
+
+def test_a_state_is_read_without_this_package_s_weights():
+    """A plain model goes on from it."""
+    model, optimizer = built()
+    run(model, optimizer, range(2))
+    plain = LM()
+    plain.load_state_dict(model.state_dict())
+    other = adam(plain)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    one_step(plain, other, lambda m: lm_loss(m, ids()))
+
+
+def test_loaded_before_the_model_is_transformed():
+    whole, optimizer = built(finish=0.7, steps=STEPS)
+    run(whole, optimizer, range(STEPS))
+    first, optimizer = built(finish=0.7, steps=STEPS)
+    run(first, optimizer, range(HALF))
+    resumed = LM()
+    other = adam(resumed)
+    resumed.load_state_dict(first.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    lotion_fx.transform(resumed, "int4", inner="aot_eager", finish=0.7, steps=STEPS)
+    assert_goes_on(resumed, other, whole)
+
+
+def test_what_is_loaded_by_hand_wins():
+    first, optimizer = built()
+    run(first, optimizer, range(HALF))
+    state = copy.deepcopy(optimizer.state_dict())
+    run(first, optimizer, range(HALF, STEPS))
+    by_hand = lotion_fx.state_dict(first)
+    for order in (0, 1):
+        model, other = built()
+        loads = [lambda m=model: lotion_fx.load_state_dict(m, by_hand), lambda o=other: o.load_state_dict(state)]
+        for load in reversed(loads) if order else loads:
+            load()
+        assert lotion_fx.state_dict(model)["phases"][0]["steps"] == STEPS
+
+
+def without_ours(state):
+    state = copy.deepcopy(state)
+    for each in state["state"].values():
+        each.pop(KEY, None)
+    return state
+
+
+def test_a_resume_without_it_is_told_once():
+    first, optimizer = built()
+    run(first, optimizer, range(2))
+    model, other = built()
+    other.load_state_dict(without_ours(optimizer.state_dict()))
+    with pytest.warns(UserWarning, match="holds nothing of lotion_fx for 'mlp.0.weight' and 2 more.*load_state_dict"):
+        run(model, other, range(1))
+    run(model, other, range(1))
+    # Nor is anything said of a state loaded by hand, of an optimizer that begins, or of training without a term.
+    model, other = built()
+    other.load_state_dict(without_ours(optimizer.state_dict()))
+    lotion_fx.load_state_dict(model, lotion_fx.state_dict(first))
+    run(model, other, range(1))
+    model, other = built()
+    other.load_state_dict(other.state_dict())
+    run(model, other, range(1))
+    model, other = built(method="ptq")
+    other.load_state_dict(without_ours(optimizer.state_dict()))
+    run(model, other, range(1))
+
+
+def test_one_of_another_transform_is_told_and_left_out():
+    first, optimizer = built()
+    run(first, optimizer, range(2))
+    for options, told in [({"curvature": "full"}, "curvature='factored'.*'full'"), ({"fmt": "int3"}, "int4")]:
+        torch.manual_seed(0)
+        model = lotion_fx.transform(LM(), **{"fmt": "int4", "inner": "aot_eager", **options})
+        other = adam(model)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            other.load_state_dict(optimizer.state_dict())
+        assert len(said) == 1 and "gathered anew" in str(said[0].message), [str(w.message) for w in said]
+        assert lotion_fx.state_dict(model)["weights"]["head.weight"]["ema"] is None, told
+        run(model, other, range(1))
+
+
+def test_a_copy_of_model_and_optimizer_goes_on_as_they_do():
+    model, optimizer = built()
+    run(model, optimizer, range(HALF))
+    optimizer.state_dict()
+    copied, other = copy.deepcopy((model, optimizer))
+    run(model, optimizer, range(HALF, STEPS))
+    assert_goes_on(copied, other, model)
+
+
+# ------------------------------------------------------------------------------------------------ torch's checkpoints
+
+
+class Grouped(nn.Module):
+    """A grouped convolution, whose curvature has a factorization for each group, and an unmistakable head."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Embedding(23, 16)
+        self.conv = nn.Conv1d(16, 24, 3, padding=1, groups=4)
+        self.head = nn.Linear(24, 23)
+
+    def forward(self, batch):
+        return self.head(F.gelu(self.conv(self.token(batch).mT)).mT)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*(TypedStorage|barrier).*:UserWarning")
+@pytest.mark.parametrize("kind, flatten", [("factored", False), ("factored", True), ("fisher", True)])
+def test_a_distributed_checkpoint_holds_it(one_process, tmp_path, kind, flatten):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    whole, optimizer = built(Grouped, curvature=kind)
+    run(whole, optimizer, range(STEPS))
+    first, optimizer = built(Grouped, curvature=kind)
+    run(first, optimizer, range(HALF))
+    state = {"model": first.state_dict(), "optimizer": get_optimizer_state_dict(first, optimizer, options=options)}
+    dist.checkpoint.save(state, checkpoint_id=tmp_path / "saved")
+    resumed, optimizer = built(Grouped, curvature=kind)
+    state = {"model": resumed.state_dict(), "optimizer": get_optimizer_state_dict(resumed, optimizer, options=options)}
+    dist.checkpoint.load(state, checkpoint_id=tmp_path / "saved")
+    resumed.load_state_dict(state["model"])
+    set_optimizer_state_dict(resumed, optimizer, state["optimizer"], options=options)
+    assert_goes_on(resumed, optimizer, whole)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_flattened_state_is_set_into_a_new_optimizer(one_process):
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    whole, optimizer = built()
+    run(whole, optimizer, range(HALF))
+    state = through_a_file(get_optimizer_state_dict(whole, optimizer, options=options))
+    resumed, other = built()
+    resumed.load_state_dict(whole.state_dict())
+    set_optimizer_state_dict(resumed, other, state, options=options)
+    run(whole, optimizer, range(HALF, STEPS))
+    assert_goes_on(resumed, other, whole)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*torch.jit.*deprecated.*:DeprecationWarning")
+def test_zero_redundancy_optimizers_hold_it(one_process):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def make(model):
+        return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-2)
+
+    whole, optimizer = built(make=make)
+    run(whole, optimizer, range(STEPS))
+    first, optimizer = built(make=make)
+    run(first, optimizer, range(HALF))
+    optimizer.consolidate_state_dict()
+    resumed, other = built(make=make)
+    resumed.load_state_dict(first.state_dict())
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_goes_on(resumed, other, whole)
+
+
+def test_a_checkpoint_s_first_step_of_a_new_optimizer_is_none_of_the_training():
+    model, optimizer = built()
+    get_optimizer_state_dict(model, optimizer)
+    assert lotion_fx.state_dict(model)["phases"][0]["steps"] == 0
+    assert not lotion_fx.state_dict(model)["weights"]["head.weight"]["steps"]
