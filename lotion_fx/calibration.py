@@ -42,7 +42,7 @@ def calibrate(
 
     A weight's factor is the measured over the predicted increase with it alone rounded; all are then scaled to meet the
     increase with all rounded. Exact terms keep theirs, 1. The factors hold for training and for `expected_loss`, and
-    `state_dict` saves them.
+    `state_dict` saves them; what steps measure by themselves (`transform`'s ``calibrate``) ends here.
 
     Args:
         model: transformed; best trained for a while.
@@ -88,6 +88,7 @@ def calibrate(
         names[name].gains = (streamed[name], joint[name])
     for tally in tallies:
         tally.calibrated_now()
+        tally.measuring.stop()
     return joint
 
 

@@ -41,14 +41,9 @@ if TYPE_CHECKING:
 FIRST = 8
 """Steps in a row that measure, from the second of the training on: the first has no curvature yet."""
 
-UNSURE = 16
-"""Measurements at most before they become rare, where the error is still above `ENOUGH`."""
-
-ENOUGH, SOON = 0.1, 4
-"""Relative error that suffices; and steps from one measurement to the next while it does not."""
-
-EVERY = 100
-"""Steps from one measurement to the next in the long run."""
+SHARE, EVERY = 4, 100
+"""From then on the next measurement comes after one in so many of the steps so far: a training changes fastest at its
+beginning. In the long run it comes after so many."""
 
 LOUDEST, AUDIBLE = 3.0, 0.5
 """Up to how many times the rounding noise is amplified, so that one step's measurement has this relative error."""
@@ -155,7 +150,7 @@ class Measuring:
             return
         self.put_back()
         self.begun += 1
-        self.next_at, self._is_told, self._residuals = steps + self._pause(), False, None
+        self.next_at, self._is_told, self._residuals = steps + self._pause(steps), False, None
         for place, weight in enumerate(self.weights):
             if _can_be_measured(weight) and (parameter := weight.master) is not None:
                 local, amax = local_of(parameter), shared_amax(weight.name, weight.quantizer, parameter)
@@ -164,15 +159,9 @@ class Measuring:
                 self._held[weight] = held
                 local.data.copy_(held.rounded(weight, parameter, held.own))
 
-    def _pause(self) -> int:
+    def _pause(self, steps: int) -> int:
         """Steps to the next measurement."""
-        if self.begun < FIRST:
-            return 1
-        return SOON if self.begun < UNSURE and self._relative_error > ENOUGH else EVERY
-
-    @property
-    def _relative_error(self) -> float:
-        return float(self._common.error / self._common.mean)
+        return 1 if self.begun < FIRST else min(max(steps // SHARE, 1), EVERY)
 
     def put_back(self, weights: Iterable[Weight] | None = None) -> None:
         """Parameters hold their own values again: of these weights, or of all.

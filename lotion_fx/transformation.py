@@ -111,12 +111,11 @@ def transform(
         refresh=refresh,
         calibrate=calibrate,
     )
-    settings = checked(settings, likelihood, by_regions=regions != [model])
     check_model(model)
-    smoothing = Smoothing(settings)
+    smoothing = Smoothing(settings := checked(settings, likelihood, by_regions=regions != [model]))
     smoothing.model, smoothing.is_whole = weakref.ref(model), regions == [model]
-    others = {} if only is None else only
-    smoothing.weights.extend(weights_for(smoothing, model, resolve(fmt), others))
+    chosen = resolve(fmt), {} if only is None else only
+    smoothing.weights.extend(weights_for(smoothing, model, *chosen))
     check_weights(smoothing)
     if settings.samples_labels:
         check_placement(model, smoothing)
@@ -125,7 +124,7 @@ def transform(
     carry(model, smoothing)
     optimizer_hooks.install()
     watch()
-    smoothing.seen_changes, smoothing.bring_up_to_date = registry.changes, partial(take_in, resolve(fmt), others)
+    smoothing.seen_changes, smoothing.bring_up_to_date = registry.changes, partial(take_in, *chosen)
     paths = [path for path, module in model.named_modules() if module in set(regions)]
     smoothing.compile = partial(_compile, Backend(inner, mode, tuple(sorted(options.items()))), paths, compile_options)
     smoothing.compile(model)

@@ -1,0 +1,75 @@
+"""What is believed of a noisily observed factor."""
+
+import math
+
+import pytest
+import torch
+
+from lotion_fx.gain import Gains
+
+
+def observed(true, error, count, seed=0):
+    """Beliefs after so many observations of a factor, each with that relative error."""
+    draw, gains = torch.Generator().manual_seed(seed), Gains(1)
+    predicted = torch.tensor([0.02], dtype=torch.float64)
+    for _ in range(count):
+        noise = true * error * predicted * torch.randn(1, generator=draw, dtype=torch.float64)
+        gains.observe(true * predicted + noise, predicted, (true * error * predicted) ** 2)
+    return float(gains.mean), float(gains.error)
+
+
+@pytest.mark.parametrize("true", [1 / 512, 0.1, 1.0, 16.0, 850.0])
+def test_what_is_seen_well_is_believed_after_a_few(true):
+    mean, error = observed(true, 0.1, 4)
+    assert abs(mean / true - 1) < 3 * error / mean and error / mean < 0.25
+
+
+@pytest.mark.parametrize("true", [1 / 512, 1.0, 4.0])
+def test_what_is_seen_badly_is_averaged(true):
+    found = [observed(true, 1.0, 64, seed) for seed in range(8)]
+    assert abs(sum(mean for mean, _ in found) / 8 / true - 1) < 0.35
+    assert all(abs(mean / true - 1) < 1 for mean, _ in found)
+
+
+def test_noise_alone_leaves_the_expectation_near_one():
+    draw, gains = torch.Generator().manual_seed(0), Gains(1)
+    one = torch.ones(1, dtype=torch.float64)
+    for _ in range(8):
+        gains.observe(one + 50 * torch.randn(1, generator=draw, dtype=torch.float64), one, 2500 * one)
+    assert 0.3 < float(gains.mean) < 5
+
+
+def test_the_scale_of_a_loss_cancels():
+    """Of c L, measured and predicted are c and c^2 times as large: where 1 is expected c times elsewhere, so is the
+    outcome."""
+    outcomes = []
+    for scale in (1.0, 1000.0):
+        gains = Gains(1)
+        gains.shift(math.log(1 / scale))
+        tensor = lambda x: torch.tensor([x], dtype=torch.float64)  # noqa: E731
+        gains.observe(tensor(0.03 * scale), tensor(0.02 * scale**2), tensor((0.02 * scale) ** 2))
+        outcomes.append(float(gains.mean) * scale)
+    assert outcomes[0] == pytest.approx(outcomes[1], rel=0.03)  # to the step of the grid
+
+
+def test_a_factor_that_jumps_is_followed():
+    gains, one = Gains(1), torch.ones(1, dtype=torch.float64)
+    for true in [1.0] * 8 + [300.0] * 3:
+        gains.observe(true * one, one, (0.1 * true) ** 2 * one)
+    assert float(gains.mean) == pytest.approx(300, rel=0.2)
+
+
+@pytest.mark.parametrize("told", [(math.nan, 1.0, 1.0), (1.0, 0.0, 1.0), (1.0, math.inf, 1.0), (1.0, 1.0, math.nan)])
+def test_what_says_nothing_changes_nothing(told):
+    gains = Gains(2)
+    before = gains.saved()
+    gains.observe(*(torch.tensor([x, 1.0], dtype=torch.float64) for x in told))
+    assert torch.equal(gains.density[0], before[0]) and not torch.equal(gains.density[1], before[1])
+    assert gains.density.isfinite().all()
+
+
+def test_a_negative_measurement_is_a_small_factor():
+    gains, one = Gains(1), torch.ones(1, dtype=torch.float64)
+    for _ in range(4):
+        gains.observe(-0.5 * one, one, 0.01 * one)
+    assert 0 <= float(gains.mean) < 0.1

@@ -1,0 +1,308 @@
+"""The term's size is measured: against enumeration of what is measured, and against roundings of the whole model.
+
+Broken once and seen red: parameters left rounded after a step, the noise of one weight used for another, the slope not
+taken out, a closure's forwards at other weights.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lotion_fx
+from benchmarks.losses import LOSSES, batches, increase, train
+from lotion_fx.measuring import EVERY, FIRST, uniforms
+from lotion_fx.numerics import rounding
+from lotion_fx.state import registry, smoothings_of
+from tests.models import LM, MLP, counted, ids, lm_loss
+from tests.runtime.steps import one_step
+
+
+def measuring_of(model):
+    return smoothings_of(model)[0].tally.measuring
+
+
+def run(model, optimizer, steps, loss=None):
+    for step in range(steps):
+        one_step(model, optimizer, loss or (lambda m, step=step: lm_loss(m, ids(seed=step))))
+
+
+def trained(steps=3, rate=0.0, make=LM, fmt="int4", **options):
+    torch.manual_seed(0)
+    model = lotion_fx.transform(make(), fmt, inner="aot_eager", **options)
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    run(model, optimizer, steps)
+    return model, optimizer
+
+
+# ----------------------------------------------------------------------------------------------------- what is measured
+
+
+def test_the_measurement_is_unbiased():
+    """The mean of many is the increase of the loss, which roundings of the whole model tell."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(64, 8)
+    target = net(x).detach() + 0.01 * torch.randn(64, 3)
+    plain = copy.deepcopy(net)
+    model = lotion_fx.transform(net, "int4", inner="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    found, measuring = [], measuring_of(model)
+    learn = measuring._learn
+    measuring._learn = lambda weights, sums: (found.append(sums.clone()), learn(weights, sums))
+    measuring._pause = lambda steps: 1
+    for _ in range(200):
+        one_step(model, optimizer, lambda m: F.mse_loss(m(x), target))
+    measured = torch.stack([0.5 * (s[:, 0] - s[:, 3] / s[:, 4] * s[:, 1]).sum() for s in found[1:]])
+    own = [p.detach().clone() for p in plain.parameters()]
+    draws = torch.Generator().manual_seed(1)
+    increases = []
+    with torch.no_grad():
+        before = F.mse_loss(plain(x), target)
+        for _ in range(400):
+            for p, w in zip(plain.parameters(), own, strict=True):
+                if p.dim() == 2:
+                    p.copy_(lotion_fx.rounding.rr(w, lotion_fx.resolve("int4"), 1, generator=draws))
+            increases.append(F.mse_loss(plain(x), target) - before)
+    expected, errors = (
+        torch.stack(increases).mean(),
+        [t.std() / len(t) ** 0.5 for t in (measured, torch.stack(increases))],
+    )
+    assert abs(measured.mean() - expected) < 4 * math.hypot(*errors) and errors[0] < 0.1 * expected
+
+
+@pytest.mark.parametrize("scale", [1e-3, 512.0])
+def test_the_term_of_a_scaled_loss_is_scaled(scale):
+    """Of c L the term is c times that of L."""
+    terms = []
+    for factor in (1.0, scale):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = lotion_fx.transform(LM(), "int4/tensor", inner="aot_eager")
+        run(model, torch.optim.SGD(model.parameters(), 0.0), 4, lambda m, c=factor: c * lm_loss(m, ids(32)))
+        terms.append(lotion_fx.report(model).term)
+    assert terms[1] / terms[0] == pytest.approx(scale, rel=0.05)
+
+
+@pytest.mark.parametrize("curvature", ["factored", "full", "fisher"])
+@pytest.mark.parametrize("name", ["sum", "squares, deviation .01", "masked mean", "binary, sum"])
+def test_the_term_is_the_increase(name, curvature):
+    model = train("mlp", LOSSES[name], 40, 0, fmt="int3", curvature=curvature)
+    report = lotion_fx.report(model)
+    measured, error = increase(model, LOSSES[name], batches("mlp", 12345), 100)
+    said = report.term * report.size[1] / report.size[0]
+    assert report.measurements >= FIRST and abs(report.term - measured) < 3 * math.hypot(error, said) + 0.25 * measured
+
+
+# -------------------------------------------------------------------------------------------------- who holds what when
+
+
+def test_parameters_have_their_own_values_again():
+    model, optimizer = trained(1)
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loss = lm_loss(model, ids())
+    assert not torch.equal(model.head.weight, own["head.weight"])  # the step measures
+    rounded = model.head.weight.detach().clone()
+    assert torch.equal(model.state_dict()["head.weight"], own["head.weight"])  # in place, and so from here on
+    loss.backward()  # at the weights that the forward ran with, as autograd has no change to complain of
+    for _ in range(2):
+        one_step(model, optimizer, lambda m: lm_loss(m, ids()))
+        assert all(torch.equal(p, own[name]) for name, p in model.named_parameters())
+    grid = rounding.scale(own["head.weight"], lotion_fx.resolve("int4"), 1)
+    codes = rounding.to_blocks(rounded, lotion_fx.resolve("int4"), 1) / grid
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("look", ["state_dict", "child", "eval", "no_grad", "report", "deepcopy", "full_precision"])
+def test_nobody_sees_the_rounded_values(look):
+    model, _ = trained(1)
+    own, plain = model.head.weight.detach().clone(), LM()
+    plain.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    lm_loss(model, ids()).backward()
+    assert not torch.equal(model.head.weight, own)
+    if look == "state_dict":
+        assert torch.equal(model.state_dict()["head.weight"], own)
+    elif look == "child":
+        assert torch.equal(model.head.state_dict()["weight"], own)
+    elif look == "eval":
+        model.eval()(ids())
+    elif look == "no_grad":
+        with torch.no_grad():
+            model(ids())
+    elif look == "report":
+        lotion_fx.report(model)
+    elif look == "deepcopy":
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin.head.weight, own) and torch.equal(twin.token.weight, plain.token.weight)
+    else:
+        with lotion_fx.full_precision(model):
+            assert torch.equal(model(ids()), plain(ids()))
+    assert torch.equal(model.head.weight, own)
+
+
+def test_what_an_optimizer_unseen_has_moved_stays_moved():
+    model, optimizer = trained(1)
+    own = model.head.weight.detach().clone()
+    lm_loss(model, ids()).backward()
+    with torch.no_grad():
+        model.head.weight += 1.0
+    assert measuring_of(model).draws == 0
+    optimizer.step()
+    torch.testing.assert_close(model.head.weight, own + 1.0)
+
+
+def test_a_validation_amid_micro_batches_spoils_the_measurement_alone():
+    model, optimizer = trained(1)
+    lm_loss(model, ids()).backward()
+    model.eval()(ids())
+    model.train()
+    lm_loss(model, ids()).backward()
+    optimizer.step()
+    assert measuring_of(model).draws == 0 and measuring_of(model).begun == 1
+    run(model, optimizer, 1)
+    assert measuring_of(model).draws == 1
+
+
+def test_a_skipped_step_is_measured_with_the_next():
+    model, optimizer = trained(1)
+    own = model.head.weight.detach().clone()
+    lm_loss(model, ids()).backward()
+    optimizer.zero_grad()
+    lm_loss(model, ids()).backward()
+    optimizer.step()
+    assert measuring_of(model).draws == 1 and torch.equal(model.head.weight, own)
+
+
+def test_parts_of_a_weight_draw_what_the_whole_does():
+    whole = uniforms(7, torch.arange(24).view(4, 6))
+    assert torch.equal(whole[1:3], uniforms(7, torch.arange(6, 18).view(2, 6)))
+    many = uniforms(3, torch.arange(200_000))
+    assert abs(many.mean() - 0.5) < 3e-3 and abs(many.var() - 1 / 12) < 1e-3 and many.min() >= 0 and many.max() < 1
+    assert abs(torch.corrcoef(torch.stack([many, uniforms(4, torch.arange(200_000))]))[0, 1]) < 0.01
+
+
+# ------------------------------------------------------------------------------------------------------- when and where
+
+
+def test_measurements_become_rare():
+    model, optimizer = trained(0, make=MLP)
+    at = []
+    for step in range(2 * EVERY):
+        before = measuring_of(model).begun
+        one_step(model, optimizer, lambda m: m(torch.ones(4, 20)).square().mean())
+        at += [step] * (measuring_of(model).begun - before)
+    assert at[:FIRST] == list(range(1, FIRST + 1)) and len(at) < 24
+    measuring_of(model).next_at = 0
+    measuring_of(model).hold(10_000)
+    assert measuring_of(model).next_at == 10_000 + EVERY
+
+
+@pytest.mark.parametrize("options", [{"calibrate": False}, {"method": "ste"}, {"strength": 0.0}])
+def test_where_nothing_is_measured_every_step_is_as_before(options):
+    model, _ = trained(2, **options)
+    own = model.head.weight.detach().clone()
+    lm_loss(model, ids()).backward()
+    assert torch.equal(model.head.weight, own) and measuring_of(model).begun == 0
+    assert lotion_fx.report(model).size is None
+
+
+def test_the_first_step_has_no_term_and_the_second_its_measured_one():
+    model, optimizer = trained(0)
+    plain = LM()
+    plain.load_state_dict(model.state_dict())
+    given = []
+    optimizer.register_step_post_hook(lambda *_: given.append(model.head.weight.grad.clone()))
+    run(model, optimizer, 2)
+    lm_loss(plain, ids(seed=0)).backward()
+    torch.testing.assert_close(given[0], plain.head.weight.grad)
+    weight = registry[model.head.weight]
+    assert (
+        measuring_of(model).draws == 1 and measuring_of(model).factor(weight, 2) == measuring_of(model).size(weight) > 0
+    )
+
+
+def test_a_closure_compares_losses_at_the_weights_themselves():
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = lm_loss(model, ids())
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    measuring = measuring_of(model)
+    assert measuring.draws == 0 and measuring.factor(registry[model.head.weight], 1) == 1.0
+
+
+def test_own_calibration_stands():
+    model, optimizer = trained(3, rate=1e-3)
+    lotion_fx.calibrate(model, [(ids(), ids().flatten())], lambda out, y: F.cross_entropy(out.flatten(0, 1), y))
+    run(model, optimizer, 2)
+    assert lotion_fx.report(model).size is None and not measuring_of(model).is_on
+
+
+def test_micro_batches_measure_as_one_batch():
+    reports = []
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        for step in range(4):
+            for part in ids(32, seed=step).chunk(parts):
+                (lm_loss(model, part) / parts).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        reports.append(lotion_fx.report(model))
+    assert reports[1].size == pytest.approx(reports[0].size, rel=1e-4)
+    assert reports[1].term == pytest.approx(reports[0].term, rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_resume_amid_the_first_measurements_is_bit_identical(optimizer):
+    def make():
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+        return model, optimizer(model.parameters(), 1e-2)
+
+    whole, steps = make()
+    run(whole, steps, 3)
+    saved = copy.deepcopy((whole.state_dict(), steps.state_dict(), lotion_fx.state_dict(whole)))
+    run(whole, steps, 4)
+    resumed, steps = make()
+    resumed.load_state_dict(saved[0])
+    steps.load_state_dict(saved[1])
+    lotion_fx.load_state_dict(resumed, saved[2])
+    run(resumed, steps, 4)
+    assert all(map(torch.equal, resumed.parameters(), whole.parameters()))
+    assert lotion_fx.report(resumed).to_dict() == lotion_fx.report(whole).to_dict()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("curvature", ["factored", "fisher"])
+def test_no_strength_ends_in_nan(curvature, optimizer):
+    for reduction, strength in (("mean", 1e3), ("sum", 1.0), ("sum", 1e3)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = lotion_fx.transform(
+            MLP(), "int4", inner="aot_eager", curvature=curvature, strength=strength, calibrate=curvature == "factored"
+        )
+        x, y = torch.randn(256, 20), torch.randint(0, 7, (256,))
+        steps = optimizer(model.parameters(), 1e-3)
+        for _ in range(30):
+            one_step(model, steps, lambda m, x=x, y=y, r=reduction: F.cross_entropy(m(x), y, reduction=r))
+        assert all(p.isfinite().all() for p in model.parameters()), (reduction, strength)
+
+
+def test_counted_models_tell_their_count():
+    model = counted(LM(), "int4", inner="aot_eager")
+    run(model, torch.optim.Adam(model.parameters(), 0.0), 2)
+    assert "measured" not in str(lotion_fx.report(model))
+    model, _ = trained(2)
+    assert "measured in 1 steps" in str(lotion_fx.report(model))
