@@ -13,14 +13,20 @@ from torch import Tensor, nn
 
 from lotion_fx.estimate import Estimate, estimate
 from lotion_fx.loss_graph import LossFunction
-from lotion_fx.passes.moments.certificate import Certificate
+from lotion_fx.passes.moments.certificate import EXACT, Certificate
 from lotion_fx.scalars import check_count, check_generator
 from lotion_fx.settings import MOMENTS
+from lotion_fx.switches import switched
+
+_ARBITERS = 8  # roundings that tell which of two estimates is nearer
 
 
 @dataclass(frozen=True)
 class ExpectedLoss:
     """The expected loss of one batch. ``str()`` is a table.
+
+    It is of this batch and this loss, by the graph alone. The ``term`` of `report` is what training adds: of the loss
+    that is trained on, over the last steps, its size measured there.
 
     Args:
         loss: at the latent weights, 0-d.
@@ -54,15 +60,23 @@ class ExpectedLoss:
         loss = float(self.loss.detach())
         return math.nan if self.sampled is None else _ratio(float(self.total.detach()) - loss, self.sampled - loss)
 
+    @property
+    def ratio_error(self) -> float:
+        """The standard error of `ratio`, that of the roundings; nan where there were fewer than two."""
+        if self.sampled is None or self.error is None:
+            return math.nan
+        return abs(_ratio(self.ratio * self.error, self.sampled - float(self.loss.detach())))
+
     def __str__(self) -> str:
         rows = []
         for name, term in self.terms.items():
             row = [name, f"{float(term.detach()):.4g}"]
             if self.samples:
                 predicted, measured, error = self.alone[name]
-                row += [f"{measured:.4g} ± {error:.1g}", f"{_ratio(predicted, measured):.2f}"]
+                ratio = _ratio(predicted, measured)
+                row += [f"{measured:.4g} ± {error:.1g}", f"{ratio:.2f} ± {abs(_ratio(ratio * error, measured)):.1g}"]
             rows.append([*row, str(self.certificates[name])])
-        headers = ["parameter", "term", *(["measured alone", "ratio"] if self.samples else []), "certificate"]
+        headers = ["parameter", "increase", *(["measured alone", "ratio"] if self.samples else []), "certificate"]
         widths = [*[None] * (len(headers) - 1), 60]
         return tabulate(rows, headers, disable_numparse=True, maxcolwidths=widths) + "\n" + self._foot()
 
@@ -70,7 +84,8 @@ class ExpectedLoss:
         loss, total = float(self.loss.detach()), float(self.total.detach())
         text = f"loss {loss:.6g}, expected {total:.6g} (+{total - loss:.4g})"
         if self.samples:
-            text += f"; {self.samples} roundings: {self.sampled:.6g} ± {self.error:.2g}, ratio {self.ratio:.2f}"
+            text += f"; {self.samples} roundings: {self.sampled:.6g} ± {self.error:.2g}"
+            text += f", ratio {self.ratio:.2f} ± {self.ratio_error:.1g}"
             text += f"; at round-to-nearest {self.rtn:.6g}"
         return text
 
@@ -85,7 +100,7 @@ def expected_loss(
     loss_fn: LossFunction | None = None,
     samples: int = 0,
     *,
-    moments: str = "closed",
+    moments: str = "auto",
     generator: torch.Generator | None = None,
 ) -> ExpectedLoss:
     """The loss expected under randomized rounding of a transformed model's weights, on one batch.
@@ -100,7 +115,8 @@ def expected_loss(
         samples: roundings to sample, of all weights together and of each alone. Their linear part, whose mean is known,
             is taken out, so that a few tell much.
         moments: ``"closed"`` (a moment stream wherever no covariance need be dropped), ``"diagonal"`` (wherever there
-            are rules) or ``"off"`` (for all the joint-graph form, which trains without the loss in the graph).
+            are rules), ``"auto"`` (the one of these two that a few roundings, always the same ones, bear out) or
+            ``"off"`` (for all the joint-graph form, which trains without the loss in the graph).
         generator: of the sampled roundings.
 
     Raises:
@@ -108,11 +124,24 @@ def expected_loss(
     """
     check_count("samples", samples, 0, "the number of roundings to sample, 0 or more")
     check_generator(generator)
-    if moments not in MOMENTS:
-        raise ValueError(f"moments={moments!r}: expected one of {', '.join(MOMENTS)}")
-    found = estimate(model, batch, loss_fn, moments)
+    if moments not in ("auto", *MOMENTS):
+        raise ValueError(f"moments={moments!r}: expected one of auto, {', '.join(MOMENTS)}")
+    found = _borne_out(model, batch, loss_fn) if moments == "auto" else estimate(model, batch, loss_fn, moments)
     result = _predicted(found)
     return _with_samples(found, result, samples, generator) if samples else result
+
+
+def _borne_out(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Estimate:
+    """The estimate with closed moments; the one with diagonal moments where roundings show that it is nearer."""
+    closed = estimate(model, batch, loss_fn, "closed")
+    if all(certificate.kind == EXACT for certificate in closed.certificates.values()):
+        return closed
+    diagonal, names = estimate(model, batch, loss_fn, "diagonal"), list(closed.weights)
+    device = closed.graph.parameters[names[0]].device
+    measured, error = closed.sample(names, _ARBITERS, torch.Generator(device).manual_seed(0))
+    with switched(model, plain=True):  # an increase, without the user's strength
+        away = [abs(each.predicted(names, {}) - measured) for each in (closed, diagonal)]
+    return diagonal if away[1] + error < away[0] else closed
 
 
 def _predicted(found: Estimate) -> ExpectedLoss:

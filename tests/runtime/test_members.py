@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lotion_fx
+from lotion_fx.compiling import compiles
 from lotion_fx.numerics import rounding
 from lotion_fx.state import registry, smoothings_of
 
@@ -140,3 +141,24 @@ def test_other_models_are_no_members():
     Net()
     model(X)
     assert smoothings_of(model)[0].weights == before
+
+
+class _MakesModules(nn.Module):
+    """Makes modules in its forward, as some losses and caches do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.Sequential(nn.ReLU(), nn.Identity())(self.linear(x))
+
+
+def test_modules_that_a_forward_makes_compile_nothing_anew():
+    torch._dynamo.reset()
+    model = lotion_fx.transform(_MakesModules(), "int4", inner="aot_eager")
+    model(torch.randn(2, 8))
+    before = compiles.copy()
+    for _ in range(4):
+        model(torch.randn(2, 8))
+    assert compiles == before
