@@ -1,13 +1,15 @@
 """T, the number of independent loss terms that a graph saw: how many of its output positions have a gradient.
 
-It is counted at the contraction nearest the loss, the first of the backward pass. A position whose label is ignored has
-a gradient of exact zeros there, and is not counted.
+It is counted at the heads, the contractions nearest the loss: the first that the backward pass reaches from each
+tangent. A position whose label is ignored, or whose head is in no loss, has a gradient of exact zeros there and is not
+counted; of several heads in the loss the one with most positions tells T.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import reduce
 
 import torch
 from torch import fx
@@ -28,23 +30,109 @@ def loss_count(joint: JointGraph, uses: Sequence[Uses], ends: Sequence[Path]) ->
         uses: how each smoothed weight is used in it.
         ends: where the paths of the weights' gradients end.
     """
-    found = {_op(end.node): end for end in ends}
+    made = {_op(end.node) for end in ends}
+    outermost, behind, covered = _heads(joint, made)
+    bare = [end for end in ends if not end.contraction and _gradient(joint, end.node) not in covered]
+    nearest = [
+        _joined(_larger, [_at_head(joint, uses, node, node in made) for node in outermost]),
+        _joined(_larger, [_at_end(joint, end) for end in bare]),
+    ]
+    others = [_if_any(tangents, _at_head(joint, uses, node, node in made)) for node, tangents in behind.items()]
+    return _joined(_larger, _present([_joined(_first, _present(nearest)), *others]))
+
+
+def _heads(
+    joint: JointGraph, made: Collection[fx.Node]
+) -> tuple[list[fx.Node], dict[fx.Node, list[fx.Node]], set[fx.Node]]:
+    """The first contractions that the backward pass reaches from the tangents.
+
+    Args:
+        joint: the graph.
+        made: nodes that make a smoothed weight's gradient, where a product may be a contraction of one position.
+
+    Returns:
+        Those behind no other contraction; those behind one, as of an output that the model also computes with, each
+        with the tangents that reach it first; and all that is behind a contraction.
+    """
+    outermost: dict[int, fx.Node] = {}
+    behind: dict[fx.Node, list[fx.Node]] = {}
+    covered: set[fx.Node] = set()
+    claimed: set[fx.Node] = set()
+    tangents: dict[fx.Node, frozenset[fx.Node]] = {}  # what each node has come from with no contraction between
     for node in joint.graph.nodes:
-        contraction = contraction_at(node) if makes_gradients(node) or node in found else None
+        if node not in joint.backward:
+            continue
+        sources = [n for n in node.all_input_nodes if n in joint.backward]
+        tangents[node] = frozenset[fx.Node]().union(*(tangents[n] for n in sources)) if sources else frozenset({node})
+        contraction = contraction_at(node) if makes_gradients(node) or node in made else None
         if contraction is None:
+            if any(n in covered for n in sources):
+                covered.add(node)
             continue
         gradients = [operand for operand in contraction.operands if operand in joint.backward]
         if len(gradients) == 1:
-            with joint.graph.inserting_before(node):
-                return _count(gradients[0], _features(joint, uses, node, contraction, node in found))
-    if not ends:
-        return None
-    # No contraction at all: the gradient of an embedding's or an elementwise op's output, whose last dimension is
-    # features, unless it only enters broadcast, as the scalar output of a decomposed matrix-vector product does.
-    gradient = _gradient(joint, ends[0].node)
-    is_broadcast = gradient.meta["val"].dim() < ends[0].node.meta["val"].dim()
+            reached = tangents[gradients[0]]
+            if gradients[0] not in covered:
+                outermost.setdefault(joint.number(gradients[0]), node)
+            elif new := sorted(reached - claimed):
+                behind[node] = new
+            claimed |= reached
+        covered.add(node)
+        tangents[node] = frozenset()
+    return list(outermost.values()), behind, covered
+
+
+def _at_head(joint: JointGraph, uses: Sequence[Uses], node: fx.Node, is_end: bool) -> fx.Node:
+    """T at a contraction, whose gradient operand has positions and features."""
+    contraction = contraction_at(node)
+    assert contraction is not None
+    gradient = next(operand for operand in contraction.operands if operand in joint.backward)
+    with joint.graph.inserting_before(node):
+        return _count(gradient, _features(joint, uses, node, contraction, is_end))
+
+
+def _at_end(joint: JointGraph, end: Path) -> fx.Node:
+    """T at the gradient of an embedding's or an elementwise op's output.
+
+    Its last dimension is features, unless it only enters broadcast, as the scalar output of a decomposed matrix-vector
+    product does.
+    """
+    gradient = _gradient(joint, end.node)
+    is_broadcast = gradient.meta["val"].dim() < end.node.meta["val"].dim()
     with joint.graph.inserting_before(after(gradient)):
         return _count(gradient, [] if is_broadcast else [-1])
+
+
+def _if_any(tangents: Sequence[fx.Node], count: fx.Node) -> fx.Node:
+    """A count at a head that other gradients reach too: 0 where all its own tangents are."""
+    graph = count.graph
+    with graph.inserting_before(after(count)):
+        found = [emit(graph, aten.any.default, emit(graph, aten.ne.Scalar, tangent, 0)) for tangent in tangents]
+        own = reduce(lambda one, other: emit(graph, aten.bitwise_or.Tensor, one, other), found)
+        return emit(graph, aten.mul.Tensor, count, own)
+
+
+def _joined(rule: Callable[[fx.Node, fx.Node], fx.Node], counts: Sequence[fx.Node]) -> fx.Node | None:
+    """Counts made one by a rule for two, emitted behind the later; None of none."""
+
+    def both(one: fx.Node, other: fx.Node) -> fx.Node:
+        with one.graph.inserting_before(after(max(one, other))):
+            return rule(one, other)
+
+    return reduce(both, counts) if counts else None
+
+
+def _larger(one: fx.Node, other: fx.Node) -> fx.Node:
+    return emit(one.graph, aten.maximum.default, one, other)
+
+
+def _present(counts: Sequence[fx.Node | None]) -> list[fx.Node]:
+    return [count for count in counts if count is not None]
+
+
+def _first(one: fx.Node, other: fx.Node) -> fx.Node:
+    """The first, unless it is 0."""
+    return emit(one.graph, aten.where.self, emit(one.graph, aten.gt.Scalar, one, 0), one, other)
 
 
 def _count(gradient: fx.Node, features: Sequence[int]) -> fx.Node:

@@ -75,9 +75,7 @@ def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
     count = loss_count(joint, uses, ends)
     resolutions: list[Resolution] = []
     for node, item in zip(targets, found, strict=True):
-        # A weight used after the last contraction has its curvature before T is known.
-        with graph.inserting_before(after(count) if count is not None and node < count else node):
-            resolution = _resolution(node, item, count)
+        resolution = _resolution(node, item, count)
         node.replace_all_uses_with(resolution.vector)
         resolutions.append(resolution)
     graph.eliminate_dead_code()
@@ -102,16 +100,20 @@ def _resolution(node: fx.Node, found: Path | Stop, count: fx.Node | None) -> Res
     payload: list[fx.Node] = []
     code, op, uses = Code.BY_CHOICE, "", 0
     if isinstance(found, Path) and kind != "none":
-        payload, code = _payload(found, layout), Code.ANALYTIC
+        # Here and not where T is known, which may be the end of the pass: the path's operands need not be kept so long.
+        with node.graph.inserting_before(node):
+            payload, code = _payload(found, layout), Code.ANALYTIC
         names = [_name(end.below or end.node) for end in found.ends()]
         op, uses = "+".join(dict.fromkeys(names)), len(names)
     elif kind != "none":
         assert isinstance(found, Stop)
-        payload = [constant(grad, [layout.payload], 0)]
+        with node.graph.inserting_before(node):
+            payload = [constant(grad, [layout.payload], 0)]
         code, op = found.code, _name(found.node)
-    header = [constant(grad, [1], value) for value in (1, int(code))]
-    header.append(constant(grad, [1], 0) if count is None else emit(node.graph, aten.reshape.default, count, [1]))
-    vector = emit(node.graph, aten.cat.default, [*payload, *header])
+    with node.graph.inserting_before(after(count) if count is not None and node < count else node):
+        header = [constant(grad, [1], value) for value in (1, int(code))]
+        header.append(constant(grad, [1], 0) if count is None else emit(node.graph, aten.reshape.default, count, [1]))
+        vector = emit(node.graph, aten.cat.default, [*payload, *header])
     return Resolution(code, op, uses, code.reason, kind, vector)
 
 

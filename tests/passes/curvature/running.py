@@ -41,15 +41,16 @@ def gradient(leaf: Tensor) -> Tensor:
 
 
 def run(
-    function: Callable[..., Tensor],
+    function: Callable[..., Any],
     weights: list[Tensor],
     layouts: list[Any],
     data: tuple[Any, ...] = (),
     table: str = "none",
     partition: Callable[..., Any] = min_cut_rematerialization_partition,
     attach: Callable[..., Tensor] = latent,
+    objective: Callable[[Any], Tensor] = torch.sum,
 ) -> Run:
-    """Forward and backward through AOTAutograd with the pass, the weights smoothed."""
+    """Forward and backward through AOTAutograd with the pass, the weights smoothed; the objective is outside."""
     seen: dict[str, Any] = {}
 
     def partition_fn(joint: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
@@ -61,13 +62,12 @@ def run(
     weights = [weight.detach().clone().requires_grad_() for weight in weights]
     probes = [torch.zeros(layout.size, requires_grad=True) for layout in layouts]
 
-    def smoothed(weights: list[Tensor], probes: list[Tensor], *data: Any) -> Tensor:
+    def smoothed(weights: list[Tensor], probes: list[Tensor], *data: Any) -> Any:
         return function(*map(attach, weights, probes, layouts), *data)
 
-    loss = aot_function(smoothed, nop, partition_fn=partition_fn, decompositions=TABLES[table]())(
-        weights, probes, *data
-    )
-    loss.sum().backward()
+    out = aot_function(smoothed, nop, partition_fn=partition_fn, decompositions=TABLES[table]())(weights, probes, *data)
+    loss = objective(out)
+    loss.backward()
     grads, curvatures = (list(map(gradient, leaves)) for leaves in (weights, probes))
     return Run(loss.detach(), grads, curvatures, seen["resolutions"])
 

@@ -12,9 +12,13 @@ from lotion_fx.passes.attach.probe import Layout
 from tests.passes.curvature.running import TABLES, TOKENS, loss_of, randn, run
 
 
-def terms_of(function: Callable[..., Tensor], shape: tuple[int, ...], *data: Any) -> list[float]:
-    layout = Layout("factored", shape, 1, shape[0])
-    return [run(function, [randn(*shape) / 2], [layout], data, table).probes[0][-1].item() for table in TABLES]
+def terms_of(
+    function: Callable[..., Any], shape: tuple[int, ...], *data: Any, objective: Callable[[Any], Tensor] = torch.sum
+) -> list[float]:
+    """T as the probe has it, under each table of decompositions; the objective is of the function's outputs."""
+    layout, weight = Layout("factored", shape, 1, shape[0]), randn(*shape) / 2
+    made = [run(function, [weight], [layout], data, table, objective=objective) for table in TABLES]
+    return [one.probes[0][-1].item() for one in made]
 
 
 LABELS = torch.tensor([[1, -100, 3, 0, 2], [-100, -100, 4, 1, 1], [2, 2, 1, -100, 0]])
@@ -55,13 +59,13 @@ def test_terms_with_one_unsmoothed_layer_of_given_input() -> None:
 
 
 def test_terms_where_the_input_is_also_the_second_operand() -> None:
-    """Scores of 5 queries against 13 keys; the keys are also the input of another product, of another size."""
+    """Scores of 17 queries against 13 keys; the keys are also the input of another product, of another size."""
 
     def retrieval(w: Tensor, queries: Tensor, keys: Tensor, head: Tensor) -> Tensor:
         auxiliary = loss_of(keys @ head)
         return auxiliary + loss_of((queries @ w).tanh() @ keys.T)
 
-    assert terms_of(retrieval, (7, 7), randn(5, 7), randn(13, 7), randn(7, 3).requires_grad_()) == [5, 5]
+    assert terms_of(retrieval, (7, 7), randn(17, 7), randn(13, 7), randn(7, 3).requires_grad_()) == [17, 17]
 
 
 def test_terms_of_a_mean_pooled_classifier_are_the_samples() -> None:
@@ -118,3 +122,91 @@ def test_terms_are_known_to_a_weight_used_after_the_last_contraction() -> None:
     layouts = [Layout("factored", (5, 7), 1, 5), Layout("factored", (5,), 1, 5)]
     made = run(lambda w, s, x: loss_of(F.linear(x, w) * s), [randn(5, 7), randn(5)], layouts, (randn(13, 7),))
     assert [probe[-1].item() for probe in made.probes] == [13, 13]
+
+
+PICKS: dict[str, tuple[Callable[[Any], Tensor], Callable[[int, int], int]]] = {
+    "first": (lambda out: loss_of(out[0]), lambda first, second: first),
+    "second": (lambda out: loss_of(out[1]), lambda first, second: second),
+    "both": (lambda out: loss_of(out[0]) + loss_of(out[1]), max),
+}
+
+
+@pytest.mark.parametrize("pick", PICKS)
+@pytest.mark.parametrize("rows", [(15, 6), (6, 15)])
+def test_terms_are_those_of_the_head_in_the_loss(pick: str, rows: tuple[int, int]) -> None:
+    """Whichever head comes later in the forward pass, and so earlier in the backward."""
+    objective, told = PICKS[pick]
+    expected = [told(*rows)] * 2
+    a, b = (randn(7, length).requires_grad_() for length in (5, 3))
+    first, second = (randn(length, 4) for length in rows)
+
+    def one_trunk(w: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Any:
+        hidden = F.linear(x, w).tanh()
+        return hidden[: rows[0]] @ a, hidden[-rows[1] :] @ b
+
+    def two_trunks(w: Tensor, first: Tensor, second: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Any:
+        return F.linear(first, w).tanh() @ a, F.linear(second, v).tanh() @ b
+
+    def smoothed_first(w: Tensor, first: Tensor, second: Tensor, b: Tensor) -> Any:
+        return F.linear(first, w), second @ b
+
+    def smoothed_second(w: Tensor, first: Tensor, second: Tensor, a: Tensor) -> Any:
+        return first @ a, F.linear(second, w)
+
+    given = {"objective": objective}
+    assert terms_of(one_trunk, (7, 4), randn(21, 4), a, b, **given) == expected
+    assert terms_of(one_trunk, (7, 4), randn(21, 4), a.detach(), b.detach(), **given) == expected
+    assert terms_of(two_trunks, (7, 4), first, second, randn(7, 4).requires_grad_(), a, b, **given) == expected
+    assert terms_of(smoothed_first, (7, 4), first, second, randn(4, 3).requires_grad_(), **given) == expected
+    assert terms_of(smoothed_second, (7, 4), first, second, randn(4, 3).requires_grad_(), **given) == expected
+
+
+@pytest.mark.parametrize(("pick", "terms"), [("first", 15), ("second", 3), ("both", 15)])
+def test_terms_of_heads_one_behind_another(pick: str, terms: int) -> None:
+    """The second output is made of the first, so its head's gradient is the first tangent plus its own."""
+
+    def chained(w: Tensor, x: Tensor, head: Tensor, frozen: Tensor) -> Any:
+        tokens = F.linear(F.linear(x, w).tanh(), head)
+        return tokens, tokens[:, 0] @ frozen
+
+    head = randn(4, 7).requires_grad_()
+    found = terms_of(chained, (7, 7), randn(3, 5, 7), head, randn(4, 2), objective=PICKS[pick][0])
+    assert found == [terms, terms]
+
+
+def test_terms_of_states_beside_a_head_are_the_labels() -> None:
+    """A hidden state that is an output too has a gradient at all tokens, which attention spread there."""
+
+    def language_model(w: Tensor, x: Tensor, head: Tensor) -> Any:
+        hidden = F.linear(x, w)
+        hidden = hidden + (hidden @ hidden.mT).softmax(-1) @ hidden
+        return hidden, hidden @ head
+
+    def token_loss(out: Any) -> Tensor:
+        return F.cross_entropy(out[1].flatten(0, 1), LABELS.flatten())
+
+    head = randn(7, 5).requires_grad_()
+    assert terms_of(language_model, (7, 7), randn(3, 5, 7), head, objective=token_loss) == [11, 11]
+    assert terms_of(language_model, (7, 7), randn(3, 5, 7), head, objective=lambda out: loss_of(out[0])) == [15, 15]
+
+
+def test_terms_of_a_tied_head_beside_another() -> None:
+    def two_heads(w: Tensor, tokens: Tensor, pooler: Tensor) -> Any:
+        hidden = F.embedding(tokens, w)
+        return F.linear(hidden, w), hidden[:, 0] @ pooler
+
+    def token_loss(out: Any) -> Tensor:
+        return F.cross_entropy(out[0].flatten(0, 1), LABELS.flatten())
+
+    pooler = randn(7, 2).requires_grad_()
+    assert terms_of(two_heads, (9, 7), TOKENS, pooler, objective=token_loss) == [11, 11]
+    assert terms_of(two_heads, (9, 7), TOKENS, pooler, objective=lambda out: loss_of(out[1])) == [3, 3]
+
+
+def test_terms_of_an_embedding_beside_an_unused_head() -> None:
+    def two_outputs(w: Tensor, tokens: Tensor, x: Tensor, head: Tensor) -> Any:
+        return F.embedding(tokens, w), x @ head
+
+    data = TOKENS, randn(6, 7), randn(7, 3).requires_grad_()
+    assert terms_of(two_outputs, (9, 4), *data, objective=lambda out: loss_of(out[0])) == [15, 15]
+    assert terms_of(two_outputs, (9, 4), *data, objective=lambda out: loss_of(out[1])) == [6, 6]
