@@ -132,7 +132,8 @@ class Step:
         if self.tally.clip2 is not None:
             moment = _ratio(total, self._on(self.tally.clip2))
         strengths = [0.0 if w.gathered.in_objective else w.joint_strength for w, _ in self.pairs]
-        gains = torch.tensor(strengths, device=self.device) * (1.0 if self.pending is None else self._on(self.pending))
+        pending = 1.0 if self.pending is None else self._on(self.pending)
+        gains = torch.tensor(strengths, dtype=torch.float32, device=self.device) * pending
         return Factors(row, (total / (scale * shrunk) ** 2).float(), moment, gains.unbind())
 
     def _on(self, factor: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class Step:
         if count is None:
             if self.tally.steps == 0:
                 warnings.warn(f"{_UNCOUNTED}; {self._why_uncounted()}", stacklevel=2)
-            return torch.ones((), device=self.device)
+            return torch.ones((), dtype=torch.float32, device=self.device)
         return self._on(count.clamp(min=1))
 
     def _why_uncounted(self) -> str:
@@ -196,7 +197,8 @@ class Step:
             return None
         if weight.is_analytic and (vector is not None or self.group is not None):
             # A rank whose batch did not use the weight has seen no position of it.
-            empty = torch.zeros(weight.layout.payload, device=local_of(parameter).device)
+            device = local_of(parameter).device
+            empty = torch.zeros(weight.layout.payload, dtype=torch.float32, device=device)
             return empty if vector is None else vector[:-HEADER]
         if self.group is not None and not self.settings.reads_moment:
             return self._sharded_fisher(weight, parameter, factors.gradient)
@@ -260,7 +262,7 @@ class Step:
                 source, given, state = MOMENT, [known.moment], local.new_zeros(0)
                 factors = replace(factors, gradient=self._moment_factor(parameter, factors))
         if source != MOMENT and (state is None or state.numel() != layout.payload + 1):
-            state = known.ema = torch.zeros(layout.payload + 1, device=local.device)
+            state = known.ema = torch.zeros(layout.payload + 1, dtype=torch.float32, device=local.device)
         assert state is not None
         args = [local, grad, state, *given, *amax, factors.row, factors.gradient, gain]
         return Spec.of(weight, source, layout, span, args), args
