@@ -139,12 +139,13 @@ def compile_function(function: Callable[..., Any], args: Sequence[Any], inner: s
 def fake_probe(weight: Any, plan: Plan) -> Tensor:
     """A probe to compile with, like one of this (fake) weight under this plan."""
     assert plan.layout is not None
-    return _like(weight, torch.zeros((), device=weight.device).expand(plan.layout.size).requires_grad_())
+    zero = torch.zeros((), dtype=torch.float32, device=weight.device)
+    return _like(weight, zero.expand(plan.layout.size).requires_grad_())
 
 
 def fake_gain(weight: Any) -> Tensor:
     """The gain of a moment stream, likewise."""
-    return _like(weight, torch.ones((), device=weight.device))
+    return _like(weight, torch.ones((), dtype=torch.float32, device=weight.device))
 
 
 def _like(weight: Any, tensor: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments
     if joint := {name: why for name, why in ended.items() if name in weights}:
         found = curvatures_of(graph, {name: weights[name] for name in joint}, loss_fn)
         for name, why in joint.items():
-            curvatures[name], kind = found.get(name, (torch.zeros(()), EXACT))
+            curvatures[name], kind = found.get(name, (torch.zeros((), dtype=torch.float32), EXACT))
             certificates[name] = Certificate(kind, ended=why)
     estimated = Estimate(graph, weights, {}, curvatures)
     for name in weights:

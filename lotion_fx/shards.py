@@ -64,7 +64,7 @@ def shared_amax(name: str, quantizer: Quantizer, parameter: Tensor) -> list[Tens
             "use a block or channel format under FSDP, such as 'int4' or 'nvfp4'"
         )
     local = local_of(parameter)
-    amax = local.abs().amax().float() if local.numel() else torch.zeros((), device=local.device)
+    amax = local.abs().amax().float() if local.numel() else torch.zeros((), dtype=torch.float32, device=local.device)
     dist.all_reduce(amax, dist.ReduceOp.MAX, group=group_of(parameter))
     return [amax]
 

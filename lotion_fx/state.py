@@ -386,7 +386,7 @@ class Weight:
         """`stream_strength` as the 0-d tensor that a graph takes, remade where it or the device has changed."""
         now = self.stream_strength
         if self._gain is None or self._gain[0] != now or self._gain[1].device != device:
-            self._gain = now, torch.tensor(now, device=device)
+            self._gain = now, torch.tensor(now, dtype=torch.float32, device=device)
         return self._gain[1]
 
 

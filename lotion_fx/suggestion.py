@@ -164,7 +164,7 @@ def _choices(model: nn.Module, names: Mapping[Weight, str], batch: Any, loss_fn:
     for name, weight in weights.items():
         assert weight.format is not None
         formats = (weight.format, wide_of(weight.format))
-        h = curvatures[name][0] if name in curvatures else torch.zeros(())
+        h = curvatures[name][0] if name in curvatures else torch.zeros((), dtype=torch.float32)
         costs = [_cost(weight, fmt, graph.parameters[name].detach(), h) for fmt in formats]
         choices.append(Choice(name, graph.parameters[name].numel(), formats, (costs[0], costs[1])))
     return sorted(choices, key=_density, reverse=True)

@@ -271,7 +271,7 @@ class Tally:
         gathered, size, master = weight.gathered, weight.layout.size, weight.master
         if gathered.probe is None or gathered.probe.numel() != size or gathered.probe.device != tensor.device:
             # One zero, however long the vector: only its gradient is ever stored.
-            gathered.probe = torch.zeros((), device=tensor.device).expand(size).requires_grad_()
+            gathered.probe = torch.zeros((), dtype=torch.float32, device=tensor.device).expand(size).requires_grad_()
             known = weakref.ref(weight)  # a hook is kept alive from C++, where no garbage collector looks
             gathered.probe.register_post_accumulate_grad_hook(lambda _: _arrived(known()))
         # Between micro-batches FSDP2 may hold the gradient at the unsharded parameter.

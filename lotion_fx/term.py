@@ -161,7 +161,7 @@ class Step:
         if count is None:
             if self.tally.steps == 0 and self.tally.steps_inside != self.tally.forwards:
                 warnings.warn(f"{_UNCOUNTED}; {self._why_uncounted()}", stacklevel=2)
-            return torch.ones((), device=self.device)
+            return torch.ones((), dtype=torch.float32, device=self.device)
         return self._on(count.clamp(min=1))
 
     def _why_uncounted(self) -> str:
@@ -217,7 +217,8 @@ class Step:
             return None
         if weight.is_analytic and (vector is not None or self.group is not None):
             # A rank whose batch did not use the weight has seen no position of it.
-            empty = torch.zeros(weight.layout.payload, device=local_of(parameter).device)
+            device = local_of(parameter).device
+            empty = torch.zeros(weight.layout.payload, dtype=torch.float32, device=device)
             return empty if vector is None else vector[:-HEADER]
         if self.group is not None and not self.settings.reads_moment:
             return self._sharded_fisher(weight, parameter, factors.gradient)
@@ -281,7 +282,7 @@ class Step:
                 source, given, state = MOMENT, [known.moment], local.new_zeros(0)
                 factors = replace(factors, gradient=self._moment_factor(parameter, factors))
         if source != MOMENT and (state is None or state.numel() != layout.payload + 1):
-            state = known.ema = torch.zeros(layout.payload + 1, device=local.device)
+            state = known.ema = torch.zeros(layout.payload + 1, dtype=torch.float32, device=local.device)
         assert state is not None
         args = [local, grad, state, *given, *amax, factors.row, factors.gradient, gain, factors.limit]
         return Spec.of(weight, source, layout, span, args), args
