@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,7 +64,7 @@ def _is_running(optimizer: torch.optim.Optimizer) -> bool:
 
 @torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
-    riding.after_step(optimizer)
+    riding.after_step(optimizer, stays=_is_rehearsal(optimizer))
     if optimizer in _stepping:
         del _stepping[_stepping.index(optimizer) :]
 
@@ -98,7 +97,7 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     held = [(p, weight) for p, weight in zip(parameters, registry.find(parameters), strict=True) if weight is not None]
     riding.before_step(optimizer, held)
-    if _is_rehearsal(optimizer, [weight for _, weight in held]):
+    if _is_rehearsal(optimizer):
         return
     for parameter, weight in held:
         if weight not in _done:
@@ -119,8 +118,9 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
         smoothing.tally.stepped([weight for weight, _ in pairs], counts=counts)
 
 
-def _is_rehearsal(optimizer: torch.optim.Optimizer, weights: Sequence[Weight]) -> bool:
+def _is_rehearsal(optimizer: torch.optim.Optimizer) -> bool:
     """Whether torch.distributed.checkpoint makes a new optimizer fill its state: a step of nothing, before any call."""
-    if any(weight.smoothing.tally.forwards or weight.smoothing.settings.adopted for weight in weights):
+    if any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
         return False
-    return all(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups)
+    weights = registry.find(parameter for group in optimizer.param_groups for parameter in group["params"])
+    return not any(w.smoothing.tally.forwards or w.smoothing.settings.adopted for w in weights if w is not None)
