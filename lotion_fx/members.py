@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -30,7 +31,8 @@ def watch() -> None:
 
 
 def _registered(module: nn.Module, name: str, value: Any) -> None:
-    registry.changes += 1
+    if not torch.compiler.is_dynamo_compiling():  # a graph that counted would be another one in each call
+        registry.changes += 1
 
 
 def take_in(fmt: Format, only: Formats, smoothing: Smoothing, model: nn.Module) -> None:

@@ -48,7 +48,9 @@ def _call(part: nn.Module, smoothing: Smoothing, compiled_call: CompiledCalls) -
     made: list[Callable[..., Any]] = []  # not before the first such call: most parts have none
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or smoothing.is_running or private.tracer():
+        within = torch.compiler.is_compiling() or smoothing.is_running
+        # A part may outlive the model, as when PEFT merges and unloads.
+        if within or private.tracer() or private.is_traced_by_fx() or smoothing.model() is None:
             return private.plain_call(part)(*args, **kwargs)
         if not made:
             made.append(_compiled(part, smoothing, compiled_call))
