@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ def install() -> None:
 
 _handles: list[Any] = []
 _stepping: list[torch.optim.Optimizer] = []  # one may step another inside its own step: ZeroRedundancyOptimizer does
+_rehearsing: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # taking a step that is none
 _done: weakref.WeakSet[Weight] = weakref.WeakSet()  # weights that have their term in the outermost of those steps
 
 
@@ -66,7 +67,9 @@ def _is_running(optimizer: torch.optim.Optimizer) -> bool:
 
 @torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
-    riding.after_step(optimizer, stays=_is_rehearsal(optimizer))
+    if optimizer in _rehearsing:
+        _rehearsing.discard(optimizer)
+        riding.stay(optimizer)
     if optimizer in _stepping:
         del _stepping[_stepping.index(optimizer) :]
 
@@ -138,7 +141,8 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     held = [(p, weight) for p, weight in zip(parameters, registry.find(parameters), strict=True) if weight is not None]
     riding.before_step(optimizer, held)
-    if _is_rehearsal(optimizer):
+    if held and _is_rehearsal(optimizer, [weight for _, weight in held]):
+        _rehearsing.add(optimizer)
         return
     for parameter, weight in held:
         if weight not in _done:
@@ -159,9 +163,8 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
         smoothing.tally.stepped([weight for weight, _ in pairs], counts=counts)
 
 
-def _is_rehearsal(optimizer: Any) -> bool:
+def _is_rehearsal(optimizer: Any, weights: Sequence[Weight]) -> bool:
     """Whether torch.distributed.checkpoint makes a new optimizer fill its state: a step of nothing, before any call."""
-    if any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+    if any(weight.smoothing.tally.forwards or weight.smoothing.settings.adopted for weight in weights):
         return False
-    weights = registry.find(parameter for group in optimizer.param_groups for parameter in group["params"])
-    return not any(w.smoothing.tally.forwards or w.smoothing.settings.adopted for w in weights if w is not None)
+    return all(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups)

@@ -81,14 +81,17 @@ def take_in(optimizer: Optimizer) -> None:
         )
 
 
-def before_step(optimizer: Optimizer, pairs: Iterable[tuple[Tensor, Weight]]) -> None:
-    """Leaves an optimizer its own state alone.
+def before_step(optimizer: Any, pairs: Iterable[tuple[Tensor, Weight]]) -> None:
+    """Leaves an optimizer its own state alone, and has it tell our entries whenever it is asked for it.
 
     Args:
         optimizer: about to step.
         pairs: its parameters that are weights.
     """
     pairs = list(pairs)
+    if pairs and optimizer not in _known and isinstance(optimizer, Optimizer):
+        _known.add(optimizer)
+        optimizer.register_state_dict_post_hook(_tell)
     for parameter, _ in pairs:
         if KEY in (optimizer.state.get(parameter) or ()):
             _pop(optimizer, parameter)
@@ -98,19 +101,13 @@ def before_step(optimizer: Optimizer, pairs: Iterable[tuple[Tensor, Weight]]) ->
         loaded_by_hand.discard(smoothing)
 
 
-def after_step(optimizer: Optimizer, *, stays: bool) -> None:
-    """From its first step with a weight of ours on, an optimizer tells our entries whenever its state is asked for.
+def stay(optimizer: Optimizer) -> None:
+    """Puts our entries into an optimizer's own state until its next step.
 
-    Args:
-        stays: whether entries are to be in its own state until the next step.
+    torch.distributed.checkpoint takes the names of a new optimizer's state from a first step of nothing.
     """
-    parameters = _parameters(optimizer)
-    if optimizer not in _known and any(weight is not None for weight in registry.find(parameters)):
-        _known.add(optimizer)
-        optimizer.register_state_dict_post_hook(_tell)
-    if stays:
-        for parameter, entry in _entries(optimizer).items():
-            optimizer.state[parameter][KEY] = entry
+    for parameter, entry in _entries(optimizer).items():
+        optimizer.state[parameter][KEY] = entry
 
 
 def _tell(optimizer: Optimizer, state: dict[str, Any]) -> None:

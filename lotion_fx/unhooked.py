@@ -74,9 +74,10 @@ def tell(smoothing: Smoothing) -> None:
     names = [w.name for each in watch.weights if each.changes >= _CHANGES and (w := each.weight()) is not None]
     if names:
         smoothing.said.add("unhooked")
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         warnings.warn(
-            f"{names[0]!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''} changed, and no step of a torch.optim"
-            " optimizer was seen: trained without the expected-loss term; step by such an optimizer, or call "
+            f"{names[0]!r}{others} changed, and no step of a torch.optim optimizer was seen: trained without the "
+            "expected-loss term; step by such an optimizer, or call "
             "lotion_fx.apply_term(parameters) before each update by hand",
             stacklevel=3,
         )
