@@ -11,6 +11,7 @@ from lotion_fx.explanation import Explanation, explain, log_as_asked
 from lotion_fx.numerics.formats import Format, codebook, formats, register_format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, noises, register_noise
 from lotion_fx.objective import penalty
+from lotion_fx.optimizer_hooks import apply_term
 from lotion_fx.passes.registered import register_contraction
 from lotion_fx.presets import preset
 from lotion_fx.saved import load_state_dict, state_dict
@@ -29,6 +30,7 @@ __all__ = [
     "Format",
     "NoiseLaw",
     "Suggestion",
+    "apply_term",
     "calibrate",
     "codebook",
     "expected_loss",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lotion_fx import private
+from lotion_fx import private, unhooked
 from lotion_fx.announcing import announcer
 from lotion_fx.carried import MADE_ITSELF, all_standing_in
 from lotion_fx.rows import count_rows, watch_residuals
@@ -65,6 +65,8 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
         tracer = private.tracer()
         with private.outside_of_modes() if tracer else contextlib.nullcontext():
             smoothing.take_in(model)
+        if not tracer:
+            unhooked.look(smoothing, model)
         announcer.new_call()
         if not tracer:
             tally.forward_comes(trains=model.training and torch.is_grad_enabled())

@@ -234,7 +234,8 @@ def all_standing_in(smoothing: Smoothing) -> contextlib.AbstractContextManager[N
 def _left_to_python(smoothing: Smoothing) -> list[Weight]:
     weights = [weight for weight in smoothing.weights if weight.selected]
     at_rest = [weight for weight in weights if _at_rest(weight)]
-    forget(weight for weight in weights if weight.training)
+    resting = set(at_rest)
+    forget(weight for weight in weights if weight.training and weight not in resting)
     forget_changed(at_rest)
     if smoothing.tally.forwards <= 1:  # until graphs have told how the others are used, these are left to them
         unknown = [weight for weight in at_rest if not weight.is_known_operand]
@@ -250,7 +251,7 @@ def _left_to_python(smoothing: Smoothing) -> list[Weight]:
         return at_rest
     # In training graphs round faster; but where Python runs between them, it may read any weight.
     broken = smoothing.tally.has_breaks and smoothing.is_whole
-    return [*at_rest, *(w for w in weights if (broken or w.uses is None) and not _at_rest(w))]
+    return [*at_rest, *(w for w in weights if (broken or w.uses is None) and w not in resting)]
 
 
 @contextlib.contextmanager
@@ -307,7 +308,7 @@ def _place(weight: Weight, old: Tensor, new: Tensor) -> None:
 
 def _at_rest(weight: Weight) -> bool:
     """Whether it runs at the values that are deployed."""
-    return weight.mode == STE and not weight.training
+    return weight.mode == STE and (not weight.training or weight.smoothing.tally.is_frozen(weight))
 
 
 def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import EllipsisType
@@ -20,6 +21,8 @@ from lotion_fx.state import Smoothing, Weight
 Formats = Mapping[Any, "str | Format | EllipsisType | None"]
 
 _SCRIPTED = "inside a ScriptModule, which no tracer of Python sees"
+_ADAPTER = "an adapter, which stays in full precision"
+_ADAPTER_NAME = re.compile(r"(^|\.)lora_(embedding_)?[ab](\.|$)", re.IGNORECASE)
 
 
 @dataclass(eq=False)
@@ -98,6 +101,8 @@ def weights_for(
             forced = given is not None and _forces(keys[-1], place.parameter)
         if place.parameter.dim() < 2 and not forced:
             given, excluded = None, "fewer than two dimensions" if given is not None else excluded
+        if given is not None and not forced and _is_adapter(place):
+            given, excluded = None, _ADAPTER
         if place.is_scripted:
             if forced and isinstance(keys[-1], str):
                 raise ValueError(f"only: {keys[-1]!r} asks for {given} of {place.names[0]!r}, which is {_SCRIPTED}")
@@ -111,6 +116,14 @@ def weights_for(
             excluded=excluded if given is None else "",
             forced=forced,
         )
+
+
+def _is_adapter(place: Place) -> bool:
+    """Whether PEFT, or a LoRA of the user's own, has put a parameter beside a layer that it leaves alone."""
+    for module, child in zip(place.inside, [*place.inside[1:], None], strict=True):
+        if hasattr(module, "adapter_layer_names") and child is not getattr(module, "base_layer", module):
+            return True
+    return any(_ADAPTER_NAME.search(name) for name in place.names)
 
 
 def known_format(fmt: str | Format) -> Format:

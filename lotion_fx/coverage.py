@@ -16,6 +16,7 @@ from lotion_fx.passes.attach.probe import Code
 from lotion_fx.shards import local_of
 from lotion_fx.state import Weight, names_of, registry, smoothings_of
 from lotion_fx.tally import PATIENCE
+from lotion_fx.unhooked import tell
 from lotion_fx.update import term_of
 
 
@@ -142,6 +143,8 @@ def report(model: nn.Module) -> CoverageReport:
     Raises:
         ValueError: the model is not under lotion_fx.
     """
+    for smoothing in smoothings_of(model):
+        tell(smoothing)
     found = [(name, weight, term_of(weight)) for weight, name in names_of(model).items()]
     total = sum(float(term) for _, _, term in found if term is not None)
     rows = {name: _row(name, weight, term, total) for name, weight, term in found}

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lotion_fx import private, riding
 from lotion_fx.missing import has_curvature, look_for_missing
+from lotion_fx.scalars import shown
 from lotion_fx.state import Smoothing, Weight, registry
 from lotion_fx.term import Step, TakesTerms
 
@@ -32,6 +33,7 @@ def install() -> None:
 
 _handles: list[Any] = []
 _stepping: list[torch.optim.Optimizer] = []  # one may step another inside its own step: ZeroRedundancyOptimizer does
+_rehearsing: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # taking a step that is none
 _done: weakref.WeakSet[Weight] = weakref.WeakSet()  # weights that have their term in the outermost of those steps
 
 
@@ -65,7 +67,9 @@ def _is_running(optimizer: torch.optim.Optimizer) -> bool:
 
 @torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
-    riding.after_step(optimizer)
+    if optimizer in _rehearsing:
+        _rehearsing.discard(optimizer)
+        riding.stay(optimizer)
     if optimizer in _stepping:
         del _stepping[_stepping.index(optimizer) :]
 
@@ -94,11 +98,50 @@ def _has_closure(optimizer: torch.optim.Optimizer) -> None:
         smoothing.tally.measuring.is_possible = False
 
 
+def apply_term(parameters: Iterable[Tensor]) -> None:
+    """Adds the expected-loss term's gradient to the ``.grad`` of parameters, for a loop that updates them by hand.
+
+    Once a step, after all of its backward passes and before the update; for what a torch.optim optimizer steps it is
+    done already. ``curvature="fisher"`` takes a moving average of its own, for there is no second moment.
+
+    Args:
+        parameters: those about to be updated, of transformed models or not.
+
+    Raises:
+        TypeError: they are no iterable of tensors.
+        ValueError: none of them is a transformed model's weight, or none of these has a ``.grad``.
+    """
+    if isinstance(parameters, (Tensor, nn.Module, str)) or not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters={shown(parameters)}: expected an iterable of tensors, such as model.parameters()")
+    given = list(parameters)
+    if strangers := [p for p in given if not isinstance(p, Tensor)]:
+        raise TypeError(f"parameters: expected tensors, got {shown(strangers[0])}; pass model.parameters()")
+    weights = [(p, w) for p, w in zip(given, registry.find(given), strict=True) if w is not None and w.selected]
+    if not weights:
+        raise ValueError("parameters: none is a quantized weight; pass those of a model under lotion_fx.transform")
+    if all(parameter.grad is None for parameter, _ in weights):
+        raise ValueError(
+            f"parameters: no quantized weight has a .grad, {weights[0][1].name!r} among them; call backward() before"
+        )
+    if not _stepping:
+        _done.clear()
+    add_term(_ByHand(given))
+
+
+class _ByHand:
+    """What stands for the optimizer where there is none."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"params": parameters}]
+        self.state: dict[Tensor, dict[str, Any]] = {}
+
+
 @torch.no_grad()
-def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
+def add_term(optimizer: Any, *, counts: bool = True) -> None:
     """Adds the expected-loss term's gradient to the ``.grad`` of every smoothed weight that an optimizer steps.
 
     Args:
+        optimizer: with torch.optim's ``param_groups`` and ``state``.
         counts: whether this is one more step of the training.
     """
     if isinstance(optimizer, TakesTerms):
@@ -107,7 +150,8 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     held = [(p, weight) for p, weight in zip(parameters, registry.find(parameters), strict=True) if weight is not None]
     riding.before_step(optimizer, held)
-    if _is_rehearsal(optimizer, [weight for _, weight in held]):
+    if held and _is_rehearsal(optimizer, [weight for _, weight in held]):
+        _rehearsing.add(optimizer)
         return
     for parameter, weight in held:
         if weight not in _done:
@@ -130,7 +174,7 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
         smoothing.tally.stepped([weight for weight, _ in pairs], counts=counts)
 
 
-def _is_rehearsal(optimizer: torch.optim.Optimizer, weights: Sequence[Weight]) -> bool:
+def _is_rehearsal(optimizer: Any, weights: Sequence[Weight]) -> bool:
     """Whether torch.distributed.checkpoint makes a new optimizer fill its state: a step of nothing, before any call."""
     if any(weight.smoothing.tally.forwards or weight.smoothing.settings.adopted for weight in weights):
         return False

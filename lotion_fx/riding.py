@@ -1,13 +1,14 @@
 """Our state rides in the optimizer's: what every pipeline saves and loads already holds what a resume needs.
 
-`Optimizer.state_dict` finds one more entry in each weight's state, ``"lotion_fx"``: a vector of bytes, put there as it
-is asked, and taken away before the next step, so that no optimizer ever meets it. Bytes, for `load_state_dict` casts
-whatever it loads to the parameter's dtype, in which 0 to 255 are exact; and of a length that the weight's shape tells,
-for torch.distributed.checkpoint reads into what a new optimizer has. What is loaded is taken in at once.
+What `Optimizer.state_dict` tells has one more entry in each weight's state, ``"lotion_fx"``: a vector of bytes, which
+no optimizer ever meets at a step. Bytes, for `load_state_dict` casts whatever it loads to the parameter's dtype, in
+which 0 to 255 are exact; and of a length that the weight's shape tells, for torch.distributed.checkpoint reads into
+what a new optimizer has. What is loaded is taken in at once.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import warnings
@@ -27,7 +28,7 @@ from lotion_fx.state import Smoothing, Weight, registry
 KEY = "lotion_fx"
 PAGE = 4096  # bytes; the text that stands before the curvature takes whole pages
 
-_known: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that write our entries when they are asked
+_known: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that tell our entries
 _waiting: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # loaded with entries of weights that nobody knows yet
 _without: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # loaded in mid-training without any
 
@@ -44,7 +45,8 @@ def watch() -> None:
 
     def set_state(self: Optimizer, state: dict[str, Any]) -> None:
         original(self, state)
-        take_in(self)
+        if "defaults" not in state:  # a copy has those too, and its model is a copy, or not ours
+            take_in(self)
 
     set_state.is_watched = True  # type: ignore[attr-defined]
     Optimizer.__setstate__ = set_state  # type: ignore[method-assign]
@@ -79,14 +81,17 @@ def take_in(optimizer: Optimizer) -> None:
         )
 
 
-def before_step(optimizer: Optimizer, pairs: Iterable[tuple[Tensor, Weight]]) -> None:
-    """Leaves an optimizer its own state alone.
+def before_step(optimizer: Any, pairs: Iterable[tuple[Tensor, Weight]]) -> None:
+    """Leaves an optimizer its own state alone, and has it tell our entries whenever it is asked for it.
 
     Args:
         optimizer: about to step.
         pairs: its parameters that are weights.
     """
     pairs = list(pairs)
+    if pairs and optimizer not in _known and isinstance(optimizer, Optimizer):
+        _known.add(optimizer)
+        optimizer.register_state_dict_post_hook(_tell)
     for parameter, _ in pairs:
         if KEY in (optimizer.state.get(parameter) or ()):
             _pop(optimizer, parameter)
@@ -96,31 +101,48 @@ def before_step(optimizer: Optimizer, pairs: Iterable[tuple[Tensor, Weight]]) ->
         loaded_by_hand.discard(smoothing)
 
 
-def after_step(optimizer: Optimizer) -> None:
-    """From its first step with a weight of ours on, an optimizer writes our entries whenever its state is asked for."""
-    if optimizer in _known or not any(weight is not None for weight in registry.find(_parameters(optimizer))):
-        return
-    _known.add(optimizer)
-    optimizer.register_state_dict_pre_hook(write)
-    write(optimizer)  # torch.distributed.checkpoint takes a new optimizer's names from its state after a first step
+def stay(optimizer: Optimizer) -> None:
+    """Puts our entries into an optimizer's own state until its next step.
+
+    torch.distributed.checkpoint takes the names of a new optimizer's state from a first step of nothing.
+    """
+    for parameter, entry in _entries(optimizer).items():
+        optimizer.state[parameter][KEY] = entry
+
+
+def _tell(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Adds our entries to an optimizer's state as it is told, and to its own where that is asked for its names."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    names_of = dict(zip(_parameters(optimizer), names, strict=True))
+    for parameter, entry in _entries(optimizer).items():
+        state["state"][names_of[parameter]] = {**state["state"].get(names_of[parameter], {}), KEY: entry}
+        if _is_checkpointing():
+            optimizer.state[parameter][KEY] = entry
+
+
+def _is_checkpointing() -> bool:
+    """Whether torch.distributed.checkpoint asks, which looks for names in the optimizer's own state afterwards."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
+        frame = frame.f_back
+    return frame is not None
 
 
 @torch.no_grad()
-def write(optimizer: Optimizer) -> None:
-    """Puts our entries into an optimizer's state, as they are now."""
+def _entries(optimizer: Optimizer) -> dict[Tensor, Tensor]:
+    """Our entries as they are now."""
     parameters = _parameters(optimizer)
     pairs = [(p, w) for p, w in zip(parameters, registry.find(parameters), strict=True) if w is not None and w.format]
-    for parameter, _ in pairs:
-        if KEY in (optimizer.state.get(parameter) or ()):
-            _pop(optimizer, parameter)
     # Where a state is empty an optimizer makes its moments, so it stays empty, unless no weight's ever holds anything.
-    stateful = [(p, w) for p, w in pairs if optimizer.state.get(p)]
+    stateful = [(p, w) for p, w in pairs if set(optimizer.state.get(p) or ()) - {KEY}]
     phased: set[Smoothing] = set()
+    entries = {}
     for parameter, weight in stateful or pairs:
-        moment = "exp_avg_sq" in (optimizer.state.get(parameter) or {})
+        moment = "exp_avg_sq" in (optimizer.state.get(parameter) or ())
         has_phases = weight.smoothing not in phased
-        optimizer.state[parameter][KEY] = _entry(weight, parameter, has_phases=has_phases, has_moment=moment)
+        entries[parameter] = _entry(weight, parameter, has_phases=has_phases, has_moment=moment)
         phased.add(weight.smoothing)
+    return entries
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

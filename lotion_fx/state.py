@@ -349,7 +349,7 @@ class Weight:
     def mode(self) -> str:
         """The forward that it is to take now."""
         tally = self.smoothing.tally
-        return tally.override or (tally.forward_mode if self.training else STE)
+        return tally.override or (tally.mode_of(self) if self.training else STE)
 
     def plan(self, with_grad: bool, requires_grad: bool) -> Plan | None:
         """What its node does in the next forward; None where it needs no node, as where a rounded weight stands in.

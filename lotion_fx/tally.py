@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lotion_fx import private
 from lotion_fx.measuring import Measuring
-from lotion_fx.passes.attach.attach import STE_SCALE
+from lotion_fx.passes.attach.attach import STE, STE_SCALE
 from lotion_fx.passes.attach.probe import Header
 from lotion_fx.passes.moments.certificate import Certificate
 from lotion_fx.settings import Settings
@@ -169,6 +169,19 @@ class Tally:
     def forward_mode(self) -> str:
         """The training forward: by method, or rounded with the scale differentiated once finishing."""
         return STE_SCALE if self.finishing else self.settings.forward_mode
+
+    def is_frozen(self, weight: Weight) -> bool:
+        """Whether a weight stays as it is, and so is trained against at the values that are deployed.
+
+        Not what merely waits for its turn, as one half of a GAN does: it had a gradient in the last step that was its.
+        """
+        parameter = weight.master
+        stays = parameter is not None and not parameter.requires_grad and weight.gathered.last_step != self.steps
+        return stays and self.settings.method != "ptq"
+
+    def mode_of(self, weight: Weight) -> str:
+        """The training forward of one weight."""
+        return STE if self.is_frozen(weight) else self.forward_mode
 
     @property
     def has_term(self) -> bool:

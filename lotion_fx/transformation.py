@@ -19,6 +19,7 @@ from lotion_fx.loss_graph import called, loss_of, pair, scalar
 from lotion_fx.members import take_in, watch
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
+from lotion_fx.parts import compile_parts
 from lotion_fx.sampling import check_placement, sample_first
 from lotion_fx.settings import Settings
 from lotion_fx.state import Smoothing, registry, smoothings_of, weights_of
@@ -147,6 +148,8 @@ def _compile(backend: Backend, regions: Iterable[str], options: dict[str, Any], 
     if smoothing.settings.samples_labels:
         before.call = sample_first(call, before.call, model, smoothing)
     private.replace_call(model, before.call)
+    if smoothing.is_whole:
+        compile_parts(model, smoothing, backend, **options)
 
 
 def _with_loss(model: nn.Module, loss_fn: Callable[..., Tensor], backend: Backend, options: Any) -> Callable[..., Any]:

@@ -372,7 +372,8 @@ def test_copies_and_pickles(on_cpu):
     plain(model, optimizer, 0)
     for another in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert type(another) is lotion_fx.optim.AdamW and not another.terms
-        assert str(another.state_dict()) == str(optimizer.state_dict())
+        # Of the optimizer's own: a copy's parameters are no model's of ours.
+        assert str(another.state_dict()["state"]) == str(dict(enumerate(optimizer.state.values())))
 
 
 def test_torch_still_asks_init_group_for_what_to_update():

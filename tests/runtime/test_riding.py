@@ -101,10 +101,14 @@ def test_an_optimizer_never_meets_what_rides_in_its_state(make):
     run(model, optimizer, range(2))
     plain, before = make(LM()), set()
     lm_loss(model, ids()).backward()
-    optimizer.register_step_pre_hook(lambda opt, *_: before.update(*opt.state.values()))
-    optimizer.state_dict()
+    optimizer.register_step_pre_hook(
+        lambda opt, *_: before.update(*opt.state.values())
+    )  # after those of all optimizers
+    assert KEY in optimizer.state_dict()["state"][3]
+    get_optimizer_state_dict(model, optimizer)  # which leaves its names in the optimizer's state
     assert any(KEY in state for state in optimizer.state.values())
     optimizer.step()
+    assert KEY not in before
     for parameter in plain.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)
     plain.step()

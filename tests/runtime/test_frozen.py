@@ -1,0 +1,92 @@
+"""Frozen weights are trained against at the values that are deployed; adapters beside them stay in full precision."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lotion_fx
+from tests.models import MLP
+
+
+def at_rounded(model, names, fmt="int4"):
+    """A plain copy of a transformed model, with some weights rounded by hand."""
+    plain = MLP()
+    plain.load_state_dict(model.state_dict())
+    for name in names:
+        weight = plain.get_parameter(name)
+        weight.data.copy_(lotion_fx.rounding.rtn(weight.detach(), lotion_fx.resolve(fmt), 1))
+    return plain
+
+
+def gradients(model):
+    x, y = torch.randn(8, 20, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 7
+    model.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_runs_as(model, plain):
+    for mine, theirs in zip(plain.parameters(), model.parameters(), strict=True):
+        mine.requires_grad_(theirs.requires_grad)
+    torch.testing.assert_close(gradients(model), gradients(plain))
+
+
+@pytest.mark.parametrize(
+    "method, names", [("lotion", ["down.weight"]), ("ptq", []), ("ste", ["up.weight", "down.weight"])]
+)
+@pytest.mark.parametrize("in_python", [False, True])
+def test_a_frozen_weight_runs_at_its_rounded_values_in_training(method, names, in_python):
+    torch.manual_seed(0)
+    model = MLP()
+    model.down.weight.requires_grad_(False)
+    lotion_fx.transform(model, "int4", method=method, inner="aot_eager")
+    if in_python:
+        model.forward = torch.compiler.disable(model.forward)
+    for _ in range(2):
+        assert_runs_as(model, at_rounded(model, names))
+    with torch.no_grad():
+        model.down.weight.mul_(1.5)  # as a checkpoint that is loaded
+    assert_runs_as(model, at_rounded(model, names))
+    if method == "lotion":
+        model.down.weight.requires_grad_(True)
+        assert_runs_as(model, at_rounded(model, []))
+
+
+def test_what_waits_for_its_turn_is_not_frozen():
+    """The half of a GAN that the other half's loss passes through."""
+    torch.manual_seed(0)
+    model = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (model.up, model.down)]
+    for step in range(4):
+        model.up.requires_grad_(step % 2 == 0)
+        model.down.requires_grad_(step % 2 == 1)
+        if step > 1:
+            assert_runs_as(model, at_rounded(model, []))
+        gradients(model)
+        optimizers[step % 2].step()
+
+
+class Adapted(nn.Module):
+    """A LoRA of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(20, 7)
+        self.lora_A = nn.Parameter(torch.randn(4, 20))
+        self.lora_B = nn.Linear(4, 7, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.lora_B(x @ self.lora_A.T)
+
+
+def test_adapters_stay_in_full_precision_unless_they_are_asked_for():
+    model = lotion_fx.transform(Adapted(), "int4", inner="eager")
+    rows = lotion_fx.report(model)
+    assert rows["base.weight"].format == "int4"
+    assert rows["lora_A"].format is None and "adapter" in rows["lora_B.weight"].reason
+    asked = lotion_fx.transform(copy.deepcopy(Adapted()), "int4", only={"lora_*": "int8"}, inner="eager")
+    assert lotion_fx.report(asked)["lora_B.weight"].format == "int8"
