@@ -113,6 +113,7 @@ class Tally:
         last_backward: the backward pass in which curvature last arrived.
         gradients: a few elements of each gradient as backward left it.
         group: DistributedDataParallel's process group.
+        mesh: that tensor parallelism divides weights over, as graphs see them.
         last_loss_count: T of the last step, over all ranks.
         clip2: moving average of the squared clipping factor, as Adam averages squared gradients.
         step_of_forwards: the step that forwards are part of, which begins with the first after an optimizer's step.
@@ -141,6 +142,7 @@ class Tally:
     last_backward: int = -1
     gradients: dict[Weight, Tensor] = field(default_factory=dict)
     group: Any = None
+    mesh: Any = None
     last_loss_count: Tensor | None = None
     clip2: Tensor | None = None
     step_of_forwards: int = 0
@@ -221,6 +223,10 @@ class Tally:
     def runs_in(self, group: Any) -> None:
         """The forward under way is that of a DistributedDataParallel over this group; None of no such module."""
         self.group = group
+
+    def is_divided_over(self, mesh: Any) -> None:
+        """A graph takes a weight as a `DTensor` over this mesh."""
+        self.mesh = mesh
 
     def graph_runs(self, weights: Sequence[Weight], *, counts: bool) -> None:
         """A graph with these weights' probes runs; ``counts`` where its joint graph tells T."""

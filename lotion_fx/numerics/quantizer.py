@@ -52,8 +52,8 @@ class Quantizer:
     def rtn_vjp(self, w: Tensor, grad: Tensor) -> Tensor:
         return rounding.rtn_vjp(w, grad, self.format, self.axis)
 
-    def rr(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return rounding.rr(w, self.format, self.axis, law=self.noise, generator=generator)
+    def rr(self, w: Tensor, generator: torch.Generator | None = None, uniform: Tensor | None = None) -> Tensor:
+        return rounding.rr(w, self.format, self.axis, law=self.noise, generator=generator, uniform=uniform)
 
     def mean(self, w: Tensor) -> Tensor:
         return rounding.mean(w, self.format, self.axis, law=self.noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import traceback
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lotion_fx
 from lotion_fx.compiling import compiles
+from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import Layout
 from lotion_fx.state import Weight, weights_of
 from lotion_fx.update import dense
@@ -146,8 +148,7 @@ def result(model: nn.Module) -> dict[str, Any]:
         "estimator": {row.name: row.estimator for row in lotion_fx.report(inner).rows if row.format},
     }
     if not (sharded and any(weight.smoothing.settings.curvature == "fisher" for weight in learned.values())):
-        whole_rows = {name: (0, weight.shape[0]) for name, weight in learned.items()}
-        found["curvature"] = {n: dense(w.curvature.ema, _layout(w), whole_rows[n]).clone() for n, w in learned.items()}
+        found["curvature"] = {n: dense(w.curvature.ema, Part.whole(_layout(w))).clone() for n, w in learned.items()}
     model.eval()
     with torch.no_grad():
         found["logits"] = model(batch(0)[0]).clone()
@@ -265,7 +266,9 @@ def main() -> None:
     for name, (wrapper, options) in torch.load(folder / "jobs.pt").items():
         torch._dynamo.reset()
         try:
-            found = {"ddp": ddp, "fsdp": fsdp, "expected": expected}[wrapper](rank, world, **options)
+            module, _, function = wrapper.rpartition(".")
+            here = sys.modules[__name__]
+            found = getattr(importlib.import_module(module) if module else here, function)(rank, world, **options)
         except Exception:
             found = {"error": traceback.format_exc()}
         torch.save(found, folder / f"{name}.{rank}.pt")

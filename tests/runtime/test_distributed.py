@@ -1,22 +1,14 @@
 """Two processes under gloo make the steps that one process makes on the same global batch."""
 
 import functools
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.runtime import distributed_worker
+from tests.runtime import distributed_worker, launching
 
 # torch's own, and hidden by it unless warnings are errors: a compiled region looks at its input, which is no leaf
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 120
 
 
 def job(wrapper, **options):
@@ -46,7 +38,10 @@ SLOW = {
     "fsdp whole": job("fsdp", regions=None),
     "fsdp odd": job("fsdp", kind="odd"),
     "fsdp odd full": job("fsdp", kind="odd", curvature="full", before=False),
-    "fsdp flipped": job("fsdp", kind="flipped"),
+    "fsdp flipped": job("fsdp", kind="flipped"),  # shards cut blocks
+    "fsdp flipped fisher": job("fsdp", kind="flipped", curvature="fisher"),
+    "fsdp tensor": job("fsdp", fmt="int4/tensor"),
+    "fsdp tensor full": job("fsdp", fmt="int4/tensor", curvature="full"),
     "fsdp mxfp4": job("fsdp", fmt="mxfp4"),
     "fsdp int8": job("fsdp", fmt="int8"),
     "ddp ragged full": job("ddp", loss="global count", curvature="full"),
@@ -71,32 +66,13 @@ SAMPLED = {  # each rank draws its own labels, so none of these makes the very s
 SAMPLED_SLOW = {"ddp split ggn": job("ddp", curvature="ggn", bucket=0.01, refresh=2)}
 EXPECTED = {"ddp expected": ("expected", {"fmt": "int4", "inner": "aot_eager"})}
 GROUPS = (FAST | SAMPLED | EXPECTED, SLOW | SAMPLED_SLOW, INDUCTOR)
-REFUSED = "fsdp flipped"
-slow = [pytest.param(name, marks=pytest.mark.slow) for name in (*SLOW, *INDUCTOR) if name != REFUSED]
+slow = [pytest.param(name, marks=pytest.mark.slow) for name in (*SLOW, *INDUCTOR)]
 
 
 @functools.cache
 def launched(group: int) -> dict[str, list[dict]]:
     """What each of two ranks found, for all jobs of a group."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(GROUPS[group], Path(folder) / "jobs.pt")
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", "-m", distributed_worker.__name__, folder]
-        ranks = [subprocess.Popen([*command, str(rank), "2"], cwd=ROOT, env=environment) for rank in range(2)]
-        try:
-            for rank in ranks:
-                rank.wait(timeout=TIMEOUT * (1 + len(GROUPS[group]) // 10))
-        except subprocess.TimeoutExpired:
-            pass  # what is missing tells where it hung
-        finally:
-            for rank in ranks:
-                rank.kill()
-        found = {}
-        for name in GROUPS[group]:
-            files = [Path(folder) / f"{name}.{rank}.pt" for rank in range(2)]
-            missing = {"error": f"{name} did not end"}
-            found[name] = [torch.load(file) if file.exists() else missing for file in files]
-        return found
+    return launching.launched(GROUPS[group])
 
 
 @functools.cache
@@ -129,7 +105,7 @@ def assert_close(mine, theirs, tolerance):
 @pytest.mark.parametrize("name", [*FAST, *slow])
 def test_two_ranks_make_the_steps_of_one(name):
     first, second, reference = ranks_and_reference(name)
-    for part in ("parameters", "state") if name != "fsdp fisher" else ("parameters",):  # its state is sharded too
+    for part in ("parameters", "state") if "fisher" not in name else ("parameters",):  # its state is sharded too
         for key, value in second[part].items():  # a rank whose shard is empty keeps no state
             assert torch.equal(value, first[part][key]), (part, key)
     assert first["parameters"].keys() == second["parameters"].keys()
@@ -164,12 +140,6 @@ def test_parameters_outside_of_regions_take_fisher():
     first, *_ = launched(1)["fsdp blocks"]
     estimators = dict(first["estimator"])
     assert estimators.pop("head.weight") == "fisher" and set(estimators.values()) == {"analytic"}
-
-
-@pytest.mark.slow
-def test_a_shard_that_cuts_a_block_is_refused():
-    for found in launched(1)[REFUSED]:
-        assert "blocks 'blocks.0." in found["error"] and "cut into shards inside a block" in found["error"]
 
 
 @pytest.mark.parametrize("name", ["ddp ggn", pytest.param("ddp split ggn", marks=pytest.mark.slow)])
