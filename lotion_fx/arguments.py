@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -53,6 +54,12 @@ def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = Fa
     if (finish is None) != (steps is None):
         raise ValueError(f"finish={finish!r} and steps={steps!r} go together: the share and the number of all steps")
     check_flag("finish_term", settings.finish_term)
+    group = settings.process_group
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"process_group={shown(group)}: expected the group over which your loop averages gradients, such as "
+            "torch.distributed.group.WORLD after init_process_group, or None"
+        )
     settings = replace(settings, likelihood=_likelihood(settings, likelihood))
     _check_loss(settings, by_regions)
     return settings

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lotion_fx import private
+from lotion_fx.by_hand import warn_of_reduction
 from lotion_fx.missing import has_curvature, look_for_missing
 from lotion_fx.state import Smoothing, Weight, registry
 from lotion_fx.term import Step, TakesTerms
@@ -105,6 +106,7 @@ def add_term(optimizer: torch.optim.Optimizer, *, counts: bool = True) -> None:
         # What a moment stream put into the loss needs no more, unless another graph without the loss used the weight.
         outside = [(weight, p) for weight, p in pairs if not weight.gathered.in_loss or has_curvature(weight)]
         look_for_missing(smoothing, [weight for weight, _ in pairs], [p.grad for _, p in pairs if p.grad is not None])
+        warn_of_reduction(smoothing.tally, pairs)
         for weight, _ in pairs:
             weight.gathered.forget_certificate()
         if smoothing.tally.has_term and outside:

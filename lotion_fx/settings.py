@@ -25,6 +25,7 @@ class Settings:
         finish_term: whether the term stays on meanwhile, unless `finish` says otherwise.
         loss_fn: a callable, or ``"model"`` where the model returns its loss; None where graphs hold no loss.
         likelihood: of ``curvature="ggn"``: what the model's output parametrizes.
+        process_group: over which the user's loop averages gradients.
         adopted: came in through ``torch.compile(backend="lotion_fx")``.
     """
 
@@ -41,6 +42,7 @@ class Settings:
     moments: str = "closed"
     likelihood: str | None = None
     refresh: int = 1
+    process_group: Any = None
     adopted: bool = False
 
     @property

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lotion_fx import private
+from lotion_fx import by_hand, private
 from lotion_fx.passes.attach.attach import STE_SCALE
 from lotion_fx.passes.attach.probe import Header
 from lotion_fx.passes.moments.certificate import Certificate
@@ -112,8 +112,9 @@ class Tally:
         is_used: whether an optimizer took that T; then the next backward pass begins a new one.
         last_backward: the backward pass in which curvature last arrived.
         gradients: a few elements of each gradient as backward left it.
-        group: DistributedDataParallel's process group.
+        group: DistributedDataParallel's process group, or the one that `transform` was given.
         mesh: that tensor parallelism divides weights over, as graphs see them.
+        watched: a weight with a few elements of its first gradient as backward left it, see `by_hand`.
         last_loss_count: T of the last step, over all ranks.
         clip2: moving average of the squared clipping factor, as Adam averages squared gradients.
         step_of_forwards: the step that forwards are part of, which begins with the first after an optimizer's step.
@@ -143,6 +144,7 @@ class Tally:
     gradients: dict[Weight, Tensor] = field(default_factory=dict)
     group: Any = None
     mesh: Any = None
+    watched: tuple[Weight, Tensor] | None = None
     last_loss_count: Tensor | None = None
     clip2: Tensor | None = None
     step_of_forwards: int = 0
@@ -222,7 +224,7 @@ class Tally:
 
     def runs_in(self, group: Any) -> None:
         """The forward under way is that of a DistributedDataParallel over this group; None of no such module."""
-        self.group = group
+        self.group = self.settings.process_group if group is None else group
 
     def is_divided_over(self, mesh: Any) -> None:
         """A graph takes a weight as a `DTensor` over this mesh."""
@@ -311,6 +313,14 @@ class Tally:
             master = weight.master
             if master is not None and master.grad is not None and not weight.is_analytic and weight.selected:
                 self.gradients[weight] = sample(master.grad).clone()
+        if not self.steps and by_hand.is_alone(self):
+            held = ((weight, weight.master) for weight in self.weights if weight.selected)
+            grads = ((weight, master.grad) for weight, master in held if master is not None)
+            self.watched = next(((weight, sample(grad).clone()) for weight, grad in grads if grad is not None), None)
+
+    def watched_is_seen(self) -> None:
+        """The first step compared the gradient that was watched."""
+        self.watched = None
 
     # ----------------------------------------------------------------------------------------------------------- steps
 

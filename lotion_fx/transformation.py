@@ -44,6 +44,7 @@ def transform(
     regions: Iterable[nn.Module] | None = None,
     likelihood: Any = None,
     refresh: int = 1,
+    process_group: Any = None,
     **compile_options: Any,
 ) -> nn.Module:
     """Puts a model under quantization-aware training, compiled in place.
@@ -82,6 +83,8 @@ def transform(
         likelihood: for ``"ggn"``, what the output parametrizes: ``"categorical"`` (the default), ``"bernoulli"``,
             ``"gaussian"``, or the loss itself, such as ``F.mse_loss``; see `likelihood`.
         refresh: for ``"ggn"``, optimizer steps from one pass to the next; the curvature rests in between.
+        process_group: over which your own loop averages ``.grad``, where neither DistributedDataParallel nor FSDP2
+            does; such as ``torch.distributed.group.WORLD``.
         **compile_options: torch.compile's ``mode``, ``options``, ``dynamic``, ``fullgraph``.
 
     Raises:
@@ -105,22 +108,21 @@ def transform(
         loss_fn=loss_fn,
         moments=moments,
         refresh=refresh,
+        process_group=process_group,
     )
-    settings = checked(settings, likelihood, by_regions=regions != [model])
     check_model(model)
-    smoothing = Smoothing(settings)
+    smoothing = Smoothing(checked(settings, likelihood, by_regions=regions != [model]))
     smoothing.model, smoothing.is_whole = weakref.ref(model), regions == [model]
     smoothing.weights.extend(weights_for(smoothing, model, resolve(fmt), {} if only is None else only))
     check_weights(smoothing)
-    if settings.samples_labels:
-        check_placement(model, smoothing)
+    check_placement(model, smoothing)
     for weight in smoothing.weights:
         registry.add(weight)
     carry(model, smoothing)
     optimizer_hooks.install()
     watch()
-    smoothing.seen_changes = registry.changes
-    smoothing.bring_up_to_date = partial(take_in, resolve(fmt), {} if only is None else only)
+    up_to_date = partial(take_in, resolve(fmt), {} if only is None else only)
+    smoothing.seen_changes, smoothing.bring_up_to_date = registry.changes, up_to_date
     paths = [path for path, module in model.named_modules() if module in set(regions)]
     smoothing.compile = partial(_compile, Backend(inner, mode, tuple(sorted(options.items()))), paths, compile_options)
     smoothing.compile(model)

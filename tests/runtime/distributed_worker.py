@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,31 @@ def ddp(
     before = compiles[options["inner"]]
     train(model, rank, world, accumulate, loss)
     return {"graphs": compiles[options["inner"]] - before} | result(model)
+
+
+def by_hand(rank: int, world: int, fmt: str, told: bool, after: str = "mean", **options: Any) -> dict[str, Any]:
+    """A loop that averages gradients itself.
+
+    Args:
+        told: whether `transform` is given the group.
+        after: what is done to gradients between backward and step, ``"mean"`` over ranks, ``"scaled"`` or nothing.
+    """
+    model = make()
+    lotion_fx.transform(model, fmt, process_group=dist.group.WORLD if told else None, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    share = BATCH // world
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(STEPS):
+            ids, labels = (part[rank * share : (rank + 1) * share] for part in batch(step))
+            optimizer.zero_grad()
+            F.cross_entropy(model(ids).flatten(0, 1), labels.flatten()).backward()
+            for parameter in model.parameters():
+                if after == "mean":
+                    dist.all_reduce(parameter.grad)
+                parameter.grad.div_(1 if after == "none" else world)
+            optimizer.step()
+    return result(model) | {"warned": [str(w.message) for w in caught if "process_group=" in str(w.message)]}
 
 
 def fsdp(

@@ -65,7 +65,18 @@ SAMPLED = {  # each rank draws its own labels, so none of these makes the very s
 }
 SAMPLED_SLOW = {"ddp split ggn": job("ddp", curvature="ggn", bucket=0.01, refresh=2)}
 EXPECTED = {"ddp expected": ("expected", {"fmt": "int4", "inner": "aot_eager"})}
-GROUPS = (FAST | SAMPLED | EXPECTED, SLOW | SAMPLED_SLOW, INDUCTOR)
+HAND = {"inner": "aot_eager", "fmt": "nvfp4"}
+BY_HAND = {
+    "by hand": ("by_hand", HAND | {"told": True, "curvature": "factored"}),
+    "by hand in silence": ("by_hand", HAND | {"told": False, "curvature": "factored"}),
+}
+BY_HAND_SLOW = {
+    "by hand full": ("by_hand", HAND | {"told": True, "curvature": "full"}),
+    "by hand fisher": ("by_hand", HAND | {"told": True, "curvature": "fisher"}),
+    "scaled by hand": ("by_hand", HAND | {"told": False, "curvature": "factored", "after": "scaled"}),
+    "apart": ("by_hand", HAND | {"told": False, "curvature": "factored", "after": "none"}),
+}
+GROUPS = (FAST | SAMPLED | EXPECTED | BY_HAND, SLOW | BY_HAND_SLOW | SAMPLED_SLOW, INDUCTOR)
 slow = [pytest.param(name, marks=pytest.mark.slow) for name in (*SLOW, *INDUCTOR)]
 
 
@@ -128,6 +139,31 @@ def test_the_expected_loss_under_ddp():
         assert found["estimator"] == reference["estimator"]
     assert reference["estimator"].pop("model.head.weight") == "second order"
     assert set(reference["estimator"].values()) == {"analytic"}
+
+
+@pytest.mark.parametrize("curvature", ["", *(pytest.param(c, marks=pytest.mark.slow) for c in ("full", "fisher"))])
+def test_a_loop_that_averages_gradients_itself_names_the_group(curvature):
+    found = launched(1 if curvature else 0)[f"by hand {curvature}".strip()]
+    reference = single("even", "nvfp4", "aot_eager", curvature or "factored", "mean", None)
+    for rank in found:
+        assert "error" not in rank, rank["error"]
+        assert not rank["warned"]
+        assert_close(rank["parameters"], reference["parameters"], 1e-5)
+        assert_close(rank["curvature"], reference["curvature"], 1e-4)
+
+
+def test_a_loop_that_averages_gradients_in_silence_is_told_so():
+    first, second = launched(0)["by hand in silence"]
+    assert [len(rank["warned"]) for rank in (first, second)] == [1, 1]
+    assert any(not torch.equal(value, second["parameters"][key]) for key, value in first["parameters"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scaled by hand", "apart"])
+def test_processes_that_train_apart_are_told_nothing(name):
+    for rank in launched(1)[name]:
+        assert "error" not in rank, rank["error"]
+        assert not rank["warned"]
 
 
 def test_a_small_bucket_splits_the_graph():
