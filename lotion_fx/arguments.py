@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -54,6 +55,12 @@ def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = Fa
         raise ValueError(f"finish={finish!r} and steps={steps!r} go together: the share and the number of all steps")
     check_flag("finish_term", settings.finish_term)
     check_flag("calibrate", settings.calibrate)
+    group = settings.process_group
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"process_group={shown(group)}: expected the group over which your loop averages gradients, such as "
+            "torch.distributed.group.WORLD after init_process_group, or None"
+        )
     settings = replace(settings, likelihood=_likelihood(settings, likelihood))
     _check_loss(settings, by_regions)
     return settings
@@ -102,6 +109,8 @@ def check_compile_options(
     mode: str | None, options: Mapping[str, Any], inner: str, flags: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
     """Refuses what torch.compile does not take; ``flags`` are its ``dynamic`` and ``fullgraph``."""
+    if unknown := sorted(set(flags) - {"dynamic", "fullgraph"}):
+        raise TypeError(f"transform got {unknown[0]!r}: expected torch.compile's mode, options, dynamic or fullgraph")
     for name, flag in flags.items():
         if flag is not None or name == "fullgraph":
             check_flag(name, flag)

@@ -12,6 +12,7 @@ from lotion_fx.compiling import joint_vectors
 from lotion_fx.likelihood import draws, likelihood_of, output_in, sampled_loss
 from lotion_fx.loss_graph import LossFunction, LossGraph
 from lotion_fx.passes.attach.attach import LATENT, Plan
+from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import HEADER, Code, Header, Layout
 from lotion_fx.passes.moments.certificate import ANALYTIC, FISHER
 from lotion_fx.state import Weight
@@ -78,4 +79,4 @@ def _curvature(weight: Weight, vector: Tensor, grad: Tensor, count: float) -> tu
 
 
 def _dense(payload: Tensor, layout: Layout) -> Tensor:
-    return dense(torch.cat([payload, payload.new_ones(1)]), layout, (0, layout.shape[0]))
+    return dense(torch.cat([payload, payload.new_ones(1)]), Part.whole(layout))

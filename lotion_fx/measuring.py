@@ -29,11 +29,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
 from lotion_fx.gain import Gains
-from lotion_fx.shards import group_of, index_of, local_of, shared_amax
+from lotion_fx.passes.attach.sharded import is_cut
+from lotion_fx.shards import index_of, local_of, shared_amax
 
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
@@ -153,7 +155,7 @@ class Measuring:
         self.next_at, self._is_told, self._residuals = steps + self._pause(steps), False, None
         for place, weight in enumerate(self.weights):
             if _can_be_measured(weight) and (parameter := weight.master) is not None:
-                local, amax = local_of(parameter), shared_amax(weight.name, weight.quantizer, parameter)
+                local, amax = local_of(parameter), shared_amax(weight.quantizer, parameter)
                 known = _seed(steps, place), amax[0] if amax else None, self._loudness
                 held = Held(local.clone(), private.version_of(local), *known)
                 self._held[weight] = held
@@ -356,11 +358,11 @@ def _own_gains(count: int) -> Gains:
 
 def _can_be_measured(weight: Weight) -> bool:
     """Whether an optimizer will tell of a weight that its term is to be added to."""
+    parameter, in_hook = weight.master, weight.gathered.steps > 0 and weight.gathered.certificate is None
+    if parameter is None or not (parameter.requires_grad and weight.training and weight.selected and in_hook):
+        return False
     has_curvature = weight.curvature.ema is not None or weight.smoothing.settings.reads_moment
-    in_hook = weight.gathered.steps > 0 and weight.gathered.certificate is None
-    parameter = weight.master
-    trains = parameter is not None and parameter.requires_grad and weight.training
-    return trains and in_hook and has_curvature and weight.selected
+    return has_curvature and not is_cut(weight.quantizer, parameter)  # of which no rank could round its own part
 
 
 def _moment_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
@@ -378,10 +380,17 @@ def _gradient(parameter: Tensor, pending: Tensor | None) -> Tensor:
 
 def _over_shards(sums: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The sums [parameters, n] over all ranks, of those parameters that are sharded."""
-    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
-    if not sharded:
-        return sums
-    total = sums.clone()
-    dist.all_reduce(total, group=group_of(sharded[0]))
-    is_sharded = torch.tensor([isinstance(parameter, DTensor) for parameter in parameters], device=sums.device)
-    return torch.where(is_sharded[:, None], total, sums)
+    meshes = dict.fromkeys(parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor))
+    for mesh in meshes:
+        copies = torch.tensor([_copies(parameter, mesh) for parameter in parameters], device=sums.device)
+        total = sums / copies[:, None].clamp(min=1)
+        dist.all_reduce(total, group=private.mesh_group(mesh, range(mesh.ndim)))
+        sums = torch.where(copies[:, None] > 0, total, sums)
+    return sums
+
+
+def _copies(parameter: Tensor, mesh: DeviceMesh) -> int:
+    """How many ranks of a mesh hold the same part of a parameter; 0 of one that is not sharded over it."""
+    if not isinstance(parameter, DTensor) or parameter.device_mesh != mesh:
+        return 0
+    return math.prod(mesh.size(dim) for dim, kind in enumerate(parameter.placements) if kind.is_replicate())

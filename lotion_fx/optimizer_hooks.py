@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lotion_fx import private, riding
+from lotion_fx.by_hand import warn_of_reduction
 from lotion_fx.missing import has_curvature, look_for_missing
 from lotion_fx.scalars import shown
 from lotion_fx.state import Smoothing, Weight, registry
@@ -167,6 +168,7 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
         # What a moment stream put into the loss needs no more, unless another graph without the loss used the weight.
         outside = [(weight, p) for weight, p in pairs if not weight.gathered.in_loss or has_curvature(weight)]
         look_for_missing(smoothing, [weight for weight, _ in pairs], [p.grad for _, p in pairs if p.grad is not None])
+        warn_of_reduction(smoothing.tally, pairs)
         for weight, _ in pairs:
             weight.gathered.forget_certificate()
         if smoothing.tally.has_term and outside:

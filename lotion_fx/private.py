@@ -151,10 +151,7 @@ def complete_sources(gm: fx.GraphModule) -> None:
 
 
 def release_examples(gm: fx.GraphModule) -> None:
-    """Drops the weak references to the tensors that Dynamo traced with from a copy of its graph; see `release_tensors`.
-
-    From its own graph Dynamo drops them itself, once it has read them again.
-    """
+    """As `release_tensors`, for a copy of Dynamo's graph: from its own Dynamo drops them, once it has read them."""
     for node in gm.graph.find_nodes(op="placeholder"):
         node.meta.pop("grapharg", None)
 
@@ -388,7 +385,7 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
-# --- backward passes and steps ---
+# --- backward passes, steps, processes ---
 
 
 def current_backward() -> int:
@@ -425,23 +422,28 @@ def watch_grad_scaler() -> None:
     torch.amp.GradScaler.unscale_ = unscale_  # type: ignore[method-assign]
 
 
-# --- processes ---
-
-
 def active_data_parallel_group() -> Any:
     """The process group of the DistributedDataParallel module whose forward is running, None outside of one."""
     module = DistributedDataParallel._get_active_ddp_module()
     return module.process_group if module is not None else None
 
 
-def mesh_group(mesh: DeviceMesh) -> Any:
-    """One process group of all of a mesh's processes."""
-    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
+def mesh_group(mesh: DeviceMesh, dims: Sequence[int]) -> Any:
+    """One process group of a mesh's processes along some of its dimensions; None along none."""
+    if len(dims) <= 1:
+        return mesh.get_group(dims[0]) if dims else None
+    names = mesh.mesh_dim_names if len(dims) < mesh.ndim else None
+    return (mesh if names is None else mesh[tuple(names[dim] for dim in dims)])._flatten().get_group()
 
 
-def local_span(parameter: DTensor) -> tuple[int, int]:
-    """[start, stop) of dimension 0 in this rank's shard of a parameter sharded along it."""
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    if tuple(shape[1:]) != tuple(parameter.shape[1:]):
-        raise ValueError(f"parameter of shape {tuple(parameter.shape)}: only sharding along dimension 0 is supported")
-    return offset[0], offset[0] + shape[0]
+def identity_of(tensor: Tensor) -> int:
+    """An id that a `DTensor` has in common with the tensor it was made of, and with what is made of it on this rank."""
+    return id(tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
+
+
+def local_spans(parameter: DTensor) -> tuple[tuple[int, int], ...]:
+    """[start, stop) along each dimension of this rank's shard of a parameter; also while a graph is traced."""
+    with _disable_current_modes():  # of a mesh the rank's place is read from a tensor
+        mesh, kinds = parameter.device_mesh, parameter.placements
+        lengths, starts = compute_local_shape_and_global_offset(parameter.shape, mesh, kinds)
+    return tuple((start, start + length) for start, length in zip(starts, lengths, strict=True))

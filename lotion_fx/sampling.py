@@ -46,11 +46,13 @@ def sample_first(
 
 
 def check_placement(model: nn.Module, smoothing: Smoothing) -> None:
-    """Refuses what counts on one backward pass a forward.
+    """Refuses what counts on one backward pass a forward, where labels are sampled.
 
     Raises:
         ValueError: a weight is sharded, or the model holds a DistributedDataParallel.
     """
+    if not smoothing.settings.samples_labels:
+        return
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("curvature='ggn' runs inside DistributedDataParallel: transform the model, then wrap it")
     for weight in smoothing.weights:

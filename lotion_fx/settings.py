@@ -26,6 +26,7 @@ class Settings:
         loss_fn: a callable, or ``"model"`` where the model returns its loss; None where graphs hold no loss.
         likelihood: of ``curvature="ggn"``: what the model's output parametrizes.
         calibrate: whether the term's size is measured while training.
+        process_group: over which the user's loop averages gradients.
         adopted: came in through ``torch.compile(backend="lotion_fx")``.
     """
 
@@ -43,6 +44,7 @@ class Settings:
     likelihood: str | None = None
     refresh: int = 1
     calibrate: bool = True
+    process_group: Any = None
     adopted: bool = False
 
     @property

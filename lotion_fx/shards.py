@@ -1,17 +1,26 @@
-"""What a parameter holds on this rank, where FSDP2 has cut it into shards."""
+"""What a parameter holds on this rank, where FSDP2 or tensor parallelism has cut it into shards.
+
+Two kinds of ranks share a parameter. Those that a batch is divided among average their gradients, and hold shards only
+between steps, if at all: their graphs see whole weights. Those that the model is divided among compute the same loss,
+each with its own shard: their graphs see a `DTensor`, and by this they are told apart.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
 from lotion_fx.numerics.quantizer import Quantizer
+from lotion_fx.passes.attach.part import Part
+from lotion_fx.passes.attach.probe import Layout
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -25,56 +34,72 @@ def sample(grad: Tensor, count: int = 32) -> Tensor:
     return flat[:: max(1, flat.numel() // count)][:count]
 
 
-def span_of(parameter: Tensor) -> tuple[int, int]:
-    """The part of dimension 0 that this rank holds, [start, stop)."""
-    if not isinstance(parameter, DTensor):
-        return 0, parameter.shape[0]
-    return private.local_span(parameter)
+def part_of(parameter: Tensor, layout: Layout) -> Part:
+    """The part of a weight of this layout that this rank holds."""
+    return Part(layout, private.local_spans(parameter)) if isinstance(parameter, DTensor) else Part.whole(layout)
 
 
 def index_of(parameter: Tensor) -> Tensor:
     """The place of each element of this rank's part in the whole parameter, row-major, int64 of the part's shape."""
-    local, inner = local_of(parameter), math.prod(parameter.shape[1:])
-    first = span_of(parameter)[0] * inner
-    return torch.arange(first, first + local.numel(), device=local.device).view(local.shape)
+    whole = tuple((0, length) for length in parameter.shape)
+    spans = private.local_spans(parameter) if isinstance(parameter, DTensor) else whole
+    index = torch.zeros((), dtype=torch.int64, device=local_of(parameter).device)
+    for (start, stop), length in zip(spans, parameter.shape, strict=True):
+        index = (index * length)[..., None] + torch.arange(start, stop, device=index.device)
+    return index
 
 
-def group_of(parameter: DTensor) -> Any:
-    """The process group over which a fully sharded parameter's gradients are averaged."""
-    return private.mesh_group(parameter.device_mesh)
+@dataclass(frozen=True)
+class Ranks:
+    """Who shares a sharded parameter.
+
+    Args:
+        batch: the process group that the batch is divided among; None of none.
+        model: the process group that the weight is divided among in graphs too; None of none.
+        shards: the number of shards in ``batch``.
+        copies: the number of ranks of ``model`` with the same shard.
+    """
+
+    batch: Any
+    model: Any
+    shards: int
+    copies: int
+
+    @staticmethod
+    def of(parameter: DTensor, in_graphs: DeviceMesh | None) -> Ranks:
+        """Those of a parameter.
+
+        Args:
+            in_graphs: the mesh of the `DTensor` that graphs take for this weight or others of its model; None of none.
+
+        Raises:
+            ValueError: the two kinds of ranks cannot be told apart by the names of the mesh's dimensions.
+        """
+        mesh, kinds = parameter.device_mesh, parameter.placements
+        theirs = () if in_graphs is None else in_graphs.mesh_dim_names or ()
+        if mesh == in_graphs:
+            dims = list(range(mesh.ndim))
+        else:
+            dims = [dim for dim, name in enumerate(mesh.mesh_dim_names or ()) if name in theirs]
+            if in_graphs is not None and mesh.ndim > 1 and not dims:
+                raise ValueError(
+                    f"parameter of shape {tuple(parameter.shape)}: its mesh has dimensions {mesh.mesh_dim_names}, "
+                    f"that of tensor parallelism {theirs or None}; make both from one mesh with mesh_dim_names"
+                )
+        others = [dim for dim in range(mesh.ndim) if dim not in dims]
+        shards = math.prod(mesh.size(dim) for dim in others if not kinds[dim].is_replicate())
+        copies = math.prod(mesh.size(dim) for dim in dims if kinds[dim].is_replicate())
+        return Ranks(private.mesh_group(mesh, others), private.mesh_group(mesh, dims), shards, copies)
 
 
-def shared_amax(name: str, quantizer: Quantizer, parameter: Tensor) -> list[Tensor]:
+def shared_amax(quantizer: Quantizer, parameter: Tensor) -> list[Tensor]:
     """The tensor-wide absmax over all shards, 0-d float32, for the formats that need it of a sharded weight.
 
     All ranks must call it together.
-
-    Raises:
-        ValueError: shards cut a block in two, or there is one scale for all of them.
     """
-    if not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor) or not quantizer.format.law.two_level:
         return []
-    _check_blocks(name, quantizer, parameter)
-    fmt = quantizer.format
-    if not (fmt.block == "tensor" or fmt.law.two_level):
-        return []
-    if fmt.block == "tensor":
-        raise ValueError(
-            f"fmt: {fmt.name!r} has one differentiable scale for all of {name!r}, which is sharded; "
-            "use a block or channel format under FSDP, such as 'int4' or 'nvfp4'"
-        )
-    local = local_of(parameter)
+    local, mesh = local_of(parameter), parameter.device_mesh
     amax = local.abs().amax().float() if local.numel() else torch.zeros((), dtype=torch.float32, device=local.device)
-    dist.all_reduce(amax, dist.ReduceOp.MAX, group=group_of(parameter))
+    dist.all_reduce(amax, dist.ReduceOp.MAX, group=private.mesh_group(mesh, range(mesh.ndim)))
     return [amax]
-
-
-def _check_blocks(name: str, quantizer: Quantizer, parameter: DTensor) -> None:
-    (start, stop), block, length = span_of(parameter), quantizer.format.block, parameter.shape[0]
-    if quantizer.axis != 0 or (start, stop) == (0, length) or block == "tensor":
-        return
-    if block == "channel" or any(at % int(block) and at != length for at in (start, stop)):
-        raise ValueError(
-            f"fmt: {quantizer.format.name!r} blocks {name!r} along dimension 0, which is cut into shards inside a "
-            f"block, at {start} or {stop}; shard another dimension, or leave it out: only={{{name!r}: None}}"
-        )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
+from lotion_fx.gathered import Gathered
 from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.attach import LATENT, MEAN, STE, Plan
@@ -30,7 +31,7 @@ from lotion_fx.passes.attach.usage import INNER, Use, why_not_of
 from lotion_fx.registry import Registry
 from lotion_fx.scalars import shown
 from lotion_fx.settings import Settings
-from lotion_fx.tally import Gathered, Tally
+from lotion_fx.tally import Tally
 from lotion_fx.unseen import axis_unseen, is_told_by_module, why_not_unseen
 
 if TYPE_CHECKING:

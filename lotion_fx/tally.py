@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lotion_fx import private
+from lotion_fx import by_hand, private
 from lotion_fx.measuring import Measuring
 from lotion_fx.passes.attach.attach import STE, STE_SCALE
 from lotion_fx.passes.attach.probe import Header
-from lotion_fx.passes.moments.certificate import Certificate
 from lotion_fx.settings import Settings
 from lotion_fx.shards import local_of, sample
 
@@ -36,64 +35,6 @@ if TYPE_CHECKING:
 
 PATIENCE = 5
 """Backward passes without a step after which something is said."""
-
-
-@dataclass(eq=False)
-class Gathered:
-    """What one weight gathered since the last step.
-
-    Args:
-        probe: its gradient is the curvature; None before the first forward with one.
-        loss_count: what the probe's header said of T when it last told it.
-        bindings: how often the probe entered a graph in the forward ``bound_in``.
-        in_objective: the term came in through `penalty`, and its backward ran.
-        in_loss: the loss of the step under way holds the term, with this certificate.
-        steps: optimizer steps with a gradient so far.
-        last_step: of the model, that was the last with a gradient; None if there was none since it was loaded.
-        last_forward: of the model, before that step.
-        has_optimizer: whether an optimizer that stepped holds it.
-        gradient: address and version of the weight's ``.grad`` when the last backward pass ended; None without one.
-    """
-
-    probe: Tensor | None = None
-    loss_count: Tensor | None = None
-    bindings: int = 0
-    bound_in: int = -1
-    in_objective: bool = False
-    in_loss: bool = False
-    certificate: Certificate | None = None
-    steps: int = 0
-    last_step: int | None = None
-    last_forward: int = 0
-    has_optimizer: bool = False
-    gradient: tuple[int, int] | None = None
-
-    def drop_probe(self) -> None:
-        """Forgets what the probe gathered."""
-        self.loss_count = None
-        if self.probe is not None:
-            self.probe.grad = None
-
-    def restore(self, steps: int) -> None:
-        """Stands at a step boundary, after so many steps."""
-        self.drop_probe()
-        self.steps, self.last_step, self.bound_in, self.last_forward = steps, None, -1, 0
-
-    def entered_loss(self, certificate: Certificate) -> None:
-        """A graph whose loss holds the term runs."""
-        self.certificate, self.in_loss = certificate, True
-
-    def entered_objective(self) -> None:
-        """The backward pass of `penalty` ran."""
-        self.in_objective = True
-
-    def is_in_optimizer(self) -> None:
-        """An optimizer that holds it is about to step."""
-        self.has_optimizer = True
-
-    def forget_certificate(self) -> None:
-        """Keeps no certificate of a step whose loss held no term."""
-        self.certificate = self.certificate if self.in_loss else None
 
 
 @dataclass(eq=False)
@@ -119,7 +60,9 @@ class Tally:
         last_checked: the backward pass before which dropped gradients were looked for.
         steps_inside: the forward in whose backward pass an optimizer was first seen to step; None if none was.
         gradients: a few elements of each gradient as backward left it.
-        group: DistributedDataParallel's process group.
+        group: DistributedDataParallel's process group, or the one that `transform` was given.
+        mesh: that tensor parallelism divides weights over, as graphs see them.
+        watched: a weight with a few elements of its first gradient as backward left it, see `by_hand`.
         last_loss_count: T of the last step, over all ranks.
         clip2: moving average of the squared clipping factor, as Adam averages squared gradients.
         step_of_forwards: the step that forwards are part of, which begins with the first after an optimizer's step.
@@ -151,6 +94,8 @@ class Tally:
     steps_inside: int | None = None
     gradients: dict[Weight, Tensor] = field(default_factory=dict)
     group: Any = None
+    mesh: Any = None
+    watched: tuple[Weight, Tensor] | None = None
     last_loss_count: Tensor | None = None
     clip2: Tensor | None = None
     step_of_forwards: int = 0
@@ -262,7 +207,11 @@ class Tally:
 
     def runs_in(self, group: Any) -> None:
         """The forward under way is that of a DistributedDataParallel over this group; None of no such module."""
-        self.group = group
+        self.group = self.settings.process_group if group is None else group
+
+    def is_divided_over(self, mesh: Any) -> None:
+        """A graph takes a weight as a `DTensor` over this mesh."""
+        self.mesh = mesh
 
     def graph_runs(self, weights: Sequence[Weight], *, counts: bool) -> None:
         """A graph with these weights' probes runs; ``counts`` where its joint graph tells T."""
@@ -369,6 +318,14 @@ class Tally:
             weight.gathered.gradient = None if grad is None else _identity(grad)
             if master is not None and master.grad is not None and not weight.is_analytic and weight.selected:
                 self.gradients[weight] = sample(master.grad).clone()
+        if not self.steps and by_hand.is_alone(self):
+            held = ((weight, weight.master) for weight in self.weights if weight.selected)
+            grads = ((weight, master.grad) for weight, master in held if master is not None)
+            self.watched = next(((weight, sample(grad).clone()) for weight, grad in grads if grad is not None), None)
+
+    def watched_is_seen(self) -> None:
+        """The first step compared the gradient that was watched."""
+        self.watched = None
 
     # ----------------------------------------------------------------------------------------------------------- steps
 

@@ -8,9 +8,8 @@ factors instead (`TakesTerms`). Source: LOTION, arXiv 2510.08757, and docs/objec
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,8 +19,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
+from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import HEADER, Code, Header
-from lotion_fx.shards import group_of, local_of, sample, shared_amax, span_of
+from lotion_fx.passes.attach.sharded import gathered, is_cut
+from lotion_fx.shards import Ranks, local_of, part_of, sample, shared_amax
 from lotion_fx.state import Smoothing, Weight
 from lotion_fx.update import FISHER, KEPT, MOMENT, VECTOR, Spec, curvature_of, stored, update
 
@@ -107,7 +108,10 @@ class Step:
         self.settings, self.tally = smoothing.settings, smoothing.tally
         self.optimizer, self.pairs, self.pending = optimizer, pairs, pending
         self.loss_scale = unscaled_by if unscaled_by is not None else pending
-        self.group = self.tally.group or next((group_of(p) for _, p in pairs if isinstance(p, DTensor)), None)
+        for _, parameter in pairs:
+            _settle(parameter)
+        self.ranks = {w: Ranks.of(p, self.tally.mesh) for w, p in pairs if isinstance(p, DTensor)}
+        self.group = self.tally.group or next((ranks.batch for ranks in self.ranks.values() if ranks.batch), None)
         self.device = pairs[0][1].device
 
     def run(self) -> None:
@@ -120,12 +124,17 @@ class Step:
         shrunk = self._shrunk()
         factors = self._factors(shrunk)
         vectors = self._payloads(factors)
-        if self.group is not None:
+        if self.group is not None or self.ranks:
             vectors = self._reduced(vectors, factors.row)
             factors = replace(factors, row=torch.ones_like(factors.row))
         triples = zip(self.pairs, vectors, factors.gains, strict=True)
-        jobs = [self._job(*pair, vector, factors, gain) for pair, vector, gain in triples]
-        update(self.settings.inner, [job for job in jobs if job is not None])
+        jobs = []
+        for (weight, parameter), vector, gain in triples:
+            if is_cut(weight.quantizer, parameter):
+                self._add_to_cut(weight, parameter, vector, factors, gain)
+            elif (job := self._job(weight, parameter, vector, factors, gain)) is not None:
+                jobs.append(job)
+        update(self.settings.inner, jobs)
         if self.settings.reads_moment:
             scale, first = self.loss_scale if self.pending is None else None, self.pairs[0][1]
             clip = shrunk if scale is None else shrunk * self._on(scale)
@@ -220,7 +229,7 @@ class Step:
             device = local_of(parameter).device
             empty = torch.zeros(weight.layout.payload, dtype=torch.float32, device=device)
             return empty if vector is None else vector[:-HEADER]
-        if self.group is not None and not self.settings.reads_moment:
+        if (self.group is not None or weight in self.ranks) and not self.settings.reads_moment:
             return self._sharded_fisher(weight, parameter, factors.gradient)
         return None
 
@@ -232,33 +241,23 @@ class Step:
 
     def _sharded_fisher(self, weight: Weight, parameter: Tensor, factor: Tensor) -> Tensor:
         """T * grad^2 as a payload of the whole weight, of which this rank fills in its shard."""
-        grad, (start, stop) = local_of(_grad(parameter)), span_of(parameter)
-        layout, shares = weight.layout, dist.get_world_size(self.group) if isinstance(parameter, DTensor) else 1
-        h = grad.float().square() * (factor * shares)
-        if layout.kind == "full":
-            inner = math.prod(layout.shape[1:])
-            return torch.cat([h.new_zeros(start * inner), h.flatten(), h.new_zeros((layout.shape[0] - stop) * inner)])
-        groups, rows, cols = layout.factors
-        each = groups * rows // layout.shape[0]
-        flat, index = h.reshape(-1, cols), torch.arange(start * each, stop * each, device=h.device)
-        of_rows = h.new_zeros(groups * rows).index_copy(0, index, flat.sum(1))
-        of_cols = h.new_zeros(groups, cols).index_add(0, index // rows, flat)
-        return torch.cat([of_rows, of_cols.flatten(), of_rows.view(groups, rows).sum(1)])
+        shards = self.ranks[weight].shards if weight in self.ranks else 1  # the mean over ranks divides by them
+        h = local_of(_grad(parameter)).float().square() * (factor * shards)
+        return part_of(parameter, weight.layout).marginals(h)
 
     def _reduced(self, vectors: Sequence[Tensor | None], row: Tensor) -> list[Tensor | None]:
-        """The payloads averaged over ranks, in one all-reduce, with T in them."""
-        flat: list[Tensor] = []
+        """The payloads of the whole weights, with T in them: joined from shards, then averaged over ranks."""
+        known = {}
         for (weight, _), vector in zip(self.pairs, vectors, strict=True):
             if vector is not None:
                 vector = vector.float()
-                flat.append(weight.layout.scaled(vector, row) if weight.is_analytic else vector)
-        if not flat:
-            return list(vectors)
-        joined = torch.cat(flat)
-        dist.all_reduce(joined, group=self.group)
-        joined /= self._ranks
-        parts = iter(joined.split([v.numel() for v in flat]))
-        return [None if v is None else next(parts) for v in vectors]
+                known[weight] = weight.layout.scaled(vector, row) if weight.is_analytic else vector
+        for group in dict.fromkeys(ranks.model for ranks in self.ranks.values() if ranks.model is not None):
+            shards = [w for w in known if w in self.ranks and self.ranks[w].model is group]
+            known |= _summed(group, {weight: known[weight] / self.ranks[weight].copies for weight in shards})
+        if self.group is not None:
+            known = _summed(self.group, {weight: vector / self._ranks for weight, vector in known.items()})
+        return [known.get(weight) for weight, _ in self.pairs]
 
     # ------------------------------------------------------------------------------------------------------------ jobs
 
@@ -266,12 +265,37 @@ class Step:
         self, weight: Weight, parameter: Tensor, vector: Tensor | None, factors: Factors, gain: Tensor
     ) -> tuple[Spec, list[Tensor]] | None:
         """The update of one weight and its arguments; None of an empty shard, and where an optimizer makes the term."""
-        known, local, grad = weight.curvature, local_of(parameter), local_of(_grad(parameter))
-        amax = shared_amax(weight.name, weight.quantizer, parameter)  # by all ranks, also one whose shard is empty
+        amax = shared_amax(weight.quantizer, parameter)  # by all ranks, also one whose shard is empty
+        local, grad, part = local_of(parameter), local_of(_grad(parameter)), stored(weight, parameter)
         if not local.numel():
             return None
-        (layout, span), given = stored(weight, parameter), [] if vector is None else [vector]
-        source = VECTOR if given else KEPT if known.code in (None, Code.ANALYTIC) else FISHER
+        return self._update(weight, parameter, (local, grad, part, local_of), [vector, *amax], factors, gain)
+
+    def _add_to_cut(
+        self, weight: Weight, parameter: Tensor, vector: Tensor | None, factors: Factors, gain: Tensor
+    ) -> None:
+        """Updates a weight of which no rank can scale its own shard: whole on every rank, one weight at a time."""
+        grad, part = gathered(_grad(parameter)), stored(weight, parameter)
+        whole = gathered(parameter).detach(), grad, Part.whole(part.layout), gathered
+        job = self._update(weight, parameter, whole, [vector], factors, gain)
+        assert job is not None  # no optimizer takes the term of a sharded weight
+        update(self.settings.inner, [job])
+        local_of(_grad(parameter)).copy_(part.cut(grad))
+
+    def _update(
+        self,
+        weight: Weight,
+        parameter: Tensor,
+        held: tuple[Tensor, Tensor, Part, Callable[[Tensor], Tensor]],
+        given: list[Tensor | None],
+        factors: Factors,
+        gain: Tensor,
+    ) -> tuple[Spec, list[Tensor]] | None:
+        """The update of what is held of a weight: values, gradient, part, and how the like of its tensors is had."""
+        known, (values, grad, part, held_of) = weight.curvature, held
+        vector, *amax = given
+        payload = [] if vector is None else [vector]
+        source = VECTOR if payload else KEPT if known.code in (None, Code.ANALYTIC) else FISHER
         state = known.ema
         if self.settings.reads_moment:
             moment = self._moment_of(parameter)
@@ -279,13 +303,14 @@ class Step:
                 return None
             if isinstance(moment, Tensor):  # no state of our own then
                 known.ema, known.moment = None, local_of(moment)
-                source, given, state = MOMENT, [known.moment], local.new_zeros(0)
+                source, payload, state = MOMENT, [held_of(moment)], values.new_zeros(0)
                 factors = replace(factors, gradient=self._moment_factor(parameter, factors))
-        if source != MOMENT and (state is None or state.numel() != layout.payload + 1):
-            state = known.ema = torch.zeros(layout.payload + 1, dtype=torch.float32, device=local.device)
+        if source != MOMENT and (state is None or state.numel() != part.layout.payload + 1):
+            state = known.ema = torch.zeros(part.layout.payload + 1, dtype=torch.float32, device=values.device)
         assert state is not None
-        args = [local, grad, state, *given, *amax, factors.row, factors.gradient, gain, factors.limit]
-        return Spec.of(weight, source, layout, span, args), args
+        shared = [x for x in amax if x is not None]
+        args = [values, grad, state, *payload, *shared, factors.row, factors.gradient, gain, factors.limit]
+        return Spec.of(weight, source, part, args), args
 
     def _moment_of(self, parameter: Tensor) -> Any:
         """The optimizer's second moment, if it has one."""
@@ -317,6 +342,22 @@ class Step:
         optimizer.terms[parameter] = Term(weight, *pair, gain, factors.limit)
         weight.curvature.ema = None
         return True
+
+
+def _summed(group: Any, vectors: dict[Weight, Tensor]) -> dict[Weight, Tensor]:
+    """Vectors summed over ranks, in one all-reduce."""
+    if not vectors:
+        return {}
+    joined = torch.cat(list(vectors.values()))
+    dist.all_reduce(joined, group=group)
+    return dict(zip(vectors, joined.split([v.numel() for v in vectors.values()]), strict=True))
+
+
+def _settle(parameter: Tensor) -> None:
+    """Sums a gradient that every rank of tensor parallelism has a part of, as the optimizer would."""
+    grad = parameter.grad
+    if isinstance(parameter, DTensor) and isinstance(grad, DTensor) and grad.placements != parameter.placements:
+        parameter.grad = grad.redistribute(placements=parameter.placements)
 
 
 def _grad(parameter: Tensor) -> Tensor:

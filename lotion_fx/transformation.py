@@ -46,6 +46,7 @@ def transform(
     likelihood: Any = None,
     refresh: int = 1,
     calibrate: bool = True,
+    process_group: Any = None,
     **compile_options: Any,
 ) -> nn.Module:
     """Puts a model under quantization-aware training, compiled in place.
@@ -87,14 +88,14 @@ def transform(
             hundred, run at randomly rounded weights, and log the loss there. False takes it as counted, which is right
             for a mean over independent likelihood terms.
         refresh: for ``"ggn"``, optimizer steps from one pass to the next; the curvature rests in between.
+        process_group: over which your own loop averages ``.grad``, where neither DistributedDataParallel nor FSDP2
+            does; such as ``torch.distributed.group.WORLD``.
         **compile_options: torch.compile's ``mode``, ``options``, ``dynamic``, ``fullgraph``.
 
     Raises:
         TypeError, ValueError: naming the parameter, its value and what was expected.
     """
     mode, options = compile_options.pop("mode", None), compile_options.pop("options", None) or {}
-    if unknown := sorted(set(compile_options) - {"dynamic", "fullgraph"}):
-        raise TypeError(f"transform got {unknown[0]!r}: expected torch.compile's mode, options, dynamic or fullgraph")
     check_compile_options(mode, options, inner, compile_options)
     regions = check_regions(model, regions)
     settings = Settings(
@@ -111,15 +112,15 @@ def transform(
         moments=moments,
         refresh=refresh,
         calibrate=calibrate,
+        process_group=process_group,
     )
     check_model(model)
-    smoothing = Smoothing(settings := checked(settings, likelihood, by_regions=regions != [model]))
+    smoothing = Smoothing(checked(settings, likelihood, by_regions=regions != [model]))
     smoothing.model, smoothing.is_whole = weakref.ref(model), regions == [model]
     chosen = resolve(fmt), {} if only is None else only
     smoothing.weights.extend(weights_for(smoothing, model, *chosen))
     check_weights(smoothing)
-    if settings.samples_labels:
-        check_placement(model, smoothing)
+    check_placement(model, smoothing)
     for weight in smoothing.weights:
         registry.add(weight)
     carry(model, smoothing)

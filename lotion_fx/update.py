@@ -12,7 +12,6 @@ as its h in the first two, reduced to rows and columns in the first.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,11 @@ from torch import Tensor
 
 from lotion_fx import compiling
 from lotion_fx.numerics.quantizer import Quantizer
+from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import Layout
+from lotion_fx.passes.attach.sharded import is_cut
 from lotion_fx.passes.lower import lower
-from lotion_fx.shards import local_of, span_of
+from lotion_fx.shards import local_of, part_of
 from lotion_fx.state import Weight
 
 CHUNK = 16  # weights in one compiled update at most, which bounds the time to compile it
@@ -40,8 +41,7 @@ class Spec:
         source: ``"vector"`` (a payload is given), ``"fisher"`` (from the gradient), ``"moment"`` (exp_avg_sq is given),
             ``"kept"`` (the state as it is).
         quantizer: whose noise's variance is the term's.
-        layout: of the whole weight.
-        span: [start, stop) of its dimension 0 on this rank.
+        part: of the weight that this rank holds.
         decay: of the EMA.
         tensors: shape, stride, dtype and device of each argument.
         bounded: whether the term is kept within a multiple of the gradients' root mean square, see `_update_one`.
@@ -50,20 +50,19 @@ class Spec:
 
     source: str
     quantizer: Quantizer
-    layout: Layout
-    span: tuple[int, int]
+    part: Part
     decay: float
     tensors: tuple[Any, ...]
     bounded: bool = False
     kernel: bool = False
 
     @staticmethod
-    def of(weight: Weight, source: str, layout: Layout, span: tuple[int, int], args: Sequence[Tensor]) -> Spec:
+    def of(weight: Weight, source: str, part: Part, args: Sequence[Tensor]) -> Spec:
         """The one `Spec` of this make: equal ones are the same object, found again without comparing them."""
         tensors = tuple((t.shape, t.stride(), t.dtype, t.device) for t in args)
         known, settings, quantizer = weight.curvature.spec, weight.smoothing.settings, weight.quantizer
         decay, bounded = settings.decay, settings.reads_moment
-        key = (source, quantizer, layout, span, decay, tensors)
+        key = (source, quantizer, part, decay, tensors)
         if known is None or known[0] != key:
             fmt, axis, arch, (local, grad) = quantizer.format, quantizer.axis, lower.arch_of(args[0].device), args[:2]
             kernel = (
@@ -72,7 +71,7 @@ class Spec:
                 and not bounded
                 and lower.prefers_kernel("term", local, fmt, axis, arch)
             )
-            spec = Spec(source, quantizer, layout, span, decay, tensors, bounded, kernel)
+            spec = Spec(source, quantizer, part, decay, tensors, bounded, kernel)
             known = weight.curvature.spec = key, _specs.setdefault(key, spec)
         return known[1]
 
@@ -80,26 +79,22 @@ class Spec:
 _specs: dict[Any, Spec] = {}
 
 
-def dense(state: Tensor, layout: Layout, span: tuple[int, int]) -> Tensor:
-    """h over ``shape[0]`` in [start, stop), float32, from a state vector; 0 where nothing was seen yet.
+def dense(state: Tensor, part: Part) -> Tensor:
+    """h over a part of a weight, float32, from a state vector; 0 where nothing was seen yet.
 
     Args:
-        state: ``[payload | mass]``.
-        layout: of the whole weight.
-        span: start and stop along the weight's dimension 0.
+        state: ``[payload | mass]`` of the whole weight.
     """
-    mass = state[-1]
-    shape = (span[1] - span[0], *layout.shape[1:])
-    inner = math.prod(layout.shape[1:])
+    layout, mass = part.layout, state[-1]
     if layout.kind != "factored":
-        h = state[span[0] * inner : span[1] * inner].view(shape)
+        h = part.cut(state[:-1].view(layout.shape))
         return torch.where(mass > 0, h / mass, 0.0)
     rows, cols = factors(state, layout)
-    if span == (0, layout.shape[0]):
-        return (rows[:, :, None] * cols[:, None, :]).reshape(shape)
-    each = layout.groups * layout.rows // layout.shape[0]  # rows of the factorization in one index of dimension 0
-    index = torch.arange(span[0] * each, span[1] * each, device=state.device)
-    return (rows.reshape(-1)[index][:, None] * cols[index // layout.rows]).reshape(shape)
+    if part.is_whole:
+        return (rows[:, :, None] * cols[:, None, :]).reshape(part.shape)
+    index = part.rows(state.device)
+    by_row = cols[index // layout.rows].index_select(1, part.columns(state.device))
+    return (rows.reshape(-1)[index][:, None] * by_row).reshape(part.shape)
 
 
 def factors(state: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -127,7 +122,7 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
     it is made of does not grow with it.
     """
     weight, grad, state, *given, row_factor, grad_factor, gain, limit = args
-    layout = spec.layout
+    layout = spec.part.layout
     h = moved = None
     if spec.source == MOMENT:
         h = given.pop(0).float() * grad_factor
@@ -147,7 +142,7 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
     if spec.kernel:
         _add_by_kernel(spec, weight, grad, h, moved, 0.5 * gain, amax)
         return
-    h = dense(moved, layout, spec.span) if moved is not None else h
+    h = dense(moved, spec.part) if moved is not None else h
     assert h is not None
     term = 0.5 * gain * spec.quantizer.variance_vjp(weight, h.view(weight.shape), amax_tensor=amax)
     if spec.bounded:
@@ -168,12 +163,12 @@ def _add_by_kernel(
     """Adds the term's gradient in one pass over the weight, where h is factored without making it."""
     from lotion_fx.kernels.smooth import add_term  # Triton is not everywhere
 
-    layout, cols, rows = spec.layout, None, 1
-    if state is not None and layout.kind == "factored" and spec.span == (0, layout.shape[0]):
+    layout, cols, rows = spec.part.layout, None, 1
+    if state is not None and layout.kind == "factored" and spec.part.is_whole:
         by_row, by_col = factors(state, layout)
         h, cols, rows = by_row.reshape(-1), by_col.reshape(-1), layout.rows
     elif state is not None:
-        h = dense(state, layout, spec.span)
+        h = dense(state, spec.part)
     assert h is not None
     h = h if cols is not None else h.reshape(weight.shape).contiguous()
     add_term(grad, weight, h, cols, rows, factor, *spec.quantizer.constants, amax)
@@ -241,12 +236,14 @@ def curvature_of(weight: Weight, parameter: Tensor) -> Tensor | None:
     known, tally = weight.curvature, weight.smoothing.tally
     if known.moment is not None and tally.last_loss_count is not None and tally.clip2 is not None:
         return known.moment.float() * (tally.last_loss_count / tally.clip2)
-    return None if known.ema is None else dense(known.ema, *stored(weight, parameter))
+    return None if known.ema is None else dense(known.ema, stored(weight, parameter))
 
 
-def stored(weight: Weight, parameter: Tensor) -> tuple[Layout, tuple[int, int]]:
-    """The layout of a weight's state, and the part of it that this rank's shard is."""
+def stored(weight: Weight, parameter: Tensor) -> Part:
+    """The part that this rank's shard is of what a weight's state is of: the whole weight, or the shard itself."""
     if not weight.smoothing.settings.reads_moment:
-        return weight.layout, span_of(parameter)
+        return part_of(parameter, weight.layout)
+    if is_cut(weight.quantizer, parameter):  # its updates are made whole
+        return part_of(parameter, Layout("full", weight.shape, 1, weight.shape[0]))
     local = local_of(parameter)
-    return Layout("full", tuple(local.shape), 1, local.shape[0]), (0, local.shape[0])
+    return Part.whole(Layout("full", tuple(local.shape), 1, local.shape[0]))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.distributed.tensor import DTensor
 
 from lotion_fx import passes, private
 from lotion_fx.announcing import announcer
@@ -136,6 +137,8 @@ class Variants:
             if index not in self.taught.setdefault(weight, set()):
                 if index in self.uses:
                     weight.learn(self.uses[index])  # one that shares another's graph is used as the other is
+                if isinstance(args[index], DTensor):
+                    weight.smoothing.tally.is_divided_over(args[index].device_mesh)
                 self.taught[weight].add(index)
             plan = weight.plan(with_grad, args[index].requires_grad)
             if plan is not None:

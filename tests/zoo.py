@@ -12,6 +12,7 @@ from torch import nn
 
 import lotion_fx
 from lotion_fx.numerics import rounding
+from lotion_fx.passes.attach.part import Part
 from lotion_fx.state import registry
 from lotion_fx.update import dense
 
@@ -239,7 +240,7 @@ def curvature_of(model: nn.Module, name: str) -> torch.Tensor:
     """The estimate after a first step, from the state."""
     weight = registry[model.get_parameter(name)]
     assert weight is not None and weight.curvature.ema is not None
-    return dense(weight.curvature.ema, weight.layout, (0, weight.shape[0])).double()
+    return dense(weight.curvature.ema, Part.whole(weight.layout)).double()
 
 
 def assert_curvature(run: Trained, names, tolerance: float = 1e-4) -> None:

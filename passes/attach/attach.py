@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from lotion_fx.numerics.quantizer import Quantizer
+from lotion_fx.passes.attach import sharded
 from lotion_fx.passes.attach.probe import Layout
 from lotion_fx.private import copy_source
 
@@ -162,10 +163,13 @@ class _Smooth(torch.autograd.Function):
             (out,) = _kernel(weight, *constants, mode != RR, mode == RR, False, seed)
         else:
             quantizer = Quantizer.of(*constants)
+            cut = sharded.is_cut(quantizer, weight)
+            whole = sharded.gathered(weight) if cut else weight
             if mode == RR:
-                out = quantizer.rr(weight)
+                out = quantizer.rr(whole, uniform=sharded.uniform(whole))
             else:
-                out = quantizer.mean(weight).to(weight.dtype) if mode == MEAN else quantizer.rtn(weight)
+                out = quantizer.mean(whole).to(weight.dtype) if mode == MEAN else quantizer.rtn(whole)
+            out = sharded.like(out, weight) if cut else out
         ctx.save_for_backward(weight if ctx.scale else None, out if ctx.probe else None)
         return out
 
@@ -174,12 +178,15 @@ class _Smooth(torch.autograd.Function):
         weight, out = ctx.saved_tensors
         to_weight, curvature = grad, None
         if ctx.needs_input_grad[1] and ctx.probe:
-            curvature = torch.ops.lotion_fx.curvature(grad, out, *ctx.probe)
+            curvature = sharded.curvature(grad, out, *ctx.probe)
         if ctx.scale:
             mode, constants = ctx.scale
             quantizer = Quantizer.of(*constants)
             vjp = quantizer.mean_vjp if mode == MEAN else quantizer.rtn_vjp
-            to_weight = vjp(weight, grad).to(grad.dtype)
+            if sharded.is_cut(quantizer, weight):
+                to_weight = sharded.like(vjp(sharded.gathered(weight), sharded.gathered(grad)).to(grad.dtype), weight)
+            else:
+                to_weight = vjp(weight, grad).to(grad.dtype)
         return to_weight, curvature, None, None, None, None
 
 

@@ -34,7 +34,7 @@ from lotion_fx.passes.attach.call import (
 from lotion_fx.passes.attach.follow import followed
 from lotion_fx.passes.attach.values import CONSTANT, DATA, Part, Value, merged, whole
 from lotion_fx.passes.registered import settle
-from lotion_fx.private import OpOverload, TorchDispatchMode, arguments_of, source_of, tree_leaves
+from lotion_fx.private import OpOverload, TorchDispatchMode, arguments_of, identity_of, source_of, tree_leaves
 
 __all__ = ["CONTRACTION", "ELEMENTWISE", "EMBEDDING", "INNER", "PRODUCT", "SUM", "Use", "weight_uses", "why_not_of"]
 
@@ -135,9 +135,9 @@ class _Tracker(TorchDispatchMode):
         self.alive: list[Any] = list(inputs)  # ids stay unique while the tensors live
         for index, (node, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
             if index in self.met:
-                self.values[id(x)] = Value(parts={index: whole(x.shape)})
+                self.values[identity_of(x)] = Value(parts={index: whole(x.shape)})
             elif isinstance(x, Tensor) and not (isinstance(x, torch.nn.Parameter) or _is_buffer(node)):
-                self.values.setdefault(id(x), DATA)
+                self.values.setdefault(identity_of(x), DATA)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -157,9 +157,9 @@ class _Tracker(TorchDispatchMode):
         schema = arguments_of(func)
         bound = [args[i] if i < len(args) else kwargs.get(a.name, a.default_value) for i, a in enumerate(schema)]
         written = [x for x, a in zip(bound, schema, strict=True) if a.alias_info is not None and a.alias_info.is_write]
-        results = list({id(t): t for t in tree_leaves((out, written)) if isinstance(t, Tensor)}.values())
+        results = list({identity_of(t): t for t in tree_leaves((out, written)) if isinstance(t, Tensor)}.values())
         operands = [
-            Operand(position, leaf, self.values.get(id(leaf), CONSTANT))
+            Operand(position, leaf, self.values.get(identity_of(leaf), CONSTANT))
             for position, argument in enumerate(bound)
             for leaf in (argument if isinstance(argument, (list, tuple)) else [argument])
             if isinstance(leaf, Tensor)
@@ -182,14 +182,14 @@ class _Tracker(TorchDispatchMode):
             value = Value(value.data)  # an index or a mask holds no weight
         if value.data:
             value = value.map(lambda part: part if part.scaled else None)
-        self.values[id(tensor)] = value
+        self.values[identity_of(tensor)] = value
 
     def _seen_through(self, tensor: Any) -> None:
         """What is written into a view is in its base too."""
         base = getattr(tensor, "_base", None)
         if base is not None:
-            held = self.values.get(id(base), CONSTANT)
-            self._becomes(base, merged([held, self.values[id(tensor)].map(_anywhere)]))
+            held = self.values.get(identity_of(base), CONSTANT)
+            self._becomes(base, merged([held, self.values[identity_of(tensor)].map(_anywhere)]))
 
     def _meet(self, weight: int, meeting: Meeting) -> None:
         self.met[weight].append(meeting)
@@ -204,7 +204,7 @@ class _Tracker(TorchDispatchMode):
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         walks = func.name() in _WALKED and all(len(b.graph.find_nodes(op="placeholder")) == len(given) for b in bodies)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        values = [self.values.get(id(t), CONSTANT) for t in tensors]
+        values = [self.values.get(identity_of(t), CONSTANT) for t in tensors]
         made = [Value(any(value.data for value in values))] * len(results)
         if bodies and walks:
             made = self._walked(bodies, given, made)
@@ -220,7 +220,7 @@ class _Tracker(TorchDispatchMode):
         for body in bodies:
             with self:
                 out = _Run(body).run(*given)
-            found = [self.values.get(id(t), CONSTANT) for t in tree_leaves(out) if isinstance(t, Tensor)]
+            found = [self.values.get(identity_of(t), CONSTANT) for t in tree_leaves(out) if isinstance(t, Tensor)]
             if len(found) == len(results):
                 results = [merged([a, b.map(_anywhere)]) for a, b in zip(results, found, strict=True)]
         self.inside = outer
@@ -230,7 +230,7 @@ class _Tracker(TorchDispatchMode):
 
     def weights_in(self, outputs: Any) -> set[int]:
         """The weights that some of these hold."""
-        found = (self.values.get(id(x)) for x in tree_leaves(outputs) if isinstance(x, Tensor))
+        found = (self.values.get(identity_of(x)) for x in tree_leaves(outputs) if isinstance(x, Tensor))
         return {index for value in found if value is not None for index in value.parts}
 
     def uses_of(self, index: int) -> list[Use]:

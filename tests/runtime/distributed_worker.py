@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lotion_fx
 from lotion_fx.compiling import compiles
+from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import Layout
 from lotion_fx.state import Weight, weights_of
 from lotion_fx.update import dense
@@ -147,8 +150,7 @@ def result(model: nn.Module) -> dict[str, Any]:
         "estimator": {row.name: row.estimator for row in lotion_fx.report(inner).rows if row.format},
     }
     if not (sharded and any(weight.smoothing.settings.curvature == "fisher" for weight in learned.values())):
-        whole_rows = {name: (0, weight.shape[0]) for name, weight in learned.items()}
-        found["curvature"] = {n: dense(w.curvature.ema, _layout(w), whole_rows[n]).clone() for n, w in learned.items()}
+        found["curvature"] = {n: dense(w.curvature.ema, Part.whole(_layout(w))).clone() for n, w in learned.items()}
     model.eval()
     with torch.no_grad():
         found["logits"] = model(batch(0)[0]).clone()
@@ -206,6 +208,31 @@ def ddp(
     before = compiles[options["inner"]]
     train(model, rank, world, accumulate, loss)
     return {"graphs": compiles[options["inner"]] - before} | result(model)
+
+
+def by_hand(rank: int, world: int, fmt: str, told: bool, after: str = "mean", **options: Any) -> dict[str, Any]:
+    """A loop that averages gradients itself.
+
+    Args:
+        told: whether `transform` is given the group.
+        after: what is done to gradients between backward and step, ``"mean"`` over ranks, ``"scaled"`` or nothing.
+    """
+    model = make()
+    lotion_fx.transform(model, fmt, process_group=dist.group.WORLD if told else None, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    share = BATCH // world
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(STEPS):
+            ids, labels = (part[rank * share : (rank + 1) * share] for part in batch(step))
+            optimizer.zero_grad()
+            F.cross_entropy(model(ids).flatten(0, 1), labels.flatten()).backward()
+            for parameter in model.parameters():
+                if after == "mean":
+                    dist.all_reduce(parameter.grad)
+                parameter.grad.div_(1 if after == "none" else world)
+            optimizer.step()
+    return result(model) | {"warned": [str(w.message) for w in caught if "process_group=" in str(w.message)]}
 
 
 def fsdp(
@@ -266,7 +293,9 @@ def main() -> None:
     for name, (wrapper, options) in torch.load(folder / "jobs.pt").items():
         torch._dynamo.reset()
         try:
-            found = {"ddp": ddp, "fsdp": fsdp, "expected": expected}[wrapper](rank, world, **options)
+            module, _, function = wrapper.rpartition(".")
+            here = sys.modules[__name__]
+            found = getattr(importlib.import_module(module) if module else here, function)(rank, world, **options)
         except Exception:
             found = {"error": traceback.format_exc()}
         torch.save(found, folder / f"{name}.{rank}.pt")

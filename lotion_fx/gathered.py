@@ -1,0 +1,67 @@
+"""What one weight gathers between two steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lotion_fx.passes.moments.certificate import Certificate
+
+
+@dataclass(eq=False)
+class Gathered:
+    """What one weight gathered since the last step.
+
+    Args:
+        probe: its gradient is the curvature; None before the first forward with one.
+        loss_count: what the probe's header said of T when it last told it.
+        bindings: how often the probe entered a graph in the forward ``bound_in``.
+        in_objective: the term came in through `penalty`, and its backward ran.
+        in_loss: the loss of the step under way holds the term, with this certificate.
+        steps: optimizer steps with a gradient so far.
+        last_step: of the model, that was the last with a gradient; None if there was none since it was loaded.
+        last_forward: of the model, before that step.
+        has_optimizer: whether an optimizer that stepped holds it.
+        gradient: address and version of the weight's ``.grad`` when the last backward pass ended; None without one.
+    """
+
+    probe: Tensor | None = None
+    loss_count: Tensor | None = None
+    bindings: int = 0
+    bound_in: int = -1
+    in_objective: bool = False
+    in_loss: bool = False
+    certificate: Certificate | None = None
+    steps: int = 0
+    last_step: int | None = None
+    last_forward: int = 0
+    has_optimizer: bool = False
+    gradient: tuple[int, int] | None = None
+
+    def drop_probe(self) -> None:
+        """Forgets what the probe gathered."""
+        self.loss_count = None
+        if self.probe is not None:
+            self.probe.grad = None
+
+    def restore(self, steps: int) -> None:
+        """Stands at a step boundary, after so many steps."""
+        self.drop_probe()
+        self.steps, self.last_step, self.bound_in, self.last_forward = steps, None, -1, 0
+
+    def entered_loss(self, certificate: Certificate) -> None:
+        """A graph whose loss holds the term runs."""
+        self.certificate, self.in_loss = certificate, True
+
+    def entered_objective(self) -> None:
+        """The backward pass of `penalty` ran."""
+        self.in_objective = True
+
+    def is_in_optimizer(self) -> None:
+        """An optimizer that holds it is about to step."""
+        self.has_optimizer = True
+
+    def forget_certificate(self) -> None:
+        """Keeps no certificate of a step whose loss held no term."""
+        self.certificate = self.certificate if self.in_loss else None
