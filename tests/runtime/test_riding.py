@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 
 import lotion_fx
 from lotion_fx.riding import KEY
@@ -253,6 +256,33 @@ def test_a_distributed_checkpoint_holds_it(one_process, tmp_path, kind, flatten)
     resumed.load_state_dict(state["model"])
     set_optimizer_state_dict(resumed, optimizer, state["optimizer"], options=options)
     assert_goes_on(resumed, optimizer, whole)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch")
+@pytest.mark.parametrize("full", [False, True])
+def test_a_sharded_model_resumes_in_the_middle_of_its_finishing_phase(one_process, full):
+    def make():
+        torch.manual_seed(0)
+        model = LM()
+        lotion_fx.transform(model, "int4", inner="aot_eager", regions=[model.mlp, model.head], finish=0.7, steps=STEPS)
+        fully_shard(model.mlp)
+        fully_shard(model)
+        return model, adam(model)
+
+    whole, optimizer = make()
+    run(whole, optimizer, range(STEPS))
+    first, optimizer = make()
+    run(first, optimizer, range(HALF))
+    options = StateDictOptions(full_state_dict=full)
+    state = get_optimizer_state_dict(first, optimizer, options=options)
+    weights = get_model_state_dict(first, options=options)
+    resumed, optimizer = make()
+    set_model_state_dict(resumed, weights, options=options)
+    set_optimizer_state_dict(resumed, optimizer, state, options=options)
+    run(resumed, optimizer, range(HALF, STEPS))
+    for (name, mine), theirs in zip(resumed.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine.to_local(), theirs.to_local()), name
+    assert lotion_fx.state_dict(resumed)["phases"][0]["finishing"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
