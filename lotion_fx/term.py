@@ -66,8 +66,7 @@ class Factors:
     """What one step's curvatures and gradients are multiplied by, 0-d float32 each.
 
     Args:
-        row: T, on average over ranks, over the squared loss scale: of payloads, averaged likewise, which are made of
-            gradients as backward saw them.
+        row: T over the squared loss scale: of payloads, which are made of gradients as backward saw them.
         gradient: T over the squared factor by which ``.grad`` was scaled or clipped: of squares of it.
         moment: of the optimizer's second moment; None where the optimizer's state was loaded without ours.
         gains: of each weight's term.
@@ -135,9 +134,7 @@ class Step:
         count, scale = self._loss_count(), 1.0 if self.loss_scale is None else self._on(self.loss_scale)
         total = self._over_ranks(count).float()
         self.tally.counted(total)
-        # A step's gradient is the mean over W ranks, in which rank r's terms have 1/W of the gradients that its payload
-        # P_r was made of: h = T sum_r P_r / W^2, the mean of T times the mean of P, whoever has how many of the terms.
-        row = (total / self._ranks / scale**2).float()
+        row = (total / scale**2).float()
         if self.settings.samples_labels:  # of the pass's own loss, which nothing scaled
             row = torch.full_like(row, 1 / self.tally.draws)
         moment = None
@@ -169,6 +166,14 @@ class Step:
     @property
     def _ranks(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def _averaged_over(self, weight: Weight) -> int:
+        """What divides the sum over ranks of a weight's payloads."""
+        if (
+            self.settings.samples_labels or not weight.is_analytic
+        ):  # of labels of its own, or made of the step's gradient
+            return self._ranks
+        return self._ranks**2
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         if self.group is None:
@@ -231,7 +236,7 @@ class Step:
         return part_of(parameter, weight.layout).marginals(h)
 
     def _reduced(self, vectors: Sequence[Tensor | None], row: Tensor) -> list[Tensor | None]:
-        """The payloads of the whole weights, with T in them: joined from shards, then averaged over ranks."""
+        """The payloads of the whole weights, with T in them: joined from shards, then summed over ranks."""
         known = {}
         for (weight, _), vector in zip(self.pairs, vectors, strict=True):
             if vector is not None:
@@ -241,7 +246,9 @@ class Step:
             shards = [w for w in known if w in self.ranks and self.ranks[w].model is group]
             known |= _summed(group, {weight: known[weight] / self.ranks[weight].copies for weight in shards})
         if self.group is not None:
-            known = _summed(self.group, {weight: vector / self._ranks for weight, vector in known.items()})
+            # A step's gradient is the mean over W ranks, in which rank r's terms have 1/W of the gradients that its
+            # payload P_r was made of: one process makes T sum_r P_r / W^2, whoever has how many of the T terms.
+            known = _summed(self.group, {w: v / self._averaged_over(w) for w, v in known.items()})
         return [known.get(weight) for weight, _ in self.pairs]
 
     # ------------------------------------------------------------------------------------------------------------ jobs
