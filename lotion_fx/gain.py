@@ -49,12 +49,9 @@ class Gains:
         if (missing := count - len(self.density)) > 0:
             self.density = torch.cat([self.density, _cauchy(self.logs, self.prior, self.step).expand(missing, -1)])
 
-    def saved(self) -> Tensor:
-        """What `restore` takes."""
-        return self.density.clone()
-
-    def restore(self, saved: Tensor) -> None:
-        self.density = saved.to("cpu", torch.float64, copy=True)
+    def restore(self, density: Tensor) -> None:
+        """Believes what was believed then, whatever the shape it comes in."""
+        self.density = density.to("cpu", torch.float64, copy=True).view(-1, len(self.logs))
 
     def shift(self, log: float) -> None:
         """All densities are moved by so much."""

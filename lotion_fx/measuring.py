@@ -21,6 +21,7 @@ They hold their own values again before anything else looks: a step, a forward i
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -230,23 +231,19 @@ class Measuring:
             curvature_of: h over this rank's part of a weight, without this step's.
         """
         held = {weight: self._held.pop(weight, None) for weight, _ in pairs}
+        moments = _moments(optimizer, [parameter for _, parameter in pairs])
         told = [(weight, p, h) for weight, p in pairs if (h := held[weight]) is not None and h.is_told and h.is_back]
         sums = []
         for weight, p, h in told:
-            slope, curvature = self._slope(weight, p, optimizer), curvature_of(weight, p)
+            slope, curvature = moments.get(p, self._before.get(weight)), curvature_of(weight, p)
             sums.append(_sums(weight, p, h, _gradient(p, pending), slope, curvature))
         if sums:
             self._expect(loss_count)
             self._learn([weight for weight, _, _ in told], _over_shards(torch.stack(sums), [p for _, p, _ in told]))
         self._before.clear()
         if self.is_on and self.is_possible and steps + 1 >= self.next_at:
-            without = [(w, p) for w, p in pairs if not _moment_of(optimizer, p)]
+            without = [(w, p) for w, p in pairs if p not in moments]
             self._before.update({weight: _gradient(p, pending).clone() for weight, p in without})
-
-    def _slope(self, weight: Weight, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor | None:
-        """What is known of the loss's gradient at the weight itself, up to a factor."""
-        moment = _moment_of(optimizer, parameter)
-        return local_of(moment[0]).float() if moment else self._before.get(weight)
 
     def _learn(self, weights: Sequence[Weight], sums: Tensor) -> None:
         """One measurement of these weights.
@@ -287,11 +284,16 @@ class Measuring:
             "draws": self.draws,
             "loudness": self._loudness,
             "next_at": self.next_at,
-            "common": self._common.saved(),
-            "own": self._own.saved(),
-            "factors": [self.size(weight) for weight in self.weights],
+            "told": self._packed(),
             "before": {place: self._before[w] for place, w in enumerate(self.weights) if w in self._before},
         }
+
+    def _packed(self) -> str:
+        """What is believed, as text whose length the number of weights tells."""
+        self._own.grow(len(self.weights))
+        factors = torch.tensor([self.size(weight) for weight in self.weights], dtype=torch.float64)
+        values = torch.cat([self._common.density.flatten(), self._own.density.flatten(), factors])
+        return base64.b64encode(values.numpy().tobytes()).decode()
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Stands where `saved` was called."""
@@ -299,9 +301,12 @@ class Measuring:
         self._held.clear()
         self.begun, self.draws, self.next_at = saved["begun"], saved["draws"], saved["next_at"]
         self._loudness = saved["loudness"]
-        self._common.restore(saved["common"])
-        self._own.restore(saved["own"])
-        self._factors = dict(zip(self.weights, saved["factors"], strict=False)) if self.draws else {}
+        values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)
+        common, own = self._common.density.numel(), len(self.weights) * len(self._own.logs)
+        self._common.restore(values[:common])
+        self._own.restore(values[common : common + own])
+        factors = values[common + own :].tolist()
+        self._factors = dict(zip(self.weights, factors, strict=True)) if self.draws else {}
         self._before = {self.weights[int(place)]: gradient.clone() for place, gradient in saved["before"].items()}
 
     def copied(self, memo: Mapping[int, Any]) -> None:
@@ -365,10 +370,20 @@ def _can_be_measured(weight: Weight) -> bool:
     return has_curvature and not is_cut(weight.quantizer, parameter)  # of which no rank could round its own part
 
 
-def _moment_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
-    """The optimizer's moving average of gradients, if it keeps one."""
-    state = optimizer.state.get(parameter, {})
-    return [state[name] for name in _MOMENTS if isinstance(state.get(name), Tensor)][:1]
+def _moments(optimizer: Any, parameters: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """The optimizer's moving averages of gradients, float32, if it keeps one of each of these parameters.
+
+    None where it lacks one: an optimizer whose state is divided among ranks would tell each rank something else.
+    """
+    states = optimizer.state, getattr(getattr(optimizer, "optim", None), "state", {})
+    found = {}
+    for parameter in parameters:
+        known = [state.get(parameter, {}).get(name) for state in states for name in _MOMENTS]
+        moment = next((moment for moment in known if isinstance(moment, Tensor)), None)
+        if moment is None or moment.shape != parameter.shape:
+            return {}
+        found[parameter] = local_of(moment).float()
+    return found
 
 
 def _gradient(parameter: Tensor, pending: Tensor | None) -> Tensor:

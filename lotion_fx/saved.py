@@ -8,7 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from lotion_fx import private
 from lotion_fx.passes.attach.probe import Code
 from lotion_fx.passes.attach.usage import Use
 from lotion_fx.scalars import shown
@@ -41,6 +43,7 @@ def saved_of(weight: Weight) -> dict[str, Any]:
         "steps": weight.gathered.steps,
         "gains": list(weight.gains),
         "format": None if weight.format is None else weight.format.name,
+        "shard": _shard(weight),
     }
 
 
@@ -81,11 +84,26 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
                 f"state: saved with {name!r} in {before or 'full precision'}, this model has it in "
                 f"{now or 'full precision'}; transform it with the same fmt and only"
             )
+        shard, before = _shard(weight), state["weights"][name].get("shard")
+        if state["weights"][name]["ema"] is not None and shard != before:
+            raise ValueError(
+                f"state: of {name!r} it has the part {before or 'whole'}, this rank holds {shard or 'all'}: under "
+                "curvature='fisher' an optimizer without exp_avg_sq leaves each rank a part of its own; save and load "
+                "on each rank of as many, or take AdamW"
+            )
     for smoothing, phase in zip(smoothings, state["phases"], strict=True):
         smoothing.tally.restore(phase)
     for weight, name in names.items():
         restore(weight, state["weights"][name])
     loaded_by_hand.update(smoothings)
+
+
+def _shard(weight: Weight) -> list[list[int]] | None:
+    """[start, stop) along each dimension of what its state is of, where this is less than the weight."""
+    parameter = weight.master
+    if not isinstance(parameter, DTensor) or not weight.smoothing.settings.reads_moment:
+        return None
+    return [list(span) for span in private.local_spans(parameter)]
 
 
 def restore(weight: Weight, saved: Mapping[str, Any]) -> None:

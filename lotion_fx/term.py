@@ -24,10 +24,11 @@ from lotion_fx.passes.attach.probe import HEADER, Code, Header
 from lotion_fx.passes.attach.sharded import gathered, is_cut
 from lotion_fx.shards import Ranks, local_of, part_of, sample, shared_amax
 from lotion_fx.state import Smoothing, Weight
-from lotion_fx.update import FISHER, KEPT, MOMENT, VECTOR, Spec, curvature_of, stored, update
+from lotion_fx.update import FISHER, KEPT, MOMENT, SIZE, VECTOR, Spec, curvature_of, stored, update
 
 BOUND = 0.5
-"""How large a term may be beside the root of a second moment that holds its squares too, see `update`."""
+"""How large a term may be beside the root of a second moment that holds its squares too, and a step of it beside a
+weight, see `update`."""
 
 _PROVISIONAL = (None, Code.UNREACHED, Code.UNRESOLVED)  # another graph may yet show more
 _UNCOUNTED = "nothing counted the loss terms of this step, which scale the term, so they are taken as 1"
@@ -71,12 +72,12 @@ class Factors:
     """What one step's curvatures and gradients are multiplied by, 0-d float32 each.
 
     Args:
-        row: T, on average over ranks, over the squared loss scale: of payloads, averaged likewise, which are made of
-            gradients as backward saw them.
+        row: T over the squared loss scale: of payloads, which are made of gradients as backward saw them.
         gradient: T over the squared factor by which ``.grad`` was scaled or clipped: of squares of it.
         moment: of the optimizer's second moment; None where the optimizer's state was loaded without ours.
         gains: of each weight's term.
-        limit: of a term over the root of its h, where h comes from a moment that holds the term's squares.
+        limit: of a term, over what ``bounded`` says, see `update`.
+        bounded: by what terms are kept small.
     """
 
     row: Tensor
@@ -84,6 +85,7 @@ class Factors:
     moment: Tensor | None
     gains: tuple[Tensor, ...]
     limit: Tensor
+    bounded: str
 
 
 class Step:
@@ -147,9 +149,7 @@ class Step:
         count, scale = self._loss_count(), 1.0 if self.loss_scale is None else self._on(self.loss_scale)
         total = self._over_ranks(count).float()
         self.tally.counted(total)
-        # A step's gradient is the mean over W ranks, in which rank r's terms have 1/W of the gradients that its payload
-        # P_r was made of: h = T sum_r P_r / W^2, the mean of T times the mean of P, whoever has how many of the terms.
-        row = (total / self._ranks / scale**2).float()
+        row = (total / scale**2).float()
         if self.settings.samples_labels:  # of the pass's own loss, which nothing scaled
             row = torch.full_like(row, 1 / self.tally.draws)
         moment = None
@@ -158,8 +158,17 @@ class Step:
         strengths = [0.0 if w.gathered.in_objective else self.tally.strength_of(w) for w, _ in self.pairs]
         pending = torch.ones_like(total) if self.pending is None else self._on(self.pending).float()
         gains = torch.tensor(strengths, dtype=torch.float32, device=self.device) * pending
-        limit = BOUND * pending / total.sqrt()
-        return Factors(row, (total / (scale * shrunk) ** 2).float(), moment, gains.unbind(), limit)
+        bounded, unit = self._bound(total)
+        limit = BOUND * pending / unit
+        return Factors(row, (total / (scale * shrunk) ** 2).float(), moment, gains.unbind(), limit, bounded)
+
+    def _bound(self, total: Tensor) -> tuple[str, Tensor]:
+        """By what terms are kept small, and what that is to be divided by. T is ``total``."""
+        if self.settings.reads_moment:
+            return MOMENT, total.sqrt()
+        rates = [group["lr"] for group in self.optimizer.param_groups if "dampening" in group]  # as SGD alone has
+        rate = max((float(rate) for rate in rates), default=0.0)
+        return (SIZE, torch.full_like(total, max(rate, 1e-30))) if rates else ("", total)
 
     def _on(self, factor: Tensor) -> Tensor:
         return factor.to(self.device)
@@ -183,6 +192,14 @@ class Step:
     @property
     def _ranks(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def _averaged_over(self, weight: Weight) -> int:
+        """What divides the sum over ranks of a weight's payloads."""
+        if (
+            self.settings.samples_labels or not weight.is_analytic
+        ):  # of labels of its own, or made of the step's gradient
+            return self._ranks
+        return self._ranks**2
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         if self.group is None:
@@ -246,7 +263,7 @@ class Step:
         return part_of(parameter, weight.layout).marginals(h)
 
     def _reduced(self, vectors: Sequence[Tensor | None], row: Tensor) -> list[Tensor | None]:
-        """The payloads of the whole weights, with T in them: joined from shards, then averaged over ranks."""
+        """The payloads of the whole weights, with T in them: joined from shards, then summed over ranks."""
         known = {}
         for (weight, _), vector in zip(self.pairs, vectors, strict=True):
             if vector is not None:
@@ -256,7 +273,9 @@ class Step:
             shards = [w for w in known if w in self.ranks and self.ranks[w].model is group]
             known |= _summed(group, {weight: known[weight] / self.ranks[weight].copies for weight in shards})
         if self.group is not None:
-            known = _summed(self.group, {weight: vector / self._ranks for weight, vector in known.items()})
+            # A step's gradient is the mean over W ranks, in which rank r's terms have 1/W of the gradients that its
+            # payload P_r was made of: one process makes T sum_r P_r / W^2, whoever has how many of the T terms.
+            known = _summed(self.group, {w: v / self._averaged_over(w) for w, v in known.items()})
         return [known.get(weight) for weight, _ in self.pairs]
 
     # ------------------------------------------------------------------------------------------------------------ jobs
@@ -310,7 +329,7 @@ class Step:
         assert state is not None
         shared = [x for x in amax if x is not None]
         args = [values, grad, state, *payload, *shared, factors.row, factors.gradient, gain, factors.limit]
-        return Spec.of(weight, source, part, args), args
+        return Spec.of(weight, source, part, factors.bounded, args), args
 
     def _moment_of(self, parameter: Tensor) -> Any:
         """The optimizer's second moment, if it has one."""

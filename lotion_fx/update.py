@@ -31,6 +31,7 @@ from lotion_fx.state import Weight
 CHUNK = 16  # weights in one compiled update at most, which bounds the time to compile it
 
 VECTOR, FISHER, MOMENT, KEPT = "vector", "fisher", "moment", "kept"  # where an update takes its curvature from
+SIZE = "size"  # what bounds a term beside `MOMENT`
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Spec:
         part: of the weight that this rank holds.
         decay: of the EMA.
         tensors: shape, stride, dtype and device of each argument.
-        bounded: whether the term is kept within a multiple of the gradients' root mean square, see `_update_one`.
+        bounded: by what the term is kept small, `MOMENT`, `SIZE` or nothing: see `_update_one`.
         kernel: whether a Triton kernel adds the term, see `passes.lower`.
     """
 
@@ -53,16 +54,15 @@ class Spec:
     part: Part
     decay: float
     tensors: tuple[Any, ...]
-    bounded: bool = False
+    bounded: str = ""
     kernel: bool = False
 
     @staticmethod
-    def of(weight: Weight, source: str, part: Part, args: Sequence[Tensor]) -> Spec:
+    def of(weight: Weight, source: str, part: Part, bounded: str, args: Sequence[Tensor]) -> Spec:
         """The one `Spec` of this make: equal ones are the same object, found again without comparing them."""
         tensors = tuple((t.shape, t.stride(), t.dtype, t.device) for t in args)
-        known, settings, quantizer = weight.curvature.spec, weight.smoothing.settings, weight.quantizer
-        decay, bounded = settings.decay, settings.reads_moment
-        key = (source, quantizer, part, decay, tensors)
+        known, decay, quantizer = weight.curvature.spec, weight.smoothing.settings.decay, weight.quantizer
+        key = (source, quantizer, part, decay, tensors, bounded)
         if known is None or known[0] != key:
             fmt, axis, arch, (local, grad) = quantizer.format, quantizer.axis, lower.arch_of(args[0].device), args[:2]
             kernel = (
@@ -119,7 +119,8 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
 
     Where h is read from a second moment that holds the squares of the term as well, the term is at most ``limit`` times
     the root of h, half of the gradients' root mean square: so it can no more than double that moment's root, and what
-    it is made of does not grow with it.
+    it is made of does not grow with it. Under an optimizer that divides by no such root the term is at most ``limit``
+    times the largest weight, by which no step of it makes a weight more than half as large again.
     """
     weight, grad, state, *given, row_factor, grad_factor, gain, limit = args
     layout = spec.part.layout
@@ -146,7 +147,7 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
     assert h is not None
     term = 0.5 * gain * spec.quantizer.variance_vjp(weight, h.view(weight.shape), amax_tensor=amax)
     if spec.bounded:
-        reach = limit * h.view(weight.shape).sqrt()
+        reach = limit * (h.view(weight.shape).sqrt() if spec.bounded == MOMENT else weight.abs().amax().float())
         term = torch.minimum(torch.maximum(term, -reach), reach)
     grad.add_(term.to(grad.dtype))
 

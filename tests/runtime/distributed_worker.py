@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -257,6 +259,38 @@ def fsdp(
         counted(model, fmt, regions=regions_of(model, regions), **options)
     train(model, rank, world, accumulate, loss)
     return result(model)
+
+
+def resumed(rank: int, world: int, folder: str, load: bool, curvature: str, momentum: bool) -> dict[str, Any]:
+    """Two steps and a checkpoint by torch.distributed.checkpoint; or two more from there, on any number of ranks."""
+    model = make()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    regions = regions_of(model, "blocks and head")
+    lotion_fx.transform(model, "nvfp4", regions=regions, inner="aot_eager", curvature=curvature)
+    kind = torch.optim.SGD if momentum else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=0.1 if momentum else 3e-3, **({"momentum": 0.9} if momentum else {}))
+    share = BATCH // world
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        weights, moments = get_state_dict(model, optimizer)
+        if load:
+            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            lotion_fx.load_state_dict(model, torch.load(f"{folder}/lotion_fx.pt"))
+        for step in range(2 * load, 2 + 2 * load):
+            ids, labels = (part[rank * share : (rank + 1) * share] for part in batch(step))
+            optimizer.zero_grad()
+            F.cross_entropy(model(ids).flatten(0, 1), labels.flatten()).backward()
+            optimizer.step()
+    if not load:
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+        if rank == 0:
+            torch.save(lotion_fx.state_dict(model), f"{folder}/lotion_fx.pt")
+    ours = [str(warning.message) for warning in caught if "term" in str(warning.message)]
+    return {"parameters": {name: whole(p) for name, p in model.named_parameters()}, "warned": ours}
 
 
 class WithLoss(nn.Module):
