@@ -23,9 +23,8 @@ def inputs_and_gradients(model, loss):
 
 def curvature(x, g, kind, terms):
     """h of MATH: T * contraction of squares, or its factored form."""
-    if kind == "full":
-        return terms * g.square().T @ x.square()
-    return terms / len(x) * g.square().sum(0)[:, None] * x.square().sum(0)
+    h = terms * g.square().T @ x.square()
+    return h if kind == "full" else h.sum(1, keepdim=True) * h.sum(0) / h.sum()
 
 
 def term_gradient(weight, h, fmt):
