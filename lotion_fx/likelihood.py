@@ -28,6 +28,10 @@ _LOSSES = {
     F.mse_loss: "gaussian",
     nn.MSELoss: "gaussian",
 }
+_ONE_CLASS = (
+    "likelihood='categorical' (the default): the model's output is {shape}, and a softmax over one column has no "
+    "curvature; name what it parametrizes, 'gaussian' (F.mse_loss) or 'bernoulli' (binary cross entropy with logits)"
+)
 
 
 def likelihood_of(loss: Any) -> str:
@@ -59,17 +63,19 @@ def output_in(out: Any, likelihood: str) -> Tensor:
     of two or more dimensions.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none; or it has one column, over which a softmax says nothing.
     """
     logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
     wanted = 2 if likelihood == "categorical" or not isinstance(out, Tensor) else 1
     for leaf in [logits] if isinstance(logits, Tensor) else tree_leaves(out):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad and leaf.dim() >= wanted:
+            if likelihood == "categorical" and leaf.shape[-1] == 1:
+                raise ValueError(_ONE_CLASS.format(shape=tuple(leaf.shape)))
             return leaf
     raise ValueError(
         f"curvature='ggn' draws labels from the model's output, and this {type(out).__name__} holds no differentiable "
-        f"floating-point tensor of {wanted} or more dimensions; return logits or predictions (beside the loss, if you "
-        "like), or take curvature='factored'"
+        f"floating-point tensor of {wanted} or more dimensions, as likelihood={likelihood!r} asks for; return logits "
+        "or predictions (beside the loss, if you like), name another likelihood, or take curvature='factored'"
     )
 
 

@@ -1,8 +1,8 @@
-"""The pass that ``curvature="ggn"`` makes of its own, before the first forward of a step.
+"""The pass that ``curvature="ggn"`` makes of its own, before each forward of a step that is due.
 
 The model runs once in the variant of its graphs that carries probes, labels are drawn from its output, and the probes'
-gradients of that loss are the step's curvature. The user's own forward carries no probe, and finds gradients, random
-numbers and buffers as if nothing had been there.
+gradients of that loss are added to the step's curvature. The user's own forward carries no probe, and finds gradients,
+random numbers and buffers as if nothing had been there.
 """
 
 from __future__ import annotations
@@ -67,23 +67,27 @@ def _sample(smoothing: Smoothing, call: Callable[..., Any], args: Any, kwargs: A
     """Fills the weights' probes with the curvature of the loss at labels that the model draws itself."""
     likelihood, tally = smoothing.settings.likelihood, smoothing.tally
     assert likelihood is not None
+    is_first = tally.resting
     with tally.curvature_pass():
         output = output_in(call(*args, **kwargs), likelihood)
         probes = [probe for weight in smoothing.weights if (probe := weight.gathered.probe) is not None]
         with torch.autocast(output.device.type, enabled=False):
             loss = sampled_loss(output, likelihood, _generator(tally, output.device))
             # Gradients of the sum keep clear of half precision's underflow; T = draws / draws^2 makes it the mean's.
-            tally.drew(draws(output, likelihood))
-            scale = torch.full_like(loss, tally.draws)
+            labels = draws(output, likelihood)
+            tally.drew(labels)
+            scale = torch.full_like(loss, labels)
             gradients = torch.autograd.grad(loss, probes, scale, allow_unused=True) if probes else ()
         for probe, gradient in zip(probes, gradients, strict=True):
-            probe.grad = gradient
+            known = None if is_first else probe.grad
+            probe.grad = gradient if known is None else known if gradient is None else known + gradient
 
 
 def _generator(tally: Tally, device: torch.device) -> torch.Generator:
-    """Fresh labels in each step and on each rank, the same ones in a run resumed under the same seed."""
+    """Fresh labels in each forward and on each rank, the same ones in a run resumed under the same seed."""
     rank = dist.get_rank(tally.group) if tally.group is not None else 0
-    return torch.Generator(device).manual_seed(hash((torch.initial_seed(), tally.step_of_forwards, rank)))
+    drawn = 0 if tally.resting else tally.draws
+    return torch.Generator(device).manual_seed(hash((torch.initial_seed(), tally.step_of_forwards, rank, drawn)))
 
 
 @contextlib.contextmanager

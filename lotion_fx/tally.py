@@ -69,7 +69,7 @@ class Tally:
         is_closed: whether an optimizer stepped since the last forward.
         last_pass: the step, so counted, of the last curvature pass of ``"ggn"``.
         sampling: whether that pass is under way.
-        draws: labels that it drew.
+        draws: labels that the passes of its step drew.
         measuring: the size of the term.
     """
 
@@ -144,7 +144,7 @@ class Tally:
 
     @property
     def pass_is_due(self) -> bool:
-        return self.resting and self.step_of_forwards % self.settings.refresh == 0
+        return self.settings.samples_labels and self.step_of_forwards % self.settings.refresh == 0
 
     def was_called(self, weight: Weight) -> bool:
         """Whether the model was called since an optimizer stepped the weight; nothing tells it of an adopted model."""
@@ -237,7 +237,8 @@ class Tally:
             known = weakref.ref(weight)  # a hook is kept alive from C++, where no garbage collector looks
             gathered.probe.register_post_accumulate_grad_hook(lambda _: _arrived(known()))
         # Between micro-batches FSDP2 may hold the gradient at the unsharded parameter.
-        if master is not None and master.grad is None and tensor.grad is None and gathered.probe.grad is not None:
+        dropped = master is not None and master.grad is None and tensor.grad is None
+        if dropped and gathered.probe.grad is not None and not self.sampling:
             gathered.drop_probe()
             self._dropped()
         return gathered.probe
@@ -261,8 +262,8 @@ class Tally:
         self.last_pass = self.step_of_forwards
 
     def drew(self, labels: int) -> None:
-        """The curvature pass drew so many labels."""
-        self.draws = labels
+        """A curvature pass drew so many labels, more of them after the first pass of a step."""
+        self.draws = labels if self.resting else self.draws + labels
 
     # ------------------------------------------------------------------------------------------------- backward passes
 

@@ -119,6 +119,10 @@ def test_the_output_is_found():
     for out in (loss, {"loss": loss}, scores, mask, logits.long(), None):
         with pytest.raises(ValueError, match=r"holds no differentiable.*2 or more dimensions.*return logits"):
             output_in(out, "categorical")
+    one_column = torch.randn(5, 1, requires_grad=True)
+    with pytest.raises(ValueError, match=r"\(5, 1\).*one column.*'gaussian'.*'bernoulli'"):
+        output_in({"logits": one_column}, "categorical")
+    assert output_in(one_column, "gaussian") is one_column
 
 
 BAD = [

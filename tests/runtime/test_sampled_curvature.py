@@ -69,7 +69,7 @@ def test_the_passes_average_to_the_exact_diagonal(likelihood, make, name, shape,
     weight = registry[model.get_parameter(name)]
     drawn = []
     for step in range(200):
-        weight.smoothing.tally.step_of_forwards = step
+        weight.smoothing.tally.step_of_forwards = step  # which begins with this forward
         model(batch)
         drawn.append(weight.gathered.probe.grad[:-HEADER].view(expected.shape).double() / weight.smoothing.tally.draws)
     drawn = torch.stack(drawn)
@@ -104,7 +104,7 @@ def test_the_step_adds_the_formula():
     model = counted(copy.deepcopy(plain), "int4/channel", inner="aot_eager", curvature="ggn")
     recorder = Recorder(model)
     one_step(model, recorder, lambda m: lm_loss(m, ids()))
-    generator = torch.Generator().manual_seed(hash((torch.initial_seed(), 0, 0)))
+    generator = torch.Generator().manual_seed(hash((torch.initial_seed(), 0, 0, 0)))
     seen = inputs_and_gradients(plain, lambda m: sampled_loss(m(ids()), "categorical", generator))
     plain.zero_grad()
     lm_loss(plain, ids()).backward()

@@ -131,16 +131,37 @@ def states(model):
     }
 
 
-def test_accumulation_makes_one_pass_and_dividing_the_loss_changes_nothing(passes):
-    def accumulate(model):
-        for seed in range(4):
-            (lm_loss(model, ids(seed=seed)) / 4).backward()
+@pytest.mark.parametrize("together", [False, True])
+def test_micro_batches_are_one_batch(monkeypatch, together):
+    """At labels that depend on a position's own output alone; a backward pass after each forward, or one for all."""
 
+    def likeliest(output, likelihood, generator):
+        flat = output.flatten(0, -2)
+        return F.cross_entropy(flat, flat.argmin(-1))
+
+    def accumulate(model):
+        losses = []
+        for part in ids(32).split(8):
+            losses.append(lm_loss(model, part) / 4)
+            if not together:
+                losses.pop().backward()
+        sum(losses).backward() if together else None
+
+    monkeypatch.setattr(sampling, "sampled_loss", likeliest)
     parts = trained(accumulate, steps=2)
-    assert passes == ["categorical"] * 2
-    whole = trained(lambda model: lm_loss(model, ids()).backward(), steps=2)
+    whole = trained(lambda model: lm_loss(model, ids(32)).backward(), steps=2)
     for name, state in states(whole).items():
-        assert torch.equal(state, states(parts)[name]), name
+        torch.testing.assert_close(states(parts)[name], state, rtol=1e-4, atol=1e-6 * state.abs().max().item())
+
+
+def test_each_micro_batch_draws_labels_of_its_own(passes):
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager", curvature="ggn")
+    probe = lambda: registry[model.head.weight].gathered.probe.grad[:-3]  # noqa: E731
+    model(ids())
+    first = probe().clone()
+    model(ids())
+    assert passes == ["categorical"] * 2 and registry[model.head.weight].smoothing.tally.draws == 2 * ids().numel()
+    assert not torch.allclose(probe() - first, first)
 
 
 def test_grad_scaler_does_not_enter():
