@@ -8,8 +8,8 @@ weights w + eps, rounded at random about their mean w,
 
 for any loss whatever, and the gradient is itself an unbiased one of the smoothed loss. So a few early steps and then
 one in `EVERY` have their forwards at such weights; the gradient that arrives at the optimizer tells the rest. What it
-holds of the loss's slope at w has mean zero and most of the spread: the optimizer's first moment, or the gradient of
-the step before, is taken out as far as it agrees. Where the batches' own noise hides the increase all the same, eps is
+holds of the loss's slope at w has mean zero and most of the spread: the optimizer's first moment, where it keeps one,
+is taken out as far as it agrees. Where the batches' own noise hides the increase all the same, eps is
 amplified, up to `LOUDEST` times, which is as harmless there as it is hard to see. `gain` holds what is believed after
 each of them: of the whole term, and of each weight's share in it.
 
@@ -112,7 +112,6 @@ class Measuring:
         self._common, self._own = Gains(1), _own_gains(0)
         self._factors: dict[Weight, float] = {}
         self._held: dict[Weight, Held] = {}
-        self._before: dict[Weight, Tensor] = {}
 
     # ----------------------------------------------------------------------------------------------------- the outcome
 
@@ -217,7 +216,6 @@ class Measuring:
         pairs: Sequence[tuple[Weight, Tensor]],
         optimizer: torch.optim.Optimizer,
         pending: Tensor | None,
-        steps: int,
         loss_count: Tensor | None,
         curvature_of: Callable[[Weight, Tensor], Tensor | None],
     ) -> None:
@@ -226,7 +224,6 @@ class Measuring:
         Args:
             pairs: its weights, with their parameters, which have a ``.grad`` and hold their own values.
             pending: the loss scale that is still in the gradients.
-            steps: optimizer steps so far.
             loss_count: T of the step on this rank.
             curvature_of: h over this rank's part of a weight, without this step's.
         """
@@ -235,15 +232,11 @@ class Measuring:
         told = [(weight, p, h) for weight, p in pairs if (h := held[weight]) is not None and h.is_told and h.is_back]
         sums = []
         for weight, p, h in told:
-            slope, curvature = moments.get(p, self._before.get(weight)), curvature_of(weight, p)
+            slope, curvature = moments.get(p), curvature_of(weight, p)
             sums.append(_sums(weight, p, h, _gradient(p, pending), slope, curvature))
         if sums:
             self._expect(loss_count)
             self._learn([weight for weight, _, _ in told], _over_shards(torch.stack(sums), [p for _, p, _ in told]))
-        self._before.clear()
-        if self.is_on and self.is_possible and steps + 1 >= self.next_at:
-            without = [(w, p) for w, p in pairs if p not in moments]
-            self._before.update({weight: _gradient(p, pending).clone() for weight, p in without})
 
     def _learn(self, weights: Sequence[Weight], sums: Tensor) -> None:
         """One measurement of these weights.
@@ -285,7 +278,6 @@ class Measuring:
             "loudness": self._loudness,
             "next_at": self.next_at,
             "told": self._packed(),
-            "before": {place: self._before[w] for place, w in enumerate(self.weights) if w in self._before},
         }
 
     def _packed(self) -> str:
@@ -307,7 +299,6 @@ class Measuring:
         self._own.restore(values[common : common + own])
         factors = values[common + own :].tolist()
         self._factors = dict(zip(self.weights, factors, strict=True)) if self.draws else {}
-        self._before = {self.weights[int(place)]: gradient.clone() for place, gradient in saved["before"].items()}
 
     def copied(self, memo: Mapping[int, Any]) -> None:
         """The model is being copied, and what was copied of it so far has its own values."""

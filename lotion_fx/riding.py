@@ -199,9 +199,7 @@ def _entry(weight: Weight, parameter: Tensor, *, has_phases: bool, has_moment: b
         vector = None  # of this rank's shard alone, and other ranks may be those that read it
     text = {**saved, **_made_with(weight), "vector": None if vector is None else vector.numel()}
     if has_phases:
-        phases = weight.smoothing.tally.saved()
-        phases["size"]["before"] = {}  # gradients, of any length: without them one measurement is noisier
-        text["phases"] = phases
+        text["phases"] = weight.smoothing.tally.saved()
     data = json.dumps(text, default=_plain).encode()
     data = len(data).to_bytes(8, "little") + data
     head = torch.frombuffer(bytearray(data.ljust(-(-len(data) // PAGE) * PAGE, b"\0")), dtype=torch.uint8).to(device)

@@ -122,7 +122,7 @@ class Step:
             if isinstance(moment := self._moment_of(parameter), Tensor):
                 weight.curvature.moment = local_of(moment)
         tally = self.tally
-        tally.measuring.observe(self.pairs, self.optimizer, self.pending, tally.steps, tally.loss_count, curvature_of)
+        tally.measuring.observe(self.pairs, self.optimizer, self.pending, tally.loss_count, curvature_of)
         shrunk = self._shrunk()
         factors = self._factors(shrunk)
         vectors = self._payloads(factors)

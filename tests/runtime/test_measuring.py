@@ -48,7 +48,7 @@ def test_the_measurement_is_unbiased():
     target = net(x).detach() + 0.01 * torch.randn(64, 3)
     plain = copy.deepcopy(net)
     model = lotion_fx.transform(net, "int4", inner="aot_eager")
-    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0, momentum=0.9)
     found, measuring = [], measuring_of(model)
     learn = measuring._learn
     measuring._learn = lambda weights, sums: (found.append(sums.clone()), learn(weights, sums))
