@@ -64,6 +64,7 @@ def test_what_waits_for_its_turn_is_not_frozen():
     for step in range(4):
         model.up.requires_grad_(step % 2 == 0)
         model.down.requires_grad_(step % 2 == 1)
+        torch._dynamo.reset()  # torch 2.11 keeps a graph though other parameters of it ask for gradients
         if step > 1:
             assert_runs_as(model, at_rounded(model, []))
         gradients(model)
