@@ -10,6 +10,7 @@ at the latent weights, the part linear in the noise taken out, with its standard
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sysconfig
@@ -198,14 +199,14 @@ def increase(model: nn.Module, loss: Loss, data: Iterator[Batch], rounds: int) -
     return statistics.fmean(found), statistics.stdev(found) / math.sqrt(rounds)
 
 
-def train(kind: str, loss: Loss, steps: int, seed: int, rate: float = 3e-3, **options: Any) -> nn.Module:
+def train(kind: str, loss: Loss, count: int, seed: int, rate: float = 3e-3, **options: Any) -> nn.Module:
     """A net trained by Adam on fresh batches, under `lotion_fx.transform` with these options."""
     torch.manual_seed(seed)
     torch.compiler.reset()
     model, data = lotion_fx.transform(NETS[kind](), inner="aot_eager", **options), batches(kind, seed)
     optimizer = torch.optim.Adam(model.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
+    for _ in range(count):
         loss(model, next(data)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -233,7 +234,12 @@ def size(args: argparse.Namespace) -> None:
     print(tabulate(rows, ["net", "loss", "curvature", "term", "measured", "ratio", "size"], disable_numparse=True))
 
 
-METHODS = {"ptq": {"method": "ptq"}, "ste": {"method": "ste_scale"}, "lotion": {}}
+METHODS: dict[str, dict[str, Any]] = {
+    "ptq": {"method": "ptq"},
+    "ste": {"method": "ste_scale"},
+    "lotion": {},
+    "finish": {"finish": 0.4},
+}
 
 
 def deploy(args: argparse.Namespace) -> None:
@@ -243,7 +249,8 @@ def deploy(args: argparse.Namespace) -> None:
             for name in args.losses:
                 ends: dict[str, list[float]] = {method: [] for method in METHODS}
                 for seed in range(args.seeds):
-                    for method, options in METHODS.items():
+                    for method, chosen in METHODS.items():
+                        options = {**chosen, "steps": args.steps} if "finish" in chosen else chosen
                         model = train(kind, LOSSES[name], args.steps, seed, fmt=fmt, **options).eval()
                         held_out = batches(kind, 10_000 + seed, rows=512)
                         with torch.no_grad():
@@ -251,13 +258,14 @@ def deploy(args: argparse.Namespace) -> None:
                                 statistics.fmean(float(LOSSES[name](model, next(held_out))) for _ in range(4))
                             )
                 row = [fmt, kind, name, *(f"{statistics.fmean(each):.4g}" for each in ends.values())]
-                for rival in ("ptq", "ste"):
-                    paired = [a - b for a, b in zip(ends["lotion"], ends[rival], strict=True)]
+                for mine, rival in itertools.product(("lotion", "finish"), ("ptq", "ste")):
+                    paired = [a - b for a, b in zip(ends[mine], ends[rival], strict=True)]
                     error = statistics.stdev(paired) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
                     row.append(f"{statistics.fmean(paired):+.2g} ± {error:.1g}")
                 rows.append(row)
                 print(" | ".join(row), flush=True)
-    print(tabulate(rows, ["format", "net", "loss", *METHODS, "lotion - ptq", "lotion - ste"], disable_numparse=True))
+    differences = ["lotion - ptq", "lotion - ste", "finish - ptq", "finish - ste"]
+    print(tabulate(rows, ["format", "net", "loss", *METHODS, *differences], disable_numparse=True))
 
 
 def main() -> None:

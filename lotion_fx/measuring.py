@@ -9,9 +9,8 @@ weights w + eps, rounded at random about their mean w,
 for any loss whatever, and the gradient is itself an unbiased one of the smoothed loss. So a few early steps and then
 one in `EVERY` have their forwards at such weights; the gradient that arrives at the optimizer tells the rest. What it
 holds of the loss's slope at w has mean zero and most of the spread: the optimizer's first moment, where it keeps one,
-is taken out as far as it agrees. Where the batches' own noise hides the increase all the same, eps is
-amplified, up to `LOUDEST` times, which is as harmless there as it is hard to see. `gain` holds what is believed after
-each of them: of the whole term, and of each weight's share in it.
+is taken out as far as it agrees. `gain` holds what is believed after each of them: of the whole term, and of each
+weight's share in it.
 
 From such a step's first forward until its optimizer steps, the parameters *hold* the rounded values, so that all that
 reads them computes with the same ones: recomputation, a head applied outside of the model, other compilers, shards.
@@ -41,15 +40,12 @@ from lotion_fx.shards import index_of, local_of, shared_amax
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
 
-FIRST = 8
+FIRST = 4
 """Steps in a row that measure, from the second of the training on: the first has no curvature yet."""
 
-SHARE, EVERY = 4, 100
+SHARE, EVERY = 3, 100
 """From then on the next measurement comes after one in so many of the steps so far: a training changes fastest at its
 beginning. In the long run it comes after so many."""
-
-LOUDEST, AUDIBLE = 3.0, 0.5
-"""Up to how many times the rounding noise is amplified, so that one step's measurement has this relative error."""
 
 DOUBT = 4.0
 """By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
@@ -67,7 +63,6 @@ class Held:
         version: of the parameter when it came to hold them.
         seed: by which they were drawn.
         amax: the absmax of the whole weight, where it is needed of a shard; else None.
-        loudness: by what the noise is amplified.
         is_back: whether it has its own again.
         is_told: whether its gradient is that at the rounded values.
     """
@@ -76,18 +71,13 @@ class Held:
     version: int
     seed: int
     amax: Tensor | None
-    loudness: float
     is_back: bool = False
     is_told: bool = True
 
     def rounded(self, weight: Weight, parameter: Tensor, own: Tensor) -> Tensor:
         """The values that a parameter comes to hold, given its own on this rank."""
         uniform = uniforms(self.seed, index_of(parameter))
-        rounded = weight.quantizer.rr(own, uniform=uniform, amax_tensor=self.amax)
-        if self.loudness == 1:
-            return rounded
-        mean = own if weight.quantizer.unbiased else weight.quantizer.mean(own)
-        return torch.lerp(mean, rounded, self.loudness)
+        return weight.quantizer.rr(own, uniform=uniform, amax_tensor=self.amax)
 
 
 class Measuring:
@@ -107,7 +97,7 @@ class Measuring:
     def __init__(self, weights: Sequence[Weight], *, is_on: bool) -> None:
         self.weights, self.is_on, self.is_possible = weights, is_on, True
         self.begun, self.draws, self.next_at = 0, 0, 1
-        self._is_told, self._loudness = False, 1.0
+        self._is_told = False
         self._residuals: Tensor | None = None
         self._common, self._own = Gains(1), _own_gains(0)
         self._factors: dict[Weight, float] = {}
@@ -156,7 +146,7 @@ class Measuring:
         for place, weight in enumerate(self.weights):
             if _can_be_measured(weight) and (parameter := weight.master) is not None:
                 local, amax = local_of(parameter), shared_amax(weight.quantizer, parameter)
-                known = _seed(steps, place), amax[0] if amax else None, self._loudness
+                known = _seed(steps, place), amax[0] if amax else None
                 held = Held(local.clone(), private.version_of(local), *known)
                 self._held[weight] = held
                 local.data.copy_(held.rounded(weight, parameter, held.own))
@@ -255,9 +245,6 @@ class Measuring:
         self.draws += not self._is_told  # an optimizer for each weight tells it in parts
         self._is_told = True
         self._common.observe(measured.sum()[None], predicted.sum()[None], variance.sum()[None])
-        error = float(variance.sum().sqrt() / (predicted.sum() * self._common.mean[0]))
-        louder = self._loudness * min(max(error / AUDIBLE, 0.5), 2.0)
-        self._loudness = min(max(_rounded(louder), 1.0), LOUDEST)
         self._own.grow(len(self.weights))
         places = {weight: place for place, weight in enumerate(self.weights)}
         at, common = torch.tensor([places[weight] for weight in weights]), float(self._common.mean)
@@ -275,7 +262,6 @@ class Measuring:
         return {
             "begun": self.begun,
             "draws": self.draws,
-            "loudness": self._loudness,
             "next_at": self.next_at,
             "told": self._packed(),
         }
@@ -292,7 +278,6 @@ class Measuring:
         self.put_back()
         self._held.clear()
         self.begun, self.draws, self.next_at = saved["begun"], saved["draws"], saved["next_at"]
-        self._loudness = saved["loudness"]
         values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)
         common, own = self._common.density.numel(), len(self.weights) * len(self._own.logs)
         self._common.restore(values[:common])
@@ -314,7 +299,7 @@ def _sums(
     """What one weight adds to a measurement, float64 [6]: see `Measuring._learn`."""
     local, quantizer = local_of(parameter), weight.quantizer
     mean = local if quantizer.unbiased else quantizer.mean(local)
-    noise, variance = (held.own - mean).float(), quantizer.variance(local).float() * held.loudness**2
+    noise, variance = (held.own - mean).float(), quantizer.variance(local).float()
     slope = torch.zeros_like(grad) if slope is None or slope.shape != grad.shape else slope
     products = (
         noise * grad,
