@@ -73,7 +73,7 @@ def _at_drawn_labels(graph: LossGraph, plans: Mapping[int, Plan], likelihood: st
 def _curvature(weight: Weight, vector: Tensor, grad: Tensor, count: float) -> tuple[Tensor, str]:
     layout = weight.layout
     if Header.of(vector).common_code is Code.ANALYTIC:
-        return _dense(vector[:-HEADER].float() * count, layout), ANALYTIC
+        return _dense(layout.scaled(vector[:-HEADER].float(), count), layout), ANALYTIC
     h = grad.float().square() * count
     return _dense(marginals(h, layout), layout) if layout.kind == "factored" else h, FISHER
 

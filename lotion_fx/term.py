@@ -268,7 +268,7 @@ class Step:
         for (weight, _), vector in zip(self.pairs, vectors, strict=True):
             if vector is not None:
                 vector = vector.float()
-                known[weight] = vector * row if weight.is_analytic else vector
+                known[weight] = weight.layout.scaled(vector, row) if weight.is_analytic else vector
         for group in dict.fromkeys(ranks.model for ranks in self.ranks.values() if ranks.model is not None):
             shards = [w for w in known if w in self.ranks and self.ranks[w].model is group]
             known |= _summed(group, {weight: known[weight] / self.ranks[weight].copies for weight in shards})

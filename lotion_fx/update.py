@@ -2,7 +2,7 @@
 
 Per weight a float32 state vector holds
 
-    factored   EMA of [ T * (rows | cols | norm) | 1 ]    h = rows * cols / (norm * mass), rank one in each group
+    factored   EMA of [ T * rows | cols | norm | 1 ]      h = rows * cols / (norm * mass), rank one in each group
     full       EMA of [ T * h | 1 ]                       h = h / mass
     fisher     the optimizer's ``exp_avg_sq`` times T, and no state; an EMA of T * grad^2 where there is none
 
@@ -131,7 +131,7 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
         moved = state
     else:
         if spec.source == VECTOR:
-            payload = given.pop(0).float() * row_factor
+            payload = layout.scaled(given.pop(0).float(), row_factor)
         else:
             squared = grad.float().square() * grad_factor
             payload = marginals(squared, layout) if layout.kind == "factored" else squared.reshape(-1)

@@ -7,8 +7,7 @@ that reaches it *is* the curvature, so autograd itself accumulates it over uses,
     full       [ h  numel(weight)             | calls | code | loss count ]
     none       [                                calls | code | loss count ]
 
-The weight, reshaped row-major to [G, R, C], has curvature ``h[g, r, c] = T * rows[g, r] * cols[g, c] / norm[g]``,
-of which rows, columns and norm are the row sums, column sums and total: sums of vectors are those of the summed h.
+The weight, reshaped row-major to [G, R, C], has curvature ``h[g, r, c] = T * rows[g, r] * cols[g, c] / norm[g]``.
 ``calls`` counts emissions, ``code`` adds one `Code` per emission and the loss count the loss terms T that the graph
 saw, so `code / calls` and `loss_count / calls` survive accumulation and a warm compile cache, where no pass runs again.
 """
@@ -111,6 +110,11 @@ class Layout:
     @property
     def size(self) -> int:
         return self.payload + HEADER
+
+    def scaled(self, payload: Tensor, factor: Tensor | float) -> Tensor:
+        """A payload whose h is ``factor`` times as large: the rows of a factored one are, and all of a full one."""
+        count = self.groups * self.rows if self.kind == "factored" else payload.numel()
+        return torch.cat([payload[:count] * factor, payload[count:]])
 
     def split(self, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views (rows [G, R], cols [G, C], norm [G]) of a factored probe vector."""

@@ -6,12 +6,7 @@ A weight gradient is a sum over positions n of two operands, the output's gradie
 
 and the weight's curvature, up to the factor T, is the same contraction of squares. A rule says it in two ways: in full,
 ``h[e, p, q]``, by the op itself on squared operands, and factored, ``h[e, p, q] ~ left[e, p] right[e, q] / norm[e]``,
-by its row sums, column sums and total, which take no product: with a position's energies |left_n|^2 and |right_n|^2,
-
-    left[p] = sum_n left[n, p]^2 |right_n|^2      right[q] = sum_n |left_n|^2 right[n, q]^2      norm = sum_p left[p]
-
-so that a position without a gradient, such as padding, enters nowhere, and sums of uses and of batches are those of the
-summed h. To teach the pass an op, add such a function here and name it in the op's row of `passes.ops`.
+by sums alone. To teach the pass an op, add such a function here and name it in the op's row of `passes.ops`.
 """
 
 from __future__ import annotations
@@ -39,7 +34,7 @@ class Atom(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Row sums [E, P], column sums [E, Q] and total [E], float32: ``h[e, p, q] ~ left[e, p] right[e, q] / norm[e]``."""
+    """``h[e, p, q] ~ left[e, p] * right[e, q] / norm[e]``, three float32 nodes [E, P], [E, Q], [E]."""
 
     left: fx.Node
     right: fx.Node
@@ -160,28 +155,13 @@ def mm(node: fx.Node) -> Contraction:
         return emit(graph, aten.mm.default, square_operand(a), square_operand(b))
 
     def factors() -> Factors:
-        return Factors(*(emit(graph, aten.unsqueeze.default, part, 0) for part in marginals(square(a), square(b))))
+        left = emit(graph, aten.sum.dim_IntList, square(a), [1])
+        right = emit(graph, aten.sum.dim_IntList, square(b), [0])
+        unsqueeze = aten.unsqueeze.default
+        return Factors(emit(graph, unsqueeze, left, 0), emit(graph, unsqueeze, right, 0), constant(a, [1], size(a, 1)))
 
     rows, cols = _shape(node)
     return Contraction((a, b), full, ((Atom(LEFT, rows),), (Atom(RIGHT, cols),)), factors)
-
-
-def marginals(left: fx.Node, right: fx.Node) -> Factors:
-    """Row sums, column sums and total of squares ``left`` [..., P, N] @ ``right`` [..., N, Q], without the product."""
-    of_left, of_right = total(left, -2), total(right, -1)  # energies [..., N]
-    rows = total(times(left, emit(left.graph, aten.unsqueeze.default, of_right, -2)), -1)
-    cols = total(times(right, emit(left.graph, aten.unsqueeze.default, of_left, -1)), -2)
-    return Factors(rows, cols, total(rows, -1))
-
-
-def total(node: fx.Node, *dims: int, keep: bool = False) -> fx.Node:
-    """The sum over some dimensions."""
-    return emit(node.graph, aten.sum.dim_IntList, node, list(dims), keep)
-
-
-def times(a: fx.Node, b: fx.Node) -> fx.Node:
-    """The elementwise product."""
-    return emit(a.graph, aten.mul.Tensor, a, b)
 
 
 def bmm(node: fx.Node) -> Contraction:
@@ -194,7 +174,9 @@ def bmm(node: fx.Node) -> Contraction:
         return emit(graph, aten.bmm.default, square_operand(a), square_operand(b))
 
     def factors() -> Factors:
-        return marginals(square(a), square(b))
+        left = emit(graph, aten.sum.dim_IntList, square(a), [2])
+        right = emit(graph, aten.sum.dim_IntList, square(b), [1])
+        return Factors(left, right, constant(a, [size(a, 0)], size(a, 2)))
 
     return Contraction((a, b), full, ((Atom(GROUP, groups),), (Atom(LEFT, rows),), (Atom(RIGHT, cols),)), factors)
 
@@ -217,8 +199,7 @@ def outer(node: fx.Node) -> Contraction | None:
         left, right = (
             emit(graph, aten.reshape.default, square(factor), [-1, length]) for factor, length in ((a, rows), (b, cols))
         )
-        by_row = times(left, total(right, 1, keep=True))
-        return Factors(by_row, times(right, total(left, 1, keep=True)), total(by_row, 1))
+        return Factors(left, right, constant(a, [size(left, 0)], 1))
 
     *groups, rows, cols = _shape(node)
     dims = (*((Atom(GROUP, group),) for group in groups), (Atom(LEFT, rows),), (Atom(RIGHT, cols),))
@@ -277,10 +258,8 @@ def _by_expert(a: fx.Node, b: fx.Node, offs: fx.Node, *, transposed: bool) -> Fa
     known = emit(graph, aten.unsqueeze.default, emit(graph, aten.any.dim, member, 0), 1)
     zero = constant(a, [], 0)
     rows = [square(emit(graph, aten.permute.default, a, [1, 0]) if transposed else a), square(b)]
-    left, right = (emit(graph, aten.where.self, known, r, zero) for r in rows)
-    by_left, by_right = times(left, total(right, 1, keep=True)), times(right, total(left, 1, keep=True))
-    by_left, by_right = (emit(graph, aten.mm.default, weights, by) for by in (by_left, by_right))
-    return Factors(by_left, by_right, total(by_left, 1))
+    left, right = (emit(graph, aten.mm.default, weights, emit(graph, aten.where.self, known, r, zero)) for r in rows)
+    return Factors(left, right, emit(graph, aten.sum.dim_IntList, weights, [1]))
 
 
 def _membership(positions: fx.Node, offs: fx.Node) -> fx.Node:
@@ -297,8 +276,8 @@ def _membership(positions: fx.Node, offs: fx.Node) -> fx.Node:
 def convolution(node: fx.Node) -> Contraction:
     """Output 1 of the op. Rows are the weight's first dimension, [O, I/g, k...] or, transposed, [I, O/g, k...].
 
-    The columns' sum is the op itself, with the energies of one channel a group for the operand that the rows come from;
-    the energies of the windows that a kernel saw are a convolution with ones.
+    The columns' sum is over the windows that the kernel really saw: the op itself, with ones of one channel a group for
+    the operand that the rows come from.
     """
     g, x, weight, _, *_, transposed, _, groups, _ = arguments(node)
     graph = node.graph
@@ -320,24 +299,16 @@ def convolution(node: fx.Node) -> Contraction:
         return gradient(square_operand(g), square_operand(x), weight)
 
     def factors() -> Factors:
-        of_rows, of_cols = square(by_row), square(by_col)
-        energies, one_row = by_group(of_rows), emit(graph, aten.slice.Tensor, weight, 0, 0, groups)
-        right = gradient(*((of_cols, energies) if transposed else (energies, of_cols)), one_row)
-        right = emit(graph, aten.reshape.default, right, [groups, -1])
-        norm = total(right, 1)
-        if rows == groups:
-            return Factors(emit(graph, aten.unsqueeze.default, norm, 1), right, norm)
-        ones = filled(of_cols, [groups, 1, *cols[1:]], 1.0)
-        stride, padding, dilation = arguments(node)[4:7]
-        none = [0] * len(stride)
-        windows = (by_group(of_cols), ones, None, stride, padding, dilation, False, none, groups)
-        seen = emit(graph, aten.convolution.default, *windows)  # [B, groups, ...]
-        seen = emit(graph, aten.unsqueeze.default, seen, 2)
-        left = times(_grouped(of_rows, groups), seen)
-        return Factors(total(left, 0, *range(3, len(_shape(left)))), right, norm)
-
-    def by_group(squares: fx.Node) -> fx.Node:
-        return total(_grouped(squares, groups), 2)
+        dims = [0, *range(2, len(_shape(by_row)))]
+        left = emit(graph, aten.sum.dim_IntList, square(by_row), dims)
+        windows = emit(graph, aten.sum.dim_IntList, square(by_col), [0], True)
+        spatial = [size(by_row, dim) for dim in dims[1:]]
+        ones = filled(windows, [1, groups, *spatial], 1.0, None)
+        one_row = emit(graph, aten.slice.Tensor, weight, 0, 0, groups)
+        right = gradient(*((windows, ones) if transposed else (ones, windows)), one_row)
+        shape = [groups, -1]
+        left, right = (emit(graph, aten.reshape.default, vector, shape) for vector in (left, right))
+        return Factors(left, right, constant(left, [groups], *(size(by_row, dim) for dim in dims)))
 
     if isinstance(groups, fx.Node):  # as many as the batch: a kernel for each sample, which no weight has for its own
         return Contraction((g, x), full)
@@ -348,9 +319,3 @@ def convolution(node: fx.Node) -> Contraction:
         right_dims.insert(0, (Atom(RIGHT, length, inner),))
         inner *= length
     return Contraction((g, x), full, ((Atom(GROUP, groups), Atom(LEFT, rows // groups)), *right_dims), factors)
-
-
-def _grouped(image: fx.Node, groups: int) -> fx.Node:
-    """[B, groups * C, ...] as [B, groups, C, ...]."""
-    sizes = [size(image, dim) for dim in range(len(_shape(image)))]
-    return emit(image.graph, aten.reshape.default, image, [sizes[0], groups, _shape(image)[1] // groups, *sizes[2:]])

@@ -1,9 +1,9 @@
 """Rows, columns and norm of a weight's curvature, from a path of contractions.
 
 A path whose every step keeps the contraction's left and right index apart (views, permutes, scales, sums of uses, a
-scatter of whole matrices) has its factors without the product, see `contraction`. Its gradient's dimensions are tracked
+scatter of whole matrices) has natural factors: plain sums of squares, no product. Its gradient's dimensions are tracked
 as atoms of the group, left and right index, to see that the weight viewed as [G, R, C] is (group, left, right) or
-(group, right, left). Any other path yields the marginals of its full curvature, which is then made.
+(group, right, left). Any other path yields the marginals of its full curvature.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def _sums(path: Path) -> Factors:
     for other in rest:
         first = Factors(*(emit(graph, aten.add.Tensor, a, b) for a, b in zip(first, other, strict=True)))
     if node.target in SCALED:
-        once = [emit(graph, node.target, part, _scale(path)) for part in first]
-        return Factors(*(emit(graph, node.target, part, _scale(path)) for part in once))
+        left = emit(graph, node.target, emit(graph, node.target, first.left, _scale(path)), _scale(path))
+        return first._replace(left=left)
     if node.target is aten.sum.dim_IntList:
         return Factors(*(emit(graph, aten.sum.dim_IntList, part, [0], True) for part in first))
     if node.target in SCATTERS:

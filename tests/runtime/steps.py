@@ -23,8 +23,9 @@ def inputs_and_gradients(model, loss):
 
 def curvature(x, g, kind, terms):
     """h of MATH: T * contraction of squares, or its factored form."""
-    h = terms * g.square().T @ x.square()
-    return h if kind == "full" else h.sum(1, keepdim=True) * h.sum(0) / h.sum()
+    if kind == "full":
+        return terms * g.square().T @ x.square()
+    return terms / len(x) * g.square().sum(0)[:, None] * x.square().sum(0)
 
 
 def term_gradient(weight, h, fmt):

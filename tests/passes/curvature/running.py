@@ -92,8 +92,8 @@ def product(g: Tensor, x: Tensor) -> tuple[Tensor, Factors]:
     """Positions first: g [N, R], x [N, C]; or of a stack, g [E, N, R], x [E, N, C]."""
     g, x = (g, x) if g.dim() == 3 else (g[None], x[None])
     g, x = g.square(), x.square()
-    h = torch.einsum("enr,enc->erc", g, x)
-    return h, (h.sum(2), h.sum(1), h.sum((1, 2)))
+    norm = torch.full((len(g),), float(g.shape[1]), dtype=torch.float64)
+    return torch.einsum("enr,enc->erc", g, x), (g.sum(1), x.sum(1), norm)
 
 
 def flat(value: Tensor) -> Tensor:
@@ -118,10 +118,12 @@ def convolution(
     space = by_row.dim() - 2
     extra = [padding, padding + stride + dilation * max(kernel)] * space  # zeros to the right are never harmful
     seen = windows(F.pad(by_col, extra), by_row.shape[2:], kernel, stride, dilation).square()
+    positions = by_row[:, 0].numel()
     seen = seen.reshape(len(by_col), groups, -1, math.prod(by_row.shape[2:]), math.prod(kernel))
     rows = by_row.square().reshape(len(by_row), groups, -1, seen.shape[3])
     h = torch.einsum("ngrp,ngcpk->grck", rows, seen)
-    return h, (h.sum((2, 3)), h.sum(1).flatten(1), h.sum((1, 2, 3)))
+    cols = seen.sum((0, 3)).reshape(groups, -1)
+    return h, (rows.sum((0, 3)), cols, torch.full((groups,), float(positions), dtype=torch.float64))
 
 
 def marginals(h: Tensor, layout: Layout) -> Factors:
