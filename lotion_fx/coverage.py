@@ -143,9 +143,10 @@ def report(model: nn.Module) -> CoverageReport:
     Raises:
         ValueError: the model is not under lotion_fx.
     """
-    for smoothing in smoothings_of(model):
+    names, smoothings = names_of(model), smoothings_of(model)
+    for smoothing in smoothings:
         tell(smoothing)
-    found = [(name, weight, term_of(weight)) for weight, name in names_of(model).items()]
+    found = [(name, weight, term_of(weight)) for weight, name in names.items()]
     total = sum(float(term) for _, _, term in found if term is not None)
     rows = {name: _row(name, weight, term, total) for name, weight, term in found}
     parameters = dict(model.named_parameters())
@@ -153,7 +154,7 @@ def report(model: nn.Module) -> CoverageReport:
         if weight is None:
             reason = "not there when the model was transformed"
             rows[name] = Row(name, tuple(parameter.shape), None, None, reason, (), None, None, None, None)
-    measured = smoothings_of(model)[0].tally.measuring
+    measured = smoothings[0].tally.measuring
     return CoverageReport(tuple(rows.values()), measured.common, measured.draws)
 
 
