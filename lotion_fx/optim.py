@@ -137,8 +137,8 @@ class AdamW(torch.optim.AdamW):
     ) -> Tensor:
         """The columns of `adamw_smooth.FACTORS`; in float64, as Python's numbers are, up to the last."""
         steps_taken = torch.stack(list(steps)).to(device, torch.float64)
-        of_moment, of_square, gain, limit = (
-            torch.stack([getattr(term, name) for term in terms]) for name in ("of_moment", "of_square", "gain", "limit")
+        of_moment, of_square, gain = (
+            torch.stack([getattr(term, name) for term in terms]) for name in ("of_moment", "of_square", "gain")
         )
         beta1, beta2 = group["betas"]
         lr = torch.as_tensor(group["lr"], dtype=torch.float64).to(device)
@@ -152,7 +152,6 @@ class AdamW(torch.optim.AdamW):
             (1 - lr * group["weight_decay"]).expand(len(terms)),
             lr * root / (1 - beta1**steps_taken),
             group["eps"] * root,
-            torch.where(gain > 0, limit / (0.5 * gain).sqrt(), 0.0),
         ]
         return torch.stack([column.float() for column in columns], dim=1)
 

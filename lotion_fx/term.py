@@ -30,6 +30,9 @@ BOUND = 0.5
 """How large a term may be beside the root of a second moment that holds its squares too, and a step of it beside a
 weight, see `update`."""
 
+STRONG = 4.0
+"""A strength above this may make the term outweigh the loss: a second moment that holds its squares would feed on it."""
+
 _PROVISIONAL = (None, Code.UNREACHED, Code.UNRESOLVED)  # another graph may yet show more
 _UNCOUNTED = "nothing counted the loss terms of this step, which scale the term, so they are taken as 1"
 Pairs = Sequence[tuple[Weight, Tensor]]  # each with the parameter that the optimizer steps
@@ -44,14 +47,12 @@ class Term:
             it is before the step and ``.grad`` as it is in memory.
         of_moment, of_square: 0-d float32, one of them 0.
         gain: 0-d float32: the strength, times the loss scale if that is still in ``.grad``.
-        limit: 0-d float32: the term is at most this times the root of h, see `update`.
     """
 
     weight: Weight
     of_moment: Tensor
     of_square: Tensor
     gain: Tensor
-    limit: Tensor
 
 
 @runtime_checkable
@@ -165,7 +166,7 @@ class Step:
     def _bound(self, total: Tensor) -> tuple[str, Tensor]:
         """By what terms are kept small, and what that is to be divided by. T is ``total``."""
         if self.settings.reads_moment:
-            return MOMENT, total.sqrt()
+            return (MOMENT, total.sqrt()) if self.settings.strength > STRONG else ("", total)
         rates = [group["lr"] for group in self.optimizer.param_groups if "dampening" in group]  # as SGD alone has
         rate = max((float(rate) for rate in rates), default=0.0)
         return (SIZE, torch.full_like(total, max(rate, 1e-30))) if rates else ("", total)
@@ -352,13 +353,13 @@ class Step:
     def _is_taken(self, weight: Weight, parameter: Tensor, moment: Any, factors: Factors, gain: Tensor) -> bool:
         """Hands the term to an optimizer that makes it in its own pass, if it can; True if so."""
         optimizer, has_moment = self.optimizer, isinstance(moment, Tensor)
-        if not isinstance(optimizer, TakesTerms) or not (has_moment or weight.curvature.ema is None):
+        if not isinstance(optimizer, TakesTerms) or factors.bounded or not (has_moment or weight.curvature.ema is None):
             return False
         if not optimizer.can_take(parameter, weight):
             return False
         zero = torch.zeros_like(factors.gradient)
         pair = (self._moment_factor(parameter, factors), zero) if has_moment else (zero, factors.gradient)
-        optimizer.terms[parameter] = Term(weight, *pair, gain, factors.limit)
+        optimizer.terms[parameter] = Term(weight, *pair, gain)
         weight.curvature.ema = None
         return True
 

@@ -220,7 +220,7 @@ def by_hand(rank: int, world: int, fmt: str, told: bool, after: str = "mean", **
         after: what is done to gradients between backward and step, ``"mean"`` over ranks, ``"scaled"`` or nothing.
     """
     model = make()
-    lotion_fx.transform(model, fmt, process_group=dist.group.WORLD if told else None, **options)
+    counted(model, fmt, process_group=dist.group.WORLD if told else None, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     share = BATCH // world
     with warnings.catch_warnings(record=True) as caught:
@@ -268,7 +268,7 @@ def resumed(rank: int, world: int, folder: str, load: bool, curvature: str, mome
         fully_shard(block)
     fully_shard(model)
     regions = regions_of(model, "blocks and head")
-    lotion_fx.transform(model, "nvfp4", regions=regions, inner="aot_eager", curvature=curvature)
+    counted(model, "nvfp4", regions=regions, inner="aot_eager", curvature=curvature)
     kind = torch.optim.SGD if momentum else torch.optim.AdamW
     optimizer = kind(model.parameters(), lr=0.1 if momentum else 3e-3, **({"momentum": 0.9} if momentum else {}))
     share = BATCH // world

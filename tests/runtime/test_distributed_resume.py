@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lotion_fx
+from tests.models import counted
 from tests.runtime import launching
 from tests.runtime.test_distributed import assert_close
 
@@ -53,7 +54,7 @@ def test_a_state_that_each_rank_has_a_part_of_is_refused_elsewhere(checkpoints):
 
 def test_a_step_that_only_makes_an_optimizer_s_state_is_none():
     torch.manual_seed(0)
-    model = lotion_fx.transform(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), "int4", inner="aot_eager")
+    model = counted(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), "int4", inner="aot_eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

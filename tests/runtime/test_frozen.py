@@ -59,7 +59,7 @@ def test_a_frozen_weight_runs_at_its_rounded_values_in_training(method, names, i
 def test_what_waits_for_its_turn_is_not_frozen():
     """The half of a GAN that the other half's loss passes through."""
     torch.manual_seed(0)
-    model = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+    model = lotion_fx.transform(MLP(), "int4", inner="aot_eager", calibrate=False)
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (model.up, model.down)]
     for step in range(4):
         model.up.requires_grad_(step % 2 == 0)

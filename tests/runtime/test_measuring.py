@@ -290,9 +290,7 @@ def test_no_strength_ends_in_nan(curvature, optimizer):
     for reduction, strength in (("mean", 1e3), ("sum", 1.0), ("sum", 1e3)):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = lotion_fx.transform(
-            MLP(), "int4", inner="aot_eager", curvature=curvature, strength=strength, calibrate=curvature == "factored"
-        )
+        model = lotion_fx.transform(MLP(), "int4", inner="aot_eager", curvature=curvature, strength=strength)
         x, y = torch.randn(256, 20), torch.randint(0, 7, (256,))
         steps = optimizer(model.parameters(), 1e-3)
         for _ in range(30):
