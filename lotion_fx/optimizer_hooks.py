@@ -165,8 +165,6 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
                 _done.add(weight)
     unscaled_by, pending = private.take_grad_scale(optimizer), getattr(optimizer, "grad_scale", None)
     for smoothing, pairs in mine.items():
-        if smoothing.tally.loss_count is None and all(float(group["lr"]) == 0 for group in optimizer.param_groups):
-            continue  # torch.distributed.checkpoint makes an optimizer's state by such a step
         # What a moment stream put into the loss needs no more, unless another graph without the loss used the weight.
         outside = [(weight, p) for weight, p in pairs if not weight.gathered.in_loss or has_curvature(weight)]
         look_for_missing(smoothing, [weight for weight, _ in pairs], [p.grad for _, p in pairs if p.grad is not None])

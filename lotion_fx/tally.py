@@ -270,7 +270,7 @@ class Tally:
     def backward_comes(self) -> None:
         """A backward pass is about to fill gradients: what probes gathered with dropped ones is dropped too."""
         backward = private.current_backward()
-        if self.last_checked == backward:
+        if self.last_checked == backward or self.sampling:
             return
         self.last_checked, kept = backward, []
         for weight in self.weights:
@@ -368,7 +368,7 @@ class Tally:
         for weight in weights:
             gathered = weight.gathered
             gathered.drop_probe()
-            gathered.steps += counts
+            gathered.steps, gathered.gradient = gathered.steps + counts, None
             gathered.in_objective = gathered.in_loss = False
             self.gradients.pop(weight, None)
         self.is_closed = True

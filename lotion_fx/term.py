@@ -31,7 +31,7 @@ BOUND = 0.5
 weight, see `update`."""
 
 STRONG = 4.0
-"""A strength above this may make the term outweigh the loss: a second moment that holds its squares would feed on it."""
+"""A strength above this may make the term outweigh the loss, and is kept within bounds."""
 
 _PROVISIONAL = (None, Code.UNREACHED, Code.UNRESOLVED)  # another graph may yet show more
 _UNCOUNTED = "nothing counted the loss terms of this step, which scale the term, so they are taken as 1"
@@ -165,8 +165,10 @@ class Step:
 
     def _bound(self, total: Tensor) -> tuple[str, Tensor]:
         """By what terms are kept small, and what that is to be divided by. T is ``total``."""
+        if self.settings.strength <= STRONG:
+            return "", total
         if self.settings.reads_moment:
-            return (MOMENT, total.sqrt()) if self.settings.strength > STRONG else ("", total)
+            return MOMENT, total.sqrt()
         rates = [group["lr"] for group in self.optimizer.param_groups if "dampening" in group]  # as SGD alone has
         rate = max((float(rate) for rate in rates), default=0.0)
         return (SIZE, torch.full_like(total, max(rate, 1e-30))) if rates else ("", total)

@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import lotion_fx
-from tests.models import LM, MLP, ids, lm_loss
+from tests.models import LM, MLP, counted, ids, lm_loss
 from tests.runtime.steps import Recorder
 
 
@@ -38,7 +38,7 @@ def by_blocks(model, batch):
 def stepped(model, loss, micro=1, **options):
     """What one step's term adds to each gradient."""
     torch.manual_seed(0)
-    lotion_fx.transform(model, "int4", inner="aot_eager", **options)
+    counted(model, "int4", inner="aot_eager", **options)
     optimizer = Recorder(model)
     for part in ids(8).chunk(micro):
         (loss(part) / micro).backward()
@@ -83,7 +83,7 @@ def test_four_micro_batches_are_one_batch():
 
 
 def test_a_part_runs_at_rounded_weights_in_eval_and_copies_do_too():
-    task = lotion_fx.transform(Task(MLP()), "int4", inner="aot_eager").eval()
+    task = counted(Task(MLP()), "int4", inner="aot_eager").eval()
     x, net = torch.randn(4, 20), task.net
     fmt = lotion_fx.resolve("int4")
     rounded = {f"{n}.weight": lotion_fx.rounding.rtn(getattr(net, n).weight, fmt, 1) for n in ("up", "down")}
@@ -96,5 +96,5 @@ def test_a_part_runs_at_rounded_weights_in_eval_and_copies_do_too():
 def test_called_whole_the_model_is_one_graph_as_before():
     torch._dynamo.reset()
     counters.clear()
-    lm_loss(lotion_fx.transform(LM(), "int4", inner="aot_eager", fullgraph=True), ids()).backward()
+    lm_loss(counted(LM(), "int4", inner="aot_eager", fullgraph=True), ids()).backward()
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
