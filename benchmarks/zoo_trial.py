@@ -191,13 +191,27 @@ class Trial:
         """The loss is finite and every gradient is plain PyTorch's."""
         if not math.isfinite(self.loss):
             return f"the loss is {self.loss}"
-        for name, theirs in self.plain_gradients.items():
+        for name, theirs in self._expected_gradients().items():
             mine = self.gradients.get(name)
             if (mine is None) != (theirs is None):
                 return f"{name} has {'no' if mine is None else 'a'} gradient, unlike plain"
             if mine is not None and (wrong := self._differs([mine], [theirs])):
                 return f"gradient of {name} {wrong}"
         return ""
+
+    def _expected_gradients(self) -> dict[str, Tensor | None]:
+        """Plain PyTorch's, at the rounded values of what is frozen."""
+        frozen = [r for r in self.report.rows if r.format and not self.model.get_parameter(r.name).requires_grad]
+        if not frozen:
+            return self.plain_gradients
+        plain = self.make()
+        with torch.no_grad():
+            for row in frozen:
+                weight = plain.get_parameter(row.name)
+                axis = -1 if row.block_axis is None else row.block_axis
+                weight.copy_(lotion_fx.rounding.rtn(weight, lotion_fx.resolve(row.format), axis))
+        self._first_backward(torch.compile(plain, backend=self.inner))
+        return _gradients(plain)
 
     def eval(self) -> str:
         """Its output is that of the model rounded by hand and compiled the same way; and rounding shows."""
