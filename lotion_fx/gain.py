@@ -15,7 +15,7 @@ from torch import Tensor
 REACH, STEP = 46.0, 0.05
 """Logarithms are kept up to this on both sides, so far apart: factors from 1e-20 to 1e20, to within 5 %."""
 
-PRIOR = 0.5
+PRIOR = 0.25
 """How far from 1 the factor is expected before anything was observed."""
 
 WALK = 0.03
