@@ -272,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["size", "deploy"])
     parser.add_argument("--nets", type=lambda s: s.split(","), default=list(NETS))
-    parser.add_argument("--losses", type=lambda s: s.split(","), default=list(LOSSES))
+    parser.add_argument("--losses", type=lambda s: s.split(";"), default=list(LOSSES), help="names, with ; between")
     parser.add_argument("--curvatures", type=lambda s: s.split(","), default=["factored", "full", "fisher"])
     parser.add_argument("--formats", type=lambda s: s.split(","), default=None)
     parser.add_argument("--steps", type=int, default=None)
