@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-import lotion_fx
+from tests.models import counted
 from tests.runtime.distributed_worker import BATCH, STEPS, VOCAB, batch, regions_of, result
 
 WIDTH, HEADS, HIDDEN = 64, 4, 128
@@ -94,7 +94,7 @@ def train(model: nn.Module, optimizer: str, rank: int = 0, world: int = 1) -> No
 
 def single(fmt: str, optimizer: str, how: str | None = None, **options: Any) -> dict[str, Any]:
     model = make(1 if how is None else 2)
-    lotion_fx.transform(model, fmt, regions=regions_of(model, how), **options)
+    counted(model, fmt, regions=regions_of(model, how), **options)
     torch.manual_seed(1)  # of the roundings
     train(model, optimizer)
     return result(model)
@@ -139,14 +139,14 @@ def tensor_parallel(
     shape, names = ((world,), ("tp",)) if data is None else ((world // 2, 2), ("dp", "tp"))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     if before:
-        lotion_fx.transform(model, fmt, regions=regions_of(model, how), **options)
+        counted(model, fmt, regions=regions_of(model, how), **options)
     parallelize_module(model, mesh["tp"], plan_of(model, sequence, head))
     if data == "fsdp":
         for block in model.blocks:
             fully_shard(block, mesh=mesh["dp"])
         fully_shard(model, mesh=mesh["dp"])
     if not before:
-        lotion_fx.transform(model, fmt, regions=regions_of(model, how), **options)
+        counted(model, fmt, regions=regions_of(model, how), **options)
     torch.manual_seed(1)
     train(model, optimizer, *((rank // 2, world // 2) if data else (0, 1)))
     return result(model)
