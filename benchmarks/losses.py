@@ -175,8 +175,8 @@ LOSSES: dict[str, Loss] = {
 
 def increase(model: nn.Module, loss: Loss, data: Iterator[Batch], rounds: int) -> tuple[float, float]:
     """The measured increase of the loss under randomized rounding, and its standard error."""
-    weights = {row.name for row in lotion_fx.report(model).rows if row.format}
-    parameters = {name: p for name, p in model.named_parameters() if name in weights}
+    rows = {row.name: row for row in lotion_fx.report(model).rows if row.format}
+    parameters = {name: p for name, p in model.named_parameters() if name in rows}
     own = {name: p.detach().clone() for name, p in parameters.items()}
     found = []
     with lotion_fx.full_precision(model):
@@ -187,10 +187,8 @@ def increase(model: nn.Module, loss: Loss, data: Iterator[Batch], rounds: int) -
             linear = 0.0
             with torch.no_grad():
                 for name, p in parameters.items():
-                    axis = lotion_fx.report(model)[name].block_axis
-                    drawn = lotion_fx.rounding.rr(
-                        own[name], lotion_fx.resolve(lotion_fx.report(model)[name].format), axis
-                    )
+                    axis = -1 if rows[name].block_axis is None else rows[name].block_axis
+                    drawn = lotion_fx.rounding.rr(own[name], lotion_fx.resolve(rows[name].format), axis)
                     linear += float((slopes[name] * (drawn - own[name])).sum())
                     p.copy_(drawn)
                 found.append(float(loss(model, batch)) - float(before) - linear)

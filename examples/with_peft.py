@@ -9,21 +9,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lotion_fx
+from lotion_fx.examples.tiny import llama, rows
 
 
 def main(steps: int = 40) -> Any:
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    base = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=64, bos_token_id=0, eos_token_id=1, pad_token_id=2))
-    batch = torch.randint(3, 64, (16, 16), generator=torch.Generator().manual_seed(0))
+    base, batch = llama(), rows(16)
 
     model: Any = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     lotion_fx.transform(model, "int4")  # the frozen base runs rounded; adapters stay in full precision

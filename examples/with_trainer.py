@@ -5,25 +5,15 @@ python examples/with_trainer.py
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import lotion_fx
+from lotion_fx.examples.tiny import llama, rows
 
 
 def main(folder: str = "build/with_trainer", steps: int = 40, resume: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=64, bos_token_id=0, eos_token_id=1, pad_token_id=2))
-    rows = torch.randint(3, 64, (256, 16), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": row, "labels": row} for row in rows]
+    model = llama()
+    data = [{"input_ids": row, "labels": row} for row in rows(256)]
 
     lotion_fx.transform(model, "int4", finish=0.4, steps=40)
     arguments = TrainingArguments(

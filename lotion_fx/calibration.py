@@ -88,7 +88,7 @@ def calibrate(
         names[name].gains = (streamed[name], joint[name])
     for tally in tallies:
         tally.calibrated_now()
-        tally.measuring.stop()
+        tally.measuring.forget()
     return joint
 
 

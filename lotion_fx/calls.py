@@ -65,10 +65,9 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
         tracer = private.tracer()
         with private.outside_of_modes() if tracer else contextlib.nullcontext():
             smoothing.take_in(model)
-        if not tracer:
-            unhooked.look(smoothing, model)
         announcer.new_call()
         if not tracer:
+            unhooked.look(smoothing, model)
             tally.forward_comes(trains=model.training and torch.is_grad_enabled())
         tally.forward_began()
         if tracer:

@@ -41,13 +41,8 @@ class Gains:
     def __init__(self, count: int, reach: float = REACH, step: float = STEP, prior: float = PRIOR) -> None:
         half = round(reach / step)
         self.logs = torch.linspace(-half * step, half * step, 2 * half + 1, dtype=torch.float64)
-        self.step, self.prior = step, prior
+        self.step = step
         self.density = _cauchy(self.logs, prior, step).expand(count, -1).clone()
-
-    def grow(self, count: int) -> None:
-        """So many factors from now on."""
-        if (missing := count - len(self.density)) > 0:
-            self.density = torch.cat([self.density, _cauchy(self.logs, self.prior, self.step).expand(missing, -1)])
 
     def restore(self, density: Tensor) -> None:
         """Believes what was believed then, whatever the shape it comes in."""

@@ -64,7 +64,6 @@ class Held:
         seed: by which they were drawn.
         amax: the absmax of the whole weight, where it is needed of a shard; else None.
         is_back: whether it has its own again.
-        is_told: whether its gradient is that at the rounded values.
     """
 
     own: Tensor
@@ -72,7 +71,6 @@ class Held:
     seed: int
     amax: Tensor | None
     is_back: bool = False
-    is_told: bool = True
 
     def rounded(self, weight: Weight, parameter: Tensor, own: Tensor) -> Tensor:
         """The values that a parameter comes to hold, given its own on this rank."""
@@ -88,18 +86,19 @@ class Measuring:
         is_on: whether it is measured at all.
 
     Attributes:
+        is_on: whether it still is.
         begun: steps that were to measure so far.
         draws: those of them that told something.
         next_at: the step of the next one.
-        is_possible: whether measured steps can be had: optimizers that evaluate a closure have none.
     """
 
     def __init__(self, weights: Sequence[Weight], *, is_on: bool) -> None:
-        self.weights, self.is_on, self.is_possible = weights, is_on, True
+        self.weights, self.is_on = weights, is_on
         self.begun, self.draws, self.next_at = 0, 0, 1
         self._is_told = False
         self._residuals: Tensor | None = None
         self._common, self._own = Gains(1), _own_gains(0)
+        self._order: list[Weight] = []  # of the rows of `_own`
         self._factors: dict[Weight, float] = {}
         self._held: dict[Weight, Held] = {}
 
@@ -110,7 +109,7 @@ class Measuring:
 
         It has none until its size was measured, unless that does not come about.
         """
-        if self.is_on and self.is_possible and not self.draws and steps < FIRST:
+        if self.is_on and not self.draws and steps < FIRST:
             return 0.0
         return self.size(weight)
 
@@ -123,10 +122,15 @@ class Measuring:
         """Measured over counted size of the whole term, and its standard error; None before any measurement."""
         return (float(self._common.mean), float(self._common.error)) if self.draws else None
 
-    def stop(self) -> None:
-        """Nothing is measured any more, and nothing that was holds."""
+    def leave_off(self) -> None:
+        """Nothing is measured any more; what was, holds."""
         self.put_back()
-        self.is_on, self.begun, self.draws, self._factors = False, 0, 0, {}
+        self.is_on = False
+
+    def forget(self) -> None:
+        """Nothing is measured any more, and nothing that was holds."""
+        self.leave_off()
+        self.begun, self.draws, self._factors = 0, 0, {}
 
     # --------------------------------------------------------------------------------------------------------- holding
 
@@ -136,9 +140,9 @@ class Measuring:
         Args:
             steps: optimizer steps so far.
         """
-        for held in self._held.values():
-            held.is_told &= not held.is_back  # part of this step's gradient is not at the rounded values
-        if not self.is_on or not self.is_possible or steps < self.next_at:
+        # Of what is back already, part of this step's gradient will not be that at the rounded values.
+        self._held = {weight: held for weight, held in self._held.items() if not held.is_back}
+        if not self.is_on or steps < self.next_at:
             return
         self.put_back()
         self.begun += 1
@@ -168,9 +172,9 @@ class Measuring:
             held.is_back, held.own = True, local.clone()
             if private.version_of(local) == held.version:
                 local.data.copy_(own)
-            else:  # someone has moved it meanwhile: the move stays
-                held.own, held.is_told = held.rounded(weight, parameter, own), False
-                local.data.add_(own - held.own)
+            else:  # someone has moved it meanwhile: the move stays, and tells nothing
+                local.data.add_(own - held.rounded(weight, parameter, own))
+                del self._held[weight]
 
     # ------------------------------------------------------------------------------------------------------- observing
 
@@ -219,7 +223,7 @@ class Measuring:
         """
         held = {weight: self._held.pop(weight, None) for weight, _ in pairs}
         moments = _moments(optimizer, [parameter for _, parameter in pairs])
-        told = [(weight, p, h) for weight, p in pairs if (h := held[weight]) is not None and h.is_told and h.is_back]
+        told = [(weight, p, h) for weight, p in pairs if (h := held[weight]) is not None]
         sums = []
         for weight, p, h in told:
             slope, curvature = moments.get(p), curvature_of(weight, p)
@@ -245,7 +249,7 @@ class Measuring:
         self.draws += not self._is_told  # an optimizer for each weight tells it in parts
         self._is_told = True
         self._common.observe(measured.sum()[None], predicted.sum()[None], variance.sum()[None])
-        self._own.grow(len(self.weights))
+        self._align()
         places = {weight: place for place, weight in enumerate(self.weights)}
         at, common = torch.tensor([places[weight] for weight in weights]), float(self._common.mean)
         everything = torch.zeros(3, len(self.weights), dtype=torch.float64)
@@ -255,11 +259,21 @@ class Measuring:
         own = own * (predicted.sum() / (own[at] * predicted).sum())  # together they are the whole
         self._factors = {weight: _rounded(common * float(own[place])) for weight, place in places.items()}
 
+    def _align(self) -> None:
+        """The beliefs of weights stand in their order: a model may get and lose some."""
+        if self._order == self.weights:
+            return
+        before, self._own = dict(zip(self._order, self._own.density, strict=True)), _own_gains(len(self.weights))
+        for place, weight in enumerate(self.weights):
+            self._own.density[place] = before.get(weight, self._own.density[place])
+        self._order = list(self.weights)
+
     # ----------------------------------------------------------------------------------------------------- saved state
 
     def saved(self) -> dict[str, Any]:
         """What `restore` takes, in the order of the weights."""
         return {
+            "is_on": self.is_on,
             "begun": self.begun,
             "draws": self.draws,
             "next_at": self.next_at,
@@ -268,22 +282,25 @@ class Measuring:
 
     def _packed(self) -> str:
         """What is believed, as text whose length the number of weights tells."""
-        self._own.grow(len(self.weights))
+        self._align()
         factors = torch.tensor([self.size(weight) for weight in self.weights], dtype=torch.float64)
         values = torch.cat([self._common.density.flatten(), self._own.density.flatten(), factors])
         return base64.b64encode(values.numpy().tobytes()).decode()
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Stands where `saved` was called."""
+        """Stands where `saved` was called; of other weights than now only what holds for all is taken."""
         self.put_back()
         self._held.clear()
-        self.begun, self.draws, self.next_at = saved["begun"], saved["draws"], saved["next_at"]
+        self.is_on, self.begun, self.draws = saved["is_on"], saved["begun"], saved["draws"]
+        self.next_at, self._factors, self._order, self._own = saved["next_at"], {}, [], _own_gains(0)
         values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)
-        common, own = self._common.density.numel(), len(self.weights) * len(self._own.logs)
-        self._common.restore(values[:common])
-        self._own.restore(values[common : common + own])
-        factors = values[common + own :].tolist()
-        self._factors = dict(zip(self.weights, factors, strict=True)) if self.draws else {}
+        count, each = len(self.weights), len(self._own.logs)
+        common, own = values[: len(self._common.logs)], values[len(self._common.logs) :]
+        self._common.restore(common)
+        if len(own) == count * (each + 1):
+            self._own.restore(own[: count * each])
+            self._order = list(self.weights)
+            self._factors = dict(zip(self.weights, own[count * each :].tolist(), strict=True)) if self.draws else {}
 
     def copied(self, memo: Mapping[int, Any]) -> None:
         """The model is being copied, and what was copied of it so far has its own values."""
@@ -298,8 +315,7 @@ def _sums(
 ) -> Tensor:
     """What one weight adds to a measurement, float64 [6]: see `Measuring._learn`."""
     local, quantizer = local_of(parameter), weight.quantizer
-    mean = local if quantizer.unbiased else quantizer.mean(local)
-    noise, variance = (held.own - mean).float(), quantizer.variance(local).float()
+    noise, variance = (held.own - quantizer.mean(local)).float(), quantizer.variance(local).float()
     slope = torch.zeros_like(grad) if slope is None or slope.shape != grad.shape else slope
     products = (
         noise * grad,

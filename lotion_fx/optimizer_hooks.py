@@ -95,8 +95,7 @@ def _has_closure(optimizer: torch.optim.Optimizer) -> None:
     """An optimizer compares the losses of several forwards in a step: they are all to be at the weights themselves."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for smoothing in {weight.smoothing for weight in registry.find(parameters) if weight is not None}:
-        smoothing.tally.measuring.put_back()
-        smoothing.tally.measuring.is_possible = False
+        smoothing.tally.measuring.leave_off()
 
 
 def apply_term(parameters: Iterable[Tensor]) -> None:

@@ -198,11 +198,8 @@ class Step:
 
     def _averaged_over(self, weight: Weight) -> int:
         """What divides the sum over ranks of a weight's payloads."""
-        if (
-            self.settings.samples_labels or not weight.is_analytic
-        ):  # of labels of its own, or made of the step's gradient
-            return self._ranks
-        return self._ranks**2
+        of_own = self.settings.samples_labels or not weight.is_analytic  # labels, or made of the step's gradient
+        return self._ranks if of_own else self._ranks**2
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         if self.group is None:

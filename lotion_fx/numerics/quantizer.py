@@ -56,7 +56,7 @@ class Quantizer:
         return rounding.rr(w, self.format, self.axis, law=self.noise, generator=generator, **options)
 
     def mean(self, w: Tensor) -> Tensor:
-        return rounding.mean(w, self.format, self.axis, law=self.noise)
+        return w if self.unbiased else rounding.mean(w, self.format, self.axis, law=self.noise)
 
     def mean_vjp(self, w: Tensor, grad: Tensor) -> Tensor:
         return rounding.mean_vjp(w, grad, self.format, self.axis, law=self.noise)

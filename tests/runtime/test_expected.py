@@ -406,3 +406,22 @@ def test_tied_weights_are_one_parameter():
     result = lotion_fx.expected_loss(model, lm_batch(0), lm_loss, moments="closed")
     assert set(result.terms) == {"token.weight", "mlp.0.weight", "mlp.2.weight"}
     assert all(float(term) > 0 for term in result.terms.values())
+
+
+def test_the_nearer_of_two_streams_is_taken():
+    """A residual stream that a norm divides by its own length: dropped covariances cost less than the joint form's."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = lotion_fx.transform(transformers.LlamaForCausalLM(config), "int4", inner="aot_eager")
+    tokens = torch.randint(64, (4, 16))
+    batch = {"input_ids": tokens, "labels": tokens}
+    auto, closed, diagonal = (
+        lotion_fx.expected_loss(model, batch, samples=32, moments=moments) for moments in ("auto", "closed", "diagonal")
+    )
+    away = [abs(result.total.item() - auto.sampled) for result in (closed, diagonal)]
+    assert away[0] > 2 * away[1] and auto.total.item() == diagonal.total.item()
+    assert auto.ratio_error > 0 and f"ratio {auto.ratio:.2f} ± " in str(auto)

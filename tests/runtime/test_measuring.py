@@ -304,3 +304,38 @@ def test_counted_models_tell_their_count():
     assert "measured" not in str(lotion_fx.report(model))
     model, _ = trained(2)
     assert "measured in 1 steps" in str(lotion_fx.report(model))
+
+
+def test_beliefs_follow_their_weights():
+    """A model gets a head and loses one while it trains."""
+    model, optimizer = trained(4, rate=1e-3)
+    measuring = measuring_of(model)
+    known = registry[model.mlp[0].weight]
+    row = measuring._own.density[measuring.weights.index(known)].clone()
+    assert not torch.equal(row, measuring._own.density[0])
+    model.head = nn.Linear(16, model.head.out_features, bias=False)
+    optimizer.add_param_group({"params": model.head.parameters()})
+    lotion_fx.report(model)
+    measuring._align()
+    assert torch.equal(measuring._own.density[measuring.weights.index(known)], row)
+    assert registry[model.head.weight] in measuring.weights
+    run(model, optimizer, 6)
+    assert measuring.draws > 4 and measuring.size(registry[model.head.weight]) > 0
+
+
+def test_a_state_of_other_weights_tells_the_common_size_alone():
+    model, _ = trained(5)
+    saved = measuring_of(model).saved()
+    other = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+    measuring = measuring_of(other)
+    measuring.restore(saved)
+    assert measuring.common == measuring_of(model).common
+    assert measuring.size(registry[other.up.weight]) == measuring.common[0]
+
+
+def test_own_calibration_stands_after_a_resume():
+    model, _ = trained(3, rate=1e-3)
+    lotion_fx.calibrate(model, [(ids(), ids().flatten())], lambda out, y: F.cross_entropy(out.flatten(0, 1), y))
+    resumed = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    lotion_fx.load_state_dict(resumed, lotion_fx.state_dict(model))
+    assert not measuring_of(resumed).is_on

@@ -6,7 +6,7 @@ from torch import nn
 
 import lotion_fx
 from lotion_fx.state import registry
-from tests.models import LM, ids, lm_loss
+from tests.models import LM, counted, ids, lm_loss
 from tests.runtime.steps import one_step
 
 
@@ -60,3 +60,46 @@ def test_what_checkpointing_recomputes_is_counted_once(regions):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     one_step(model, optimizer, lambda m: m(torch.randn(10, 16)).square().mean())
     assert lotion_fx.state_dict(model)["phases"][0]["terms"] == 10
+
+
+def term_after(losses, zero, before_backward=False):
+    """The term and T after losses, (factor, whether a step follows), whose gradients ``zero`` drops."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = counted(LM(), "int4", inner="aot_eager", decay=1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for factor, steps in losses:
+        if before_backward:  # forward, then zero, then backward
+            loss = factor * lm_loss(model, ids())
+            zero(optimizer)
+            loss.backward()
+        else:
+            (factor * lm_loss(model, ids())).backward()
+        if steps:
+            optimizer.step()
+        if not before_backward:
+            zero(optimizer)
+    return lotion_fx.report(model).term, registry[model.head.weight].smoothing.tally.last_loss_count
+
+
+DROPPED = [(1.0, True), (1000.0, False), (1.0, True)]
+
+
+@pytest.mark.parametrize("before_backward", [False, True])
+@pytest.mark.parametrize("to_none", [False, True])
+def test_what_was_dropped_leaves_nothing(to_none, before_backward):
+    """A step that is skipped for its size, or a generator's backward pass through a discriminator."""
+    zero = lambda optimizer: optimizer.zero_grad(set_to_none=to_none)  # noqa: E731
+    plain, count = term_after([(1.0, True)] * 2, zero)
+    term, counted_terms = term_after(DROPPED, zero, before_backward=before_backward)
+    assert term == pytest.approx(plain, rel=1e-5) and counted_terms == count
+
+
+def test_what_is_scaled_between_micro_batches_stays():
+    model = counted(LM(), "int4", inner="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    lm_loss(model, ids(8)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    lm_loss(model, ids(6)).backward()
+    optimizer.step()
+    assert registry[model.head.weight].smoothing.tally.last_loss_count == 14 * 5
