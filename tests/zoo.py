@@ -128,8 +128,12 @@ class Trained:
 
 
 def step(model, batch, plain=None, *, lr=1e-2, context=None, transformed=None, **options) -> Trained:
-    """Transforms a model, takes one step, and runs the batch through an untouched copy too."""
+    """Transforms a model, takes one step, and runs the batch through a plain copy, what is frozen rounded by hand."""
     plain = plain or copy.deepcopy(model)
+    with torch.no_grad():
+        for name, axis in block_axes(plain).items():
+            weight = plain.get_parameter(name)
+            weight.copy_(weight if weight.requires_grad else rounding.rtn(weight, FORMAT, axis))
     options.setdefault("inner", "aot_eager")
     model = lotion_fx.transform(model, FORMAT, **options).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
