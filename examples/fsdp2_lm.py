@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 8 examples/fsdp2_lm.py --size 300M --fmt int4 --steps 20000
     torchrun --nproc-per-node 2 examples/fsdp2_lm.py --tiny --steps 10
 
-The LOTION paper (arXiv 2510.08757) trains models of 150M and 300M parameters; the widths and depths here are those of
-OLMo's own ladder at these sizes: width 768 or 1024, 12 or 16 layers, heads of 64, SwiGLU of 4 widths, RoPE, RMSNorm.
+The LOTION paper (arXiv 2510.08757) trains models of 150M and 300M parameters; the shapes here are a choice of ours at
+these sizes: width 768 or 1024, 12 or 16 layers, heads of 64, SwiGLU of 4 widths, RoPE, RMSNorm.
 The text is the Python standard library's source, byte by byte, so most of the vocabulary's parameters are missing: 114M
 and 269M are left. Each rank reads its own windows. The same command again resumes from `--folder`.
 """
