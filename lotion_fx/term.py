@@ -218,8 +218,11 @@ class Step:
         return self.optimizer.state.get(parameter, {}).get("step", 0)
 
     def _shrunk(self) -> Tensor | float:
-        """By what factor the gradients shrank since the backward pass, the loss scale included."""
-        known = self.tally.gradients
+        """By what factor the gradients shrank since the backward pass, the loss scale included.
+
+        Of a loop that averages them over processes since then, only the loss scale is known.
+        """
+        known = self.tally.gradients if self.settings.process_group is None else {}
         before = [(known[weight], sample(_grad(p))) for weight, p in self.pairs if weight in known]
         before = [(then, now) for then, now in before if then.shape == now.shape and then.numel()]
         if not before:
