@@ -234,10 +234,12 @@ def size(args: argparse.Namespace) -> None:
 
 METHODS: dict[str, dict[str, Any]] = {
     "ptq": {"method": "ptq"},
-    "ste": {"method": "ste_scale"},
+    "ste": {"method": "ste"},
+    "ste scale": {"method": "ste_scale"},
     "lotion": {},
     "finish": {"finish": 0.4},
 }
+MINE, RIVALS = ("lotion", "finish"), ("ptq", "ste", "ste scale")
 
 
 def deploy(args: argparse.Namespace) -> None:
@@ -256,13 +258,13 @@ def deploy(args: argparse.Namespace) -> None:
                                 statistics.fmean(float(LOSSES[name](model, next(held_out))) for _ in range(4))
                             )
                 row = [fmt, kind, name, *(f"{statistics.fmean(each):.4g}" for each in ends.values())]
-                for mine, rival in itertools.product(("lotion", "finish"), ("ptq", "ste")):
+                for mine, rival in itertools.product(MINE, RIVALS):
                     paired = [a - b for a, b in zip(ends[mine], ends[rival], strict=True)]
                     error = statistics.stdev(paired) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
                     row.append(f"{statistics.fmean(paired):+.2g} ± {error:.1g}")
                 rows.append(row)
                 print(" | ".join(row), flush=True)
-    differences = ["lotion - ptq", "lotion - ste", "finish - ptq", "finish - ste"]
+    differences = [f"{mine} - {rival}" for mine, rival in itertools.product(MINE, RIVALS)]
     print(tabulate(rows, ["format", "net", "loss", *METHODS, *differences], disable_numparse=True))
 
 

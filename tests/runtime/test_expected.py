@@ -414,7 +414,7 @@ def test_the_nearer_of_two_streams_is_taken():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=1, initializer_range=0.5,
     )  # fmt: skip
     model = lotion_fx.transform(transformers.LlamaForCausalLM(config), "int4", inner="aot_eager")
     tokens = torch.randint(64, (4, 16))
