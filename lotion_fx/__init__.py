@@ -6,6 +6,7 @@ model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
 from lotion_fx import noise, optim, riding, rounding
 from lotion_fx.calibration import calibrate
 from lotion_fx.coverage import CoverageReport, report
+from lotion_fx.deploy.weights import QuantizedWeight, quantized
 from lotion_fx.expected import ExpectedLoss, expected_loss
 from lotion_fx.explanation import Explanation, explain, log_as_asked
 from lotion_fx.numerics.formats import Format, codebook, formats, register_format, resolve
@@ -29,6 +30,7 @@ __all__ = [
     "Explanation",
     "Format",
     "NoiseLaw",
+    "QuantizedWeight",
     "Suggestion",
     "apply_term",
     "calibrate",
@@ -44,6 +46,7 @@ __all__ = [
     "optim",
     "penalty",
     "preset",
+    "quantized",
     "randomized",
     "register_contraction",
     "register_format",

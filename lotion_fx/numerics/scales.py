@@ -51,6 +51,11 @@ class ScaleLaw(ABC):
     def bits(self) -> int:
         """Bits of one stored block scale."""
 
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype of a stored block scale; uint8 for a code."""
+        return torch.uint8 if hasattr(self, "type") else torch.float32
+
     def tensor_scale(self, amax_tensor: Tensor, grid: Grid) -> Tensor | None:
         """The scale shared by the whole tensor, from its absmax; None unless the law is ``two_level``."""
         return None

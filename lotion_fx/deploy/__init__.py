@@ -1,0 +1,4 @@
+"""What was trained, as it is deployed: codes and scales, packed models, files for the programs that run them.
+
+weights     `quantized`: each weight's codes and scales, which everything else here is made of
+"""
