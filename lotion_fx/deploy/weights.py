@@ -73,7 +73,7 @@ class QuantizedWeight:
         return torch.stack([self.codes & 15, self.codes >> 4], -1).flatten(-2)[..., : self.length]
 
     def block_scales(self) -> Tensor:
-        """Each block's whole scale, float32 [*rows, blocks], [1] for a "tensor" format: what levels are multiplied by."""
+        """What levels are multiplied by, the whole of it: float32 [*rows, blocks], [1] for a "tensor" format."""
         type = getattr(self.format.law, "type", None)
         scales = self.packed.scales if type is None else type.decode(self.scales)
         return scales if self.tensor_scale is None else scales * self.tensor_scale
