@@ -6,6 +6,8 @@ model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
 from lotion_fx import noise, optim, riding, rounding
 from lotion_fx.calibration import calibrate
 from lotion_fx.coverage import CoverageReport, report
+from lotion_fx.deploy.exporting import Exported, export
+from lotion_fx.deploy.loading import load
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
 from lotion_fx.expected import ExpectedLoss, expected_loss
 from lotion_fx.explanation import Explanation, explain, log_as_asked
@@ -28,6 +30,7 @@ __all__ = [
     "CoverageReport",
     "ExpectedLoss",
     "Explanation",
+    "Exported",
     "Format",
     "NoiseLaw",
     "QuantizedWeight",
@@ -37,9 +40,11 @@ __all__ = [
     "codebook",
     "expected_loss",
     "explain",
+    "export",
     "finish",
     "formats",
     "full_precision",
+    "load",
     "load_state_dict",
     "noise",
     "noises",

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lotion_fx import private
+from lotion_fx import private, private_ranks
 from lotion_fx.gain import Gains
 from lotion_fx.passes.attach.sharded import is_cut
 from lotion_fx.shards import index_of, local_of, shared_amax
@@ -391,7 +391,7 @@ def _over_shards(sums: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     for mesh in meshes:
         copies = torch.tensor([_copies(parameter, mesh) for parameter in parameters], device=sums.device)
         total = sums / copies[:, None].clamp(min=1)
-        dist.all_reduce(total, group=private.mesh_group(mesh, range(mesh.ndim)))
+        dist.all_reduce(total, group=private_ranks.mesh_group(mesh, range(mesh.ndim)))
         sums = torch.where(copies[:, None] > 0, total, sums)
     return sums
 

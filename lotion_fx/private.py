@@ -1,11 +1,11 @@
 """PyTorch's private interfaces: each name that the package takes from them, and why.
 
-Nothing public does these things, and any release may change them. So no other module imports such a name or reads such
-an attribute, `private_names` has a reason for each, and `tests/runtime/test_private.py` is the canary that names the
-one which a release took away. This module knows torch alone: every other may import it.
+No other module imports such a name or reads such an attribute, `private_names` has a reason for each, and the canary
+`tests/runtime/test_private.py` names the one which a release took away. This module knows torch alone.
 
-Not here: names of ATen's operators, which are a schema of their own; what Inductor asks of a CUDA device, which
-`kernels/emit/absent_cuda.py` replaces; Triton's compiler, which that file and `kernels/audit/aot.py` drive.
+Not here: interfaces to processes and shards, in `private_ranks`; names of ATen's operators, which are a schema of their
+own; what Inductor asks of a CUDA device, which `kernels/emit/absent_cuda.py` replaces; Triton's compiler, which that
+file and `kernels/audit/aot.py` drive.
 """
 
 # ruff: noqa: F401 - names are imported here for others
@@ -42,12 +42,8 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.triton_heuristics import GridExpr
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -319,6 +315,16 @@ def hook_forward(module: nn.Module, before: Callable[..., None], after: Callable
     module._forward_hooks_always_called[_HOOK] = True
 
 
+def without_hooks(model: nn.Module) -> nn.Module:
+    """A copy that carries none of our hooks and calls nothing compiled."""
+    made = copy.deepcopy(model)
+    for module in made.modules():
+        module._compiled_call_impl = None
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
+            hooks.pop(_HOOK, None)
+    return made
+
+
 def needs_frame(module: nn.Module) -> bool:
     """Whether a module's call, compiled by itself, stays in Python: a forward of torch's own, or our hooks alone."""
     hooks: set[Any] = {*module._forward_pre_hooks, *module._forward_hooks}
@@ -361,9 +367,9 @@ def replaced_call(module: nn.Module, call: Callable[..., Any]) -> bool:
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Inside, no module of the model runs compiled."""
     compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
-    for module in compiled:
-        module._compiled_call_impl = None
     try:
+        for module in compiled:
+            module._compiled_call_impl = None
         yield
     finally:
         for module, call in compiled.items():
@@ -420,30 +426,3 @@ def watch_grad_scaler() -> None:
 
     unscale_._lotion_fx = True  # type: ignore[attr-defined]
     torch.amp.GradScaler.unscale_ = unscale_  # type: ignore[method-assign]
-
-
-def active_data_parallel_group() -> Any:
-    """The process group of the DistributedDataParallel module whose forward is running, None outside of one."""
-    module = DistributedDataParallel._get_active_ddp_module()
-    return module.process_group if module is not None else None
-
-
-def mesh_group(mesh: DeviceMesh, dims: Sequence[int]) -> Any:
-    """One process group of a mesh's processes along some of its dimensions; None along none."""
-    if len(dims) <= 1:
-        return mesh.get_group(dims[0]) if dims else None
-    names = mesh.mesh_dim_names if len(dims) < mesh.ndim else None
-    return (mesh if names is None else mesh[tuple(names[dim] for dim in dims)])._flatten().get_group()
-
-
-def identity_of(tensor: Tensor) -> int:
-    """An id that a `DTensor` has in common with the tensor it was made of, and with what is made of it on this rank."""
-    return id(tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
-
-
-def local_spans(parameter: DTensor) -> tuple[tuple[int, int], ...]:
-    """[start, stop) along each dimension of this rank's shard of a parameter; also while a graph is traced."""
-    with _disable_current_modes():  # of a mesh the rank's place is read from a tensor
-        mesh, kinds = parameter.device_mesh, parameter.placements
-        lengths, starts = compute_local_shape_and_global_offset(parameter.shape, mesh, kinds)
-    return tuple((start, start + length) for start, length in zip(starts, lengths, strict=True))

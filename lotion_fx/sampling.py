@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lotion_fx import private
+from lotion_fx import private, private_ranks
 from lotion_fx.carried import MADE_ITSELF
 from lotion_fx.likelihood import draws, output_in, sampled_loss
 from lotion_fx.state import Smoothing
@@ -34,7 +34,7 @@ def sample_first(
         tally = smoothing.tally
         tally.step_of_forwards_began()
         if model.training and torch.is_grad_enabled():
-            tally.runs_in(private.active_data_parallel_group())
+            tally.runs_in(private_ranks.active_data_parallel_group())
             tally.forget_skipped_step()
             if tally.has_term and tally.pass_is_due and not tally.override:
                 check_placement(model, smoothing)

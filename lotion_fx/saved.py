@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lotion_fx import private
+from lotion_fx import private_ranks
 from lotion_fx.passes.attach.probe import Code
 from lotion_fx.passes.attach.usage import Use
 from lotion_fx.scalars import shown
@@ -103,7 +103,7 @@ def _shard(weight: Weight) -> list[list[int]] | None:
     parameter = weight.master
     if not isinstance(parameter, DTensor) or not weight.smoothing.settings.reads_moment:
         return None
-    return [list(span) for span in private.local_spans(parameter)]
+    return [list(span) for span in private_ranks.local_spans(parameter)]
 
 
 def restore(weight: Weight, saved: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lotion_fx import private
+from lotion_fx import private_ranks
 from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import Layout
@@ -36,13 +36,13 @@ def sample(grad: Tensor, count: int = 32) -> Tensor:
 
 def part_of(parameter: Tensor, layout: Layout) -> Part:
     """The part of a weight of this layout that this rank holds."""
-    return Part(layout, private.local_spans(parameter)) if isinstance(parameter, DTensor) else Part.whole(layout)
+    return Part(layout, private_ranks.local_spans(parameter)) if isinstance(parameter, DTensor) else Part.whole(layout)
 
 
 def index_of(parameter: Tensor) -> Tensor:
     """The place of each element of this rank's part in the whole parameter, row-major, int64 of the part's shape."""
     whole = tuple((0, length) for length in parameter.shape)
-    spans = private.local_spans(parameter) if isinstance(parameter, DTensor) else whole
+    spans = private_ranks.local_spans(parameter) if isinstance(parameter, DTensor) else whole
     index = torch.zeros((), dtype=torch.int64, device=local_of(parameter).device)
     for (start, stop), length in zip(spans, parameter.shape, strict=True):
         index = (index * length)[..., None] + torch.arange(start, stop, device=index.device)
@@ -89,7 +89,7 @@ class Ranks:
         others = [dim for dim in range(mesh.ndim) if dim not in dims]
         shards = math.prod(mesh.size(dim) for dim in others if not kinds[dim].is_replicate())
         copies = math.prod(mesh.size(dim) for dim in dims if kinds[dim].is_replicate())
-        return Ranks(private.mesh_group(mesh, others), private.mesh_group(mesh, dims), shards, copies)
+        return Ranks(private_ranks.mesh_group(mesh, others), private_ranks.mesh_group(mesh, dims), shards, copies)
 
 
 def shared_amax(quantizer: Quantizer, parameter: Tensor) -> list[Tensor]:
@@ -101,5 +101,5 @@ def shared_amax(quantizer: Quantizer, parameter: Tensor) -> list[Tensor]:
         return []
     local, mesh = local_of(parameter), parameter.device_mesh
     amax = local.abs().amax().float() if local.numel() else torch.zeros((), dtype=torch.float32, device=local.device)
-    dist.all_reduce(amax, dist.ReduceOp.MAX, group=private.mesh_group(mesh, range(mesh.ndim)))
+    dist.all_reduce(amax, dist.ReduceOp.MAX, group=private_ranks.mesh_group(mesh, range(mesh.ndim)))
     return [amax]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lotion_fx import by_hand, private
+from lotion_fx import by_hand, private, private_ranks
 from lotion_fx.measuring import Measuring
 from lotion_fx.passes.attach.attach import STE, STE_SCALE
 from lotion_fx.passes.attach.probe import Header
@@ -216,7 +216,7 @@ class Tally:
     def graph_runs(self, weights: Sequence[Weight], *, counts: bool) -> None:
         """A graph with these weights' probes runs; ``counts`` where its joint graph tells T."""
         self.counted_in_graph |= counts
-        self.runs_in(private.active_data_parallel_group())
+        self.runs_in(private_ranks.active_data_parallel_group())
         if private.current_backward() == -1:  # what checkpointing recomputes is no second use
             for weight in weights:
                 gathered = weight.gathered

@@ -16,7 +16,7 @@ from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.numerics.rounding import compute_dtype
 from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import Layout
-from lotion_fx.private import local_spans
+from lotion_fx.private_ranks import local_spans
 
 
 def is_cut(quantizer: Quantizer, weight: Tensor) -> bool:

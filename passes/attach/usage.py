@@ -34,7 +34,8 @@ from lotion_fx.passes.attach.call import (
 from lotion_fx.passes.attach.follow import followed
 from lotion_fx.passes.attach.values import CONSTANT, DATA, Part, Value, merged, whole
 from lotion_fx.passes.registered import settle
-from lotion_fx.private import OpOverload, TorchDispatchMode, arguments_of, identity_of, source_of, tree_leaves
+from lotion_fx.private import OpOverload, TorchDispatchMode, arguments_of, source_of, tree_leaves
+from lotion_fx.private_ranks import identity_of
 
 __all__ = ["CONTRACTION", "ELEMENTWISE", "EMBEDDING", "INNER", "PRODUCT", "SUM", "Use", "weight_uses", "why_not_of"]
 

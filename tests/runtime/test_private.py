@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lotion_fx import private
+from lotion_fx import private, private_ranks
 from lotion_fx.private_names import WHY
 from tests.models import MLP
 
 ROOT = Path(__file__).parents[2]
-OWNER = ROOT / "lotion_fx" / "private.py"
+OWNERS = [ROOT / "lotion_fx" / name for name in ("private.py", "private_ranks.py")]
 FILES = [path for folder in ("lotion_fx", "passes", "kernels", "examples") for path in (ROOT / folder).rglob("*.py")]
 # Underscored, and not PyTorch's: namedtuple's method, functools' class, Triton's autotuner that Inductor extends.
 OTHERS = {"_replace", "_lru_cache_wrapper", "_precompile_config"}
@@ -76,24 +76,27 @@ def defined(path):
 
 
 def test_no_other_module_imports_or_names_a_private_interface():
-    found = {str(path.relative_to(ROOT)): names for path in FILES if path != OWNER and (names := private_names(path))}
+    found = {
+        str(path.relative_to(ROOT)): names for path in FILES if path not in OWNERS and (names := private_names(path))
+    }
     assert not found, f"take these from lotion_fx/private.py, with a reason in its WHY: {found}"
 
 
 def test_no_other_module_reads_a_private_attribute():
-    ours = {name for path in FILES if path != OWNER for name in defined(path)} | OTHERS
+    ours = {name for path in FILES if path not in OWNERS for name in defined(path)} | OTHERS
     taken = {name.rpartition(".")[2] for name in WHY} - {"_init_group"}
     found = {
         str(path.relative_to(ROOT)): names
         for path in FILES
-        if path != OWNER and (names := {name for name in underscored(path) if name in taken or name not in ours})
+        if path not in OWNERS and (names := {name for name in underscored(path) if name in taken or name not in ours})
     }
     assert not found, f"a function in lotion_fx/private.py should do this: {found}"
 
 
 def test_every_name_has_a_reason_and_every_reason_a_name():
     """Attributes of objects count as used where the file reads them of anything."""
-    names, attributes = private_names(OWNER), set(underscored(OWNER, own=()))
+    names = {name for owner in OWNERS for name in private_names(owner)}
+    attributes = {name for owner in OWNERS for name in underscored(owner, own=())}
     held = {name for name in WHY if name in names or name.rpartition(".")[2] in attributes}
     held.add("torch.optim.AdamW._init_group")  # an override in `optim`
     assert set(WHY) == held
@@ -104,7 +107,7 @@ def test_every_name_has_a_reason_and_every_reason_a_name():
 
 
 def test_the_module_knows_torch_alone():
-    roots = {name.split(".")[0] for name in imported(parsed(OWNER))}
+    roots = {name.split(".")[0] for owner in OWNERS for name in imported(parsed(owner))}
     assert not roots & {"lotion_fx", "triton", "numpy"} and "torch" in roots
 
 
@@ -291,4 +294,4 @@ def test_a_trace_keeps_composite_ops_whole_and_its_inputs_flat():
 
 
 def test_outside_of_processes_there_is_no_group():
-    assert private.active_data_parallel_group() is None
+    assert private_ranks.active_data_parallel_group() is None

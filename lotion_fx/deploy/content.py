@@ -1,0 +1,98 @@
+"""What is exported: a transformed model's codes and scales, and every other tensor of its `state_dict`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lotion_fx import private
+from lotion_fx.deploy.weights import QuantizedWeight, quantized
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """One transformed model, as a layout takes it.
+
+    Args:
+        model: the transformed model, which a layout may look at and must not change.
+        weights: by name, without those that are other names of one.
+        others: the other parameters and buffers of its `state_dict`, likewise.
+        tied: other name -> first name, of weights and of others.
+        tokenizer: of a Hugging Face model, saved beside it; None where there is none.
+    """
+
+    model: nn.Module
+    weights: dict[str, QuantizedWeight]
+    others: dict[str, Tensor]
+    tied: dict[str, str]
+    tokenizer: Any = None
+
+    @staticmethod
+    def of(model: nn.Module, tokenizer: Any = None) -> Content:
+        """
+        Raises:
+            ValueError: as `quantized`; or the state holds something that is no tensor.
+        """
+        weights = quantized(model)
+        first: dict[int, str] = {}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in weights:
+            first[id(parameters.get(name))] = name
+        others: dict[str, Tensor] = {}
+        tied: dict[str, str] = {}
+        for key, value in model.state_dict(keep_vars=True).items():
+            name = key.replace("_orig_mod.", "")
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"model: its state_dict has {name!r} of type {type(value).__name__}; only tensors can be exported"
+                )
+            if name in weights:
+                continue
+            if (known := first.setdefault(id(value), name)) != name:
+                tied[name] = known
+            else:
+                others[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+        return Content(model, weights, others, tied, tokenizer)
+
+    def dense(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the state at the values that `eval()` computes with, other names included."""
+        for name, weight in self.weights.items():
+            yield name, weight.dequantize()
+        yield from self.others.items()
+        for name, known in self.tied.items():
+            yield name, self.weights[known].dequantize() if known in self.weights else self.others[known]
+
+    @property
+    def is_from_transformers(self) -> bool:
+        return hasattr(self.model, "config") and hasattr(self.model, "save_pretrained")
+
+
+def plain_copy(model: nn.Module, weights: dict[str, QuantizedWeight]) -> nn.Module:
+    """A copy of a transformed model that nothing of lotion_fx is left in, in eval(), at its rounded weights.
+
+    Args:
+        weights: `quantized(model)`.
+    """
+    made = private.without_hooks(model).eval()
+    parameters = dict(made.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight.dequantize())
+    return made.requires_grad_(False)
+
+
+def with_a_bar(what: str, items: Iterable[Item], total: int) -> Iterable[Item]:
+    """The items, with a bar where somebody sees it, it takes over two seconds, and tqdm is installed."""
+    if find_spec("tqdm") is None:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, what, total, leave=False, delay=2, disable=None)

@@ -1,0 +1,128 @@
+"""Layout "lotion": any module, any format. A folder with one safetensors file, and a manifest that describes itself.
+
+Of a weight ``name`` the file has ``name.codes``, ``name.scales`` and, for a scale law of two levels,
+``name.tensor_scale``, as `QuantizedWeight` has them; every other tensor of the model's state is there under its own
+name. Tensors that have two names are there once. The manifest says what each format is, levels and all, so that no
+format need be registered to read it, and has a checksum of every file and of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from lotion_fx.deploy import manifest
+from lotion_fx.deploy.content import Content
+from lotion_fx.deploy.layout import Layout
+from lotion_fx.deploy.weights import DTYPES, QuantizedWeight
+from lotion_fx.kernels.packed import in_pairs
+from lotion_fx.numerics.formats import Format
+
+FILE = "model.safetensors"
+PARTS = ("codes", "scales", "tensor_scale")
+
+
+class Lotion(Layout):
+    name = "lotion"
+    packages = ("safetensors",)
+
+    def refusal(self, fmt: Format) -> str:
+        return ""
+
+    def write(self, content: Content, place: Path) -> dict[str, str]:
+        tensors = dict(content.others)
+        for name, weight in content.weights.items():
+            for part, tensor in zip(PARTS, (weight.codes, weight.scales, weight.tensor_scale), strict=True):
+                if tensor is not None and tensors.setdefault(f"{name}.{part}", tensor) is not tensor:
+                    raise ValueError(f"model: it has a tensor named {name}.{part}, which layout='lotion' uses itself")
+        save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, place / FILE)
+        if content.is_from_transformers:
+            save_settings(content, place)
+        return {}
+
+    def read(self, place: Path, content: Content) -> Iterator[tuple[str, Tensor]]:
+        told = {name: manifest.describe(weight) for name, weight in content.weights.items()}
+        weights, _ = parse((place / FILE).read_bytes(), told)
+        for name, weight in weights.items():
+            yield name, weight.dequantize()
+
+
+def save_settings(content: Content, place: Path) -> None:
+    """A Hugging Face model's configuration, generation settings and tokenizer."""
+    model: Any = content.model
+    config = model.config.to_dict()  # a copy: the model's own is not to change
+    made = type(model.config).from_dict(config)
+    made.architectures = [type(model).__name__]
+    made.save_pretrained(place)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(place)
+    if content.tokenizer is not None:
+        content.tokenizer.save_pretrained(place)
+
+
+def read(folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], dict[str, str]]:
+    """Weights, other tensors and the other names of both, of a folder whose checksums all hold.
+
+    Raises:
+        ValueError: it is damaged, or of another layout.
+    """
+    told = manifest.read(folder)
+    if told["layout"] != Lotion.name:
+        raise ValueError(
+            f"path={str(folder)!r}: an export for {told['layout']}, whose client loads it; load reads 'lotion'"
+        )
+    weights, others = parse(manifest.check_file(folder, FILE, told), told["weights"])
+    for name, known in told["tied"].items():
+        if known not in weights and known not in others:
+            raise ValueError(f"path={str(folder)!r}: damaged: {name!r} is said to be {known!r}, which is not there")
+    return weights, others, told["tied"]
+
+
+def parse(contents: bytes, told: Mapping[str, Any]) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    """The weights, and the other tensors, of a safetensors file's contents.
+
+    Args:
+        told: of each weight what the manifest tells.
+    """
+    try:
+        tensors = load(contents)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(f"path: {FILE} is damaged, or no safetensors file ({error})") from error
+    weights = {}
+    for name, entry in told.items():
+        parts = [tensors.pop(f"{name}.{part}", None) for part in PARTS]
+        weights[name] = _weight(name, parts, entry)
+    return weights, tensors
+
+
+def _weight(name: str, parts: list[Tensor | None], told: Mapping[str, Any]) -> QuantizedWeight:
+    codes, scales, tensor_scale = parts
+    fmt, axis, shape = manifest.format_of(told["format"]), told["axis"], tuple(told["shape"])
+    dtype = getattr(torch, str(told["dtype"]), None)
+    if not shape or not 0 <= axis < len(shape) or dtype not in DTYPES or codes is None or scales is None:
+        raise ValueError(
+            f"path: {FILE} is damaged: of {name!r} codes, scales, axis, shape or dtype are missing or wrong"
+        )
+    rows, length = [*shape[:axis], *shape[axis + 1 :]], shape[axis]
+    blocks = -(-length // fmt.block) if isinstance(fmt.block, int) else 1
+    wanted = [
+        (codes, torch.uint8, [*rows, -(-length // 2) if in_pairs(fmt) else length]),
+        (scales, fmt.law.stored, [1] if fmt.block == "tensor" else [*rows, blocks]),
+    ]
+    if (tensor_scale is not None) != fmt.law.two_level:
+        raise ValueError(f"path: {FILE} is damaged: of {name!r} the tensor scale is missing, or one too many")
+    if tensor_scale is not None:
+        wanted.append((tensor_scale, torch.float32, []))
+    for tensor, stored, expected in wanted:
+        if tensor.dtype != stored or list(tensor.shape) != expected:
+            raise ValueError(
+                f"path: {FILE} is damaged: of {name!r} a tensor is {tensor.dtype} {list(tensor.shape)}, expected "
+                f"{stored} {expected}"
+            )
+    return QuantizedWeight(codes, scales, tensor_scale, fmt, axis, shape, dtype)  # type: ignore[arg-type]

@@ -1,0 +1,77 @@
+"""`load`: a model from an export of layout "lotion"."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lotion_fx import private
+from lotion_fx.deploy.layouts import lotion
+from lotion_fx.deploy.weights import QuantizedWeight
+from lotion_fx.scalars import check_flag, shown
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, packed: bool = True) -> nn.Module:
+    """A model at the weights of an export, in eval().
+
+    Args:
+        path: a folder that `export` wrote with layout "lotion".
+        model: a plain module of the architecture that was exported, whose values are replaced, in place. It may be left
+            out for a Hugging Face model, whose configuration is in the folder.
+        packed: whether the weights stay packed, as `quantize` holds them; else they are dense tensors.
+
+    Raises:
+        ValueError: the export is damaged, of another layout, or does not fit the model; or no model is given and the
+            folder has no configuration.
+        TypeError: the model is no module.
+    """
+    check_flag("packed", packed)
+    folder = Path(path)
+    weights, others, tied = lotion.read(folder)
+    made = _from_transformers(folder) if model is None else model
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"model={shown(model)}: expected a plain nn.Module, not {type(model).__name__}")
+    if any(private.before_of(module) is not None for module in made.modules()):
+        raise ValueError("model: it is under lotion_fx; give a plain module, and transform it afterwards to train on")
+    _fill(made, weights, others, tied)
+    if packed:
+        from lotion_fx.deploy.packed_model import hold
+
+        hold(made, weights)
+    return made.eval()
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module, weights: dict[str, QuantizedWeight], others: dict[str, Tensor], tied: dict[str, str]
+) -> None:
+    dense: dict[str, Tensor] = {name: weight.dequantize() for name, weight in weights.items()} | others
+    dense |= {name: dense[known] for name, known in tied.items()}
+    try:
+        model.load_state_dict(dense, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"model: the export does not fit this {type(model).__name__}: {error}") from error
+    for name, known in tied.items():  # names that were one tensor are one again
+        owner, _, attribute = name.rpartition(".")
+        first, _, other = known.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, getattr(model.get_submodule(first), other))
+
+
+def _from_transformers(folder: Path) -> nn.Module:
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"path={str(folder)!r}: the export has no config.json to make a model from; pass model=, a plain module of "
+            "the architecture that was exported"
+        )
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or ["?"])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ValueError(f"path={str(folder)!r}: transformers has no {name}; pass model=, made by its own class")
+    made: nn.Module = kind(config)
+    return made
