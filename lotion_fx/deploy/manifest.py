@@ -64,8 +64,8 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"path={str(file)!r}: damaged: it is no manifest of an export ({error})") from error
     if not intact:
         raise ValueError(f"path={str(file)!r}: damaged: its checksum is not that of its contents; copy it anew")
-    if told["version"] != VERSION:
-        raise ValueError(f"path={str(file)!r}: of version {told['version']!r}; this lotion_fx reads {VERSION}")
+    if told.get("version") != VERSION:
+        raise ValueError(f"path={str(file)!r}: of version {told.get('version')!r}; this lotion_fx reads {VERSION}")
     return dict(told)
 
 
@@ -75,15 +75,15 @@ def check_file(folder: Path, name: str, told: Mapping[str, Any]) -> bytes:
     Raises:
         ValueError: it is missing, or is not what was written.
     """
-    file, known = folder / name, told["files"].get(name)
-    if known is None or not file.is_file():
+    file, files = folder / name, told.get("files")
+    known = files.get(name) if isinstance(files, dict) else None
+    if not isinstance(known, dict) or not file.is_file():
         raise ValueError(f"path={str(folder)!r}: {name} is missing from this export; copy it anew")
-    if file.stat().st_size != known["size"]:
-        raise ValueError(
-            f"path={str(file)!r}: damaged: it has {file.stat().st_size} bytes, of {known['size']}; copy it anew"
-        )
+    size = file.stat().st_size
+    if size != known.get("size"):
+        raise ValueError(f"path={str(file)!r}: damaged: it has {size} bytes, of {known.get('size')}; copy it anew")
     contents = file.read_bytes()
-    if hashlib.sha256(contents).hexdigest() != known["sha256"]:
+    if hashlib.sha256(contents).hexdigest() != known.get("sha256"):
         raise ValueError(f"path={str(file)!r}: damaged: its checksum is not the one that was written; copy it anew")
     return contents
 

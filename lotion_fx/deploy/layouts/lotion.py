@@ -21,6 +21,7 @@ from lotion_fx.deploy import manifest
 from lotion_fx.deploy.content import Content
 from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.weights import DTYPES, QuantizedWeight
+from lotion_fx.deploy.writing import MARK
 from lotion_fx.kernels.packed import in_pairs
 from lotion_fx.numerics.formats import Format
 
@@ -70,18 +71,24 @@ def read(folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], d
     """Weights, other tensors and the other names of both, of a folder whose checksums all hold.
 
     Raises:
-        ValueError: it is damaged, or of another layout.
+        ValueError: it is damaged, or of another layout. Files are read whole, never mapped: a mapped one that is cut
+            later would end the process.
     """
     told = manifest.read(folder)
-    if told["layout"] != Lotion.name:
+    if told.get("layout") != Lotion.name:
         raise ValueError(
-            f"path={str(folder)!r}: an export for {told['layout']}, whose client loads it; load reads 'lotion'"
+            f"path={str(folder)!r}: an export for {told.get('layout')}, whose client loads it; load reads 'lotion'"
         )
-    weights, others = parse(manifest.check_file(folder, FILE, told), told["weights"])
-    for name, known in told["tied"].items():
-        if known not in weights and known not in others:
-            raise ValueError(f"path={str(folder)!r}: damaged: {name!r} is said to be {known!r}, which is not there")
-    return weights, others, told["tied"]
+    contents = manifest.check_file(folder, FILE, told)
+    try:
+        weights, others = parse(contents, told["weights"])
+        tied = dict(told["tied"].items())
+        for name, known in tied.items():
+            if known not in weights and known not in others:
+                raise ValueError(f"{name!r} is said to be {known!r}, which is not there")
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"path={str(folder)!r}: damaged: {MARK} does not describe {FILE}: {error}") from error
+    return weights, others, tied
 
 
 def parse(contents: bytes, told: Mapping[str, Any]) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
@@ -93,7 +100,7 @@ def parse(contents: bytes, told: Mapping[str, Any]) -> tuple[dict[str, Quantized
     try:
         tensors = load(contents)
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise ValueError(f"path: {FILE} is damaged, or no safetensors file ({error})") from error
+        raise ValueError(f"it is no safetensors file ({error})") from error
     weights = {}
     for name, entry in told.items():
         parts = [tensors.pop(f"{name}.{part}", None) for part in PARTS]
@@ -106,9 +113,9 @@ def _weight(name: str, parts: list[Tensor | None], told: Mapping[str, Any]) -> Q
     fmt, axis, shape = manifest.format_of(told["format"]), told["axis"], tuple(told["shape"])
     dtype = getattr(torch, str(told["dtype"]), None)
     if not shape or not 0 <= axis < len(shape) or dtype not in DTYPES or codes is None or scales is None:
-        raise ValueError(
-            f"path: {FILE} is damaged: of {name!r} codes, scales, axis, shape or dtype are missing or wrong"
-        )
+        raise ValueError(f"of {name!r} codes, scales, axis, shape or dtype are missing or wrong")
+    if isinstance(fmt.block, int) and fmt.block >= 2**31:
+        raise ValueError(f"of {name!r} a block has {fmt.block} weights")
     rows, length = [*shape[:axis], *shape[axis + 1 :]], shape[axis]
     blocks = -(-length // fmt.block) if isinstance(fmt.block, int) else 1
     wanted = [
@@ -116,13 +123,12 @@ def _weight(name: str, parts: list[Tensor | None], told: Mapping[str, Any]) -> Q
         (scales, fmt.law.stored, [1] if fmt.block == "tensor" else [*rows, blocks]),
     ]
     if (tensor_scale is not None) != fmt.law.two_level:
-        raise ValueError(f"path: {FILE} is damaged: of {name!r} the tensor scale is missing, or one too many")
+        raise ValueError(f"of {name!r} the tensor scale is missing, or one too many")
     if tensor_scale is not None:
         wanted.append((tensor_scale, torch.float32, []))
     for tensor, stored, expected in wanted:
         if tensor.dtype != stored or list(tensor.shape) != expected:
             raise ValueError(
-                f"path: {FILE} is damaged: of {name!r} a tensor is {tensor.dtype} {list(tensor.shape)}, expected "
-                f"{stored} {expected}"
+                f"of {name!r} a tensor is {tensor.dtype} {list(tensor.shape)}, expected {stored} {expected}"
             )
     return QuantizedWeight(codes, scales, tensor_scale, fmt, axis, shape, dtype)  # type: ignore[arg-type]
