@@ -19,7 +19,7 @@ BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: 
 
 
 def hard(dtype, columns=50):
-    """Rows that are hard to round: ties, both zeros, denormals, all zero, saturating, of one size; a short last block."""
+    """Rows hard to round: ties, both zeros, denormals, all zero, saturating, of one size; a short last block."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(40, columns, generator=generator) * torch.randn(40, 1, generator=generator).exp()
     tie = torch.arange(columns) % 14 / 2 - 3.5
