@@ -5,6 +5,7 @@ content     all that is exported of a model
 layout      what a layout is; layouts/ has them, one a file
 exporting   `export`
 loading     `load`
+verifying   `verify`
 writing     files that are there whole or not at all
 manifest    what describes an exported folder
 """

@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lotion_fx import private
 from lotion_fx.deploy.content import Content
 from lotion_fx.numerics.formats import Format
 
@@ -56,6 +57,19 @@ class Layout(ABC):
         Each in the model's shape, and in a dtype in which it can be compared with what was trained, bit for bit.
         """
 
+    def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
+        """What the client computes on inputs: its logits, or the first tensor that it returns.
+
+        Args:
+            place: an export.
+            model: that was exported; for a client which needs a module of its kind, that it does not alter.
+            inputs: a dictionary of keyword arguments, a tuple of arguments, or one argument.
+
+        Raises:
+            NotImplementedError: the client runs no model.
+        """
+        raise NotImplementedError(f"layout={self.name!r}: no client at hand runs it; compare its weights alone")
+
     def check_packages(self) -> None:
         """
         Raises:
@@ -79,3 +93,15 @@ class Layout(ABC):
             if name not in known:
                 has = f"its options are {', '.join(known)}" if known else "it has no options"
                 raise TypeError(f"{name}={options[name]!r}: no option of layout={self.name!r}; {has}")
+
+
+def first_tensor(out: Any) -> Tensor:
+    """The logits of a model's output, else the first tensor that is no scalar."""
+    logits = getattr(out, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    leaves = [leaf for leaf in private.tree_leaves(out) if isinstance(leaf, Tensor)]
+    for leaf in leaves:
+        if leaf.dim():
+            return leaf
+    raise ValueError("batch: the model returns no tensor to compare")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lotion_fx import private
 from lotion_fx.deploy.layouts import lotion
-from lotion_fx.deploy.weights import QuantizedWeight
 from lotion_fx.scalars import check_flag, shown
 
 
@@ -36,28 +34,12 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, packed
         raise TypeError(f"model={shown(model)}: expected a plain nn.Module, not {type(model).__name__}")
     if any(private.before_of(module) is not None for module in made.modules()):
         raise ValueError("model: it is under lotion_fx; give a plain module, and transform it afterwards to train on")
-    _fill(made, weights, others, tied)
+    lotion.fill(made, weights, others, tied)
     if packed:
         from lotion_fx.deploy.packed_model import hold
 
         hold(made, weights)
     return made.eval()
-
-
-@torch.no_grad()
-def _fill(
-    model: nn.Module, weights: dict[str, QuantizedWeight], others: dict[str, Tensor], tied: dict[str, str]
-) -> None:
-    dense: dict[str, Tensor] = {name: weight.dequantize() for name, weight in weights.items()} | others
-    dense |= {name: dense[known] for name, known in tied.items()}
-    try:
-        model.load_state_dict(dense, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"model: the export does not fit this {type(model).__name__}: {error}") from error
-    for name, known in tied.items():  # names that were one tensor are one again
-        owner, _, attribute = name.rpartition(".")
-        first, _, other = known.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, getattr(model.get_submodule(first), other))
 
 
 def _from_transformers(folder: Path) -> nn.Module:
