@@ -22,7 +22,7 @@ def test_an_export_is_what_was_trained(tmp_path):
 def test_a_model_that_trained_on_is_another(tmp_path):
     model, tokens = trained(), torch.randint(VOCAB, (4, 6))
     lotion_fx.export(model, tmp_path / "model")
-    changed = list(lotion_fx.quantized(model))[0]
+    changed = next(iter(lotion_fx.quantized(model)))
     with torch.no_grad():
         model.get_parameter(changed)[0].neg_()
     found = lotion_fx.verify(tmp_path / "model", model, tokens)
