@@ -41,7 +41,15 @@ class Content:
         Raises:
             ValueError: as `quantized`; or the state holds something that is no tensor.
         """
-        weights = quantized(model)
+        return Content.with_weights(model, quantized(model), tokenizer)
+
+    @staticmethod
+    def with_weights(model: nn.Module, weights: dict[str, QuantizedWeight], tokenizer: Any = None) -> Content:
+        """That of a model, transformed or plain, whose weights are given.
+
+        Raises:
+            ValueError: the state holds something that is no tensor.
+        """
         first: dict[int, str] = {}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in weights:

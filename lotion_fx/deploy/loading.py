@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from lotion_fx import private
+from lotion_fx.deploy.content import Content
 from lotion_fx.deploy.layouts import lotion
+from lotion_fx.deploy.weights import QuantizedWeight
 from lotion_fx.scalars import check_flag, shown
 
 
@@ -27,22 +30,38 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, packed
         TypeError: the model is no module.
     """
     check_flag("packed", packed)
-    folder = Path(path)
+    made, weights = _loaded(Path(path), model)
+    if packed:
+        from lotion_fx.deploy.packed_model import hold
+
+        hold(made, weights)
+    return made
+
+
+def content_of(path: Path, model: nn.Module | None = None, tokenizer: Any = None) -> Content:
+    """What an export of layout "lotion" holds, to be laid out anew; arguments and errors are those of `load`."""
+    made, weights = _loaded(path, model)
+    return Content.with_weights(made, weights, tokenizer)
+
+
+def _loaded(folder: Path, model: nn.Module | None) -> tuple[nn.Module, dict[str, QuantizedWeight]]:
+    """A plain module at the dense values of an export, in eval(), and the weights' codes."""
     weights, others, tied = lotion.read(folder)
-    made = _from_transformers(folder) if model is None else model
+    made = from_transformers(folder) if model is None else model
     if not isinstance(made, nn.Module):
         raise TypeError(f"model={shown(model)}: expected a plain nn.Module, not {type(model).__name__}")
     if any(private.before_of(module) is not None for module in made.modules()):
         raise ValueError("model: it is under lotion_fx; give a plain module, and transform it afterwards to train on")
     lotion.fill(made, weights, others, tied)
-    if packed:
-        from lotion_fx.deploy.packed_model import hold
-
-        hold(made, weights)
-    return made.eval()
+    return made.eval(), weights
 
 
-def _from_transformers(folder: Path) -> nn.Module:
+def from_transformers(folder: Path) -> nn.Module:
+    """A Hugging Face model of a folder's configuration, at random weights.
+
+    Raises:
+        ValueError: there is no configuration, or of no class that transformers has.
+    """
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"path={str(folder)!r}: the export has no config.json to make a model from; pass model=, a plain module of "

@@ -18,6 +18,7 @@ from lotion_fx.deploy.content import Content, with_a_bar
 from lotion_fx.deploy.exporting import same
 from lotion_fx.deploy.layout import Layout, first_tensor
 from lotion_fx.deploy.layouts import LAYOUTS, layout_of
+from lotion_fx.deploy.loading import content_of
 from lotion_fx.expected import expected_loss
 from lotion_fx.loss_graph import called, loss_of
 from lotion_fx.switches import full_precision
@@ -92,12 +93,14 @@ def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:+.3g}"
 
 
-def verify(path: str | os.PathLike[str], model: nn.Module, batch: Any = None, loss_fn: Any = None) -> Verification:
+def verify(
+    path: str | os.PathLike[str], model: nn.Module | str | os.PathLike[str], batch: Any = None, loss_fn: Any = None
+) -> Verification:
     """Reads an export with its client's own library, and compares weights and outputs with the trained model's.
 
     Args:
         path: what `export` wrote.
-        model: the transformed model that was exported, as it was then.
+        model: the transformed model that was exported, as it was then; or the folder of its export of layout "lotion".
         batch: inputs to compare outputs on: the arguments of the model (a dictionary of keywords, a tuple, or one
             argument), or with ``loss_fn`` a pair (inputs, targets). Where it gives a loss, each weight's part of its
             increase is told too.
@@ -108,12 +111,14 @@ def verify(path: str | os.PathLike[str], model: nn.Module, batch: Any = None, lo
     """
     place = Path(path)
     layout, dense = _found(place)
-    content = Content.of(model)
+    is_transformed = isinstance(model, nn.Module)
+    content = Content.of(model) if isinstance(model, nn.Module) else content_of(Path(model))
+    model = content.model
     read = {}
     for name, tensor in with_a_bar("verifying", layout.read(place, content), len(content.weights)):
         if name in content.weights:
             read[name] = same(tensor, content.weights[name].dequantize())
-    losses = _losses(model, batch, loss_fn, content)
+    losses = _losses(model, batch, loss_fn, content) if is_transformed else {}
     weights = tuple(
         Compared(
             name,
