@@ -6,6 +6,7 @@ model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
 from lotion_fx import noise, optim, riding, rounding
 from lotion_fx.calibration import calibrate
 from lotion_fx.coverage import CoverageReport, report
+from lotion_fx.deploy.packed_model import quantize
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
 from lotion_fx.expected import ExpectedLoss, expected_loss
 from lotion_fx.explanation import Explanation, explain, log_as_asked
@@ -46,6 +47,7 @@ __all__ = [
     "optim",
     "penalty",
     "preset",
+    "quantize",
     "quantized",
     "randomized",
     "register_contraction",

@@ -1,4 +1,5 @@
 """What was trained, as it is deployed: codes and scales, packed models, files for the programs that run them.
 
-weights     `quantized`: each weight's codes and scales, which everything else here is made of
+weights       `quantized`: each weight's codes and scales, which everything else here is made of
+packed_model  `quantize`: a plain model with its weights packed in memory
 """
