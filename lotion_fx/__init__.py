@@ -8,6 +8,7 @@ from lotion_fx.calibration import calibrate
 from lotion_fx.coverage import CoverageReport, report
 from lotion_fx.deploy.exporting import Exported, export
 from lotion_fx.deploy.loading import load
+from lotion_fx.deploy.packed_model import quantize
 from lotion_fx.deploy.verifying import Verification, verify
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
 from lotion_fx.expected import ExpectedLoss, expected_loss
@@ -53,6 +54,7 @@ __all__ = [
     "optim",
     "penalty",
     "preset",
+    "quantize",
     "quantized",
     "randomized",
     "register_contraction",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -89,12 +90,21 @@ def plain_copy(model: nn.Module, weights: dict[str, QuantizedWeight]) -> nn.Modu
     Args:
         weights: `quantized(model)`.
     """
-    made = private.without_hooks(model).eval()
+    made = without_hooks(model).eval()
     parameters = dict(made.named_parameters())
     with torch.no_grad():
         for name, weight in weights.items():
             parameters[name].copy_(weight.dequantize())
     return made.requires_grad_(False)
+
+
+def without_hooks(model: nn.Module) -> nn.Module:
+    """A copy that carries none of our hooks and calls nothing compiled, at its own weights."""
+    made = copy.deepcopy(model)
+    for module in made.modules():
+        private.unhook(module)
+        private.replace_call(module, None)
+    return made
 
 
 def with_a_bar(what: str, items: Iterable[Item], total: int) -> Iterable[Item]:

@@ -11,6 +11,7 @@ from torch import nn
 from lotion_fx import private
 from lotion_fx.deploy.content import Content
 from lotion_fx.deploy.layouts import lotion
+from lotion_fx.deploy.packed_model import hold
 from lotion_fx.deploy.weights import QuantizedWeight
 from lotion_fx.scalars import check_flag, shown
 
@@ -32,8 +33,6 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, packed
     check_flag("packed", packed)
     made, weights = _loaded(Path(path), model)
     if packed:
-        from lotion_fx.deploy.packed_model import hold
-
         hold(made, weights)
     return made
 

@@ -17,9 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from lotion_fx import private
 from lotion_fx.deploy import manifest
-from lotion_fx.deploy.content import Content
+from lotion_fx.deploy.content import Content, without_hooks
 from lotion_fx.deploy.layout import Layout, first_tensor
 from lotion_fx.deploy.weights import DTYPES, QuantizedWeight
 from lotion_fx.deploy.writing import MARK
@@ -56,7 +55,7 @@ class Lotion(Layout):
             yield name, weight.dequantize()
 
     def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
-        made = private.without_hooks(model).eval()
+        made = without_hooks(model).eval()
         fill(made, *read(place))
         return first_tensor(called(made, inputs))
 
@@ -150,7 +149,7 @@ def fill(
     Raises:
         ValueError: they do not fit.
     """
-    dense: dict[str, Tensor] = {name: weight.dequantize() for name, weight in weights.items()} | others
+    dense: dict[str, Tensor] = {name: weight.dequantize().contiguous() for name, weight in weights.items()} | others
     dense |= {name: dense[known] for name, known in tied.items()}
     try:
         model.load_state_dict(dense, strict=True, assign=True)
