@@ -151,11 +151,11 @@ class PackedWeight(nn.Module):
         elif x.dtype != self.like.dtype:
             return F.linear(x, self(), bias)  # where torch says what is wrong
         differentiates = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        weight = self.quantized
         if x.device.type == "cpu" and self.is_for_cpu and not differentiates:
-            return cpu_linear(x, weight.codes, weight.scales, weight.tensor_scale, bias, self.fmt.name)
+            scale = None if self.tensor_scale is None else self.tensor_scale.view(torch.float32)
+            return cpu_linear(x, self.codes, self.scales.view(self.stored), scale, bias, self.fmt.name)
         if x.device.type == "cuda" and _has_kernel(self.fmt, x.dtype) and not differentiates:
-            return packed_linear(x, *weight.packed, bias, self.fmt.name)
+            return packed_linear(x, *self.quantized.packed, bias, self.fmt.name)
         return F.linear(x, self(), bias)
 
     def extra_repr(self) -> str:
