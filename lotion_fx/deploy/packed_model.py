@@ -100,6 +100,7 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.fmt, self.axis, self.shape, self.strides = weight.format, weight.axis, weight.shape, tuple(strides)
         self.stored = weight.scales.dtype
+        self.has_cpu_kernel = in_pairs(self.fmt) and (not isinstance(self.fmt.block, int) or self.fmt.block % 2 == 0)
         device, name = weight.codes.device, list(weight.format.name.encode())
         scale = None if weight.tensor_scale is None else weight.tensor_scale.view(torch.int32)
         self.register_buffer("codes", weight.codes)
@@ -115,12 +116,6 @@ class PackedWeight(nn.Module):
         scale = None if self.tensor_scale is None else self.tensor_scale.view(torch.float32)
         scales = self.scales.view(self.stored)
         return QuantizedWeight(self.codes, scales, scale, self.fmt, self.axis, self.shape, self.like.dtype)
-
-    @property
-    def is_for_cpu(self) -> bool:
-        """Whether the C++ kernels take it where it lies."""
-        even = not isinstance(self.fmt.block, int) or self.fmt.block % 2 == 0
-        return self.codes.device.type == "cpu" and in_pairs(self.fmt) and even and self.like.dtype in DTYPES
 
     def forward(self) -> Tensor:
         """The weight, bit for bit as the model's ``eval()`` has it."""
@@ -139,22 +134,26 @@ class PackedWeight(nn.Module):
         )
 
     def _values(self, weight: QuantizedWeight) -> Tensor:
-        if not self.is_for_cpu:
+        if not self.has_cpu_kernel or weight.codes.device.type != "cpu" or weight.dtype not in DTYPES:
             return weight.dequantize()
         parts = (weight.codes, weight.scales, weight.tensor_scale)
         return cpu_values(*parts, self.fmt.name, weight.length, weight.dtype).movedim(-1, weight.axis)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b`` for a weight [N, K] whose blocks run along K."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype in DTYPES:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type  # each look-up of a buffer costs, as a small product does: one each
+        known = x.dtype in DTYPES
+        if known and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         elif x.dtype != self.like.dtype:
             return F.linear(x, self(), bias)  # where torch says what is wrong
         differentiates = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        if x.device.type == "cpu" and self.is_for_cpu and not differentiates:
-            scale = None if self.tensor_scale is None else self.tensor_scale.view(torch.float32)
-            return cpu_linear(x, self.codes, self.scales.view(self.stored), scale, bias, self.fmt.name)
-        if x.device.type == "cuda" and _has_kernel(self.fmt, x.dtype) and not differentiates:
+        codes = self.codes
+        if device == "cpu" and known and self.has_cpu_kernel and not differentiates and codes.device == x.device:
+            scale = self.tensor_scale
+            floats = None if scale is None else scale.view(torch.float32)
+            return cpu_linear(x, codes, self.scales.view(self.stored), floats, bias, self.fmt.name)
+        if device == "cuda" and _has_kernel(self.fmt, x.dtype) and not differentiates:
             return packed_linear(x, *self.quantized.packed, bias, self.fmt.name)
         return F.linear(x, self(), bias)
 
