@@ -189,7 +189,7 @@ AVX512 void sums_avx512(const Weight& w, int64_t row, const float* scales, Halve
     const __m512 levels = _mm512_loadu_ps(w.levels);
     __m512 low[M], high[M];
     for (int m = 0; m < M; m++) low[m] = high[m] = _mm512_setzero_ps();
-    const int64_t whole = w.length / w.block * w.block / 2;  // bytes of whole blocks
+    const int64_t whole = w.block == 16 ? w.length / 16 * 8 : w.length / 32 * 16;  // bytes of whole blocks of these sizes
     int64_t b = 0, p = 0;
     if (w.block == 16) {
         // Two blocks of 8 bytes fill a register: a table would serve for half of one, so weights are scaled themselves.

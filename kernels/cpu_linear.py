@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import math
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,37 +80,50 @@ def instructions(widest: int = WIDEST) -> str:
     return "aten" if found is None else found.lotion_fx_path(widest).decode()
 
 
+class _Numbers(NamedTuple):
+    """What C++ is told of a format.
+
+    Args:
+        levels: float32 [16].
+        table: of the 256 codes of a scale; None where scales are floats.
+        fits_bfloat16: whether bfloat16 holds each level times each scale, and times any power of two that a tensor
+            scale may be.
+    """
+
+    format: Format
+    levels: Tensor
+    table: Tensor | None
+    fits_bfloat16: bool
+
+
 @lru_cache(maxsize=256)
-def _tables(fmt: Format) -> tuple[Tensor, Tensor | None]:
-    """The 16 levels and the 256 scales that codes stand for; None where scales are floats."""
-    levels = torch.zeros(16)
+def _numbers(name: str) -> _Numbers:
+    """By name: a format's own hash is made anew in each call, of all of its levels."""
+    fmt, levels = resolve(name), torch.zeros(16)
+    if fmt.grid.bits > 4:
+        return _Numbers(fmt, levels, None, False)
     count = 1 << fmt.grid.bits
     levels[:count] = fmt.grid.decode(torch.arange(count, dtype=torch.uint8))
     type = getattr(fmt.law, "type", None)
-    return levels, None if type is None else type.decode(torch.arange(256).to(torch.uint8)).contiguous()
-
-
-@lru_cache(maxsize=256)
-def _fits_bfloat16(fmt: Format) -> bool:
-    """Whether bfloat16 holds each level times each scale, and times any power of two that a tensor scale may be."""
-    levels, table = _tables(fmt)
-    if table is None:
-        return False
+    if type is None:
+        return _Numbers(fmt, levels, None, False)
+    table = type.decode(torch.arange(256).to(torch.uint8)).contiguous()
     products = levels[:, None] * table[table.isfinite()]
     lowest = SMALLEST_SCALE / fmt.law.type.smallest if isinstance(fmt.law, TwoLevelScale) else 1.0
-    return all(torch.equal(each, each.bfloat16().float()) for each in (products, products * lowest))
+    fits = all(torch.equal(each, each.bfloat16().float()) for each in (products, products * lowest))
+    return _Numbers(fmt, levels, table, fits)
 
 
-def _rounding(fmt: Format, tensor_scale: float, dtype: torch.dtype) -> torch.dtype:
+def _rounding(numbers: _Numbers, tensor_scale: float, dtype: torch.dtype) -> torch.dtype:
     """The dtype to which products must round a weight: float32, not at all, where it has that value already."""
-    exact = dtype == torch.bfloat16 and _fits_bfloat16(fmt) and abs(math.frexp(tensor_scale)[0]) == 0.5
+    exact = dtype == torch.bfloat16 and numbers.fits_bfloat16 and abs(math.frexp(tensor_scale)[0]) == 0.5
     return torch.float32 if exact else dtype
 
 
 def _weight(
-    codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, fmt: Format, length: int, dtype: torch.dtype
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, numbers: _Numbers, length: int, dtype: torch.dtype
 ) -> _Weight:
-    levels, table = _tables(fmt)
+    fmt, levels, table, _ = numbers
     rows = codes.numel() // codes.shape[-1] if codes.shape[-1] else 0
     block = fmt.block if isinstance(fmt.block, int) else length + length % 2
     shared = fmt.block == "tensor"
@@ -127,7 +140,7 @@ def _weight(
         _KINDS[scales.dtype] if table is None else _CODES.get(getattr(fmt.law, "type", None), 0),
         0 if shared else scales.shape[-1],
         _KINDS[dtype],
-        _KINDS[_rounding(fmt, whole, dtype)],
+        _KINDS[_rounding(numbers, whole, dtype)],
         whole,
     )
 
@@ -175,7 +188,8 @@ def values(
     Raises:
         ValueError: a shape or a dtype is not the format's.
     """
-    format = resolve(fmt)
+    numbers = _numbers(fmt)
+    format = numbers.format
     check(codes, scales, tensor_scale, format, length)
     found = _functions()
     if found is None or dtype not in DTYPES:
@@ -183,7 +197,7 @@ def values(
         return unpack(Packed(codes, wide, tensor_scale), format, length).to(dtype)
     codes, scales = codes.contiguous(), scales.contiguous()
     out = torch.empty((*codes.shape[:-1], length), dtype=dtype)
-    weight = _weight(codes, scales, tensor_scale, format, length, dtype)
+    weight = _weight(codes, scales, tensor_scale, numbers, length, dtype)
     found.lotion_fx_values(ctypes.byref(weight), out.data_ptr(), WIDEST, _threads(out.numel()))
     return out
 
@@ -205,7 +219,7 @@ def linear(
     Raises:
         ValueError: a shape or a dtype is not the format's.
     """
-    format, length, found = resolve(fmt), x.shape[-1], _functions()
+    numbers, length, found = _numbers(fmt), x.shape[-1], _functions()
     if codes.dim() != 2 or (bias is not None and (bias.shape != codes.shape[:1] or bias.dtype not in DTYPES)):
         raise ValueError(
             f"bias: got {None if bias is None else [bias.dtype, *bias.shape]} with codes {list(codes.shape)}, expected "
@@ -215,11 +229,11 @@ def linear(
     if found is None or x.dtype not in DTYPES or rows > FEW or not x.numel():
         weight = values(codes, scales, tensor_scale, fmt, length, x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    check(codes, scales, tensor_scale, format, length)
+    check(codes, scales, tensor_scale, numbers.format, length)
     x, codes, scales = x.contiguous(), codes.contiguous(), scales.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = torch.empty((*x.shape[:-1], codes.shape[0]), dtype=x.dtype)
-    packed = _weight(codes, scales, tensor_scale, format, length, x.dtype)
+    packed = _weight(codes, scales, tensor_scale, numbers, length, x.dtype)
     found.lotion_fx_linear(
         ctypes.byref(packed),
         x.data_ptr(),

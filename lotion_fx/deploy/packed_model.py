@@ -121,7 +121,8 @@ class PackedWeight(nn.Module):
     def __init__(self, weight: QuantizedWeight, strides: Sequence[int]) -> None:
         super().__init__()
         self.fmt, self.axis, self.shape, self.strides = weight.format, weight.axis, weight.shape, tuple(strides)
-        self.stored, self.is_known = weight.scales.dtype, _is_known(weight.format)
+        self.stored = weight.scales.dtype
+        self._find_kernels()
         device, name = weight.codes.device, list(weight.format.name.encode())
         scale = None if weight.tensor_scale is None else weight.tensor_scale.view(torch.int32)
         self.register_buffer("codes", weight.codes)
@@ -133,7 +134,12 @@ class PackedWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._find_kernels()
+
+    def _find_kernels(self) -> None:
+        even = not isinstance(self.fmt.block, int) or self.fmt.block % 2 == 0
         self.is_known = _is_known(self.fmt)
+        self.has_cpu_kernel = self.is_known and in_pairs(self.fmt) and even
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -141,13 +147,6 @@ class PackedWeight(nn.Module):
         scale = None if self.tensor_scale is None else self.tensor_scale.view(torch.float32)
         scales = self.scales.view(self.stored)
         return QuantizedWeight(self.codes, scales, scale, self.fmt, self.axis, self.shape, self.like.dtype)
-
-    @property
-    def is_for_cpu(self) -> bool:
-        """Whether the C++ kernels take it where it lies."""
-        even = not isinstance(self.fmt.block, int) or self.fmt.block % 2 == 0
-        fits = in_pairs(self.fmt) and even and self.like.dtype in DTYPES
-        return self.codes.device.type == "cpu" and fits and self.is_known
 
     def forward(self) -> Tensor:
         """The weight, bit for bit as the model's ``eval()`` has it."""
@@ -166,23 +165,27 @@ class PackedWeight(nn.Module):
         )
 
     def _values(self, weight: QuantizedWeight) -> Tensor:
-        if not self.is_for_cpu:
+        if not self.has_cpu_kernel or weight.codes.device.type != "cpu" or weight.dtype not in DTYPES:
             return weight.dequantize()
         parts = (weight.codes, weight.scales, weight.tensor_scale)
         return cpu_values(*parts, self.fmt.name, weight.length, weight.dtype).movedim(-1, weight.axis)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b`` for a weight [N, K] whose blocks run along K."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype in DTYPES:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type  # each look-up of a buffer costs, as a small product does: one each
+        known = x.dtype in DTYPES
+        if known and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         elif x.dtype != self.like.dtype:
             return F.linear(x, self(), bias)  # where torch says what is wrong
         differentiates = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        weight = self.quantized
-        if x.device.type == "cpu" and self.is_for_cpu and not differentiates:
-            return cpu_linear(x, weight.codes, weight.scales, weight.tensor_scale, bias, self.fmt.name)
-        if x.device.type == "cuda" and self.is_known and _has_kernel(self.fmt, x.dtype) and not differentiates:
-            return packed_linear(x, *weight.packed, bias, self.fmt.name)
+        codes = self.codes
+        if device == "cpu" and known and self.has_cpu_kernel and not differentiates and codes.device == x.device:
+            scale = self.tensor_scale
+            floats = None if scale is None else scale.view(torch.float32)
+            return cpu_linear(x, codes, self.scales.view(self.stored), floats, bias, self.fmt.name)
+        if device == "cuda" and self.is_known and _has_kernel(self.fmt, x.dtype) and not differentiates:
+            return packed_linear(x, *self.quantized.packed, bias, self.fmt.name)
         return F.linear(x, self(), bias)
 
     def extra_repr(self) -> str:

@@ -42,6 +42,9 @@ def hard(rows, length, dtype, seed=0):
     return w.to(dtype)
 
 
+numbers = cpu_linear._numbers
+
+
 def parts(q):
     return q.codes, q.scales, q.tensor_scale
 
@@ -127,13 +130,13 @@ def test_a_rounding_is_left_out_only_where_it_changes_nothing(power):
     """Of a tensor scale that is a power of two; any other one makes weights that bfloat16 does not hold."""
     q = QuantizedWeight.of(torch.randn(16, 64, dtype=torch.bfloat16), resolve("nvfp4"), -1)
     exact = replace(q, tensor_scale=torch.tensor(2.0**power))
-    assert cpu_linear._rounding(q.format, 2.0**power, torch.bfloat16) == torch.float32
+    assert cpu_linear._rounding(numbers("nvfp4"), 2.0**power, torch.bfloat16) == torch.float32
     for each in (exact, replace(q, tensor_scale=exact.tensor_scale * 1.1)):
         got = torch.cat([linear(rows, each) for rows in torch.eye(64, dtype=torch.bfloat16).split(16)]).T
         assert torch.equal(got, each.dequantize())
-    assert cpu_linear._rounding(q.format, 1.1, torch.bfloat16) == torch.bfloat16
-    assert cpu_linear._rounding(resolve("int4"), 1.0, torch.bfloat16) == torch.bfloat16
-    assert cpu_linear._rounding(resolve("mxfp4"), 1.0, torch.float16) == torch.float16
+    assert cpu_linear._rounding(numbers("nvfp4"), 1.1, torch.bfloat16) == torch.bfloat16
+    assert cpu_linear._rounding(numbers("int4"), 1.0, torch.bfloat16) == torch.bfloat16
+    assert cpu_linear._rounding(numbers("mxfp4"), 1.0, torch.float16) == torch.float16
     assert SMALLEST_SCALE / 2.0**-9 == 2.0**-117  # the smallest tensor scale that the law gives
 
 
