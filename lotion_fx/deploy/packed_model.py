@@ -14,6 +14,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from lotion_fx import private
 from lotion_fx.deploy.weights import DTYPES, QuantizedWeight, quantized
 from lotion_fx.kernels.cpu_linear import cpu_linear, cpu_values
 from lotion_fx.kernels.packed import in_pairs
-from lotion_fx.kernels.packed_linear import constants, packed_linear
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.state import names_of
 
@@ -122,7 +122,7 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.fmt, self.axis, self.shape, self.strides = weight.format, weight.axis, weight.shape, tuple(strides)
         self.stored = weight.scales.dtype
-        self._find_kernels()
+        self.is_known, self.has_cpu_kernel = _found(self.fmt)
         device, name = weight.codes.device, list(weight.format.name.encode())
         scale = None if weight.tensor_scale is None else weight.tensor_scale.view(torch.int32)
         self.register_buffer("codes", weight.codes)
@@ -134,12 +134,7 @@ class PackedWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._find_kernels()
-
-    def _find_kernels(self) -> None:
-        even = not isinstance(self.fmt.block, int) or self.fmt.block % 2 == 0
-        self.is_known = _is_known(self.fmt)
-        self.has_cpu_kernel = self.is_known and in_pairs(self.fmt) and even
+        self.is_known, self.has_cpu_kernel = _found(self.fmt)  # those of this process
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -185,6 +180,8 @@ class PackedWeight(nn.Module):
             floats = None if scale is None else scale.view(torch.float32)
             return cpu_linear(x, codes, self.scales.view(self.stored), floats, bias, self.fmt.name)
         if device == "cuda" and self.is_known and _has_kernel(self.fmt, x.dtype) and not differentiates:
+            from lotion_fx.kernels.packed_linear import packed_linear  # Triton, which some systems lack
+
             return packed_linear(x, *self.quantized.packed, bias, self.fmt.name)
         return F.linear(x, self(), bias)
 
@@ -192,17 +189,23 @@ class PackedWeight(nn.Module):
         return f"{self.fmt.name}, {list(self.shape)}, {str(self.like.dtype).removeprefix('torch.')}"
 
 
-def _is_known(fmt: Format) -> bool:
-    """Whether a format has its name in this process: levels that come from a file need not be registered."""
+def _found(fmt: Format) -> tuple[bool, bool]:
+    """Whether a format has its name in this process (levels from a file need not), and whether `cpu_linear` takes it."""
     try:
-        return resolve(fmt.name) == fmt
+        is_known = resolve(fmt.name) == fmt
     except ValueError:
-        return False
+        is_known = False
+    even = not isinstance(fmt.block, int) or fmt.block % 2 == 0
+    return is_known, is_known and in_pairs(fmt) and even
 
 
 @lru_cache(maxsize=256)
 def _has_kernel(fmt: Format, dtype: torch.dtype) -> bool:
     """Whether `packed_linear` runs on a device."""
+    if find_spec("triton") is None:
+        return False
+    from lotion_fx.kernels.packed_linear import constants
+
     try:
         return dtype in DTYPES and bool(constants(fmt, dtype))
     except NotImplementedError:
