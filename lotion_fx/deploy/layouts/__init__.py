@@ -8,6 +8,7 @@ from lotion_fx.deploy.layout import Layout
 
 LAYOUTS = {
     "lotion": "lotion_fx.deploy.layouts.lotion:Lotion",
+    "compressed-tensors": "lotion_fx.deploy.layouts.compressed_tensors:CompressedTensors",
 }
 """Where each is: imported when asked for, for each stands on libraries of its own."""
 
