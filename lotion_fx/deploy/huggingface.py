@@ -111,6 +111,21 @@ def matrices(content: Content, name: str) -> dict[str, Tensor]:
     return found
 
 
+def whole(content: Content, name: str, read: Mapping[str, Tensor]) -> Tensor:
+    """A weight of its matrices as they were read, by their names in the checkpoint."""
+    shape = content.weights[name].shape
+    made = next(iter(read.values())).new_empty(torch.Size(shape[:-1]).numel(), shape[-1])
+    for saved, rows in matrices(content, name).items():
+        made[rows] = read[saved]
+    return made.reshape(shape)
+
+
+def beside(saved: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the module that a weight's name in the checkpoint is of, by their names in the module."""
+    own = saved.removesuffix("weight")
+    return {key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)}
+
+
 def rows_of(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
     """A matrix of some rows of a weight [*rows, K] whose blocks run along K."""
     rows = rows.to(weight.codes.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lotion_fx.deploy.weights import QuantizedWeight
+from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.scales import TwoLevelScale
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
@@ -32,9 +33,9 @@ def groups_of(weights: dict[str, QuantizedWeight]) -> list[list[str]]:
     return [names for names in found.values() if len(names) > 1]
 
 
-def has_power_of_two(weight: QuantizedWeight) -> bool:
-    """Whether its tensor scale is one, by its format and not by chance."""
-    return getattr(weight.format.law, "tensor", None) == "pow2"
+def is_power_of_two(fmt: Format) -> bool:
+    """Whether tensor scales are powers of two by the format, and not by chance."""
+    return isinstance(fmt.law, TwoLevelScale) and fmt.law.tensor == "pow2"
 
 
 def shared(weights: dict[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
@@ -46,7 +47,7 @@ def shared(weights: dict[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
     made = dict(weights)
     for names in groups_of(weights):
         scales = [weights[name].tensor_scale for name in names]
-        if all(has_power_of_two(weights[name]) for name in names):
+        if all(is_power_of_two(weights[name].format) for name in names):
             largest = torch.stack([scale for scale in scales if scale is not None]).max()
             made.update({name: _rescaled(name, weights[name], largest) for name in names})
     return made

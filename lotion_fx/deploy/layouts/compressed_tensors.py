@@ -26,14 +26,13 @@ from torch import Tensor, nn
 
 from lotion_fx.deploy import huggingface
 from lotion_fx.deploy.content import Content
+from lotion_fx.deploy.elements import E2M1, E4M3, integers, is_integer, is_nvfp4
 from lotion_fx.deploy.layout import Layout
-from lotion_fx.deploy.sharing import has_power_of_two, shared
+from lotion_fx.deploy.sharing import is_power_of_two, shared
 from lotion_fx.deploy.weights import QuantizedWeight
 from lotion_fx.numerics.formats import Format
-from lotion_fx.numerics.grids import Grid, Integer, Minifloat
+from lotion_fx.numerics.grids import Integer, Minifloat
 from lotion_fx.numerics.scales import PowerOfTwoScale, TwoLevelScale
-
-E2M1, E4M3 = Minifloat(2, 1, 6.0), Minifloat(4, 3, 448.0)
 
 
 class Scheme(NamedTuple):
@@ -50,12 +49,11 @@ class CompressedTensors(Layout):
     def refusal(self, fmt: Format) -> str:
         law, block = fmt.law, fmt.block
         if isinstance(law, TwoLevelScale):
-            known = fmt.grid == E2M1 and law.type == E4M3 and block == 16
-            return "" if known else "of formats of two scales compressed-tensors has nvfp4"
+            return "" if is_nvfp4(fmt) else "of formats of two scales compressed-tensors has nvfp4"
         if isinstance(law, PowerOfTwoScale):
             known = fmt.grid in (E2M1, E4M3) and block == 32
             return "" if known else "of MX formats it takes mxfp4 and mxfp8_e4m3; train with one of them"
-        if not (_is_symmetric(fmt.grid) or (fmt.grid == E4M3 and not isinstance(block, int))):
+        if not (is_integer(fmt.grid) or (fmt.grid == E4M3 and not isinstance(block, int))):
             return (
                 "compressed-tensors has int2 to int8, fp8, nvfp4, mxfp4 and mxfp8_e4m3; train with one of them, or "
                 "export it as layout='lotion'"
@@ -107,21 +105,13 @@ class CompressedTensors(Layout):
         weights = {n: weight for n, weight in content.weights.items() if not huggingface.unplaced(content, n)}
         for name, weight in weights.items():
             scheme = groups[f"group_{_formats(weights).index(weight.format.name)}"]
-            flat: Tensor | None = None
-            for saved, rows in huggingface.matrices(content, name).items():
-                own = saved.removesuffix("weight")
-                held = {
-                    key.removeprefix(own): _as_loaded(key, tensor, weight.dtype)
-                    for key, tensor in tensors.items()
-                    if key.startswith(own)
-                }
-                client = BaseCompressor.get_value_from_registry(scheme.format)
-                matrix = client.decompress(held, scheme)["weight"]
-                if flat is None:
-                    flat = matrix.new_empty(torch.Size(weight.shape[:-1]).numel(), weight.length)
-                flat[rows] = matrix
-            assert flat is not None
-            yield name, flat.reshape(weight.shape)
+            client = BaseCompressor.get_value_from_registry(scheme.format)
+            read = {}
+            for saved in huggingface.matrices(content, name):
+                held = huggingface.beside(saved, tensors)
+                held = {key: _as_loaded(key, tensor, weight.dtype) for key, tensor in held.items()}
+                read[saved] = client.decompress(held, scheme)["weight"]
+            yield name, huggingface.whole(content, name, read)
 
 
 def parts_of(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -140,9 +130,8 @@ def parts_of(weight: QuantizedWeight) -> dict[str, Tensor]:
         return {"weight": weight.codes.view(torch.float8_e4m3fn), "weight_scale": weight.scales}
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    levels = (weight.each_code().to(torch.int16) - 2 ** (grid.bits - 1)).to(torch.int8)
     return {
-        "weight_packed": pack_to_int32(levels, grid.bits),
+        "weight_packed": pack_to_int32(integers(weight), grid.bits),
         "weight_scale": weight.scales,
         "weight_shape": torch.tensor(weight.shape),
     }
@@ -216,7 +205,7 @@ def _check_exact(name: str, weight: QuantizedWeight) -> None:
     if _is_decompressed_to_bfloat16(weight.format):
         if weight.dtype == torch.float16:
             raise ValueError(f"{where} and float16: clients hold it in bfloat16; train in bfloat16 or float32")
-        if isinstance(law, TwoLevelScale) and not has_power_of_two(weight) and not _is_read_by_chance(weight):
+        if isinstance(law, TwoLevelScale) and not is_power_of_two(weight.format) and not _is_read_by_chance(weight):
             raise ValueError(
                 f"{where}: clients divide by the tensor scale and round to bfloat16, which does not give these {dtype} "
                 "weights; train with 'nvfp4/pow2', whose weights are the same in any arithmetic"
@@ -247,10 +236,6 @@ def _is_read_in_experts(fmt: Format) -> bool:
 
 def _is_decompressed_to_bfloat16(fmt: Format) -> bool:
     return isinstance(fmt.law, (TwoLevelScale, PowerOfTwoScale))
-
-
-def _is_symmetric(grid: Grid) -> bool:
-    return isinstance(grid, Integer) and grid == Integer(2 ** (grid.bits - 1) - 1)
 
 
 def _as_loaded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
