@@ -2,8 +2,8 @@
 
 Of a Linear's weight the file has ``weight`` u8 [N, K/2], ``weight_scale`` e4m3 [N, K/16] and ``weight_scale_2`` f32
 [1], which multiplies and is one for q, k and v and for gate and up; ``input_scale`` is 1 and stands there for readers
-that ask for it. ``hf_quant_config.json`` and config.json say what it is. transformers has no reader of its own and refuses
-the shapes; compressed-tensors converts the checkpoint into one that it reads.
+that ask for it. ``hf_quant_config.json`` and config.json say what it is. transformers has no reader of its own and
+refuses the shapes; compressed-tensors converts the checkpoint into one that it reads.
 
 Readers invert the tensor scale, or multiply in an order of their own: with a power of two, all get the same weights.
 """
