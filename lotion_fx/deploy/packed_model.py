@@ -190,7 +190,7 @@ class PackedWeight(nn.Module):
 
 
 def _found(fmt: Format) -> tuple[bool, bool]:
-    """Whether a format has its name in this process (levels from a file need not), and whether `cpu_linear` takes it."""
+    """Whether a format has its name in this process (levels from a file need not); whether `cpu_linear` takes it."""
     try:
         is_known = resolve(fmt.name) == fmt
     except ValueError:

@@ -8,6 +8,10 @@ from lotion_fx.deploy.layout import Layout
 
 LAYOUTS = {
     "lotion": "lotion_fx.deploy.layouts.lotion:Lotion",
+    "compressed-tensors": "lotion_fx.deploy.layouts.compressed_tensors:CompressedTensors",
+    "bitsandbytes": "lotion_fx.deploy.layouts.bitsandbytes:BitsAndBytes",
+    "modelopt": "lotion_fx.deploy.layouts.modelopt:ModelOpt",
+    "torchao": "lotion_fx.deploy.layouts.torchao:TorchAO",
 }
 """Where each is: imported when asked for, for each stands on libraries of its own."""
 

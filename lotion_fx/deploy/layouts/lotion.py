@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from lotion_fx.deploy import manifest
+from lotion_fx.deploy import huggingface, manifest
 from lotion_fx.deploy.content import Content, without_hooks
 from lotion_fx.deploy.layout import Layout, first_tensor
 from lotion_fx.deploy.weights import DTYPES, QuantizedWeight
@@ -45,7 +45,7 @@ class Lotion(Layout):
                     raise ValueError(f"model: it has a tensor named {name}.{part}, which layout='lotion' uses itself")
         save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, place / FILE)
         if content.is_from_transformers:
-            save_settings(content, place)
+            huggingface.save_settings(content, place)
         return {}
 
     def read(self, place: Path, content: Content) -> Iterator[tuple[str, Tensor]]:
@@ -58,19 +58,6 @@ class Lotion(Layout):
         made = without_hooks(model).eval()
         fill(made, *read(place))
         return first_tensor(called(made, inputs))
-
-
-def save_settings(content: Content, place: Path) -> None:
-    """A Hugging Face model's configuration, generation settings and tokenizer."""
-    model: Any = content.model
-    config = model.config.to_dict()  # a copy: the model's own is not to change
-    made = type(model.config).from_dict(config)
-    made.architectures = [type(model).__name__]
-    made.save_pretrained(place)
-    if getattr(model, "generation_config", None) is not None and model.can_generate():
-        model.generation_config.save_pretrained(place)
-    if content.tokenizer is not None:
-        content.tokenizer.save_pretrained(place)
 
 
 def read(folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], dict[str, str]]:

@@ -1,0 +1,136 @@
+"""What every Hugging Face checkpoint has: settings, tensors, and the names that `from_pretrained` knows them by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lotion_fx.deploy.content import Content
+from lotion_fx.deploy.weights import QuantizedWeight
+
+FILE = "model.safetensors"
+
+
+def check(content: Content, layout: str) -> None:
+    """
+    Raises:
+        ValueError: the model is none of transformers'.
+    """
+    if not content.is_from_transformers:
+        raise ValueError(
+            f"layout={layout!r}: a checkpoint for from_pretrained, and model is a {type(content.model).__name__}, "
+            "which is no model of transformers; layout='lotion' takes any module"
+        )
+
+
+def save_settings(
+    content: Content, place: Path, quantization: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """A Hugging Face model's configuration, generation settings and tokenizer.
+
+    Args:
+        quantization: what the configuration says of it.
+        dtype: that `from_pretrained` gives the model; None for that of its parameters.
+    """
+    model: Any = content.model
+    made = type(model.config).from_dict(model.config.to_dict())  # a copy: the model's own is not to change
+    made.architectures = [type(model).__name__]
+    made.save_pretrained(place)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(place)
+    if content.tokenizer is not None:
+        content.tokenizer.save_pretrained(place)
+    if quantization is not None:
+        file = place / "config.json"
+        told = json.loads(file.read_text(encoding="utf-8"))
+        told["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
+        told["quantization_config"] = dict(quantization)
+        file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def as_saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model's state under the names, and cut into the parts, that its checkpoints have.
+
+    WHY: experts are stacked in the model and apart in its checkpoints, and only transformers knows how. The function
+    has a public name but no page in the documentation: this is the one place that calls it.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], place: Path, metadata: Mapping[str, str] | None = None) -> None:
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(plain, place / FILE, {"format": "pt", **(metadata or {})})
+
+
+def owner_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that holds a parameter, by one of its names in the model."""
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def unplaced(content: Content, name: str) -> str:
+    """Why a weight has no place among matrices [outputs, inputs] with blocks along the inputs; empty if it has."""
+    weight, owner = content.weights[name], owner_of(content.model, name)
+    if name in content.tied.values():
+        return "it is tied to another weight, which the client would read as codes"
+    if weight.axis != len(weight.shape) - 1:
+        return f"{type(owner).__name__} has its blocks along dimension {weight.axis}, the client along the last"
+    if len(weight.shape) == 2 and not isinstance(owner, nn.Linear):
+        return f"{type(owner).__name__} is no nn.Linear"
+    if isinstance(weight.format.block, int) and weight.length % weight.format.block:
+        return f"its {weight.length} inputs are no multiple of a block of {weight.format.block}"
+    if len(weight.shape) not in (2, 3):
+        return f"{type(owner).__name__} has a weight of {len(weight.shape)} dimensions"
+    return ""
+
+
+def matrices(content: Content, name: str) -> dict[str, Tensor]:
+    """Of a weight [*rows, K], by its names in the checkpoint, which rows each matrix has: int64, of the rows flat.
+
+    Experts are matrices of their own there.
+
+    Raises:
+        ValueError: rows are cut in the checkpoint.
+    """
+    shape = content.weights[name].shape
+    rows = torch.arange(torch.Size(shape[:-1]).numel()).reshape(*shape[:-1], 1).expand(shape)
+    found = {}
+    for saved, part in as_saved(content.model, {name: rows}).items():
+        if part.dim() != 2 or part.shape[-1] != shape[-1] or not (part == part[:, :1]).all():
+            kind = type(content.model).__name__
+            raise ValueError(f"model: {name!r} is cut across its blocks in checkpoints of {kind}")
+        found[saved] = part[:, 0].clone()
+    return found
+
+
+def whole(content: Content, name: str, read: Mapping[str, Tensor]) -> Tensor:
+    """A weight of its matrices as they were read, by their names in the checkpoint."""
+    shape = content.weights[name].shape
+    made = next(iter(read.values())).new_empty(torch.Size(shape[:-1]).numel(), shape[-1])
+    for saved, rows in matrices(content, name).items():
+        made[rows] = read[saved]
+    return made.reshape(shape)
+
+
+def beside(saved: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the module that a weight's name in the checkpoint is of, by their names in the module."""
+    own = saved.removesuffix("weight")
+    return {key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)}
+
+
+def rows_of(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
+    """A matrix of some rows of a weight [*rows, K] whose blocks run along K."""
+    rows = rows.to(weight.codes.device)
+    scales = weight.scales
+    if weight.format.block != "tensor":
+        scales = scales.flatten(0, -2)[rows]
+    codes = weight.codes.flatten(0, -2)[rows]
+    return replace(weight, codes=codes, scales=scales, axis=1, shape=(len(rows), weight.length))
