@@ -9,6 +9,7 @@ from lotion_fx.deploy.layout import Layout
 LAYOUTS = {
     "lotion": "lotion_fx.deploy.layouts.lotion:Lotion",
     "gguf": "lotion_fx.deploy.layouts.gguf:Gguf",
+    "onnx": "lotion_fx.deploy.layouts.onnx:Onnx",
 }
 """Where each is: imported when asked for, for each stands on libraries of its own."""
 
