@@ -60,7 +60,7 @@ def check(
         )
     blocks = -(-features // fmt.block) if isinstance(fmt.block, int) else 1
     shape = [1] if fmt.block == "tensor" else [codes.shape[0], blocks]
-    stored = torch.uint8 if hasattr(fmt.law, "type") else torch.float32
+    stored = fmt.law.held
     if scales.dtype != stored or list(scales.shape) != shape:
         raise ValueError(
             f"scales: got {scales.dtype} {list(scales.shape)}, expected {stored} {shape} for {features} inputs "

@@ -254,7 +254,7 @@ def constants(fmt: Format, dtype: torch.dtype) -> dict[str, Any]:
         "LEVEL_BITS": grid.bits,
         "LEVEL_MANTISSA": mantissa,
         "LEVEL_EXPONENT": exponents[0],
-        "SCALE_BITS": fmt.law.bits,
+        "SCALE_BITS": 32 if stored is None else fmt.law.bits,
         "SCALE_MANTISSA": scale.mantissa_bits if scale else -1,
         "SCALE_EXPONENT": exponents[1],
         "SUM_EXPONENT": exponents[2],

@@ -212,7 +212,7 @@ def packed_linear(
         once += 4 * parts * across * (down * fmt.law.two_level + rows * row_scales)
         return down * (outputs * width + scales) + across * rows * features * dtype.itemsize + once
 
-    weight = outputs * (width + blocks * fmt.law.bits // 8) + 4 * fmt.law.two_level
+    weight = outputs * (width + blocks * fmt.law.held.itemsize) + 4 * fmt.law.two_level
     from_shared = arch in packed.FROM_SHARED and rows > FEW
     return Work(
         kernel=kernel,

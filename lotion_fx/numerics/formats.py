@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lotion_fx.numerics.grids import Codebook, Grid, Integer, Minifloat
-from lotion_fx.numerics.scales import Float32Scale, PowerOfTwoScale, ScaleLaw, TwoLevelScale
+from lotion_fx.numerics.scales import Float32Scale, HalfScale, PowerOfTwoScale, ScaleLaw, TwoLevelScale
 
 __all__ = ["Format", "codebook", "formats", "register_format", "registered", "resolve"]
 
@@ -48,8 +48,8 @@ class Format:
 
     @property
     def saturates(self) -> bool:
-        """Whether a scale may be rounded down, so that a block's largest weights can lie past the last level."""
-        return self.law.two_level or (isinstance(self.law, PowerOfTwoScale) and self.law.rule != "ceil")
+        """Whether a scale can be less than a block needs, so that its largest weights lie past the last level."""
+        return self.law.saturates(self.grid)
 
     @property
     def bits_per_weight(self) -> float:
@@ -172,9 +172,14 @@ def registered() -> tuple[Format, ...]:
 def resolve(fmt: str | Format) -> Format:
     """The format that ``fmt`` names; a `Format` is returned as it is.
 
-    A name is one of `formats()`, optionally with one option after a slash: ``/tensor``, ``/channel`` or ``/128``
-    sets the block of a format with float32 scales; ``/ceil``, ``/floor`` or ``/even`` the scale rule of an MX format.
-    An option that is the format's own default gives the plain format.
+    A name is one of `formats()`, optionally with options after slashes:
+
+    * ``/tensor``, ``/channel`` or ``/128``: the block of a format without fixed blocks; and then, or alone,
+    * ``/bf16`` or ``/fp16``: that format's scales are numbers of that type, rounded up (``int4/32/bf16``);
+    * ``/ceil``, ``/floor`` or ``/even``: the scale rule of an MX format;
+    * ``/pow2``: the tensor scale of nvfp4 is a power of two, and every weight a bfloat16 number.
+
+    An option that is the format's own default (``/fp32`` for scales among them) gives the plain format.
 
     Raises:
         ValueError: the name or the option is unknown, or the format fixes what the option would set.
@@ -194,19 +199,50 @@ def resolve(fmt: str | Format) -> Format:
 
 
 def _with_option(base: Format, fmt: str, option: str) -> Format:
-    if isinstance(base.law, PowerOfTwoScale):
-        if option not in PowerOfTwoScale.rules:
+    law = base.law
+    if isinstance(law, PowerOfTwoScale):
+        if option not in law.rules:
             raise ValueError(
                 f"fmt={fmt!r}: {base.name} has blocks of {base.block} and takes a scale rule, "
-                f"one of {', '.join('/' + rule for rule in PowerOfTwoScale.rules)}"
+                f"one of {', '.join('/' + rule for rule in law.rules)}"
             )
-        changed = replace(base, law=PowerOfTwoScale(option))  # type: ignore[arg-type]
-    elif not isinstance(base.law, Float32Scale):
-        raise ValueError(f"fmt={fmt!r}: {base.name} has blocks of {base.block} and takes no option")
-    elif option in ("tensor", "channel"):
-        changed = replace(base, block=option)  # type: ignore[arg-type]
-    elif option.isascii() and option.isdecimal() and int(option) > 0:
-        changed = replace(base, block=int(option))
+        changed = replace(base, law=replace(law, rule=option))  # type: ignore[arg-type]
+    elif isinstance(law, TwoLevelScale):
+        if option not in law.tensors:
+            raise ValueError(
+                f"fmt={fmt!r}: {base.name} has blocks of {base.block} and takes the type of its tensor scale, "
+                f"one of {', '.join('/' + tensor for tensor in law.tensors)}"
+            )
+        changed = replace(base, law=replace(law, tensor=option))  # type: ignore[arg-type]
+    elif isinstance(law, (Float32Scale, HalfScale)):
+        return _with_block_and_scale(base, fmt, option.split("/"))
     else:
-        raise ValueError(f"fmt={fmt!r}: expected /tensor, /channel or a block size such as /128 after {base.name}")
+        raise ValueError(f"fmt={fmt!r}: {base.name} has blocks of {base.block} and takes no option")
     return base if changed == base else replace(changed, name=f"{base.name}/{option}")
+
+
+def _with_block_and_scale(base: Format, fmt: str, options: list[str]) -> Format:
+    *before, last = options
+    scale = [last] if last in _SCALES else []
+    blocks = before if scale else options
+    if len(blocks) > 1 or not all(_is_block(option) for option in blocks):
+        raise ValueError(
+            f"fmt={fmt!r}: expected after {base.name} a block (/tensor, /channel or a size such as /128), a type of "
+            f"its scales ({', '.join('/' + name for name in _SCALES)}), or both in this order"
+        )
+    name, changed = base.name, base
+    for option in (*blocks, *scale):
+        if option in _SCALES:
+            other = replace(changed, law=_SCALES[option])
+        else:
+            other = replace(changed, block=int(option) if option.isdecimal() else option)  # type: ignore[arg-type]
+        if other != changed:
+            name, changed = f"{name}/{int(option) if option.isdecimal() else option}", other
+    return replace(changed, name=name)
+
+
+_SCALES: dict[str, ScaleLaw] = {"fp32": Float32Scale(), **{name: HalfScale(name) for name in HalfScale.names}}  # type: ignore[arg-type]
+
+
+def _is_block(option: str) -> bool:
+    return option in ("tensor", "channel") or (option.isascii() and option.isdecimal() and int(option) > 0)

@@ -27,6 +27,7 @@ LARGE = Config({"TILE": 8192, "TILES": 1}, num_warps=8)
 
 SKEWED = codebook([-1.0, -0.3, 0.0, 0.1, 0.7], block=16, name="skewed")
 NAMES = ("int2/1", "int4", "int4/128", "int8/2", "fp4", "fp8/64", "nf4", "nvfp4", "mxfp4", "mxfp4/floor", "mxfp4/even")
+NAMES += ("nvfp4/pow2", "int4/bf16")
 NAMES += ("mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", SKEWED.name)
 THIRD = register_noise("test_three_levels", D, D * (1 - D) * (1 - 2 * D) ** 2 / 4)
 

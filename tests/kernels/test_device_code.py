@@ -40,6 +40,7 @@ FORMATS = [
     )
 ]
 FORMATS += [resolve(f"mxfp4/{rule}") for rule in ("ceil", "floor", "even")]
+FORMATS += map(resolve, ("nvfp4/pow2", "int4/bf16", "int4/fp16"))
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 
 

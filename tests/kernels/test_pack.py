@@ -15,7 +15,8 @@ from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, codebook, register_format, resolve
 
 NAMES = (
-    "int2 int3 int4 int4/tensor int4/channel int6 int8 fp4 fp8 nf4 nvfp4 mxfp4/ceil mxfp4/floor mxfp4/even mxfp6_e3m2"
+    "int2 int3 int4 int4/tensor int4/channel int6 int8 fp4 fp8 nf4 nvfp4 mxfp4/ceil mxfp4/floor mxfp4/even mxfp6_e3m2 "
+    "nvfp4/pow2 int4/bf16 int8/fp16 int4/tensor/fp16"
 )
 LOPSIDED = codebook((-1.5, -0.25, 0.0, 0.1, 0.75), block=24, name="lopsided24")
 FORMATS = [*map(resolve, NAMES.split()), LOPSIDED]

@@ -21,7 +21,20 @@ from tests.kernels.packing import excess, packed, poisoned
 __all__ = ["poisoned"]
 
 NAMES = (
-    *("nvfp4", "mxfp4", "mxfp4/floor", "fp4", "int4", "int4/128", "int4/channel", "int4/tensor", "int3", "int6/64"),
+    *(
+        "nvfp4",
+        "mxfp4",
+        "mxfp4/floor",
+        "fp4",
+        "int4",
+        "int4/128",
+        "int4/channel",
+        "int4/tensor",
+        "nvfp4/pow2",
+        "int4/bf16",
+        "int3",
+        "int6/64",
+    ),
     *("int8", "int8/64", "fp8", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2"),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

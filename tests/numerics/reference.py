@@ -18,14 +18,17 @@ from lotion_fx.numerics.rounding import (
     variance,
     variance_vjp,
 )
-from lotion_fx.numerics.scales import PowerOfTwoScale, TwoLevelScale
+from lotion_fx.numerics.scales import HalfScale, PowerOfTwoScale, TwoLevelScale
 
 LOPSIDED = codebook((-1.5, -0.25, 0.0, 0.1, 0.75), block=6, name="lopsided")
 OPTIONS = ("int4/tensor", "fp4/channel", "int3/5", "int4/1", "mxfp4/floor", "mxfp4/even", "mxfp8_e4m3/floor")
+OPTIONS += ("nvfp4/pow2", "int4/bf16", "int4/fp16", "int3/5/bf16", "int8/fp16", "int4/tensor/bf16", "nf4/fp16")
 # Aliases name the same format, hence the dict; other tests may have registered theirs.
 EVERY = [*dict.fromkeys(resolve(n) for n in (*formats(), *OPTIONS) if not n.startswith("test_")), LOPSIDED]
 # Nothing passes the last level, so randomized rounding has mean w everywhere. (A lopsided codebook clips one side.)
-SATURATING = [f for f in EVERY if f.name in ("nvfp4", "mxfp4/floor", "mxfp4/even", "mxfp8_e4m3/floor", "lopsided")]
+# (float16 scales end at 65504, further than any weight drawn here.)
+PAST = ("nvfp4", "nvfp4/pow2", "mxfp4/floor", "mxfp4/even", "mxfp8_e4m3/floor", "lopsided")
+SATURATING = [f for f in EVERY if f.name in PAST]
 UNBIASED = [f for f in EVERY if f not in SATURATING]
 SHAPES = [((7,), 0), ((1, 1), -1), ((5, 37), -1), ((37, 5), 0), ((3, 33, 4), 1), ((4, 64), 1)]
 every = pytest.mark.parametrize("fmt", EVERY, ids=lambda f: f.name)
@@ -67,14 +70,28 @@ def block_indices(shape: tuple[int, ...], fmt: Format, axis: int) -> Iterator[tu
         yield tuple(slice(i, i + block) if d == axis else i for d, i in enumerate(index))
 
 
+def rounded_up(x: float, type: type) -> float:
+    """The smallest number of a 16-bit float type that is not below ``x``, or its largest."""
+    nearest = np.float64(x).astype(type)
+    up = nearest if float(nearest) >= x else np.nextafter(nearest, type(np.inf))
+    return min(float(up), float(ml_dtypes.finfo(type).max))
+
+
 def reference_scale(amax: Tensor, amax_tensor: Tensor, fmt: Format) -> Tensor:
     """One block's scale, 0-d float64; differentiable by ``amax``, snapping passed straight through."""
     q_max = max(abs(x) for x in fmt.grid.levels)
     if isinstance(fmt.law, TwoLevelScale):
         ts = (amax_tensor.detach() / (q_max * 448)).clamp(min=2.0**-117)
+        if fmt.law.tensor == "pow2":
+            m, e = np.frexp(ts.item())
+            ts = torch.tensor(2.0 ** int(e - (m == 0.5)), dtype=ts.dtype)
         s = (amax / q_max / ts).clamp(min=2.0**-9)
         snapped = float(np.float64(min(s.item(), 448.0)).astype(ml_dtypes.float8_e4m3fn))
         return ts * (s + (snapped - s).detach())
+    if isinstance(fmt.law, HalfScale):
+        type, smallest = {"bf16": (ml_dtypes.bfloat16, 2.0**-119), "fp16": (np.float16, 2.0**-24)}[fmt.law.name]
+        s = (amax / q_max).clamp(min=smallest)
+        return s + (rounded_up(s.item(), type) - s).detach()
     if isinstance(fmt.law, PowerOfTwoScale):
         s = (amax / q_max).clamp(min=2.0**-126)
         if fmt.law.rule == "ceil":

@@ -1,12 +1,14 @@
 """Formats by name: the table, options, registration and refusals."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
+import torch
 
 from lotion_fx.numerics.formats import Format, codebook, formats, register_format, resolve
 from lotion_fx.numerics.grids import Integer
-from lotion_fx.numerics.scales import Float32Scale, PowerOfTwoScale, TwoLevelScale
+from lotion_fx.numerics.scales import Float32Scale, HalfScale, PowerOfTwoScale, TwoLevelScale
 
 TABLE = {
     "int2": (3, 32, 2 + 1), "int3": (7, 32, 3 + 1), "int4": (15, 32, 4 + 1), "int5": (31, 32, 5 + 1),
@@ -37,6 +39,27 @@ def test_options_override_the_block_or_the_rule():
     assert resolve(fmt) is fmt and pickle.loads(pickle.dumps(fmt)) == fmt
 
 
+def test_options_of_scales_combine_and_defaults_fall_away():
+    assert resolve("nvfp4/pow2").law == replace(resolve("nvfp4").law, tensor="pow2")
+    assert resolve("nvfp4/fp32") is resolve("nvfp4") and resolve("int4/32/fp32") == resolve("int4")
+    assert resolve("int4/32/bf16") == resolve("int4/bf16") == resolve("int4/032/bf16")
+    assert resolve("int4/bf16").bits_per_weight == 4.5 and resolve("int4/bf16").law.stored == torch.bfloat16
+    assert resolve("int8/channel/fp16").name == "int8/fp16" and resolve("int8/fp16").law == HalfScale("fp16")
+    for base in ("int2", "int4", "int8", "fp4", "fp8", "nf4"):
+        for block in ("", "/tensor", "/channel", "/32", "/7"):
+            for type in ("", "/fp32", "/bf16", "/fp16"):
+                fmt = resolve(base + block + type)
+                assert resolve(fmt.name) == fmt and pickle.loads(pickle.dumps(fmt)) == fmt
+    own = register_format("test_half", Format("own", Integer(7), 8, HalfScale("bf16")))
+    assert resolve("test_half/bf16") == own and resolve("test_half/4").law == own.law
+    assert resolve("test_half/fp32").law == Float32Scale()
+
+
+def test_saturates_is_said_of_scales_that_end_below_float32():
+    says = {name: resolve(name).saturates for name in ("int4", "int4/bf16", "int2/bf16", "int4/fp16", "nvfp4/pow2")}
+    assert says == {"int4": False, "int4/bf16": False, "int2/bf16": True, "int4/fp16": True, "nvfp4/pow2": True}
+
+
 @pytest.mark.parametrize(
     ("fmt", "says"),
     [
@@ -45,7 +68,7 @@ def test_options_override_the_block_or_the_rule():
         ("int9", "unknown format"),
         ("zzz", "Known: fp4, fp8"),
         ("nvfp4/32", "blocks of 16"),
-        ("nvfp4/floor", "takes no option"),
+        ("nvfp4/floor", "tensor scale.*/fp32, /pow2"),
         ("mxfp4/64", "blocks of 32.*/ceil, /floor, /even"),
         ("mxfp4/tensor", "scale rule"),
         ("int4/", "/128"),
@@ -54,6 +77,12 @@ def test_options_override_the_block_or_the_rule():
         ("int4/²", "/128"),
         ("int4/floor", "/128"),
         ("int4/32/tensor", "/128"),
+        ("int4/bf16/32", "in this order"),
+        ("int4/bf16/fp16", "/fp32, /bf16, /fp16"),
+        ("int4/32/bf16/", "in this order"),
+        ("mxfp4/bf16", "scale rule"),
+        ("nvfp4/bf16", "tensor scale"),
+        ("int4/pow2", "/fp32, /bf16, /fp16"),
     ],
 )
 def test_a_bad_name_says_what_was_expected(fmt, says):
@@ -107,6 +136,10 @@ def test_a_format_checks_its_parts():
         Integer(128)
     with pytest.raises(ValueError, match="rule='up'"):
         PowerOfTwoScale("up")
+    with pytest.raises(ValueError, match="name='fp8'"):
+        HalfScale("fp8")
+    with pytest.raises(ValueError, match="tensor='bf16'"):
+        replace(resolve("nvfp4").law, tensor="bf16")
     with pytest.raises(ValueError, match="mantissa"):
         Format("x", Integer(7), 32, PowerOfTwoScale("even"))
     assert Format("x", Integer(7), 32).law == Float32Scale()

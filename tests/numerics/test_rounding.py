@@ -21,7 +21,7 @@ from lotion_fx.numerics.rounding import (
     variance,
     variance_vjp,
 )
-from lotion_fx.numerics.scales import PowerOfTwoScale
+from lotion_fx.numerics.scales import HalfScale, PowerOfTwoScale
 from tests.numerics.reference import (
     EVERY,
     FUNCTIONS,
@@ -288,7 +288,7 @@ def test_rounding_properties(w, fmt, axis):
 
 
 @relaxed
-@given(weights, any_format)
+@given(weights, st.sampled_from([f for f in EVERY if f.law != HalfScale("fp16")]))  # subnormal below 2^-14
 def test_doubling_the_weight_doubles_everything(w, fmt):
     assert torch.equal(rtn(2 * w, fmt), 2 * rtn(w, fmt))
     assert torch.equal(variance(2 * w, fmt), 4 * variance(w, fmt))

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from lotion_fx.deploy.weights import QuantizedWeight
+from lotion_fx.kernels.pack import pack
+from lotion_fx.kernels.packed import unpack
 from lotion_fx.numerics.formats import formats, resolve
 from lotion_fx.numerics.grids import Minifloat
 from lotion_fx.numerics.rounding import rtn
-from lotion_fx.numerics.scales import PowerOfTwo, PowerOfTwoScale
+from lotion_fx.numerics.scales import HalfScale, PowerOfTwo, PowerOfTwoScale
+from tests.numerics.reference import rounded_up
 
 
 def test_every_e8m0_code_decodes_as_in_ml_dtypes():
@@ -112,3 +116,66 @@ def test_no_scale_hides_what_is_not_finite(name):
         scale = fmt.law.block_scale(amax, fmt.grid)
         assert scale.isnan().tolist() == [True, True, False]
         assert fmt.law.type.encode(scale)[:2].tolist() == [255, 255]
+
+
+@pytest.mark.parametrize("name", HalfScale.names)
+def test_16_bit_scales_are_the_next_number_up_of_ml_dtypes(name):
+    fmt = resolve(f"int4/{name}")
+    type, least = (ml_dtypes.bfloat16, 2.0**-119) if name == "bf16" else (np.float16, 2.0**-24)
+    bits = np.arange(1, 2**15, 5).astype(np.uint16).view(type).astype(np.float32)  # every scale, and a little past it
+    bits = bits[np.isfinite(bits) & (bits <= 4e37)]
+    amax = 7 * np.concatenate([bits, np.nextafter(bits, np.float32(0)), np.nextafter(bits, np.float32(np.inf)), [0.0]])
+    amax = amax.astype(np.float32)
+    want = [rounded_up(max(float(x), least), type) for x in amax / np.float32(7)]
+    got = fmt.law.block_scale(torch.from_numpy(amax), fmt.grid)
+    np.testing.assert_array_equal(got.numpy(), want)
+    assert torch.equal(got.to(fmt.law.stored).float(), got)
+    past = fmt.law.block_scale(torch.tensor([65504.0 * 8, torch.inf, torch.nan]), fmt.grid)
+    assert past[0] == (65504 if name == "fp16" else rounded_up(65504 * 8 / 7, type)) and past[1:].isnan().all()
+
+
+def test_a_power_of_two_tensor_scale_is_the_next_one_up_and_no_block_scale_passes_448():
+    fmt = resolve("nvfp4/pow2")
+    exact = 2688 * 2.0 ** np.array([-130.0, -117, -116, -20, 0, 3, 100])
+    amax = np.concatenate([exact, exact * (1 + 2.0**-23), exact * (1 - 2.0**-24), [0.0]]).astype(np.float32)
+    for x in amax:
+        ts = fmt.law.tensor_scale(torch.tensor(x), fmt.grid).item()
+        want = next(2.0**e for e in range(-117, 128) if 2.0**e * 2688 >= x)
+        assert ts == want and float(x) / 6 / ts <= 448
+    assert fmt.law.tensor_scale(torch.tensor([torch.inf, torch.nan]), fmt.grid).isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["wide", "tiny", "large", "zero"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_weight_of_a_power_of_two_tensor_scale_is_bf16_and_any_arithmetic_gives_it(dtype, kind):
+    fmt = resolve("nvfp4/pow2")
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(500, 210, generator=g) * torch.exp(2 * torch.randn(500, 1, generator=g))
+    size = {"wide": 0.02, "tiny": 2.0**-110, "large": 500.0, "zero": 0.0}[kind]
+    w = (w * size).clamp(-6e4, 6e4).to(dtype)
+    w[:, :5] = torch.tensor([0.0, -0.0, 2.0**-149, 1.0, -1.0]) * (kind != "tiny")
+    w[7] = 0
+    packed = pack(w, fmt)
+    ours = unpack(packed, fmt, 210)
+    assert torch.equal(rtn(w.float(), fmt), ours) and torch.equal(ours.bfloat16().float(), ours)
+    levels = fmt.grid.decode(torch.stack([packed.codes & 15, packed.codes >> 4], -1).flatten(-2))
+    block = fmt.law.type.decode(packed.scales).repeat_interleave(16, -1)[:, :210]
+    ts, inverse = packed.tensor_scale, 1 / packed.tensor_scale
+    assert torch.equal(levels * (block / inverse.bfloat16().float()), ours)
+    assert torch.equal(levels * (block * ts.bfloat16().float()), ours)
+    assert torch.equal((levels * block) * ts, ours) and torch.equal(levels * (block * (1 / inverse)), ours)
+
+
+@pytest.mark.parametrize("name", ["int4/bf16", "int4/fp16", "int8/fp16", "int4/tensor/bf16", "int8/1/fp16", "nf4/bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_16_bit_scales_store_gives_the_rounded_weight(name, dtype):
+    g = torch.Generator().manual_seed(1)
+    w = torch.randn(500, 210, generator=g) * torch.exp(4 * torch.randn(500, 1, generator=g))
+    w[1], w[2], w[3, ::2] = 0, -0.0, 2.0**-140
+    w[4] = ((w[4] * 4).round() / 8).clamp(-7, 7)
+    w[5] *= 1e6 if dtype != torch.float16 else 1.0  # past the largest float16 scale
+    w = w.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else w.to(dtype)
+    fmt = resolve(name)
+    held = QuantizedWeight.of(w, fmt, -1)
+    assert held.scales.dtype == fmt.law.stored and held.scales.isfinite().all() and (held.scales > 0).all()
+    assert torch.equal(held.dequantize(), rtn(w, fmt)) and held.dequantize().isfinite().all()

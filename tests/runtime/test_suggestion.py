@@ -146,6 +146,8 @@ def test_relatives_of_eight_bits():
     }
     for fmt in ("nvfp4", "mxfp4", "mxfp6", "mxfp4/floor"):
         assert wide_of(lotion_fx.resolve(fmt)).name == "mxfp8_e4m3"
+    assert wide_of(lotion_fx.resolve("nvfp4/pow2")).name == "mxfp8_e4m3"
+    assert wide_of(lotion_fx.resolve("int4/64/fp16")).name == "int8/64/fp16"
 
 
 BAD = [
