@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from torch import nn
 
 from lotion_fx.deploy import exporting, verifying
-from lotion_fx.deploy.layouts import LAYOUTS
+from lotion_fx.deploy.layouts import LAYOUTS, layout_of
 from lotion_fx.deploy.loading import content_of
 from lotion_fx.deploy.writing import MARK
 from lotion_fx.presets import preset
@@ -40,7 +41,11 @@ def export(
     """
     with _errors_in_a_line():
         model = _model(source, fmt, only)
-        told = exporting.export(model, path, layout, tokenizer=_tokenizer(source))
+        traced = "example_inputs" in inspect.signature(layout_of(layout).write).parameters
+        options = (
+            {"example_inputs": _tokens(content_of(model).model if isinstance(model, Path) else model)} if traced else {}
+        )
+        told = exporting.export(model, path, layout, tokenizer=_tokenizer(source), **options)
     if as_json:
         print(json.dumps({**asdict(told), "path": str(told.path)}))
     else:

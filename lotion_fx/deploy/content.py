@@ -107,6 +107,18 @@ def without_hooks(model: nn.Module) -> nn.Module:
     return made
 
 
+def first_tensor(out: Any) -> Tensor:
+    """The logits of a model's output, else the first tensor that is no scalar."""
+    logits = getattr(out, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    leaves = [leaf for leaf in private.tree_leaves(out) if isinstance(leaf, Tensor)]
+    for leaf in leaves:
+        if leaf.dim():
+            return leaf
+    raise ValueError("batch: the model returns no tensor to compare")
+
+
 def with_a_bar(what: str, items: Iterable[Item], total: int) -> Iterable[Item]:
     """The items, with a bar where somebody sees it, it takes over two seconds, and tqdm is installed."""
     if find_spec("tqdm") is None:

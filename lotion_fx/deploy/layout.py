@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lotion_fx import private
 from lotion_fx.deploy.content import Content
 from lotion_fx.numerics.formats import Format
 
@@ -93,15 +92,3 @@ class Layout(ABC):
             if name not in known:
                 has = f"its options are {', '.join(known)}" if known else "it has no options"
                 raise TypeError(f"{name}={options[name]!r}: no option of layout={self.name!r}; {has}")
-
-
-def first_tensor(out: Any) -> Tensor:
-    """The logits of a model's output, else the first tensor that is no scalar."""
-    logits = getattr(out, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    leaves = [leaf for leaf in private.tree_leaves(out) if isinstance(leaf, Tensor)]
-    for leaf in leaves:
-        if leaf.dim():
-            return leaf
-    raise ValueError("batch: the model returns no tensor to compare")

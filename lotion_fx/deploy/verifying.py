@@ -14,9 +14,9 @@ from tabulate import tabulate
 from torch import nn
 
 from lotion_fx.deploy import manifest
-from lotion_fx.deploy.content import Content, with_a_bar
+from lotion_fx.deploy.content import Content, first_tensor, with_a_bar
 from lotion_fx.deploy.exporting import same
-from lotion_fx.deploy.layout import Layout, first_tensor
+from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.layouts import LAYOUTS, layout_of
 from lotion_fx.deploy.loading import content_of
 from lotion_fx.expected import expected_loss

@@ -6,12 +6,14 @@ bits, so that its logits are some 6e-3 of their norm off, whichever way a model 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lotion_fx.deploy.content import Content
 from lotion_fx.deploy.layout import Layout
@@ -79,6 +81,24 @@ class Gguf(Layout):
                 scale = tensors.get(_scale(each))
                 parts.append(ggml_blocks.dequantized(tensors[each], None if scale is None else float(scale.data[0])))
             yield name, where.join(parts).movedim(-1, weight.axis).to(weight.dtype)
+
+    def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
+        """The logits [batch, tokens, vocabulary] of llama.cpp, whose cache is in float32."""
+        if find_spec("llama_cpp") is None:
+            raise NotImplementedError(
+                "layout='gguf': llama.cpp runs it; pip install llama-cpp-python to compare outputs"
+            )
+        from llama_cpp import Llama
+
+        ids = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
+        size = max(64, ids.shape[1])
+        client = Llama(str(place), n_ctx=size, n_batch=size, logits_all=True, verbose=False, type_k=0, type_v=0)
+        rows = []
+        for row in ids.tolist():
+            client.reset()
+            client.eval(row)
+            rows.append(torch.tensor(client.scores[: len(row)]))
+        return torch.stack(rows)
 
 
 def _place(architecture: Architecture, content: Content, name: str) -> Place:

@@ -71,6 +71,17 @@ class Onnx(Layout):
                 weight = content.weights[name]
                 yield name, read if node.op_type == "DequantizeLinear" else read.movedim(-1, weight.axis)
 
+    def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
+        """By onnxruntime, in float32."""
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(place, providers=["CPUExecutionProvider"])
+        args, kwargs = arguments("onnx", inputs if isinstance(inputs, (Mapping, tuple, list)) else (inputs,))
+        given = [*args, *kwargs.values()]
+        named = {each.name: each.name for each in session.get_inputs()}
+        fed = {name: kwargs.get(name, tensor).numpy() for name, tensor in zip(named, given, strict=False)}
+        return torch.from_numpy(session.run(None, fed)[0])
+
 
 def arguments(layout: str, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and the named arguments of a forward.
