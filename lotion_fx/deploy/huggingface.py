@@ -96,28 +96,32 @@ def unplaced(content: Content, name: str) -> str:
         return f"{type(owner).__name__} has its blocks along dimension {weight.axis}, the client along the last"
     if len(weight.shape) == 2 and not isinstance(owner, nn.Linear):
         return f"{type(owner).__name__} is no nn.Linear"
-    if isinstance(weight.format.block, int) and weight.length % weight.format.block:
-        return f"its {weight.length} inputs are no multiple of a block of {weight.format.block}"
-    if len(weight.shape) not in (2, 3):
-        return f"{type(owner).__name__} has a weight of {len(weight.shape)} dimensions"
+    if reason := not_whole(weight):
+        return reason
+    if not matrices(content, name):
+        return f"{type(owner).__name__} has a weight of {len(weight.shape)} dimensions, in checkpoints too"
+    return ""
+
+
+def not_whole(weight: QuantizedWeight) -> str:
+    """That its last blocks are short; empty if they are not."""
+    block = weight.format.block
+    if isinstance(block, int) and weight.length % block:
+        return f"its {weight.length} inputs are no multiple of a block of {block}"
     return ""
 
 
 def matrices(content: Content, name: str) -> dict[str, Tensor]:
     """Of a weight [*rows, K], by its names in the checkpoint, which rows each matrix has: int64, of the rows flat.
 
-    Experts are matrices of their own there.
-
-    Raises:
-        ValueError: rows are cut in the checkpoint.
+    Stacked experts are matrices of their own there. Empty where the checkpoint has a stack, or cuts or turns rows.
     """
     shape = content.weights[name].shape
-    rows = torch.arange(torch.Size(shape[:-1]).numel()).reshape(*shape[:-1], 1).expand(shape)
+    rows = torch.arange(torch.Size(shape[:-1]).numel()).reshape(*shape[:-1], 1).expand(*shape[:-1], 2)  # for K columns
     found = {}
     for saved, part in as_saved(content.model, {name: rows}).items():
-        if part.dim() != 2 or part.shape[-1] != shape[-1] or not (part == part[:, :1]).all():
-            kind = type(content.model).__name__
-            raise ValueError(f"model: {name!r} is cut across its blocks in checkpoints of {kind}")
+        if part.dim() != 2 or part.shape[-1] != 2 or not (part == part[:, :1]).all():
+            return {}
         found[saved] = part[:, 0].clone()
     return found
 

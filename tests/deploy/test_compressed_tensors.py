@@ -9,7 +9,7 @@ import lotion_fx
 from lotion_fx.deploy.layouts import compressed_tensors as layout
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
 from lotion_fx.numerics.formats import formats, resolve
-from tests.deploy.clients import KINDS, assert_same, loaded, logits, tiny, trained
+from tests.deploy.clients import KINDS, assert_same, loaded, logits, reference, tiny, trained
 from tests.deploy.test_weights import hard
 from tests.models import MLP
 
@@ -181,3 +181,39 @@ def test_settings_are_the_models_own(tmp_path):
     export(model, tmp_path)
     assert model.config.to_dict() == before
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "packed").pad_token_id == 2
+
+
+def test_one_tensor_scale_is_an_option_that_transformers_can_do_without(tmp_path):
+    model = lotion_fx.transform(tiny("llama"), "nvfp4/pow2", inner="eager").eval()
+    logits(model)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        attention.k_proj.weight.mul_(2**-4)
+        attention.k_proj.weight[0, :16].mul_(2**-13)
+    with pytest.raises(ValueError, match=r"k_proj.weight' cannot take .*share=False"):
+        export(model, tmp_path)
+    export(model, tmp_path, share=False)
+    assert torch.equal(
+        logits(loaded(model, tmp_path / "packed")), logits(reference(model, tmp_path / "dense", BFLOAT16))
+    )
+
+
+@pytest.mark.slow
+def test_a_tied_model_that_was_loaded_is_written_as_its_checkpoints_are(tmp_path):
+    first = tiny("llama").config
+    first.tie_word_embeddings = True
+    transformers.LlamaForCausalLM(first).save_pretrained(tmp_path / "first")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "first")
+    lotion_fx.transform(model, "int4/bf16", inner="aot_eager", only={"*embed_tokens*": "int4/bf16"}).eval()
+    logits(model)
+    assert list(export(model, tmp_path).dense) == ["model.embed_tokens.weight"]
+    assert_same(model, tmp_path, FLOAT32)
+
+
+def test_a_last_block_that_is_short_is_dense(tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 104, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, vocab_size=64))
+    lotion_fx.transform(model, "mxfp4", inner="eager").eval()
+    logits(model)
+    dense = export(model, tmp_path).dense
+    assert dense == {"model.layers.0.mlp.down_proj.weight": "its 104 inputs are no multiple of a block of 32"}

@@ -32,6 +32,7 @@ def test_blocks_of_zeros_do_not_hinder():
     before = weights(q_proj=1.0) | {"layers.0.k_proj.weight": QuantizedWeight.of(w, resolve("nvfp4/pow2"), 1)}
     after = shared(before)["layers.0.k_proj.weight"]
     assert torch.equal(after.dequantize(), before["layers.0.k_proj.weight"].dequantize())
+    assert (after.scales != 0).all()  # which a client may divide by
 
 
 def test_a_block_too_small_for_the_scale_is_refused_by_name():

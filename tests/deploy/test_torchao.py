@@ -46,7 +46,8 @@ def test_a_llama_is_loaded_bit_for_bit(tmp_path):
 def test_every_model_in_every_format(tmp_path, kind, fmt, dtype):
     model = trained(kind, fmt, dtype, steps=3)
     told = export(model, tmp_path)
-    assert_same(model, tmp_path, dtype)
+    rounds_before_bias = fmt.startswith("fp8") and kind == "bert" and dtype == BFLOAT16
+    assert_same(model, tmp_path, dtype, bound=2**-6 if rounds_before_bias else 0.0)
     dense = {"gpt2": "Conv1D has its blocks along dimension 0", "mixtral": "stacked experts"}
     assert (dense[kind] in str(told)) if kind in dense else not told.dense
 

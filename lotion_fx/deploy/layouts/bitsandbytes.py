@@ -99,10 +99,7 @@ def _dense(content: Content) -> dict[str, str]:
     for name, weight in content.weights.items():
         owner = huggingface.owner_of(content.model, name)
         turned = len(weight.shape) == 2 and not isinstance(owner, nn.Linear) and _is_linear(owner) and weight.axis == 0
-        reason = "" if turned else huggingface.unplaced(content, name)
-        assert isinstance(weight.format.block, int)
-        if not reason and weight.length % weight.format.block:
-            reason = f"its {weight.length} inputs are no multiple of a block of {weight.format.block}"
+        reason = huggingface.not_whole(weight) if turned else huggingface.unplaced(content, name)
         if not reason and len(weight.shape) != 2:
             reason = "stacked experts: bitsandbytes holds matrices alone"
         if reason:

@@ -8,7 +8,8 @@ A Linear's weight is, as torchao 0.18 names them,
 
 with each tensor's class and attributes in the metadata of the safetensors file. A tensor has the dtype that it was
 trained in, and a model loaded in another fails in its first forward. (Int8Tensor, which int8 per channel could be too,
-multiplies by scales after the product: the same weights, other logits.)
+multiplies by scales after the product: the same weights, other logits. Float8Tensor adds a bias to the rounded product,
+which bfloat16 logits show.)
 """
 
 from __future__ import annotations
