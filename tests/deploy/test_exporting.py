@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -267,3 +269,29 @@ def test_equal_is_bit_for_bit_but_for_the_sign_of_zero():
     a = torch.tensor([1.0, 0.0])
     assert exporting.same(a.bfloat16(), torch.tensor([1.0, -0.0]))
     assert not exporting.same(a, torch.tensor([1.0 + 2**-23, 0.0])) and not exporting.same(a, a[:1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(tmp_path, kills):
+    models = [trained("int4"), trained("nvfp4")]
+    expected = [{name: w.dequantize() for name, w in lotion_fx.quantized(model).items()} for model in models]
+    lotion_fx.export(models[0], tmp_path / "model")
+    draw, seen = random.Random(0), set()
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            try:
+                for turn in range(1000):
+                    lotion_fx.export(models[turn % 2], tmp_path / "model")
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0, 0.15))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        weights, _, _ = lotion.read(tmp_path / "model")
+        (which,) = [i for i in (0, 1) if all(torch.equal(weights[n].dequantize(), w) for n, w in expected[i].items())]
+        seen.add(which)
+    assert seen == {0, 1} or kills < 50
+    lotion_fx.export(models[0], tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model"]
