@@ -238,8 +238,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "ste scale": {"method": "ste_scale"},
     "lotion": {},
     "finish": {"finish": 0.4},
+    "early": {"finish": 0.7, "finish_term": False},
 }
-MINE, RIVALS = ("lotion", "finish"), ("ptq", "ste", "ste scale")
+MINE, RIVALS = ("lotion", "finish", "early"), ("ptq", "ste", "ste scale")
 
 
 def deploy(args: argparse.Namespace) -> None:

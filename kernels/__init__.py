@@ -7,6 +7,7 @@
     pack              a weight to the codes and scales that are deployed
     packed_linear     a linear layer on a packed weight
     scaled_linear     the same with activations of 4 bits
+    cpu_linear        a linear layer on a packed weight on a CPU: no Triton but C++, compiled by `cpu_build`
 
 What they are made of, and none of it a kernel:
 

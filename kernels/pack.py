@@ -33,11 +33,10 @@ from lotion_fx.kernels.device_code import (
     tensor_scale,
 )
 from lotion_fx.kernels.e2m1 import nearest_pair
-from lotion_fx.kernels.packed import Packed, in_pairs
+from lotion_fx.kernels.packed import Packed, check_format, in_pairs, reference
 from lotion_fx.kernels.tiles import absmax
 from lotion_fx.kernels.tuning import launchable
 from lotion_fx.kernels.view import PIECE, ROWS, View, absent_amaxes, amaxes, check, configs
-from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, resolve
 
 
@@ -99,32 +98,10 @@ def pack(w: Tensor, fmt: str | Format) -> Packed:
         ValueError: two codes of a byte would lie in two blocks; or the format's name is not its own.
     """
     format = resolve(fmt)
-    if in_pairs(format) and isinstance(format.block, int) and format.block % 2:
-        raise ValueError(
-            f"fmt={format.name!r}: two codes of a byte would lie in two blocks of {format.block}; use an even block"
-        )
-    if resolve(format.name) != format:
-        raise ValueError(f"fmt={format.name!r}: another format has this name; register_format yours under its own")
+    check_format(format)
     amax = amaxes(w, format, -1) if format.law.two_level else None
     codes, scales = torch.ops.lotion_fx.pack(w, format.name, amax)
     return Packed(codes, scales, None if amax is None else format.law.tensor_scale(amax, format.grid))
-
-
-def reference(w: Tensor, fmt: Format, amax: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes and scales in ATen."""
-    known = amax if fmt.law.two_level or fmt.block == "tensor" else None
-    scales, tensor_scale = rounding.scale_parts(w, fmt, amax_tensor=known)
-    s = scales if tensor_scale is None else scales * tensor_scale
-    blocks = rounding.to_blocks(w, fmt).to(torch.float32)
-    codes = rounding.from_blocks(fmt.grid.encode(fmt.grid.nearest(blocks / s)), fmt, -1, w.shape)
-    if in_pairs(fmt):
-        if codes.shape[-1] % 2:
-            zero = fmt.grid.encode(torch.zeros_like(codes[..., :1], dtype=torch.float32))
-            codes = torch.cat([codes, zero], -1)
-        codes = codes[..., ::2] | codes[..., 1::2] << 4
-    type = getattr(fmt.law, "type", None)
-    scales = scales.squeeze(-1)
-    return codes, scales if type is None else type.encode(scales)
 
 
 @triton_op("lotion_fx::pack", mutates_args=())

@@ -34,6 +34,40 @@ def in_pairs(fmt: Format) -> bool:
     return fmt.grid.bits <= 4
 
 
+def check_format(fmt: Format) -> None:
+    """Raises `ValueError` where two codes of a byte would lie in two blocks, or the format's name is not its own."""
+    if in_pairs(fmt) and isinstance(fmt.block, int) and fmt.block % 2:
+        raise ValueError(
+            f"fmt={fmt.name!r}: two codes of a byte would lie in two blocks of {fmt.block}; use an even block"
+        )
+    if resolve(fmt.name) != fmt:
+        raise ValueError(f"fmt={fmt.name!r}: another format has this name; register_format yours under its own")
+
+
+def pack_in_aten(w: Tensor, fmt: Format) -> Packed:
+    """Codes and scales of a weight [..., K], on any device: `pack` without its kernel, and without Triton."""
+    check_format(fmt)
+    amax = torch.linalg.vector_norm(w, torch.inf, dtype=torch.float32) if fmt.law.two_level else None
+    return Packed(*reference(w, fmt, amax), None if amax is None else fmt.law.tensor_scale(amax, fmt.grid))
+
+
+def reference(w: Tensor, fmt: Format, amax: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes and scales in ATen."""
+    known = amax if fmt.law.two_level or fmt.block == "tensor" else None
+    scales, tensor_scale = rounding.scale_parts(w, fmt, amax_tensor=known)
+    s = scales if tensor_scale is None else scales * tensor_scale
+    blocks = rounding.to_blocks(w, fmt).to(torch.float32)
+    codes = rounding.from_blocks(fmt.grid.encode(fmt.grid.nearest(blocks / s)), fmt, -1, w.shape)
+    if in_pairs(fmt):
+        if codes.shape[-1] % 2:
+            zero = fmt.grid.encode(torch.zeros_like(codes[..., :1], dtype=torch.float32))
+            codes = torch.cat([codes, zero], -1)
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+    type = getattr(fmt.law, "type", None)
+    scales = scales.squeeze(-1)
+    return codes, scales if type is None else type.encode(scales)
+
+
 def unpack(packed: Packed, fmt: str | Format, length: int) -> Tensor:
     """The float32 weight [..., length] that was packed."""
     format = resolve(fmt)

@@ -8,6 +8,8 @@ from lotion_fx.calibration import calibrate
 from lotion_fx.coverage import CoverageReport, report
 from lotion_fx.deploy.exporting import Exported, export
 from lotion_fx.deploy.loading import load
+from lotion_fx.deploy.packed_model import quantize
+from lotion_fx.deploy.verifying import Verification, verify
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
 from lotion_fx.expected import ExpectedLoss, expected_loss
 from lotion_fx.explanation import Explanation, explain, log_as_asked
@@ -35,6 +37,7 @@ __all__ = [
     "NoiseLaw",
     "QuantizedWeight",
     "Suggestion",
+    "Verification",
     "apply_term",
     "calibrate",
     "codebook",
@@ -51,6 +54,7 @@ __all__ = [
     "optim",
     "penalty",
     "preset",
+    "quantize",
     "quantized",
     "randomized",
     "register_contraction",
@@ -63,4 +67,5 @@ __all__ = [
     "suggest",
     "training_loss",
     "transform",
+    "verify",
 ]

@@ -25,6 +25,7 @@ def build() -> typer.Typer:
     """The command line with every subcommand."""
     import typer
 
+    from lotion_fx.deploy import commands
     from lotion_fx.examples import landscape, linear_regression, quickstart, two_layer
 
     app = typer.Typer(
@@ -38,6 +39,8 @@ def build() -> typer.Typer:
     app.command("linear-regression")(linear_regression.main)
     app.command("two-layer")(two_layer.main)
     app.command("landscape")(landscape.main)
+    app.command("export")(commands.export)
+    app.command("verify")(commands.verify)
     if find_spec("triton"):  # Linux alone has it
         from lotion_fx.kernels.audit import table
 

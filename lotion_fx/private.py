@@ -97,11 +97,7 @@ def fake_mode_of(inputs: Sequence[Any]) -> Iterator[None]:
 
 
 class InTurn(CustomGraphPass):
-    """Several passes over Inductor's joint graph as one, which is all that torch 2.11 takes.
-
-    Args:
-        passes: functions of a graph; one that is no `CustomGraphPass` keeps the compile caches off.
-    """
+    """Several passes over Inductor's joint graph as one, all that torch 2.11 takes; caches need a `CustomGraphPass`."""
 
     def __init__(self, passes: Sequence[Callable[[fx.Graph], None]]) -> None:
         self.passes = tuple(passes)
@@ -117,8 +113,7 @@ class InTurn(CustomGraphPass):
 
 def arguments_of(op: Any) -> Sequence[Any]:
     """An operator's arguments: ``name``, ``default_value``, and ``alias_info``, by which one is written to."""
-    declared: Sequence[Any] = op._schema.arguments
-    return declared
+    return list(op._schema.arguments)
 
 
 def results_of(op: Any) -> int:
@@ -315,14 +310,10 @@ def hook_forward(module: nn.Module, before: Callable[..., None], after: Callable
     module._forward_hooks_always_called[_HOOK] = True
 
 
-def without_hooks(model: nn.Module) -> nn.Module:
-    """A copy that carries none of our hooks and calls nothing compiled."""
-    made = copy.deepcopy(model)
-    for module in made.modules():
-        module._compiled_call_impl = None
-        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
-            hooks.pop(_HOOK, None)
-    return made
+def unhook(module: nn.Module) -> None:
+    """Takes these hooks off a module."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
+        hooks.pop(_HOOK, None)
 
 
 def needs_frame(module: nn.Module) -> bool:
@@ -353,7 +344,7 @@ def refresh_flat_weights(module: nn.Module) -> None:
         module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
 
 
-def replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
+def replace_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Makes calling the module run something else."""
     module._compiled_call_impl = call
 

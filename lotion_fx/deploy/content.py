@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -41,7 +42,15 @@ class Content:
         Raises:
             ValueError: as `quantized`; or the state holds something that is no tensor.
         """
-        weights = quantized(model)
+        return Content.with_weights(model, quantized(model), tokenizer)
+
+    @staticmethod
+    def with_weights(model: nn.Module, weights: dict[str, QuantizedWeight], tokenizer: Any = None) -> Content:
+        """That of a model, transformed or plain, whose weights are given.
+
+        Raises:
+            ValueError: the state holds something that is no tensor.
+        """
         first: dict[int, str] = {}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in weights:
@@ -81,12 +90,33 @@ def plain_copy(model: nn.Module, weights: dict[str, QuantizedWeight]) -> nn.Modu
     Args:
         weights: `quantized(model)`.
     """
-    made = private.without_hooks(model).eval()
+    made = without_hooks(model).eval()
     parameters = dict(made.named_parameters())
     with torch.no_grad():
         for name, weight in weights.items():
             parameters[name].copy_(weight.dequantize())
     return made.requires_grad_(False)
+
+
+def without_hooks(model: nn.Module) -> nn.Module:
+    """A copy that carries none of our hooks and calls nothing compiled, at its own weights."""
+    made = copy.deepcopy(model)
+    for module in made.modules():
+        private.unhook(module)
+        private.replace_call(module, None)
+    return made
+
+
+def first_tensor(out: Any) -> Tensor:
+    """The logits of a model's output, else the first tensor that is no scalar."""
+    logits = getattr(out, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    leaves = [leaf for leaf in private.tree_leaves(out) if isinstance(leaf, Tensor)]
+    for leaf in leaves:
+        if leaf.dim():
+            return leaf
+    raise ValueError("batch: the model returns no tensor to compare")
 
 
 def with_a_bar(what: str, items: Iterable[Item], total: int) -> Iterable[Item]:

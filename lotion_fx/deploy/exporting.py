@@ -16,6 +16,7 @@ from lotion_fx.deploy import manifest
 from lotion_fx.deploy.content import Content
 from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.layouts import layout_of
+from lotion_fx.deploy.loading import content_of
 from lotion_fx.deploy.writing import replaced
 from lotion_fx.scalars import shown
 
@@ -54,7 +55,12 @@ class Exported:
 
 
 def export(
-    model: nn.Module, path: str | os.PathLike[str], layout: str = "lotion", *, tokenizer: Any = None, **options: Any
+    model: nn.Module | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    layout: str = "lotion",
+    *,
+    tokenizer: Any = None,
+    **options: Any,
 ) -> Exported:
     """Writes a trained model for a client, at exactly the weights that `eval()` computes with.
 
@@ -63,7 +69,8 @@ def export(
     there.
 
     Args:
-        model: transformed. A Hugging Face model brings its configuration and generation settings.
+        model: transformed. A Hugging Face model brings its configuration and generation settings. Or the folder of an
+            export of layout "lotion" of such a model, which is laid out anew.
         path: a folder, or for "gguf", "onnx" and "aoti" a file. A former export there is replaced.
         layout: "lotion" for any model and format; the others are for the clients of their names, see docs/deploy.md.
         tokenizer: saved beside a Hugging Face model.
@@ -81,7 +88,10 @@ def export(
         raise TypeError(f"path={shown(path)}: expected the name of a {'file' if chosen.suffix else 'folder'}")
     if chosen.suffix and Path(path).suffix != chosen.suffix:
         raise ValueError(f"path={str(path)!r}: expected a file that ends in {chosen.suffix}, for layout={layout!r}")
-    content = Content.of(model, tokenizer)
+    if isinstance(model, (str, os.PathLike)):
+        content = content_of(Path(model), tokenizer=tokenizer)
+    else:
+        content = Content.of(model, tokenizer)
     for name, weight in content.weights.items():
         if reason := chosen.refusal(weight.format):
             raise ValueError(f"layout={layout!r} has no place for {name!r} in {weight.format.name}: {reason}")

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lotion_fx.deploy.content import Content
+from lotion_fx.deploy.content import Content, first_tensor
 from lotion_fx.deploy.weights import QuantizedWeight
+from lotion_fx.loss_graph import called
 
 FILE = "model.safetensors"
 
@@ -53,6 +54,16 @@ def save_settings(
         told["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
         told["quantization_config"] = dict(quantization)
         file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def loaded_outputs(place: Path, inputs: Any) -> Tensor:
+    """What the model computes that `from_pretrained` makes of a checkpoint, with default arguments, in eval()."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(place)
+    kind = getattr(transformers, config.architectures[0])
+    return first_tensor(called(kind.from_pretrained(place).eval(), inputs))
 
 
 def as_saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lotion_fx.deploy.content import Content
 from lotion_fx.numerics.formats import Format
@@ -55,6 +55,19 @@ class Layout(ABC):
 
         Each in the model's shape, and in a dtype in which it can be compared with what was trained, bit for bit.
         """
+
+    def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
+        """What the client computes on inputs: its logits, or the first tensor that it returns.
+
+        Args:
+            place: an export.
+            model: that was exported; for a client which needs a module of its kind, that it does not alter.
+            inputs: a dictionary of keyword arguments, a tuple of arguments, or one argument.
+
+        Raises:
+            NotImplementedError: the client runs no model.
+        """
+        raise NotImplementedError(f"layout={self.name!r}: no client at hand runs it; compare its weights alone")
 
     def check_packages(self) -> None:
         """

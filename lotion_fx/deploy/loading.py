@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lotion_fx import private
+from lotion_fx.deploy.content import Content
 from lotion_fx.deploy.layouts import lotion
+from lotion_fx.deploy.packed_model import hold
 from lotion_fx.deploy.weights import QuantizedWeight
 from lotion_fx.scalars import check_flag, shown
 
@@ -29,38 +31,36 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, packed
         TypeError: the model is no module.
     """
     check_flag("packed", packed)
-    folder = Path(path)
+    made, weights = _loaded(Path(path), model)
+    if packed:
+        hold(made, weights)
+    return made
+
+
+def content_of(path: Path, model: nn.Module | None = None, tokenizer: Any = None) -> Content:
+    """What an export of layout "lotion" holds, to be laid out anew; arguments and errors are those of `load`."""
+    made, weights = _loaded(path, model)
+    return Content.with_weights(made, weights, tokenizer)
+
+
+def _loaded(folder: Path, model: nn.Module | None) -> tuple[nn.Module, dict[str, QuantizedWeight]]:
+    """A plain module at the dense values of an export, in eval(), and the weights' codes."""
     weights, others, tied = lotion.read(folder)
-    made = _from_transformers(folder) if model is None else model
+    made = from_transformers(folder) if model is None else model
     if not isinstance(made, nn.Module):
         raise TypeError(f"model={shown(model)}: expected a plain nn.Module, not {type(model).__name__}")
     if any(private.before_of(module) is not None for module in made.modules()):
         raise ValueError("model: it is under lotion_fx; give a plain module, and transform it afterwards to train on")
-    _fill(made, weights, others, tied)
-    if packed:
-        from lotion_fx.deploy.packed_model import hold
-
-        hold(made, weights)
-    return made.eval()
+    lotion.fill(made, weights, others, tied)
+    return made.eval(), weights
 
 
-@torch.no_grad()
-def _fill(
-    model: nn.Module, weights: dict[str, QuantizedWeight], others: dict[str, Tensor], tied: dict[str, str]
-) -> None:
-    dense: dict[str, Tensor] = {name: weight.dequantize() for name, weight in weights.items()} | others
-    dense |= {name: dense[known] for name, known in tied.items()}
-    try:
-        model.load_state_dict(dense, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"model: the export does not fit this {type(model).__name__}: {error}") from error
-    for name, known in tied.items():  # names that were one tensor are one again
-        owner, _, attribute = name.rpartition(".")
-        first, _, other = known.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, getattr(model.get_submodule(first), other))
+def from_transformers(folder: Path) -> nn.Module:
+    """A Hugging Face model of a folder's configuration, at random weights.
 
-
-def _from_transformers(folder: Path) -> nn.Module:
+    Raises:
+        ValueError: there is no configuration, or of no class that transformers has.
+    """
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"path={str(folder)!r}: the export has no config.json to make a model from; pass model=, a plain module of "

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lotion_fx.kernels.pack import pack
-from lotion_fx.kernels.packed import Packed, in_pairs, unpack
+from lotion_fx.kernels.packed import Packed, in_pairs, pack_in_aten, unpack
 from lotion_fx.numerics.formats import Format
 from lotion_fx.state import Weight, names_of
 
@@ -51,7 +50,7 @@ class QuantizedWeight:
             w: float32, bfloat16 or float16.
             axis: the dimension that blocks run along.
         """
-        packed = pack(w.detach().movedim(axis, -1).contiguous(), fmt)
+        packed = pack_in_aten(w.detach().movedim(axis, -1).contiguous(), fmt)
         scales = packed.scales if packed.scales.dtype == torch.uint8 else packed.scales.to(fmt.law.stored)
         return QuantizedWeight(packed.codes, scales, packed.tensor_scale, fmt, axis % w.dim(), tuple(w.shape), w.dtype)
 

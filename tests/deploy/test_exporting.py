@@ -38,7 +38,11 @@ def test_what_is_loaded_computes_what_eval_computed(tmp_path, fmt, dtype):
     loaded = lotion_fx.load(tmp_path / "model", LM(), packed=False)
     assert type(loaded) is LM and not loaded.training
     with torch.no_grad():
-        assert torch.equal(loaded(x), torch.compile(model, backend="eager")(x))
+        expected = torch.compile(model, backend="eager")(x)
+        assert torch.equal(loaded(x), expected)
+        packed = lotion_fx.load(tmp_path / "model", LM())
+        torch.testing.assert_close(packed(x), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    assert sum(b.nbytes for b in packed.buffers()) < sum(p.nbytes for p in LM().parameters())
     assert sorted(os.listdir(tmp_path / "model")) == sorted(FILES)
     assert told.packed == {name: w.format.name for name, w in lotion_fx.quantized(model).items()} and not told.dense
     assert f"layout lotion, {told.nbytes / 2**20:.2f} MiB" in str(told)

@@ -1,7 +1,7 @@
 """One set of kernel tests for two devices: CPU tensors in Triton's interpreter, and a GPU (``pytest -m gpu``).
 
 ``tests/compiled/test_kernels.py`` runs every file here in a process with ``TRITON_INTERPRET=1``. In any other process
-the tests carry the marker ``gpu``, and skip where there is none.
+the tests carry the marker ``gpu``, and skip where there is none; but for those of kernels for CPUs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from tests.harness.interpreter import INTERPRETING  # corrects the interpreter, before any kernel is imported
 
+ON_CPUS = ("test_cpu_linear",)  # no kernel of Triton's, and so no device of its own
 NO_GPU = pytest.mark.skip(reason="no CUDA device; tests/compiled/test_kernels.py runs this in Triton's interpreter")
 
 
@@ -20,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if INTERPRETING:
         return
     for item in items:
-        if item.path.parent == Path(__file__).parent:
+        if item.path.parent == Path(__file__).parent and item.path.stem not in ON_CPUS:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(NO_GPU)

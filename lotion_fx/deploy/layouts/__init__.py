@@ -12,6 +12,8 @@ LAYOUTS = {
     "bitsandbytes": "lotion_fx.deploy.layouts.bitsandbytes:BitsAndBytes",
     "modelopt": "lotion_fx.deploy.layouts.modelopt:ModelOpt",
     "torchao": "lotion_fx.deploy.layouts.torchao:TorchAO",
+    "gguf": "lotion_fx.deploy.layouts.gguf:Gguf",
+    "onnx": "lotion_fx.deploy.layouts.onnx:Onnx",
 }
 """Where each is: imported when asked for, for each stands on libraries of its own."""
 

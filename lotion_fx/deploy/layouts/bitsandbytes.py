@@ -77,6 +77,9 @@ class BitsAndBytes(Layout):
                 read = dequantize_4bit(tensors[saved], QuantState.from_dict(state, torch.device("cpu")))
                 yield name, read.movedim(-1, weight.axis)
 
+    def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
+        return huggingface.loaded_outputs(place, inputs)
+
 
 def _saved(content: Content, name: str) -> str:
     """A matrix's name in the checkpoint."""

@@ -113,6 +113,9 @@ class CompressedTensors(Layout):
                 read[saved] = client.decompress(held, scheme)["weight"]
             yield name, huggingface.whole(content, name, read)
 
+    def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
+        return huggingface.loaded_outputs(place, inputs)
+
 
 def parts_of(weight: QuantizedWeight) -> dict[str, Tensor]:
     """A matrix [N, K], blocks along K, as compressed-tensors' tensors of a module."""

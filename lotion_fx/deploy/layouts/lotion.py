@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lotion_fx.deploy import huggingface, manifest
-from lotion_fx.deploy.content import Content
+from lotion_fx.deploy.content import Content, first_tensor, without_hooks
 from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.weights import DTYPES, QuantizedWeight
 from lotion_fx.deploy.writing import MARK
 from lotion_fx.kernels.packed import in_pairs
+from lotion_fx.loss_graph import called
 from lotion_fx.numerics.formats import Format
 
 FILE = "model.safetensors"
@@ -52,6 +53,11 @@ class Lotion(Layout):
         weights, _ = parse((place / FILE).read_bytes(), told)
         for name, weight in weights.items():
             yield name, weight.dequantize()
+
+    def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
+        made = without_hooks(model).eval()
+        fill(made, *read(place))
+        return first_tensor(called(made, inputs))
 
 
 def read(folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], dict[str, str]]:
@@ -119,3 +125,24 @@ def _weight(name: str, parts: list[Tensor | None], told: Mapping[str, Any]) -> Q
                 f"of {name!r} a tensor is {tensor.dtype} {list(tensor.shape)}, expected {stored} {expected}"
             )
     return QuantizedWeight(codes, scales, tensor_scale, fmt, axis, shape, dtype)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module, weights: dict[str, QuantizedWeight], others: dict[str, Tensor], tied: dict[str, str]
+) -> None:
+    """Gives a plain module the dense values of an export, see `read`.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    dense: dict[str, Tensor] = {name: weight.dequantize().contiguous() for name, weight in weights.items()} | others
+    dense |= {name: dense[known] for name, known in tied.items()}
+    try:
+        model.load_state_dict(dense, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"model: the export does not fit this {type(model).__name__}: {error}") from error
+    for name, known in tied.items():  # names that were one tensor are one again
+        owner, _, attribute = name.rpartition(".")
+        first, _, other = known.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, getattr(model.get_submodule(first), other))

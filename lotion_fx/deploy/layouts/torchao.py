@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lotion_fx.deploy import huggingface
 from lotion_fx.deploy.content import Content
@@ -77,6 +77,9 @@ class TorchAO(Layout):
             if name not in dense:
                 (saved,) = huggingface.matrices(content, name)
                 yield name, tensors[saved].dequantize()
+
+    def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
+        return huggingface.loaded_outputs(place, inputs)
 
 
 def _dense(content: Content) -> dict[str, str]:

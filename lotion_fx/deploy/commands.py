@@ -1,0 +1,120 @@
+"""`lotion-fx export` and `lotion-fx verify`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from lotion_fx.deploy import exporting, verifying
+from lotion_fx.deploy.layouts import LAYOUTS, layout_of
+from lotion_fx.deploy.loading import content_of
+from lotion_fx.deploy.writing import MARK
+from lotion_fx.presets import preset
+from lotion_fx.transformation import transform
+
+Source = Annotated[Path, typer.Argument(help="An export of layout lotion, or with --fmt a Hugging Face checkpoint.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def export(
+    source: Source,
+    path: Annotated[Path, typer.Argument(help="The folder or file to write.")],
+    layout: Annotated[str, typer.Option(help=", ".join(LAYOUTS))] = "lotion",
+    fmt: Annotated[
+        str | None, typer.Option(help="Of a checkpoint's weights, rounded to nearest: nvfp4, int4/bf16, ...")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Which weights of a checkpoint: lm, linear or all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a trained model for a client, and read it back with the client's own library.
+
+    lotion-fx export trained/ model.gguf --layout gguf
+
+    lotion-fx export checkpoint/ packed/ --layout compressed-tensors --fmt nvfp4/pow2
+    """
+    with _errors_in_a_line():
+        model = _model(source, fmt, only)
+        traced = "example_inputs" in inspect.signature(layout_of(layout).write).parameters
+        options = (
+            {"example_inputs": _tokens(content_of(model).model if isinstance(model, Path) else model)} if traced else {}
+        )
+        told = exporting.export(model, path, layout, tokenizer=_tokenizer(source), **options)
+    if as_json:
+        print(json.dumps({**asdict(told), "path": str(told.path)}))
+    else:
+        print(told)
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="What was exported.")],
+    source: Annotated[Path | None, typer.Option(help="What it was exported from: an export of layout lotion.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Load an export with its real client, and compare weights and logits with the model that was trained.
+
+    lotion-fx verify model.gguf --source trained/
+    """
+    with _errors_in_a_line():
+        if source is None and not (path / MARK).is_file():
+            raise ValueError(f"--source: {path} does not hold what it was made from; give the export of layout lotion")
+        origin = path if source is None else source
+        found = verifying.verify(path, origin, _tokens(content_of(origin).model))
+    if as_json:
+        print(json.dumps({**asdict(found), "is_exact": found.is_exact}))
+    else:
+        print(found)
+    if not found.is_exact:
+        raise typer.Exit(1)
+
+
+class _errors_in_a_line:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (ValueError, TypeError, ModuleNotFoundError, OSError)):
+            raise typer.BadParameter(str(error)) from error
+
+
+def _model(source: Path, fmt: str | None, only: str | None) -> nn.Module | Path:
+    if (source / MARK).is_file():
+        if fmt is not None or only is not None:
+            raise ValueError(f"--fmt, --only: {source} is an export, whose weights have their formats; leave them out")
+        return source
+    if fmt is None:
+        raise ValueError(f"--fmt: {source} is no export of lotion_fx; a checkpoint needs a format to be rounded to")
+    if not (source / "config.json").is_file():
+        raise ValueError(f"source={str(source)!r}: no export and no Hugging Face checkpoint is here")
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(source, dtype="auto")
+    transform(model, fmt, only=None if only is None else preset(only), inner="eager").eval()
+    if (tokens := _tokens(model)) is not None:
+        with torch.no_grad():
+            model(**tokens)  # which tells the dimensions that no module does
+    return model
+
+
+def _tokens(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """Some tokens for a Hugging Face language model, always the same; None for other models."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if size is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return {"input_ids": torch.randint(size, (1, 16), generator=generator)}
+
+
+def _tokenizer(source: Path) -> Any:
+    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(source)

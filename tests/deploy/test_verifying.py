@@ -1,0 +1,63 @@
+"""`verify`: an export against the model that was trained."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lotion_fx
+from lotion_fx.deploy.layouts import lotion
+from tests.deploy.test_exporting import trained
+from tests.models import MLP, VOCAB
+
+
+def test_an_export_is_what_was_trained(tmp_path):
+    model, tokens = trained(), torch.randint(VOCAB, (4, 6))
+    lotion_fx.export(model, tmp_path / "model")
+    found = lotion_fx.verify(tmp_path / "model", model, tokens)
+    assert found.is_exact and found.outputs == (0.0, 0.0) and not model.training
+    assert {w.name for w in found.weights} == set(lotion_fx.quantized(model))
+    assert "outputs equal" in str(found) and "DIFFERENT" not in str(found)
+
+
+def test_a_model_that_trained_on_is_another(tmp_path):
+    model, tokens = trained(), torch.randint(VOCAB, (4, 6))
+    lotion_fx.export(model, tmp_path / "model")
+    changed = next(iter(lotion_fx.quantized(model)))
+    with torch.no_grad():
+        model.get_parameter(changed)[0].neg_()
+    found = lotion_fx.verify(tmp_path / "model", model, tokens)
+    assert not found.is_exact and found.outputs[0] > 0
+    assert [w.is_equal for w in found.weights] == [w.name != changed for w in found.weights]
+    assert "DIFFERENT" in str(found) and "outputs differ by" in str(found)
+
+
+def test_each_weight_s_part_of_the_loss_is_told(tmp_path):
+    """Realized: against a plain model with that weight alone rounded by hand."""
+    torch.manual_seed(0)
+    model = lotion_fx.transform(MLP(), "int3", inner="aot_eager")
+    batch = torch.randn(64, 20), torch.randn(64, 7)
+    F.mse_loss(model(batch[0]), batch[1]).backward()
+    lotion_fx.export(model, tmp_path / "model")
+    found = {w.name: w for w in lotion_fx.verify(tmp_path / "model", model, batch, F.mse_loss).weights}
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, weight in lotion_fx.quantized(model).items():
+        plain = MLP()
+        plain.load_state_dict(own)
+        plain.requires_grad_(False)
+        before = F.mse_loss(plain(batch[0]), batch[1])
+        plain.get_parameter(name).data = weight.dequantize()
+        assert found[name].realized == pytest.approx(float(F.mse_loss(plain(batch[0]), batch[1]) - before), abs=1e-6)
+        assert found[name].expected > 0
+    assert all(torch.equal(p, own[name]) for name, p in model.named_parameters()) and model.training
+
+
+def test_what_is_no_export_or_is_damaged_is_refused(tmp_path):
+    model = trained()
+    with pytest.raises(ValueError, match="no export of lotion_fx is here"):
+        lotion_fx.verify(tmp_path, model)
+    with pytest.raises(ValueError, match="no export of lotion_fx is here"):
+        lotion_fx.verify(tmp_path / "nothing.bin", model)
+    lotion_fx.export(model, tmp_path / "model")
+    (tmp_path / "model" / lotion.FILE).write_bytes(b"x")
+    with pytest.raises(ValueError, match="damaged: it has 1 bytes"):
+        lotion_fx.verify(tmp_path / "model", model)
