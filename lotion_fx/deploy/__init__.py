@@ -4,6 +4,9 @@ weights       `quantized`: each weight's codes and scales, which everything else
 packed_model  `quantize`: a plain model with its weights packed in memory
 content       all that is exported of a model
 layout        what a layout is; layouts/ has them, one a file
+huggingface   what every layout of a Hugging Face checkpoint writes
+sharing       one tensor scale for weights that a client multiplies as one
+elements      the kinds of codes that clients have
 exporting     `export`
 loading       `load`
 verifying     `verify`

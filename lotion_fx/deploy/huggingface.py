@@ -135,10 +135,13 @@ def whole(content: Content, name: str, read: Mapping[str, Tensor]) -> Tensor:
     return made.reshape(shape)
 
 
-def beside(saved: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the module that a weight's name in the checkpoint is of, by their names in the module."""
-    own = saved.removesuffix("weight")
-    return {key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)}
+def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Each module's tensors by their names in it."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, own = name.rpartition(".")
+        found.setdefault(module, {})[own] = tensor
+    return found
 
 
 def rows_of(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:

@@ -74,6 +74,14 @@ def test_every_model_in_every_format(tmp_path, kind, fmt, dtype):
 
 
 @pytest.mark.slow
+def test_float16_scales_are_for_float16_models(tmp_path):
+    model = lotion_fx.transform(tiny("llama").half(), "int4/fp16", inner="aot_eager").eval()
+    logits(model)
+    export(model, tmp_path)
+    assert_same(model, tmp_path, torch.float16)
+
+
+@pytest.mark.slow
 def test_what_is_no_linear_is_dense_and_said(tmp_path):
     model = trained("gpt2", "int4/bf16")
     told = export(model, tmp_path)

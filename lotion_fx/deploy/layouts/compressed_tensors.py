@@ -99,7 +99,7 @@ class CompressedTensors(Layout):
         from compressed_tensors.quantization import QuantizationConfig
         from safetensors.torch import load_file
 
-        tensors = load_file(place / huggingface.FILE)
+        modules = huggingface.by_module(load_file(place / huggingface.FILE))
         told = json.loads((place / "config.json").read_text(encoding="utf-8"))["quantization_config"]
         groups = QuantizationConfig.model_validate(told).config_groups
         weights = {n: weight for n, weight in content.weights.items() if not huggingface.unplaced(content, n)}
@@ -108,7 +108,7 @@ class CompressedTensors(Layout):
             client = BaseCompressor.get_value_from_registry(scheme.format)
             read = {}
             for saved in huggingface.matrices(content, name):
-                held = huggingface.beside(saved, tensors)
+                held = modules[saved.removesuffix(".weight")]
                 held = {key: _as_loaded(key, tensor, weight.dtype) for key, tensor in held.items()}
                 read[saved] = client.decompress(held, scheme)["weight"]
             yield name, huggingface.whole(content, name, read)
@@ -243,5 +243,5 @@ def _is_decompressed_to_bfloat16(fmt: Format) -> bool:
 
 def _as_loaded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As `from_pretrained` holds it: scales that are floating-point numbers are cast to the dtype of the model."""
-    is_cast = key.endswith("weight_scale") and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    is_cast = key == "weight_scale" and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
     return tensor.to(dtype) if is_cast else tensor

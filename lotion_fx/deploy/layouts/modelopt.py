@@ -78,7 +78,7 @@ class ModelOpt(Layout):
 
         told = json.loads((place / "hf_quant_config.json").read_text(encoding="utf-8"))["quantization"]
         converter = ModelOptNvfp4Converter(targets=[r"re:.*"], ignore=told["exclude_modules"])
-        tensors = converter.process(load_file(place / huggingface.FILE))
+        modules = huggingface.by_module(converter.process(load_file(place / huggingface.FILE)))
         scheme: QuantizationScheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
         client = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
         for name in content.weights:
@@ -86,5 +86,5 @@ class ModelOpt(Layout):
                 continue
             read = {}
             for saved in huggingface.matrices(content, name):
-                read[saved] = client.decompress(huggingface.beside(saved, tensors), scheme)["weight"]
+                read[saved] = client.decompress(modules[saved.removesuffix(".weight")], scheme)["weight"]
             yield name, huggingface.whole(content, name, read)
