@@ -10,6 +10,7 @@ LAYOUTS = {
     "lotion": "lotion_fx.deploy.layouts.lotion:Lotion",
     "gguf": "lotion_fx.deploy.layouts.gguf:Gguf",
     "onnx": "lotion_fx.deploy.layouts.onnx:Onnx",
+    "aoti": "lotion_fx.deploy.layouts.aoti:Aoti",
 }
 """Where each is: imported when asked for, for each stands on libraries of its own."""
 
