@@ -31,8 +31,8 @@ from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_module
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
+from torch._inductor import aoti_compile_and_package, aoti_load_package, list_mode_options, list_options
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options, list_options
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -417,3 +417,24 @@ def watch_grad_scaler() -> None:
 
     unscale_._lotion_fx = True  # type: ignore[attr-defined]
     torch.amp.GradScaler.unscale_ = unscale_  # type: ignore[method-assign]
+
+
+# --- what is compiled ahead of time ---
+
+
+def compile_package(program: torch.export.ExportedProgram, path: str) -> None:
+    """Compiles an exported program into a .pt2 file, its constants as they are: freezing would make them dense."""
+    options = {"freezing": False, "aot_inductor.use_runtime_constant_folding": False}
+    aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+
+
+def load_package(path: str) -> Callable[..., Any]:
+    """The function that a .pt2 file holds."""
+    loaded: Callable[..., Any] = aoti_load_package(path)
+    return loaded
+
+
+def constants_of(library: str) -> dict[str, Tensor]:
+    """The constants of a library for CPUs out of such a file, by their names in the program."""
+    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1)
+    return {name: constant.clone() for name, constant in runner.extract_constants_map(False).items()}

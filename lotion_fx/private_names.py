@@ -13,6 +13,9 @@ WHY = {
     "torch._inductor.custom_graph_pass.get_hash_for_files": "that pass's key: our sources",
     "torch._inductor.list_mode_options": "what `mode=` stands for, where we call Inductor and not torch.compile",
     "torch._inductor.list_options": "an unknown name in `options=` is refused before anything is compiled",
+    "torch._inductor.aoti_compile_and_package": "the only way to a .pt2 file, which torch documents under this name",
+    "torch._inductor.aoti_load_package": "likewise, to run one",
+    "torch._C._aoti.AOTIModelContainerRunnerCpu": "a compiled library's constants, which must be what was trained",
     "torch._inductor.config": "functions that others marked as cacheable are to stay so beside ours",
     # What Dynamo knows of a graph's inputs.
     "torch.fx.Node._dynamo_source": "the expression of a graph's input: AOTAutograd, DDP's splitter and we read it",

@@ -30,7 +30,7 @@ def make(kind: str, layers: int = 1, width: int = 64, **options: Any) -> Any:
     if kind == "llama":
         return hf.LlamaForCausalLM(hf.LlamaConfig(**shape))
     if kind == "qwen3":
-        return hf.Qwen3ForCausalLM(hf.Qwen3Config(head_dim=width // 4, **shape))
+        return hf.Qwen3ForCausalLM(hf.Qwen3Config(**{"head_dim": width // 4, **shape}))
     assert kind == "mixtral"
     model = hf.MixtralForCausalLM(hf.MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **shape))
     model.set_experts_implementation("batched_mm")

@@ -252,12 +252,13 @@ def test_the_table_of_llama_cpp(tmp_path, kind, fmt):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fmt", ["int4/32/fp16", "int8/32/fp16"])
+@pytest.mark.parametrize("fmt", ["int4/32/fp16", "int8/32/fp16", "mxfp4"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_transformers_reads_the_same_model(tmp_path, kind, fmt):
     import transformers
 
-    model, ids = under(make(kind), fmt), rows(1)
+    options = {"head_dim": 128} if kind == "qwen3" else {}  # which transformers does not read from the file
+    model, ids = under(make(kind, **options), fmt), rows(1)
     told = lotion_fx.export(model, tmp_path / "model.gguf", "gguf")
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=told.path.name, dtype=torch.float32)
     assert torch.equal(logits(read, ids), logits(model, ids))

@@ -14,6 +14,7 @@ LAYOUTS = {
     "torchao": "lotion_fx.deploy.layouts.torchao:TorchAO",
     "gguf": "lotion_fx.deploy.layouts.gguf:Gguf",
     "onnx": "lotion_fx.deploy.layouts.onnx:Onnx",
+    "aoti": "lotion_fx.deploy.layouts.aoti:Aoti",
 }
 """Where each is: imported when asked for, for each stands on libraries of its own."""
 

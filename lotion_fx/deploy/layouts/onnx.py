@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ import torch
 from onnx import helper
 from torch import Tensor, nn
 
-from lotion_fx.deploy.content import Content, plain_copy
+from lotion_fx.deploy.content import Content
 from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.layouts import onnx_weights
+from lotion_fx.deploy.layouts.tracing import arguments, traceable
 from lotion_fx.deploy.weights import QuantizedWeight
 from lotion_fx.numerics.formats import Format
-from lotion_fx.scalars import shown
 
 OPSET = 23
 MARK = "lotion_fx:"  # names of our nodes begin so, then comes the weight's
@@ -45,8 +45,8 @@ class Onnx(Layout):
             example_inputs: a tuple of the forward's arguments, or a dictionary of them by name.
             dynamic_shapes: which of their sizes may differ, as `torch.export` takes it.
         """
-        args, kwargs = arguments("onnx", example_inputs)
-        made = exported(plain_copy(content.model, content.weights), args, kwargs, dynamic_shapes)
+        args, kwargs = arguments(self.name, example_inputs)
+        made = exported(traceable(content), args, kwargs, dynamic_shapes)
         dense = {}
         for name, weight in content.weights.items():
             names = [name, *(other for other, known in content.tied.items() if known == name)]
@@ -83,36 +83,10 @@ class Onnx(Layout):
         return torch.from_numpy(session.run(None, fed)[0])
 
 
-def arguments(layout: str, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the named arguments of a forward.
-
-    Raises:
-        ValueError: none are given.
-        TypeError: they are no tuple or dictionary.
-    """
-    if example_inputs is None:
-        raise ValueError(
-            f"layout={layout!r} traces the model: pass example_inputs=, such as (x,) or dict(input_ids=ids)"
-        )
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    raise TypeError(f"example_inputs={shown(example_inputs)}: expected a tuple of arguments, or a dictionary by name")
-
-
-def without_cache(model: nn.Module) -> nn.Module:
-    """The same module, which as a Hugging Face model gives logits and no cache of keys."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "use_cache", False):
-        config.use_cache = False  # the copy's own: a deep copy has its own configuration
-    return model
-
-
 def exported(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> onnx.ModelProto:
     with contextlib.redirect_stdout(io.StringIO()):  # it tells its steps even where it is asked not to
         made = torch.onnx.export(
-            without_cache(model),
+            model,
             args,
             kwargs=kwargs,
             dynamo=True,
