@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lotion_fx import private
-from lotion_fx.deploy.content import Content
+from lotion_fx.deploy.content import Content, first_tensor
 from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.layouts.tracing import arguments, traceable
 from lotion_fx.deploy.weights import QuantizedWeight
@@ -78,6 +78,11 @@ class Aoti(Layout):
             parts = [constants[f"{stem}{i}"] for i in range(3) if f"{stem}{i}" in constants]
             if len(parts) == len(_parts(weight)):
                 yield name, Decoded(weight)(*parts)
+
+    def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
+        """Inputs of the sizes that were compiled for."""
+        args, kwargs = arguments(self.name, inputs if isinstance(inputs, (Mapping, tuple, list)) else (inputs,))
+        return first_tensor(private.load_package(str(place))(*args, **kwargs))
 
 
 class Decoded(nn.Module):
