@@ -10,6 +10,7 @@ elements      the kinds of codes that clients have
 exporting     `export`
 loading       `load`
 verifying     `verify`
+progress      a bar for what takes long
 writing       files that are there whole or not at all
 manifest      what describes an exported folder
 """

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +114,3 @@ def first_tensor(out: Any) -> Tensor:
         if leaf.dim():
             return leaf
     raise ValueError("batch: the model returns no tensor to compare")
-
-
-def with_a_bar(what: str, items: Iterable[Item], total: int) -> Iterable[Item]:
-    """The items, with a bar where somebody sees it, it takes over two seconds, and tqdm is installed."""
-    if find_spec("tqdm") is None:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, what, total, leave=False, delay=2, disable=None)

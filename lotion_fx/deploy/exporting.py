@@ -17,6 +17,7 @@ from lotion_fx.deploy.content import Content
 from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.layouts import layout_of
 from lotion_fx.deploy.loading import content_of
+from lotion_fx.deploy.progress import with_a_bar
 from lotion_fx.deploy.writing import replaced
 from lotion_fx.scalars import shown
 
@@ -111,7 +112,7 @@ def export(
 def _compare(layout: Layout, place: Path, content: Content, packed: set[str]) -> None:
     """Raises `ValueError` where a client reads other weights than were trained."""
     seen = set()
-    for name, read in layout.read(place, content):
+    for name, read in with_a_bar("reading back", layout.read(place, content), len(packed)):
         seen.add(name)
         if name in packed and not same(read, content.weights[name].dequantize()):
             wanted = content.weights[name].dequantize()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lotion_fx.deploy.progress import with_a_bar
 from lotion_fx.kernels.packed import Packed, in_pairs, pack_in_aten, unpack
 from lotion_fx.numerics.formats import Format
 from lotion_fx.state import Weight, names_of
@@ -116,7 +117,7 @@ def quantized(model: nn.Module) -> dict[str, QuantizedWeight]:
         raise ValueError(
             "model: no weight of it is rounded, so there is nothing to deploy; print(lotion_fx.report(model)) says why"
         )
-    return {name: _quantized(name, weight) for name, weight in names.items()}
+    return {name: _quantized(name, weight) for name, weight in with_a_bar("packing", names.items(), len(names))}
 
 
 @torch.no_grad()
