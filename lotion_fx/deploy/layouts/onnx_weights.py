@@ -119,8 +119,9 @@ def dequantizer(name: str, weight: QuantizedWeight) -> Parts:
     else:
         pairs = F.pad((codes ^ 8).flatten(), (0, codes.numel() % 2)).reshape(-1, 2)
         stored = _raw(inputs[0], pairs[:, 0] | pairs[:, 1] << 4, TensorProto.INT4, list(weight.shape))
+    attributes: dict[str, Any] = {}
     if block == "tensor":
-        attributes, scales = {}, scales.reshape(())
+        scales = scales.reshape(())
     else:
         size = block if isinstance(block, int) else weight.length
         attributes, scales = {"axis": axis, "block_size": size}, scales.movedim(-1, axis)
