@@ -66,7 +66,7 @@ def test_saturates_is_said_of_scales_that_end_below_float32():
         ("nvpf4", "did you mean.*nvfp4"),
         ("INT4", "did you mean.*int4"),
         ("int9", "unknown format"),
-        ("zzz", "Known: fp4, fp8"),
+        ("zzz", "Known: .*fp4, fp8"),
         ("nvfp4/32", "blocks of 16"),
         ("nvfp4/floor", "tensor scale.*/fp32, /pow2"),
         ("mxfp4/64", "blocks of 32.*/ceil, /floor, /even"),
