@@ -16,6 +16,7 @@ namespace {
 using std::int64_t;
 using std::uint16_t;
 using std::uint32_t;
+using std::uintptr_t;
 using std::uint8_t;
 
 enum Kind : int64_t { CODE = 0, FLOAT32 = 1, BFLOAT16 = 2, FLOAT16 = 3, E4M3 = 4, E8M0 = 5 };
@@ -110,9 +111,9 @@ inline __attribute__((always_inline)) void scales_by(const T* stored, int64_t bl
     for (int64_t b = 0; b < blocks; b++) out[b] = decode(stored[b]) * factor;
 }
 
-// Each block's scale times the tensor's. A loop for each kind, which compilers vectorize.
-inline __attribute__((always_inline)) void scales_of(const Weight& w, int64_t row, float* out) {
-    const int64_t first = row * w.scale_stride, blocks = w.blocks;
+// Each block's scale times the tensor's, [rows, blocks]. A loop for each kind, which compilers vectorize.
+inline __attribute__((always_inline)) void scales_of(const Weight& w, int64_t row, int64_t rows, float* out) {
+    const int64_t first = row * w.scale_stride, blocks = w.scale_stride ? rows * w.blocks : 1;
     const float factor = w.tensor_scale;
     const uint8_t* codes = static_cast<const uint8_t*>(w.scales) + first;
     const uint16_t* halves = static_cast<const uint16_t*>(w.scales) + first;
@@ -124,9 +125,14 @@ inline __attribute__((always_inline)) void scales_of(const Weight& w, int64_t ro
         case FLOAT16: scales_by(halves, blocks, factor, out, from_float16); break;
         default: scales_by(static_cast<const float*>(w.scales) + first, blocks, factor, out, [](float s) { return s; });
     }
+    if (w.scale_stride == 0)
+        for (int64_t r = 1; r < rows; r++) out[r] = out[0];
 }
 
-void scales_scalar(const Weight& w, int64_t row, float* out) { scales_of(w, row, out); }
+void scales_scalar(const Weight& w, int64_t row, int64_t rows, float* out) { scales_of(w, row, rows, out); }
+
+constexpr int64_t AHEAD = 1024;     // bytes of codes: a processor's own prefetching stops where a page ends
+constexpr int64_t ROWS_AT_ONCE = 16;  // whose scales are decoded together
 
 inline const uint8_t* codes_of_row(const Weight& w, int64_t row) { return w.codes + row * ((w.length + 1) / 2); }
 
@@ -183,6 +189,22 @@ AVX512 inline __m512i bytes512(const uint8_t* codes) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
 }
 
+// One register of weights whose scales are not all the same. Those that are not rounded are scaled in their sum, which is
+// the same where it is of one product.
+template <int M, int64_t KIND>
+AVX512 inline void pairs512(__m512i byte, __m512 levels, __m512 scale, Halves x, int64_t p, __m512* sums) {
+    __m512 w0 = _mm512_permutexvar_ps(byte, levels), w1 = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), levels);
+    if (KIND != FLOAT32) {
+        w0 = rounded512<KIND>(_mm512_mul_ps(w0, scale));
+        w1 = rounded512<KIND>(_mm512_mul_ps(w1, scale));
+    }
+    for (int m = 0; m < M; m++) {
+        const __m512 even = _mm512_mul_ps(w0, _mm512_loadu_ps(x.even + m * x.stride + p));
+        const __m512 both = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x.odd + m * x.stride + p), even);
+        sums[m] = KIND == FLOAT32 ? _mm512_fmadd_ps(both, scale, sums[m]) : _mm512_add_ps(both, sums[m]);
+    }
+}
+
 template <int M, int64_t KIND>
 AVX512 void sums_avx512(const Weight& w, int64_t row, const float* scales, Halves x, float* out) {
     const uint8_t* codes = codes_of_row(w, row);
@@ -192,17 +214,18 @@ AVX512 void sums_avx512(const Weight& w, int64_t row, const float* scales, Halve
     const int64_t whole = w.block == 16 ? w.length / 16 * 8 : w.length / 32 * 16;  // bytes of whole blocks of these sizes
     int64_t b = 0, p = 0;
     if (w.block == 16) {
-        // Two blocks of 8 bytes fill a register: a table would serve for half of one, so weights are scaled themselves.
-        for (; p + 16 <= whole; p += 16, b += 2) {
-            const __m512 scale =
-                _mm512_mask_broadcastss_ps(_mm512_set1_ps(scales[b]), 0xFF00, _mm_load_ss(scales + b + 1));
-            const __m512i byte = bytes512(codes + p);
-            const __m512 w0 = _mm512_mul_ps(_mm512_permutexvar_ps(byte, levels), scale);
-            const __m512 w1 = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), levels), scale);
-            add512<M>(rounded512<KIND>(w0), rounded512<KIND>(w1), x, p, low, high);
+        // Two blocks of 8 bytes fill a register: a table would serve for half of one. Four scales are read at once.
+        const __m512i first = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
+        for (; p + 32 <= whole; p += 32, b += 4) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes + p + AHEAD), _MM_HINT_T0);
+            const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(scales + b));
+            pairs512<M, KIND>(bytes512(codes + p), levels, _mm512_permutevar_ps(four, first), x, p, low);
+            pairs512<M, KIND>(bytes512(codes + p + 16), levels, _mm512_permutevar_ps(four, second), x, p + 16, high);
         }
     } else if (w.block == 32) {
         for (; p < whole; p += 16, b++) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes + p + AHEAD), _MM_HINT_T0);
             const __m512 table = rounded512<KIND>(_mm512_mul_ps(levels, _mm512_set1_ps(scales[b])));
             const __m512i byte = bytes512(codes + p);
             add512<M>(_mm512_permutexvar_ps(byte, table), _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table), x, p,
@@ -230,6 +253,8 @@ AVX512 void sums_avx512(const Weight& w, int64_t row, const float* scales, Halve
     for (int m = 0; m < M; m++) out[m] = _mm512_reduce_add_ps(_mm512_add_ps(low[m], high[m]));
 }
 
+AVX512 void scales_avx512(const Weight& w, int64_t row, int64_t rows, float* out) { scales_of(w, row, rows, out); }
+
 template <int64_t KIND>
 AVX2 inline __m256 rounded256(__m256 value) {
     if (KIND == FLOAT32) return value;
@@ -241,7 +266,7 @@ AVX2 inline __m256 rounded256(__m256 value) {
     return _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(int(0xFFFF0000))));
 }
 
-AVX2 void scales_avx2(const Weight& w, int64_t row, float* out) { scales_of(w, row, out); }
+AVX2 void scales_avx2(const Weight& w, int64_t row, int64_t rows, float* out) { scales_of(w, row, rows, out); }
 
 AVX2 inline __m256 picked(__m256i code, __m256 lower, __m256 upper) {
     __m256 third = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));  // a code's bit 3, where a blend looks for it
@@ -286,7 +311,7 @@ AVX2 void sums_avx2(const Weight& w, int64_t row, const float* scales, Halves x,
 
 // ----------------------------------------------------------------------------------------------------------- dispatch
 
-using Scales = void (*)(const Weight&, int64_t, float*);
+using Scales = void (*)(const Weight&, int64_t, int64_t, float*);
 using Sums = void (*)(const Weight&, int64_t, const float*, Halves, float*);
 constexpr int TOGETHER = 4;  // rows of activations that share one decoding
 
@@ -301,7 +326,7 @@ struct Path {
 const Path SCALAR_PATH = {"scalar", scales_scalar, PATH(sums_scalar)};
 #ifdef X86
 const Path AVX2_PATH = {"avx2", scales_avx2, PATH(sums_avx2)};
-const Path AVX512_PATH = {"avx512", scales_avx2, PATH(sums_avx512)};
+const Path AVX512_PATH = {"avx512", scales_avx512, PATH(sums_avx512)};
 #endif
 
 // The widest that the processor has, of those up to `limit`: 0 scalar, 1 AVX2, 2 AVX-512.
@@ -332,6 +357,19 @@ void row_of_values(const Weight& w, int64_t row, const float* scales, T* out) {
 
 inline float same(float value) { return value; }
 
+// A processor sees that codes are read one after another, but not that scales will be, some rows later.
+void prefetch_scales(const Weight& w, int64_t row) {
+#ifdef __GNUC__
+    const int64_t size = w.scale_kind == FLOAT32 ? 4 : w.scale_kind == BFLOAT16 || w.scale_kind == FLOAT16 ? 2 : 1;
+    const char* first = static_cast<const char*>(w.scales) + row * w.scale_stride * size;
+    for (int64_t at = 0; at < w.scale_stride * size; at += 64) __builtin_prefetch(first + at);
+#endif
+}
+
+void in_halves(const void* x, int64_t kind, int64_t first, int64_t length, float* even, float* odd) {
+    for (int64_t k = 0; k < length; k++) (k & 1 ? odd : even)[k / 2] = load(x, kind, first + k);
+}
+
 }  // namespace
 
 extern "C" {
@@ -344,24 +382,30 @@ void lotion_fx_linear(const Weight* weight, const void* x, int64_t x_kind, int64
     const Weight& w = *weight;
     const Path& path = path_up_to(limit);
     const Sums* sums_of = path.sums[w.rounding - FLOAT32];
-    const int64_t width = (w.length + 1) / 2;
-    std::vector<float> halves(2 * width * rows_of_x, 0.0f);
-    float *even = halves.data(), *odd = even + width * rows_of_x;
+    const int64_t width = (w.length + 15) / 32 * 16 + 16;
+    std::vector<float> halves(2 * width * rows_of_x + 16, 0.0f);
+    float* even = halves.data();
+    while (reinterpret_cast<uintptr_t>(even) % 64) even++;  // a register that lies in two lines is read twice
+    float* odd = even + width * rows_of_x;
     for (int64_t m = 0; m < rows_of_x; m++)
-        for (int64_t k = 0; k < w.length; k++)
-            (k & 1 ? odd : even)[m * width + k / 2] = load(x, x_kind, m * w.length + k);
+        in_halves(x, x_kind, m * w.length, w.length, even + m * width, odd + m * width);
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
     {
-        std::vector<float> scales(w.blocks);
+        std::vector<float> scales(w.blocks * ROWS_AT_ONCE);
         float sums[TOGETHER];
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < w.rows; row++) {
-            path.scales(w, row, scales.data());
-            for (int64_t m = 0; m < rows_of_x; m += TOGETHER) {
-                int64_t count = rows_of_x - m < TOGETHER ? rows_of_x - m : TOGETHER;
-                sums_of[count - 1](w, row, scales.data(), {even + m * width, odd + m * width, width}, sums);
-                for (int64_t i = 0; i < count; i++)
-                    store(y, x_kind, (m + i) * w.rows + row, bias ? sums[i] + load(bias, bias_kind, row) : sums[i]);
+        for (int64_t first = 0; first < w.rows; first += ROWS_AT_ONCE) {
+            const int64_t end = first + ROWS_AT_ONCE < w.rows ? first + ROWS_AT_ONCE : w.rows;
+            path.scales(w, first, end - first, scales.data());
+            for (int64_t row = first; row < end; row++) {
+                const float* of_row = scales.data() + (row - first) * w.blocks;
+                prefetch_scales(w, row + ROWS_AT_ONCE);
+                for (int64_t m = 0; m < rows_of_x; m += TOGETHER) {
+                    int64_t count = rows_of_x - m < TOGETHER ? rows_of_x - m : TOGETHER;
+                    sums_of[count - 1](w, row, of_row, {even + m * width, odd + m * width, width}, sums);
+                    for (int64_t i = 0; i < count; i++)
+                        store(y, x_kind, (m + i) * w.rows + row, bias ? sums[i] + load(bias, bias_kind, row) : sums[i]);
+                }
             }
         }
     }
@@ -376,7 +420,7 @@ void lotion_fx_values(const Weight* weight, void* out, int64_t limit, int64_t th
         std::vector<float> scales(w.blocks);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < w.rows; row++) {
-            path.scales(w, row, scales.data());
+            path.scales(w, row, 1, scales.data());
             int64_t at = row * w.length;
             if (w.kind == FLOAT32)
                 row_of_values<float, same>(w, row, scales.data(), static_cast<float*>(out) + at);
