@@ -2,6 +2,7 @@
 //
 // A block's table of 16 values, level times scale rounded to the weight's dtype, is made once a block; a code then picks
 // its weight out of it. So what is multiplied is the dequantized weight bit for bit, and nothing but the sum is rounded.
+// Or, with AVX-512 and blocks of 16 that are not rounded, a scale multiplies the sum of two products of its block.
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -131,7 +132,7 @@ inline __attribute__((always_inline)) void scales_of(const Weight& w, int64_t ro
 
 void scales_scalar(const Weight& w, int64_t row, int64_t rows, float* out) { scales_of(w, row, rows, out); }
 
-constexpr int64_t AHEAD = 1024;     // bytes of codes: a processor's own prefetching stops where a page ends
+constexpr int64_t AHEAD = 1024;  // bytes of codes: a processor's own prefetching stops where a page ends
 constexpr int64_t ROWS_AT_ONCE = 16;  // whose scales are decoded together
 
 inline const uint8_t* codes_of_row(const Weight& w, int64_t row) { return w.codes + row * ((w.length + 1) / 2); }
@@ -189,8 +190,8 @@ AVX512 inline __m512i bytes512(const uint8_t* codes) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
 }
 
-// One register of weights whose scales are not all the same. Those that are not rounded are scaled in their sum, which is
-// the same where it is of one product.
+// One register of weights of several scales. Those that are not rounded are scaled in their sum, which is the same where
+// it is of one product.
 template <int M, int64_t KIND>
 AVX512 inline void pairs512(__m512i byte, __m512 levels, __m512 scale, Halves x, int64_t p, __m512* sums) {
     __m512 w0 = _mm512_permutexvar_ps(byte, levels), w1 = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), levels);

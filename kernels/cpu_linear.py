@@ -6,7 +6,8 @@ With ``q`` the levels that codes stand for, ``s`` the scales of blocks of ``B`` 
     y[m, n] = sum_k x[m, k] w[n, k] + b[n]        in float32, rounded once
 
 A block has at most 16 different weights, so ``w`` is a table of 16 made once a block, out of which codes pick: any
-levels of up to 4 bits, any even block. AVX-512, AVX2 or neither, as the processor has it (``cpu_linear.cpp``). Of many
+levels of up to 4 bits, any even block. (With AVX-512 and blocks of 16 in float32, `s t` multiplies sums of two products
+``x q`` instead.) AVX-512, AVX2 or neither, as the processor has it (``cpu_linear.cpp``). Of many
 rows a product is bound by arithmetic: the weight is dequantized once into a workspace, and torch multiplies.
 
 The codes' layout is that of `lotion_fx.kernels.pack`.
