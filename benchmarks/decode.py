@@ -26,8 +26,8 @@ import lotion_fx
 from lotion_fx.kernels.cpu_linear import instructions
 
 VOCAB = 16384
-PACKED = ("int4", "nvfp4", "mxfp4", "nf4")
-BARS = {"int4": 3.0, "nvfp4": 2.5, "mxfp4": 2.5}  # times torch's bfloat16
+PACKED = ("int4/bf16", "nvfp4/pow2", "mxfp4", "nf4")
+BARS = {"int4/bf16": 3.0, "nvfp4/pow2": 2.5, "mxfp4": 2.5}  # times torch's bfloat16
 CPU = torch.device("cpu")
 
 # A runtime's package, and what makes of the model the step of one token: (model) -> (step, bytes of its weights).

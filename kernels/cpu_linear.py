@@ -121,53 +121,93 @@ def _rounding(numbers: _Numbers, tensor_scale: float, dtype: torch.dtype) -> tor
     return torch.float32 if exact else dtype
 
 
-def _weight(
-    codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, numbers: _Numbers, length: int, dtype: torch.dtype
+@lru_cache(maxsize=4096)
+def _prepared(
+    fmt: str,
+    codes: tuple[torch.Size, torch.dtype],
+    scales: tuple[torch.Size, torch.dtype],
+    tensor_scale: tuple[int, torch.dtype] | None,
+    length: int,
+    dtype: torch.dtype,
 ) -> _Weight:
-    fmt, levels, table, _ = numbers
-    rows = codes.numel() // codes.shape[-1] if codes.shape[-1] else 0
-    block = fmt.block if isinstance(fmt.block, int) else length + length % 2
-    shared = fmt.block == "tensor"
-    whole = 1.0 if tensor_scale is None else tensor_scale.item()
+    """All that C++ is told of a packed weight but where it lies and its tensor's scale; once for each kind of weight.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    numbers = _numbers(fmt)
+    check(codes, scales, tensor_scale, numbers.format, length)
+    format, (shape, _) = numbers.format, codes
+    block = format.block if isinstance(format.block, int) else length + length % 2
     return _Weight(
-        codes.data_ptr(),
-        scales.data_ptr(),
-        None if table is None else table.data_ptr(),
-        levels.data_ptr(),
-        rows,
+        None,
+        None,
+        None if numbers.table is None else numbers.table.data_ptr(),
+        numbers.levels.data_ptr(),
+        shape.numel() // shape[-1] if shape[-1] else 0,
         length,
         block,
         -(-length // block) if length else 0,
-        _KINDS[scales.dtype] if table is None else _CODES.get(getattr(fmt.law, "type", None), 0),
-        0 if shared else scales.shape[-1],
+        _KINDS[scales[1]] if numbers.table is None else _CODES.get(getattr(format.law, "type", None), 0),
+        0 if format.block == "tensor" else scales[0][-1],
         _KINDS[dtype],
-        _KINDS[_rounding(numbers, whole, dtype)],
-        whole,
+        _KINDS[dtype],
+        1.0,
     )
 
 
-def check(codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, fmt: Format, length: int) -> None:
-    """Raises `ValueError` where the parts of a packed weight [..., length] have not its format's shapes and dtypes."""
+def _weight(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, fmt: str, length: int, dtype: torch.dtype
+) -> _Weight:
+    """What C++ is told of a packed weight, whose parts are contiguous."""
+    kind = None if tensor_scale is None else (tensor_scale.numel(), tensor_scale.dtype)
+    known = _prepared(fmt, (codes.shape, codes.dtype), (scales.shape, scales.dtype), kind, length, dtype)
+    made = _Weight.from_buffer_copy(known)
+    made.codes, made.scales = codes.data_ptr(), scales.data_ptr()
+    whole = 1.0
+    if tensor_scale is not None:
+        made.tensor_scale = whole = tensor_scale.item()
+    if dtype == torch.bfloat16:
+        made.rounding = _KINDS[_rounding(_numbers(fmt), whole, dtype)]
+    return made
+
+
+def check(
+    codes: tuple[torch.Size, torch.dtype],
+    scales: tuple[torch.Size, torch.dtype],
+    tensor_scale: tuple[int, torch.dtype] | None,
+    fmt: Format,
+    length: int,
+) -> None:
+    """Raises `ValueError` where the parts of a packed weight [..., length] have not its format's shapes and dtypes.
+
+    Args:
+        codes, scales: shape and dtype of each.
+        tensor_scale: its number of elements and its dtype; None if there is none.
+    """
     if not in_pairs(fmt) or (isinstance(fmt.block, int) and fmt.block % 2):
         raise ValueError(f"fmt={fmt.name!r}: expected codes of up to 4 bits, in blocks of an even size")
-    width = (length + 1) // 2
-    if codes.dtype != torch.uint8 or codes.dim() < 1 or codes.shape[-1] != width:
+    (shape, dtype), width = codes, (length + 1) // 2
+    if dtype != torch.uint8 or len(shape) < 1 or shape[-1] != width:
         raise ValueError(
-            f"codes: got {codes.dtype} {list(codes.shape)}, expected torch.uint8 [..., {width}] for {length} weights "
-            f"a row in {fmt.name}"
+            f"codes: got {dtype} {list(shape)}, expected torch.uint8 [..., {width}] for {length} weights a row in "
+            f"{fmt.name}"
         )
     blocks = -(-length // fmt.block) if isinstance(fmt.block, int) else 1
-    shape = [1] if fmt.block == "tensor" else [*codes.shape[:-1], blocks]
+    expected = [1] if fmt.block == "tensor" else [*shape[:-1], blocks]
     stored = (torch.uint8,) if hasattr(fmt.law, "type") else DTYPES
-    if scales.dtype not in stored or list(scales.shape) != shape:
+    if scales[1] not in stored or list(scales[0]) != expected:
         raise ValueError(
-            f"scales: got {scales.dtype} {list(scales.shape)}, expected {' or '.join(map(str, stored))} {shape} for "
+            f"scales: got {scales[1]} {list(scales[0])}, expected {' or '.join(map(str, stored))} {expected} for "
             f"{length} weights a row in {fmt.name}"
         )
     if (tensor_scale is not None) != fmt.law.two_level:
-        raise ValueError(f"tensor_scale={tensor_scale!r}: {fmt.name} has {'one' if fmt.law.two_level else 'none'}")
-    if tensor_scale is not None and (tensor_scale.dtype != torch.float32 or tensor_scale.numel() != 1):
-        raise ValueError(f"tensor_scale={tensor_scale!r}: expected one float32")
+        has = "one" if fmt.law.two_level else "none"
+        raise ValueError(
+            f"tensor_scale: {'none' if tensor_scale is None else 'one'} is given, and {fmt.name} has {has}"
+        )
+    if tensor_scale is not None and tensor_scale != (1, torch.float32):
+        raise ValueError(f"tensor_scale: got {tensor_scale[0]} of {tensor_scale[1]}, expected one torch.float32")
 
 
 def _threads(weights: int) -> int:
@@ -189,16 +229,16 @@ def values(
     Raises:
         ValueError: a shape or a dtype is not the format's.
     """
-    numbers = _numbers(fmt)
-    format = numbers.format
-    check(codes, scales, tensor_scale, format, length)
     found = _functions()
     if found is None or dtype not in DTYPES:
+        format = resolve(fmt)
+        kind = None if tensor_scale is None else (tensor_scale.numel(), tensor_scale.dtype)
+        check((codes.shape, codes.dtype), (scales.shape, scales.dtype), kind, format, length)
         wide = scales if scales.dtype == torch.uint8 else scales.float()
         return unpack(Packed(codes, wide, tensor_scale), format, length).to(dtype)
     codes, scales = codes.contiguous(), scales.contiguous()
+    weight = _weight(codes, scales, tensor_scale, fmt, length, dtype)
     out = torch.empty((*codes.shape[:-1], length), dtype=dtype)
-    weight = _weight(codes, scales, tensor_scale, numbers, length, dtype)
     found.lotion_fx_values(ctypes.byref(weight), out.data_ptr(), WIDEST, _threads(out.numel()))
     return out
 
@@ -220,7 +260,7 @@ def linear(
     Raises:
         ValueError: a shape or a dtype is not the format's.
     """
-    numbers, length, found = _numbers(fmt), x.shape[-1], _functions()
+    length, found = x.shape[-1], _functions()
     if codes.dim() != 2 or (bias is not None and (bias.shape != codes.shape[:1] or bias.dtype not in DTYPES)):
         raise ValueError(
             f"bias: got {None if bias is None else [bias.dtype, *bias.shape]} with codes {list(codes.shape)}, expected "
@@ -230,11 +270,10 @@ def linear(
     if found is None or x.dtype not in DTYPES or rows > FEW or not x.numel():
         weight = values(codes, scales, tensor_scale, fmt, length, x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    check(codes, scales, tensor_scale, numbers.format, length)
     x, codes, scales = x.contiguous(), codes.contiguous(), scales.contiguous()
     bias = None if bias is None else bias.contiguous()
+    packed = _weight(codes, scales, tensor_scale, fmt, length, x.dtype)
     y = torch.empty((*x.shape[:-1], codes.shape[0]), dtype=x.dtype)
-    packed = _weight(codes, scales, tensor_scale, numbers, length, x.dtype)
     found.lotion_fx_linear(
         ctypes.byref(packed),
         x.data_ptr(),

@@ -20,7 +20,7 @@ FORMATS = (
     *("int4/16", "int4/64", "int4/128", "int4/channel", "int4/tensor", "nf4/2", "nf4/24", "cpu_linear_ternary"),
 )
 WIDEST = ("scalar", "avx2", "avx512")
-ROUNDING = {torch.float32: 3e-7, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 needs_compiler = pytest.mark.skipif(cpu_linear.instructions() == "aten", reason="no C++ compiler")
 
 
@@ -115,7 +115,9 @@ def test_sums_have_the_error_of_float32(dtype, rows, widest):
         want = F.linear(x.double(), q.dequantize().double(), bias.double())
         got = linear(x, q, bias)
         assert got.dtype == dtype and got.shape == (1, rows, 33)
-        assert (got.double() - want).norm() <= ROUNDING[dtype] * want.norm()
+        # The result's own rounding, and that of each of K sums, which go either way.
+        sums = length**0.5 * 2.0**-24 * (x.double().abs() @ q.dequantize().double().abs().T).norm()
+        assert (got.double() - want).norm() <= ROUNDING[dtype] * want.norm() + sums
 
 
 def test_many_rows_are_torch_s_own_product():
