@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from lotion_fx.numerics.grids import SMALLEST_SCALE, Minifloat
 from lotion_fx.numerics.scales import PowerOfTwo, TwoLevelScale
 
 _KINDS = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as cpu_linear.cpp numbers them
+_BITS = {torch.int32: 4, torch.int16: 2}  # integers that are the bits of floats, and their bytes
 _CODES: dict[object, int] = {
     Minifloat(4, 3, 448.0): 4,
     PowerOfTwo(): 5,
@@ -136,8 +138,12 @@ def _prepared(
         ValueError: as `check`.
     """
     numbers = _numbers(fmt)
-    check(codes, scales, tensor_scale, numbers.format, length)
     format, (shape, _) = numbers.format, codes
+    if scales[1] in _BITS and _BITS[scales[1]] == format.law.stored.itemsize:
+        scales = scales[0], format.law.stored
+    if tensor_scale is not None and tensor_scale[1] == torch.int32:
+        tensor_scale = tensor_scale[0], torch.float32
+    check(codes, scales, tensor_scale, format, length)
     block = format.block if isinstance(format.block, int) else length + length % 2
     return _Weight(
         None,
@@ -166,7 +172,10 @@ def _weight(
     made.codes, made.scales = codes.data_ptr(), scales.data_ptr()
     whole = 1.0
     if tensor_scale is not None:
-        made.tensor_scale = whole = tensor_scale.item()
+        whole = tensor_scale.item()
+        if tensor_scale.dtype == torch.int32:
+            (whole,) = struct.unpack("f", struct.pack("i", whole))
+        made.tensor_scale = whole
     if dtype == torch.bfloat16:
         made.rounding = _KINDS[_rounding(_numbers(fmt), whole, dtype)]
     return made
@@ -221,17 +230,21 @@ def values(
 
     Args:
         codes: uint8 [..., ceil(length / 2)], the low nibble being the even element.
-        scales: of blocks, [..., blocks], or of the tensor, [1]: uint8 codes, float32, bfloat16 or float16.
-        tensor_scale: float32, one element: of two-level formats, else None.
+        scales: of blocks, [..., blocks], or of the tensor, [1]: uint8 codes, float32, bfloat16 or float16, or the bits
+            of what the format stores as int32 or int16.
+        tensor_scale: float32, or its bits as int32, one element: of two-level formats, else None.
         fmt: the format's name.
         dtype: float32, bfloat16 or float16, to which the float32 weight is rounded.
 
     Raises:
         ValueError: a shape or a dtype is not the format's.
     """
-    found = _functions()
+    found, format = _functions(), resolve(fmt)
     if found is None or dtype not in DTYPES:
-        format = resolve(fmt)
+        if scales.dtype in _BITS:
+            scales = scales.view(format.law.stored)
+        if tensor_scale is not None and tensor_scale.dtype == torch.int32:
+            tensor_scale = tensor_scale.view(torch.float32)
         kind = None if tensor_scale is None else (tensor_scale.numel(), tensor_scale.dtype)
         check((codes.shape, codes.dtype), (scales.shape, scales.dtype), kind, format, length)
         wide = scales if scales.dtype == torch.uint8 else scales.float()

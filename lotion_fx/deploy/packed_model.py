@@ -167,18 +167,20 @@ class PackedWeight(nn.Module):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b`` for a weight [N, K] whose blocks run along K."""
-        device = x.device.type  # each look-up of a buffer costs, as a small product does: one each
-        known = x.dtype in DTYPES
+        held = private.buffers_of(self)  # attributes that are buffers cost a microsecond each, a small product ten
+        codes, known, device = held["codes"], x.dtype in DTYPES, x.device.type
+        assert codes is not None
         if known and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        elif x.dtype != self.like.dtype:
+        elif x.dtype != held["like"].dtype:  # type: ignore[union-attr]  # a buffer is never None here
             return F.linear(x, self(), bias)  # where torch says what is wrong
         differentiates = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        codes = self.codes
         if device == "cpu" and known and self.has_cpu_kernel and not differentiates and codes.device == x.device:
-            scale = self.tensor_scale
-            floats = None if scale is None else scale.view(torch.float32)
-            return cpu_linear(x, codes, self.scales.view(self.stored), floats, bias, self.fmt.name)
+            scales = held["scales"]
+            assert scales is not None
+            if self.stored != self.fmt.law.stored:
+                scales = scales.view(self.stored)
+            return cpu_linear(x, codes, scales, held["tensor_scale"], bias, self.fmt.name)
         if device == "cuda" and self.is_known and _has_kernel(self.fmt, x.dtype) and not differentiates:
             from lotion_fx.kernels.packed_linear import packed_linear  # Triton, which some systems lack
 
