@@ -72,7 +72,8 @@ def export(
     Args:
         model: transformed. A Hugging Face model brings its configuration and generation settings. Or the folder of an
             export of layout "lotion" of such a model, which is laid out anew.
-        path: a folder, or for "gguf", "onnx" and "aoti" a file. A former export there is replaced.
+        path: a folder, or for "gguf", "onnx" and "aoti" a file. A former export there is replaced, and any file of that
+            name; a folder with anything else in it is not.
         layout: "lotion" for any model and format; the others are for the clients of their names, see docs/deploy.md.
         tokenizer: saved beside a Hugging Face model.
         options: of the layout.
@@ -90,7 +91,7 @@ def export(
     if chosen.suffix and Path(path).suffix != chosen.suffix:
         raise ValueError(f"path={str(path)!r}: expected a file that ends in {chosen.suffix}, for layout={layout!r}")
     if isinstance(model, (str, os.PathLike)):
-        content = content_of(Path(model), tokenizer=tokenizer)
+        content = content_of(Path(model).expanduser(), tokenizer=tokenizer)
     else:
         content = Content.of(model, tokenizer)
     for name, weight in content.weights.items():
@@ -106,7 +107,7 @@ def export(
         if not chosen.suffix:
             manifest.write(place, layout, content, dense)
         nbytes = sum(f.stat().st_size for f in ([place] if chosen.suffix else place.rglob("*")) if f.is_file())
-    return Exported(Path(path).resolve(), layout, packed, dense, nbytes)
+    return Exported(Path(path).expanduser().resolve(), layout, packed, dense, nbytes)
 
 
 def _compare(layout: Layout, place: Path, content: Content, packed: set[str]) -> None:

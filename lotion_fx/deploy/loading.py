@@ -21,8 +21,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, packed
 
     Args:
         path: a folder that `export` wrote with layout "lotion".
-        model: a plain module of the architecture that was exported, whose values are replaced, in place. It may be left
-            out for a Hugging Face model, whose configuration is in the folder.
+        model: a plain module of the architecture that was exported, whose tensors are replaced, in place, by those of
+            the export, in the dtypes that they had there. It may be left out for a Hugging Face model, whose
+            configuration is in the folder.
         packed: whether the weights stay packed, as `quantize` holds them; else they are dense tensors.
 
     Raises:
@@ -31,7 +32,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, packed
         TypeError: the model is no module.
     """
     check_flag("packed", packed)
-    made, weights = _loaded(Path(path), model)
+    made, weights = _loaded(Path(path).expanduser(), model)
     if packed:
         hold(made, weights)
     return made

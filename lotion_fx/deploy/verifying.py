@@ -22,7 +22,7 @@ from lotion_fx.deploy.loading import content_of
 from lotion_fx.deploy.progress import with_a_bar
 from lotion_fx.expected import expected_loss
 from lotion_fx.loss_graph import called, loss_of
-from lotion_fx.switches import full_precision
+from lotion_fx.switches import full_precision, switched
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,20 @@ class Verification:
         outputs: the largest absolute and the relative (L2) difference of the client's outputs from those of `eval()`;
             None where there were no inputs, or no client runs it.
         why: no outputs were compared.
+        others: the other tensors of the state, biases and norms, that differ; only layout "lotion" compares them.
     """
 
     layout: str
     weights: tuple[Compared, ...]
     outputs: tuple[float, float] | None
     why: str = ""
+    others: tuple[str, ...] = ()
 
     @property
     def is_exact(self) -> bool:
-        """Whether every packed weight is read bit for bit, and at least one is packed."""
+        """Whether every packed weight is read bit for bit, at least one is packed, and ``others`` is empty."""
         packed = [w.is_equal for w in self.weights if w.is_packed]
-        return bool(packed) and all(packed)
+        return bool(packed) and all(packed) and not self.others
 
     def __str__(self) -> str:
         with_loss = any(w.expected is not None for w in self.weights)
@@ -83,6 +85,7 @@ class Verification:
         else:
             largest, relative = self.outputs
             foot = f"outputs differ by {largest:.2g} at most, {relative:.2g} relative" if largest else "outputs equal"
+        rows += [[name, "", "", "DIFFERENT", *[""] * (len(headers) - 4)] for name in self.others]
         return tabulate(rows, headers, disable_numparse=True) + f"\nlayout {self.layout}; {foot}"
 
 
@@ -110,15 +113,17 @@ def verify(
     Raises:
         ValueError: ``path`` is no export, is damaged, or the model is not under lotion_fx.
     """
-    place = Path(path)
+    place = Path(path).expanduser()
     layout, dense = _found(place)
     is_transformed = isinstance(model, nn.Module)
-    content = Content.of(model) if isinstance(model, nn.Module) else content_of(Path(model))
+    content = Content.of(model) if isinstance(model, nn.Module) else content_of(Path(model).expanduser())
     model = content.model
-    read = {}
+    read, others = {}, []
     for name, tensor in with_a_bar("verifying", layout.read(place, content), len(content.weights)):
         if name in content.weights:
             read[name] = same(tensor, content.weights[name].dequantize())
+        elif name in content.others and not same(tensor, content.others[name]):
+            others.append(name)
     losses = _losses(model, batch, loss_fn, content) if is_transformed else {}
     weights = tuple(
         Compared(
@@ -132,7 +137,7 @@ def verify(
         for name, weight in content.weights.items()
     )
     outputs, why = _outputs(layout, place, model, batch[0] if loss_fn is not None else batch)
-    return Verification(layout.name, weights, outputs, why)
+    return Verification(layout.name, weights, outputs, why, tuple(others))
 
 
 def _found(place: Path) -> tuple[Layout, Mapping[str, str]]:
@@ -154,8 +159,10 @@ def _found(place: Path) -> tuple[Layout, Mapping[str, str]]:
 def _outputs(layout: Layout, place: Path, model: nn.Module, inputs: Any) -> tuple[tuple[float, float] | None, str]:
     if inputs is None:
         return None, "no batch was given"
-    with _in_eval(model):
+    with _in_eval(model), switched(model, override=""):
         wanted = first_tensor(called(model, inputs))
+    if not wanted.numel() or not wanted.isfinite().all():
+        raise ValueError(f"batch: outputs {list(wanted.shape)} of the model are empty or no finite numbers")
     try:
         found = layout.outputs(place, model, inputs)
     except NotImplementedError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MARK = "lotion_fx.json"
-"""The file by which a folder is known as an export of ours."""
+"""The file by which a folder is known as an export of ours: JSON, which names all others under ``files``."""
 _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
@@ -32,7 +33,7 @@ def replaced(path: str | os.PathLike[str], *, is_folder: bool) -> Iterator[Path]
         ValueError: something else is there, which must not be lost.
         OSError: it cannot be written.
     """
-    target = Path(path).resolve()
+    target = Path(path).expanduser().resolve()
     _check(target, is_folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     _clean(target)
@@ -55,13 +56,24 @@ def _check(target: Path, is_folder: bool) -> None:
     if is_folder != target.is_dir():
         has = "a folder" if target.is_dir() else "a file"
         raise ValueError(f"path={str(target)!r}: there is {has} of this name; expected {_expected(is_folder)}")
-    if is_folder and any(target.iterdir()) and not (target / MARK).is_file():
+    if is_folder and (others := _others(target)):
         raise ValueError(
-            f"path={str(target)!r}: this folder holds other files than an export ({MARK} is not in it), which would be "
-            "lost; give a new or an empty folder"
+            f"path={str(target)!r}: this folder holds other files than an export, such as {others[0]!r}, which would "
+            "be lost; give a new or an empty folder"
         )
     if not is_folder and not target.is_file():
         raise ValueError(f"path={str(target)!r}: this is no plain file; expected {_expected(is_folder)}")
+
+
+def _others(folder: Path) -> list[str]:
+    """What is in a folder that its `MARK` does not name."""
+    try:
+        named = set(json.loads((folder / MARK).read_bytes())["files"]) | {MARK}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        named = set()
+    return sorted(
+        f for each in folder.rglob("*") if not each.is_dir() and (f := each.relative_to(folder).as_posix()) not in named
+    )
 
 
 def _expected(is_folder: bool) -> str:

@@ -60,6 +60,13 @@ def test_levels_of_your_own_are_read_without_being_registered(tmp_path, monkeypa
     assert all(torch.equal(weights[name].dequantize(), w) for name, w in expected.items())
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert lotion_fx.export(trained(), "~/model").path == tmp_path / "model"
+    lotion_fx.load("~/model", LM())
+    assert os.listdir(tmp_path) == ["model"]
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -114,8 +121,11 @@ def test_bad_arguments_are_refused(tmp_path):
     lotion_fx.export(model, tmp_path / "model")
     with pytest.raises(ValueError, match="no config.json to make a model from; pass model="):
         lotion_fx.load(tmp_path / "model")
-    with pytest.raises(ValueError, match="does not fit this MLP: "):
-        lotion_fx.load(tmp_path / "model", MLP())
+    other = MLP()
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
+    with pytest.raises(ValueError, match=r"does not fit this MLP: 'head.weight' is not in the model, and \d+ more"):
+        lotion_fx.load(tmp_path / "model", other)
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
     with pytest.raises(ValueError, match="it is under lotion_fx; give a plain module"):
         lotion_fx.load(tmp_path / "model", model)
     with pytest.raises(TypeError, match="expected a plain nn.Module, not str"):

@@ -31,6 +31,26 @@ def test_a_model_that_trained_on_is_another(tmp_path):
     assert "DIFFERENT" in str(found) and "outputs differ by" in str(found)
 
 
+def test_a_bias_that_differs_is_told(tmp_path):
+    model = lotion_fx.transform(MLP(), "int4", inner="eager").eval()
+    lotion_fx.export(model, tmp_path / "model")
+    assert lotion_fx.verify(tmp_path / "model", model).is_exact
+    with torch.no_grad():
+        model.up.bias[0].add_(1)
+    found = lotion_fx.verify(tmp_path / "model", model)
+    assert not found.is_exact and found.others == ("up.bias",) and all(w.is_equal for w in found.weights)
+    assert "up.bias" in str(found)
+
+
+def test_contexts_that_change_the_forward_do_not_change_the_comparison(tmp_path):
+    model, tokens = trained(), torch.randint(VOCAB, (4, 6))
+    lotion_fx.export(model, tmp_path / "model")
+    with lotion_fx.full_precision(model):
+        assert lotion_fx.verify(tmp_path / "model", model, tokens).outputs == (0.0, 0.0)
+    with pytest.raises(ValueError, match="batch: outputs .* are empty or no finite numbers"):
+        lotion_fx.verify(tmp_path / "model", model, tokens[:0])
+
+
 def test_each_weight_s_part_of_the_loss_is_told(tmp_path):
     """Realized: against a plain model with that weight alone rounded by hand."""
     torch.manual_seed(0)

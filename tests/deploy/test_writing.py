@@ -1,6 +1,8 @@
 """Files and folders that are there whole or not at all."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +17,11 @@ from lotion_fx.deploy.writing import MARK, replaced
 
 def write(path, text, is_folder=True):
     with replaced(path, is_folder=is_folder) as place:
-        (place / MARK if is_folder else place).write_text(text)
+        (place / MARK if is_folder else place).write_text(json.dumps({"files": ["more"], "text": text}))
 
 
 def read(path):
-    return (path / MARK if path.is_dir() else path).read_text()
+    return json.loads((path / MARK if path.is_dir() else path).read_text())["text"]
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "no exchange"])
@@ -41,7 +43,7 @@ def test_what_fails_leaves_the_old_one(tmp_path, is_folder):
     target = tmp_path / "model"
     write(target, "old", is_folder)
     with pytest.raises(RuntimeError, match="half way"), replaced(target, is_folder=is_folder) as place:
-        (place / MARK if is_folder else place).write_text("new")
+        (place / MARK if is_folder else place).write_text("half")
         raise RuntimeError("half way")
     assert read(target) == "old" and os.listdir(tmp_path) == ["model"]
 
@@ -74,6 +76,11 @@ def test_what_is_no_export_is_never_replaced(tmp_path):
         write(tmp_path / "thesis" / "chapter1.tex", "new")
     with pytest.raises(ValueError, match="no plain file"):
         write("/dev/null", "new", is_folder=False)
+    write(tmp_path / "model", "old")
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"other files than an export, such as 'notes.txt'"):
+        write(tmp_path / "model", "new")
+    shutil.rmtree(tmp_path / "model")
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
     assert os.listdir(tmp_path) == ["thesis"]
 
@@ -93,7 +100,7 @@ MARK, replaced, target = writing["MARK"], writing["replaced"], Path(sys.argv[1])
 for turn in range(1, 1_000_000):
     with replaced(target, is_folder=True) as place:
         for name in ("a", "b", MARK):
-            (place / name).write_text(str(turn) * 1000)
+            (place / name).write_text('{"files": ["a", "b"], "turn": "' + str(turn) * 1000 + '"}')
     print(turn, flush=True)
 """
 
@@ -116,7 +123,7 @@ def test_a_killed_writer_leaves_one_whole_export(tmp_path, kills):
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path):
     with replaced(tmp_path / "model", is_folder=True) as place:
-        (place / MARK).write_text("slow")
+        (place / MARK).write_text('{"files": [], "text": "slow"}')
         write(tmp_path / "model", "fast")
-        assert Path(place, MARK).read_text() == "slow"
+        assert "slow" in Path(place, MARK).read_text()
     assert read(tmp_path / "model") == "slow"

@@ -50,9 +50,10 @@ class Lotion(Layout):
 
     def read(self, place: Path, content: Content) -> Iterator[tuple[str, Tensor]]:
         told = {name: manifest.describe(weight) for name, weight in content.weights.items()}
-        weights, _ = parse((place / FILE).read_bytes(), told)
+        weights, others = parse((place / FILE).read_bytes(), told)
         for name, weight in weights.items():
             yield name, weight.dequantize()
+        yield from others.items()
 
     def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
         made = without_hooks(model).eval()
@@ -138,10 +139,17 @@ def fill(
     """
     dense: dict[str, Tensor] = {name: weight.dequantize().contiguous() for name, weight in weights.items()} | others
     dense |= {name: dense[known] for name, known in tied.items()}
-    try:
-        model.load_state_dict(dense, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"model: the export does not fit this {type(model).__name__}: {error}") from error
+    held = model.state_dict()
+    wrong = [f"it has no {name!r}" for name in held.keys() - dense.keys()]
+    wrong += [f"{name!r} is not in the model" for name in dense.keys() - held.keys()]
+    for name in held.keys() & dense.keys():
+        if held[name].shape != dense[name].shape:
+            wrong.append(f"{name!r} is {list(dense[name].shape)}, in the model {list(held[name].shape)}")
+    if wrong:  # told before anything of the model is changed
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"model: the export does not fit this {type(model).__name__}: {min(wrong)}{more}")
+    devices = {name: tensor.device for name, tensor in held.items() if not tensor.is_meta}
+    model.load_state_dict({name: t.to(devices.get(name, t.device)) for name, t in dense.items()}, assign=True)
     for name, known in tied.items():  # names that were one tensor are one again
         owner, _, attribute = name.rpartition(".")
         first, _, other = known.rpartition(".")
