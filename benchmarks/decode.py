@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import tempfile
 from collections.abc import Callable
 from functools import partial
 
@@ -30,8 +31,7 @@ PACKED = ("int4/bf16", "nvfp4/pow2", "mxfp4", "nf4")
 BARS = {"int4/bf16": 3.0, "nvfp4/pow2": 2.5, "mxfp4": 2.5}  # times torch's bfloat16
 CPU = torch.device("cpu")
 
-# A runtime's package, and what makes of the model the step of one token: (model) -> (step, bytes of its weights).
-OTHERS: dict[str, Callable[[nn.Module], tuple[Callable[[], object], int]]] = {}
+Step = tuple[Callable[[], object], int]  # one token, and the bytes of the weights
 
 
 class Block(nn.Module):
@@ -72,6 +72,48 @@ def made(width: int, depth: int, fmt: str | None, dtype: torch.dtype) -> nn.Modu
     return lotion_fx.quantize(model).to(dtype)
 
 
+def onnxruntime_int4(width: int, depth: int) -> Step:
+    """The same model in int4, exported, by onnxruntime with activations in float32."""
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model, x = lotion_fx.transform(Decoder(width, depth), "int4", inner="eager").eval(), torch.randn(1, 1, width)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model(x)
+        told = lotion_fx.export(model, f"{folder}/model.onnx", "onnx", example_inputs=(x,))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(told.path, options, providers=["CPUExecutionProvider"])
+    (name,) = (each.name for each in session.get_inputs())
+    return partial(session.run, None, {name: x.numpy()}), told.nbytes
+
+
+def llama_cpp(fmt: str, width: int, depth: int) -> Step:
+    """A Llama of as many weights by llama.cpp, whose activations have 8 bits; attention to 32 tokens included."""
+    from llama_cpp import Llama
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": width, "intermediate_size": 8 * width // 3 // 64 * 64, "num_hidden_layers": depth}
+    config = LlamaConfig(vocab_size=VOCAB, num_attention_heads=width // 64, bos_token_id=0, eos_token_id=1, **shape)
+    model = lotion_fx.transform(LlamaForCausalLM(config), fmt, inner="eager").eval()
+    with tempfile.TemporaryDirectory() as folder:
+        told = lotion_fx.export(model, f"{folder}/model.gguf", "gguf")
+        threads = torch.get_num_threads()
+        client = Llama(str(told.path), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+    client.eval(list(range(2, 34)))
+    return partial(client.eval, [5]), told.nbytes
+
+
+# A row's name, the package it stands on, and what makes its step of a width and a depth.
+OTHERS: dict[str, tuple[str, Callable[[int, int], Step]]] = {
+    "onnxruntime int4": ("onnxruntime", onnxruntime_int4),
+    "llama.cpp Q4_0": ("llama_cpp", partial(llama_cpp, "int4/32/fp16")),
+    "llama.cpp MXFP4": ("llama_cpp", partial(llama_cpp, "mxfp4")),
+    "llama.cpp NVFP4": ("llama_cpp", partial(llama_cpp, "nvfp4/pow2")),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=768)
@@ -89,10 +131,10 @@ def main() -> None:
         model = made(args.width, args.depth, fmt, its)
         x = torch.randn(1, 1, args.width, dtype=its)
         steps[name], size[name] = partial(seconds, partial(model, x), CPU), bytes_of(model)
-    for package, runtime in OTHERS.items():
+    for name, (package, runtime) in OTHERS.items():
         if importlib.util.find_spec(package):
-            step, size[package] = runtime(made(args.width, args.depth, None, torch.float32))
-            steps[package] = partial(seconds, step, CPU)
+            step, size[name] = runtime(args.width, args.depth)
+            steps[name] = partial(seconds, step, CPU)
     with torch.inference_mode():
         found = interleaved(steps, args.rounds, base="torch bfloat16")
     for name, row in found.items():
