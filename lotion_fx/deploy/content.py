@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
+from lotion_fx.deploy.packed_model import refuse_packed
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
 
 
@@ -39,6 +40,7 @@ class Content:
         Raises:
             ValueError: as `quantized`; or the state holds something that is no tensor.
         """
+        refuse_packed(model)
         return Content.with_weights(model, quantized(model), tokenizer)
 
     @staticmethod

@@ -52,6 +52,7 @@ def quantize(model: nn.Module) -> nn.Module:
             run yet so that blocks are not known.
         TypeError: it is no module.
     """
+    refuse_packed(model)
     names = names_of(model)
     for name, each in model.named_parameters():
         if isinstance(each, DTensor):
@@ -77,6 +78,14 @@ def quantize(model: nn.Module) -> nn.Module:
         if id(module) in memo:  # an owner may be outside of the model
             _hold(memo[id(module)], attribute, made)
     return copied.eval().requires_grad_(False)
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """Raises `ValueError` for a model that `quantize` or `load` has made."""
+    if isinstance(model, nn.Module) and any(isinstance(module, PackedWeight) for module in model.modules()):
+        raise ValueError(
+            "model: its weights are packed already; give the transformed model, or the folder that it was loaded from"
+        )
 
 
 def hold(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:

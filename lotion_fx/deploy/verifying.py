@@ -115,8 +115,8 @@ def verify(
     """
     place = Path(path).expanduser()
     layout, dense = _found(place)
-    is_transformed = isinstance(model, nn.Module)
-    content = Content.of(model) if isinstance(model, nn.Module) else content_of(Path(model).expanduser())
+    is_transformed = not isinstance(model, (str, os.PathLike))
+    content = content_of(Path(model).expanduser()) if isinstance(model, (str, os.PathLike)) else Content.of(model)
     model = content.model
     read, others = {}, []
     for name, tensor in with_a_bar("verifying", layout.read(place, content), len(content.weights)):

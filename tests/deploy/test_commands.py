@@ -38,7 +38,8 @@ def test_a_checkpoint_is_rounded_exported_laid_out_anew_and_verified(checkpoint,
         assert torch.equal(loaded.get_parameter(name), weight.dequantize())
     table = run("verify", str(second), "--source", str(first))
     assert table.exit_code == 0 and "outputs equal" in table.output and "q_proj" in table.output
-    assert json.loads(run("verify", str(second), "--json").stdout)["is_exact"]
+    assert json.loads(run("verify", str(second), "--source", str(first), "--json").stdout)["is_exact"]
+    assert "every checksum holds; --source compares" in run("verify", str(second)).output
 
 
 def test_another_model_is_told_by_the_exit_code(checkpoint, tmp_path):
@@ -62,7 +63,7 @@ def test_user_errors_are_one_line(checkpoint, tmp_path):
         ),
         (["export", str(tmp_path / "export"), str(tmp_path / "x"), "--fmt", "int4"], "leave them out"),
         (["export", str(tmp_path / "export"), str(tmp_path / "x")], "no config.json to make a model from"),
-        (["verify", str(tmp_path / "no.gguf")], "give the export of layout lotion"),
+        (["verify", str(tmp_path / "no.gguf")], "no export of lotion_fx is here"),
     ]:
         result = run(*arguments)
         assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output

@@ -128,6 +128,13 @@ def test_bad_arguments_are_refused(tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
     with pytest.raises(ValueError, match="it is under lotion_fx; give a plain module"):
         lotion_fx.load(tmp_path / "model", model)
+    for packed in (lotion_fx.quantize(model), lotion_fx.load(tmp_path / "model", LM())):
+        with pytest.raises(ValueError, match="packed already; give the transformed model, or the folder"):
+            lotion_fx.export(packed, tmp_path / "again")
+        with pytest.raises(ValueError, match="packed already"):
+            lotion_fx.quantize(packed)
+    with pytest.raises(TypeError, match="model=3: expected a transformed nn.Module"):
+        lotion_fx.verify(tmp_path / "model", 3)
     with pytest.raises(TypeError, match="expected a plain nn.Module, not str"):
         lotion_fx.load(tmp_path / "model", "LM")
     with pytest.raises(ValueError, match="no export of lotion_fx is here"):

@@ -1,10 +1,12 @@
 """The examples that export: their clients run, and compute what was trained."""
 
+from importlib import import_module
+
 import pytest
 
 from tests.deploy.hf import distance
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", "5.24")
 
 
 @pytest.mark.slow
@@ -34,3 +36,11 @@ def test_the_compiled_file_runs_elsewhere(tmp_path):
 
     ours, theirs = deploy_aoti.main(str(tmp_path), steps=2)
     assert distance(theirs, ours) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of libraries that are not ours
+@pytest.mark.parametrize("client", ["bitsandbytes", "compressed_tensors", "modelopt", "torchao"])
+def test_a_client_reads_what_was_trained(tmp_path, client):
+    pytest.importorskip("compressed_tensors" if client == "modelopt" else client)
+    assert import_module(f"lotion_fx.examples.deploy_{client}").main(str(tmp_path / "model"))
