@@ -130,12 +130,11 @@ class PackedWeight(nn.Module):
     def __init__(self, weight: QuantizedWeight, strides: Sequence[int]) -> None:
         super().__init__()
         self.fmt, self.axis, self.shape, self.strides = weight.format, weight.axis, weight.shape, tuple(strides)
-        self.stored = weight.scales.dtype
         self.is_known, self.has_cpu_kernel = _found(self.fmt)
         device, name = weight.codes.device, list(weight.format.name.encode())
         scale = None if weight.tensor_scale is None else weight.tensor_scale.view(torch.int32)
         self.register_buffer("codes", weight.codes)
-        self.register_buffer("scales", weight.scales.view(_INTEGERS.get(self.stored, torch.uint8)))
+        self.register_buffer("scales", weight.scales.view(_INTEGERS.get(weight.scales.dtype, torch.uint8)))
         self.register_buffer("tensor_scale", scale)
         self.register_buffer("format", torch.tensor(name, dtype=torch.uint8, device=device))
         self.register_buffer("like", torch.empty(0, dtype=weight.dtype, device=device), persistent=False)
@@ -149,7 +148,7 @@ class PackedWeight(nn.Module):
     def quantized(self) -> QuantizedWeight:
         """The same, with its floats."""
         scale = None if self.tensor_scale is None else self.tensor_scale.view(torch.float32)
-        scales = self.scales.view(self.stored)
+        scales = self.scales.view(self.fmt.law.stored)
         return QuantizedWeight(self.codes, scales, scale, self.fmt, self.axis, self.shape, self.like.dtype)
 
     def forward(self) -> Tensor:
@@ -162,7 +161,7 @@ class PackedWeight(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """Some rows of a weight [N, K] whose blocks run along K, [*ids, K]."""
         whole = self.quantized
-        scales = whole.scales if self.fmt.block == "tensor" else F.embedding(ids, self.scales).view(self.stored)
+        scales = whole.scales if self.fmt.block == "tensor" else F.embedding(ids, self.scales).view(self.fmt.law.stored)
         codes, shape = F.embedding(ids, self.codes), (*ids.shape, self.shape[1])
         return self._values(
             QuantizedWeight(codes, scales, whole.tensor_scale, self.fmt, ids.dim(), shape, self.like.dtype)
@@ -187,8 +186,6 @@ class PackedWeight(nn.Module):
         if device == "cpu" and known and self.has_cpu_kernel and not differentiates and codes.device == x.device:
             scales = held["scales"]
             assert scales is not None
-            if self.stored != self.fmt.law.stored:
-                scales = scales.view(self.stored)
             return cpu_linear(x, codes, scales, held["tensor_scale"], bias, self.fmt.name)
         if device == "cuda" and self.is_known and _has_kernel(self.fmt, x.dtype) and not differentiates:
             from lotion_fx.kernels.packed_linear import packed_linear  # Triton, which some systems lack

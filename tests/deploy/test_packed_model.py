@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lotion_fx
-from lotion_fx.deploy.packed_model import PackedWeight, hold
-from lotion_fx.deploy.weights import QuantizedWeight
+from lotion_fx.deploy.packed_model import hold
 from lotion_fx.kernels.packed import FEW
 from tests.models import LM, MLP, ids
 
@@ -202,22 +200,24 @@ def test_gradients_pass_through_packed_weights_to_what_is_trained_beside():
     assert torch.allclose(packed.up.bias.grad, plain.up.bias.grad, atol=1e-6)
 
 
-@pytest.mark.parametrize("fmt, bits", [("nvfp4", 4.5), ("mxfp4", 4.25), ("int4", 5.0)])
+@pytest.mark.parametrize(
+    "fmt, bits", [("nvfp4", 4.5), ("mxfp4", 4.25), ("int4", 5.0), ("int4/bf16", 4.5), ("int4/fp16", 4.5)]
+)
 def test_its_size_is_the_format_s(fmt, bits):
     model = transformed(nn.Sequential(nn.Linear(512, 256, bias=False)), fmt, torch.randn(1, 512))
     held = sum(b.numel() * b.element_size() for b in lotion_fx.quantize(model).buffers())
     assert abs(8 * held / (512 * 256) - bits) <= 0.02 * bits
 
 
-def test_scales_of_16_bits_stay_in_16_bits():
-    weight = QuantizedWeight.of(torch.randn(64, 512), lotion_fx.resolve("int4"), -1)
-    for stored in (torch.bfloat16, torch.float16):
-        weight = replace(weight, scales=weight.scales.to(stored))
-        packed = PackedWeight(weight, (512, 1))
-        assert torch.equal(packed(), weight.dequantize())
-        assert torch.equal(packed.to(torch.bfloat16)(), weight.dequantize().bfloat16())
-        held = sum(b.numel() * b.element_size() for b in packed.buffers())
-        assert abs(8 * held / weight.codes.numel() / 2 - 4.5) <= 0.02 * 4.5
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("fmt", ["int4/bf16", "int4/fp16"])
+def test_scales_of_16_bits_stay_in_16_bits(fmt, rows):
+    model = transformed(nn.Linear(512, 64), fmt, x := torch.randn(rows, 512))
+    packed = lotion_fx.quantize(model)
+    weight = lotion_fx.quantized(model)["weight"].dequantize()
+    assert torch.equal(packed.weight, weight) and packed.weight_packed.scales.dtype == torch.int16
+    assert torch.allclose(packed(x), F.linear(x, weight, model.bias), atol=1e-5)
+    assert torch.equal(packed.to(torch.bfloat16).weight, weight.bfloat16())
 
 
 def test_what_cannot_be_packed_is_refused():
