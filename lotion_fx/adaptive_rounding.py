@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,9 +88,9 @@ def round_(
     """Rounds a transformed model's weights in place, once trained, so that the loss suffers least.
 
     Each weight's errors are made to cancel in its curvature ``B (x) A``, which is read off the graph of the loss on
-    ``batches``: one forward and one backward pass each, at the weights as they are, in ``eval()`` mode. Weights are then
-    points of their formats. `eval()`, `quantized`, `quantize` and `export` take them as they are, bit for bit, and
-    so does whatever loads them from a ``state_dict``: rounded to nearest they stay the same. To train on would move
+    ``batches``: one forward and one backward pass each, at the weights as they are, in ``eval()`` mode. The weights
+    then are points of their formats: `eval()`, `quantized`, `quantize` and `export` take them as they are, bit for bit.
+    So does whatever loads them from a ``state_dict``, for rounded to nearest they stay the same. To train on would move
     them. Weights whose gradient shows no matrices are rounded to nearest, and the table says why.
 
     It talks to no other process: under DistributedDataParallel call it in one and export there, or in all with the same
@@ -136,6 +137,13 @@ def round_(
             why.setdefault(name, "the loss does not depend on it")
             done[name] = Rounded(fixed_point(latent[name], *_format(weight)), "nearest", math.nan, math.nan)
     losses = _losses(graphs, in_loss, done)
+    if losses[2] > losses[1]:
+        warnings.warn(
+            f"round_: the batches' loss of {losses[2]:.4g} is above the {losses[1]:.4g} of rounding to nearest. If the "
+            "loss has nearly vanished or rounding costs very much, its gradients say little of what rounding costs; "
+            "more batches, of data that the model does not fit as well, may help, or method='nearest'",
+            stacklevel=2,
+        )
     for name, rounded in done.items():
         latent[name].copy_(rounded.values)
     kept.clear(list(selected))
@@ -183,8 +191,10 @@ def _curvatures(
     at = {list(graphs[0].parameters).index(name): name for name in weights}
     plans = {i: Plan(LATENT, weights[name].quantizer, _layout(weights[name])) for i, name in at.items()}
     sums: dict[str, Tensor] = {}
+    known: dict[Any, Any] = {}
     for graph in with_a_bar("curvatures", graphs, len(graphs)):
-        for i, (vector, _) in joint_vectors(graph.gm, graph.inputs({}), plans, [lambda outputs: outputs[0]]).items():
+        vectors = joint_vectors(graph.gm, graph.inputs({}), plans, [lambda outputs: outputs[0]], known)
+        for i, (vector, _) in vectors.items():
             sums[at[i]] = sums[at[i]] + vector if at[i] in sums else vector
     found = {}
     for name, vector in sums.items():

@@ -55,7 +55,7 @@ class Contraction:
     """What a rule says of one node.
 
     Args:
-        operands: the two factors of the sum, the output's gradient and the input, in the op's order.
+        operands: the two factors of the sum, one the output's gradient and one the input, left and right.
         full: emits h in the gradient's shape and in any dtype.
         dims: the gradient's dimensions, each a tuple of atoms; empty where the op has no natural factors.
         factors: emits the factors.
@@ -365,14 +365,16 @@ def convolution(node: fx.Node) -> Contraction:
         return Sides(_pixels(by_row, groups), _windows(by_col, node, groups))
 
     if isinstance(groups, fx.Node):  # as many as the batch: a kernel for each sample, which no weight has for its own
-        return Contraction((g, x), full)
+        return Contraction((by_row, by_col), full)
     rows, *cols = _shape(weight)
     inner = 1
     right_dims: list[tuple[Atom, ...]] = []
     for length in reversed(cols):
         right_dims.insert(0, (Atom(RIGHT, length, inner),))
         inner *= length
-    return Contraction((g, x), full, ((Atom(GROUP, groups), Atom(LEFT, rows // groups)), *right_dims), factors, sides)
+    return Contraction(
+        (by_row, by_col), full, ((Atom(GROUP, groups), Atom(LEFT, rows // groups)), *right_dims), factors, sides
+    )
 
 
 def _pixels(x: fx.Node, groups: int) -> fx.Node:
