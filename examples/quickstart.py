@@ -16,7 +16,7 @@ import random
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -161,23 +161,47 @@ def evaluate(model: nn.Module, held_out: Tensor) -> float:
     return loss
 
 
-def fit(model: nn.Module, seed: int, steps: int, text: Tensor, after_step: Callable[[int], None]) -> float:
+def adam(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1.2e-2, betas=(0.9, 0.99))
+
+
+def fit(
+    model: nn.Module,
+    seed: int,
+    steps: int,
+    text: Tensor,
+    after_step: Callable[[int], None],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    begin: int = 0,
+    loss_of: Callable[[nn.Module, Tensor, int], Tensor] | None = None,
+) -> float:
     """Trains a model in place, and gives the seconds that this took, compilation included.
 
     Args:
         seed: of the batches' order, of its own: every method sees the same batches.
         after_step: called with the number of each step.
+        optimizer: over the model's parameters; `adam` of them by default.
+        begin: how many of the ``steps`` the model and the optimizer have behind them.
+        loss_of: of a model, a batch and the number of the step; `next_token_loss` by default.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=1.2e-2, betas=(0.9, 0.99))
+    optimizer = optimizer or adam(model.parameters())
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])  # a schedule that begins late looks for it
     schedule = torch.optim.lr_scheduler.LambdaLR(  # 5 % warm-up, then a cosine down to 2 %
-        optimizer, lambda step: min(1.0, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+        optimizer,
+        lambda step: min(1.0, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * step / steps)),
+        last_epoch=begin - 1,
     )
     order = torch.Generator().manual_seed(1000 + seed)
     seconds = 0.0
     for step in range(1, steps + 1):
         began = time.perf_counter()
         starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=order)
-        loss = next_token_loss(model, windows(text, starts))
+        if step <= begin:
+            continue
+        batch = windows(text, starts)
+        loss = loss_of(model, batch, step) if loss_of else next_token_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
