@@ -57,7 +57,7 @@ class LearnedScale(nn.Module):
         self.relative = nn.Parameter(torch.ones_like(self.first))
 
     def stored(self) -> Tensor:
-        """The scales as the format stores them, each the nearest number that it has."""
+        """The scales as the format stores them, each the nearest number that it has; the tensor's own is held."""
         s = self.first * self.relative.detach()
         law = self.fmt.law
         if isinstance(law, TwoLevelScale):
@@ -93,7 +93,7 @@ def scales_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def deployed_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that the model had without learned scales, weights at their rounded values. Takes these away."""
+    """Takes the learned scales away, which rounds the weights in place, and gives the model's state dict."""
     for module in model.modules():
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):

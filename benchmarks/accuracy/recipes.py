@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lotion_fx.examples.forking import after_plain
+
 ROUNDINGS = ("nearest", "gptq", "two_sided")
 """What `lotion_fx.round_` is told; "nearest" is what a model in ``eval()`` runs at without it."""
 
@@ -48,23 +50,12 @@ class Recipe:
     @property
     def fork(self) -> float:
         """The share of the training that the full-precision run does for it."""
-        if self.arguments.get("method") == "ptq":
-            return 1.0
-        schedule = self.arguments.get("schedule")
-        return schedule[0][1] if isinstance(schedule, tuple) and schedule[0][0] == "plain" else 0.0
+        return 1.0 if self.arguments.get("method") == "ptq" else after_plain(self.arguments)[0]
 
     @property
     def has_phases(self) -> bool:
         """Whether `lotion_fx.transform` needs to know the number of steps."""
         return bool({"schedule", "finish", "start"} & self.arguments.keys()) or self.arguments.get("method") == "cage"
-
-    def after_fork(self) -> dict[str, Any]:
-        """The arguments of `lotion_fx.transform` for what comes after the plain phase, as a training of its own."""
-        if not 0 < self.fork < 1:
-            return dict(self.arguments)
-        rest = self.arguments["schedule"][1:]
-        total = sum(share for _, share in rest)
-        return {**self.arguments, "schedule": tuple((phase, share / total) for phase, share in rest)}
 
     def fingerprint(self, **conditions: Any) -> str:
         """Eight digits that change with anything that may change the trained model; its label and rows are none."""

@@ -16,9 +16,6 @@ from torch.optim import Optimizer
 
 from lotion_fx.examples import quickstart
 
-CALIBRATION = 8
-"""Batches that a rounding sees."""
-
 
 @dataclass(frozen=True)
 class Text:
@@ -38,7 +35,12 @@ class Text:
     @property
     def conditions(self) -> dict[str, Any]:
         """What a run depends on besides its recipe."""
-        return {"setting": self.name, "steps": self.steps, "windows": self.windows, "calibration": CALIBRATION}
+        return {
+            "setting": self.name,
+            "steps": self.steps,
+            "windows": self.windows,
+            "calibration": quickstart.CALIBRATION,
+        }
 
     @cached_property
     def _text(self) -> tuple[Tensor, Tensor]:
@@ -55,7 +57,7 @@ class Text:
         return quickstart.adam(parameters)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+        return quickstart.cross_entropy(outputs, targets)
 
     def fit(
         self,
@@ -87,16 +89,12 @@ class Text:
         )
 
     def calibration(self, seed: int) -> list[tuple[Tensor, Tensor]]:
-        """Batches of the training text that a rounding sees, (inputs, targets), of the training's own size."""
-        text, draw = self._text[0], torch.Generator().manual_seed(5000 + seed)
-        starts = torch.randint(len(text) - quickstart.CONTEXT, (CALIBRATION, quickstart.BATCH), generator=draw)
-        return [(each[:, :-1], each[:, 1:]) for each in (quickstart.windows(text, at) for at in starts)]
+        """Batches of the training text that a rounding sees, (inputs, targets)."""
+        return quickstart.calibration(self._text[0], seed)
 
     def evaluate(self, model: nn.Module) -> float:
         """Mean loss over the held-out windows, nats per byte, in ``eval()``."""
-        text = self._text[1]
-        starts = torch.linspace(0, len(text) - quickstart.CONTEXT - 1, self.windows).long()
-        return quickstart.evaluate(model, quickstart.windows(text, starts))
+        return quickstart.evaluate(model, quickstart.spread_windows(self._text[1], self.windows))
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from accuracy.deployment import formats, holding
 from accuracy.lsq import RATE, deployed_state, learn_scales, scales_of
 from accuracy.recipes import RECIPES, Recipe
 from accuracy.text import Text
+from lotion_fx.examples.forking import Checkpoint, after_plain
 
 State = dict[str, Tensor]
 
@@ -92,8 +92,7 @@ class Trainings:
 
         def keep(step: int) -> None:
             if step in wanted:
-                states = [copy.deepcopy(optimizer.state[p]) for p in model.parameters()]
-                forks[step] = {"model": copy.deepcopy(model.state_dict()), "optimizer": states}
+                forks[step] = vars(Checkpoint.of(step, model, optimizer))
 
         seconds = self._fit("full precision", model, seed, optimizer, 0, keep)
         return {"end": vars(self._ended(model.state_dict(), seconds)), "forks": forks}
@@ -102,13 +101,13 @@ class Trainings:
         """What `lotion_fx.transform` trains, from the recipe's fork on."""
         begin = round(recipe.fork * self.setting.steps)
         fork = self._fork(begin, seed) if begin else None
-        model = holding(self.setting, fork["model"]) if fork else self.setting.make(seed)
+        model = holding(self.setting, fork.model) if fork else self.setting.make(seed)
         total = self.setting.steps - begin if recipe.has_phases else None
-        lotion_fx.transform(model, fmt, **recipe.after_fork(), steps=total, inner=self.setting.inner)
+        lotion_fx.transform(model, fmt, **after_plain(recipe.arguments)[1], steps=total, inner=self.setting.inner)
         weights = list(model.parameters())
         optimizer = self.setting.optimizer(weights)
         if fork:
-            _resume(optimizer, weights, fork["optimizer"])
+            fork.resume(optimizer, weights)
         taught: dict[str, Any] = {}
         if recipe.distills:
             teacher = holding(self.setting, self.full_precision(seed).state)
@@ -120,23 +119,23 @@ class Trainings:
         """LSQ from the recipe's fork on, under plain `torch.compile`."""
         begin = round(recipe.fork * self.setting.steps)
         fork = self._fork(begin, seed)
-        model = holding(self.setting, fork["model"])
+        model = holding(self.setting, fork.model)
         latent = dict(model.named_parameters())
-        learn_scales(model, formats(self.setting, fork["model"], fmt))
+        learn_scales(model, formats(self.setting, fork.model, fmt))
         optimizer = self.setting.optimizer([{"params": [*latent.values()]}, {"params": scales_of(model)}])
         optimizer.param_groups[1]["lr"] *= RATE
-        _resume(optimizer, list(latent.values()), fork["optimizer"])
+        fork.resume(optimizer, latent.values())
         model.compile(backend=self.setting.inner)
         seconds = self._fit(f"{fmt}, {recipe.label}", model, seed, optimizer, begin, lambda _: None)
-        deployed = self.setting.evaluate(holding(self.setting, deployed_state(model)))
-        return replace(self._ended(latent, seconds), deployed=deployed)
+        ended = self._ended(latent, seconds)  # before the latent weights are rounded in place
+        return replace(ended, deployed=self.setting.evaluate(holding(self.setting, deployed_state(model))))
 
     def _ended(self, state: Mapping[str, Tensor], seconds: float) -> Trained:
         kept = {name: value.detach().clone() for name, value in state.items()}
         return Trained(kept, self.setting.evaluate(holding(self.setting, kept)), None, seconds)
 
-    def _fork(self, step: int, seed: int) -> dict[str, Any]:
-        return self._full_run(seed)["forks"][step]
+    def _fork(self, step: int, seed: int) -> Checkpoint:
+        return Checkpoint(**self._full_run(seed)["forks"][step])
 
     def _fit(
         self,
@@ -157,9 +156,3 @@ class Trainings:
                 after_step(step)
 
             return self.setting.fit(model, seed, optimizer, begin, step_ended, **taught)
-
-
-def _resume(optimizer: Optimizer, parameters: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
-    """Gives an optimizer its state of earlier steps, parameter by parameter; ours does not ride in it there."""
-    for parameter, state in zip(parameters, states, strict=True):
-        optimizer.state[parameter] = copy.deepcopy(state)
