@@ -10,11 +10,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn.utils import parametrize
 
 import lotion_fx
 from lotion_fx.numerics import rounding
+from lotion_fx.numerics.grids import Grid
 from lotion_fx.numerics.scales import HalfScale, PowerOfTwoScale, TwoLevelScale
 
 RATE = 0.1
@@ -22,22 +22,23 @@ RATE = 0.1
 this ratio; Adam divides any factor of a gradient out, so that here it has to be said. Chosen among .02, .1 and .5."""
 
 
-class _Rounded(torch.autograd.Function):
-    """``s nearest(clamp(w / s))``, straight through, with equation 3 of the paper for ``s``."""
+def rounded(w: Tensor, s: Tensor, stored: Tensor, grid: Grid) -> Tensor:
+    """``stored nearest(w / stored)``, with the paper's gradients: straight through for ``w``, equation 3 for ``s``.
 
-    @staticmethod
-    def forward(ctx: FunctionCtx, w: Tensor, s: Tensor, stored: Tensor, grid: lotion_fx.numerics.grids.Grid) -> Tensor:
-        z = w / stored
-        level = grid.nearest(z)
-        inside = z == grid.clamp(z)
-        ctx.save_for_backward(inside, torch.where(inside, level - z, level))
-        ctx.gradient_scale = 1 / math.sqrt(w.shape[-1] * grid.max)
-        return level * stored
+    Args:
+        w: a weight in blocks, [..., blocks, block].
+        s, stored: of each block, [..., blocks, 1]: its scale as it is learned, and as it is stored.
+    """
+    z = w.detach() / stored
+    level = grid.nearest(z)
+    inside = z == grid.clamp(z)
+    by_scale = torch.where(inside, level - z, level) / math.sqrt(w.shape[-1] * grid.max)
+    return level * stored + _only_gradient(w * inside) + _only_gradient(s * by_scale)
 
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        inside, by_scale = ctx.saved_tensors
-        return grad * inside, ctx.gradient_scale * (grad * by_scale).sum(-1, keepdim=True), None, None
+
+def _only_gradient(x: Tensor) -> Tensor:
+    """Zeros, with the gradient of x."""
+    return x - x.detach()
 
 
 class LearnedScale(nn.Module):
@@ -71,8 +72,8 @@ class LearnedScale(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         blocks = rounding.to_blocks(w, self.fmt)
-        rounded = _Rounded.apply(blocks, self.first * self.relative, self.stored(), self.fmt.grid)
-        return rounding.from_blocks(rounded, self.fmt, -1, w.shape)
+        deployed = rounded(blocks, self.first * self.relative, self.stored(), self.fmt.grid)
+        return rounding.from_blocks(deployed, self.fmt, -1, w.shape)
 
 
 def learn_scales(model: nn.Module, formats: Mapping[str, lotion_fx.Format]) -> None:

@@ -29,7 +29,7 @@ class Recipe:
             "plain" goes on from the full-precision run of its seed, and one that is nothing else costs no training.
         roundings: of `ROUNDINGS`, those to deploy it by.
         rival: it has no expected-loss term: what our best row is to be at or below.
-        is_learned: trained by `lsq`, from where its schedule's plain phase ends.
+        learned: trained by `lsq`, from where its schedule's plain phase ends.
         distills: from the end of its first phase on the loss is the divergence from the full-precision model at the
             end of its own training.
     """
@@ -38,7 +38,7 @@ class Recipe:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     roundings: tuple[str, ...] = ("nearest",)
     rival: bool = False
-    is_learned: bool = False
+    learned: bool = False
     distills: bool = False
 
     @property
@@ -59,28 +59,26 @@ class Recipe:
 
     def fingerprint(self, **conditions: Any) -> str:
         """Eight digits that change with anything that may change the trained model; its label and rows are none."""
-        what = {"arguments": dict(self.arguments), "is_learned": self.is_learned, "distills": self.distills}
+        what = {"arguments": dict(self.arguments), "learned": self.learned, "distills": self.distills}
         text = json.dumps({"revision": REVISION, **what, **conditions}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-LATE = {"schedule": (("plain", 0.6), ("lotion", 0.2), ("ste_scale", 0.2))}
+BOTH = ("nearest", "two_sided")
 STE_FROM_FP = {"schedule": (("plain", 0.6), ("ste_scale", 0.4))}
 
 RECIPES: dict[str, Recipe] = {
     "ptq": Recipe("PTQ", {"method": "ptq"}, ROUNDINGS, rival=True),
-    "ste_from_fp": Recipe("full precision, then STE", STE_FROM_FP, ("nearest", "two_sided"), rival=True),
-    "cage": Recipe("CAGE", {"method": "cage"}, ("nearest", "two_sided"), rival=True),
-    "lsq": Recipe(
-        "full precision, then LSQ", {"schedule": (("plain", 0.6), ("lsq", 0.4))}, rival=True, is_learned=True
+    "ste_from_fp": Recipe("full precision, then STE", STE_FROM_FP, BOTH, rival=True),
+    "cage": Recipe("CAGE", {"method": "cage"}, BOTH, rival=True),
+    "lsq": Recipe("full precision, then LSQ", {"schedule": (("plain", 0.6), ("lsq", 0.4))}, rival=True, learned=True),
+    "lotion": Recipe("LOTION", {"method": "lotion"}, BOTH),
+    "lotion_finish": Recipe("LOTION with finish", {"method": "lotion", "finish": 0.4}, BOTH),
+    "late_lotion": Recipe("full precision, LOTION", {"schedule": (("plain", 0.6), ("lotion", 0.4))}, BOTH),
+    "late_start": Recipe(
+        "full precision, LOTION, STE", {"schedule": (("plain", 0.6), ("lotion", 0.2), ("ste_scale", 0.2))}, BOTH
     ),
-    "lotion": Recipe("LOTION", {"method": "lotion"}, ("nearest", "two_sided")),
-    "lotion_finish": Recipe("LOTION with finish", {"method": "lotion", "finish": 0.4}, ("nearest", "two_sided")),
-    "late_start": Recipe("full precision, LOTION, STE", LATE, ("nearest", "two_sided")),
-    "ste_distilled": Recipe(
-        "full precision, then STE, distilled", STE_FROM_FP, ("nearest", "two_sided"), rival=True, distills=True
-    ),
-    "late_distilled": Recipe("full precision, LOTION, STE, distilled", LATE, ("nearest", "two_sided"), distills=True),
+    "ste_distilled": Recipe("full precision, then STE, distilled", STE_FROM_FP, rival=True, distills=True),
 }
 
 

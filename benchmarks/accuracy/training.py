@@ -60,7 +60,7 @@ class Trainings:
         if recipe.fork == 1:
             return self.full_precision(seed)
         label = f"{name}-{recipe.fingerprint(**self.setting.conditions)}-{fmt.replace('/', '_')}-seed{seed}"
-        train = self._learned if recipe.is_learned else self._transformed
+        train = self._learned if recipe.learned else self._transformed
         return Trained(**self._kept(label, lambda: vars(train(recipe, fmt, seed))))
 
     def full_precision(self, seed: int) -> Trained:
