@@ -1,7 +1,9 @@
 """Train a byte-level GPT with 4-bit weights, by every method, on the Python source already on this machine.
 
 Each method trains the same model from the same seed on the same batches; one call, `lotion_fx.transform`, is all that
-differs. What counts is the validation loss at round-to-nearest (RTN) weights, those one would deploy.
+differs, and a second one, `lotion_fx.round_`, where the weights are rounded adaptively in the end. What counts is the
+validation loss at the weights one would deploy, less that of full precision at the same seed. Full precision is trained
+once a seed, and methods that begin by plain training go on from there.
 
     python examples/quickstart.py                # all methods at NVFP4
     python examples/quickstart.py --quick        # a smoke run, too short to rank the methods
@@ -16,7 +18,7 @@ import random
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +32,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lotion_fx
+from lotion_fx.examples.forking import Checkpoint, after_plain
 from lotion_fx.examples.options import in_a_folder, known_format, start
+
+FORK = 0.6  # the share of the training after which methods that begin by plain training go on from one checkpoint
 
 # The arguments of `lotion_fx.transform`, and what the table calls the method. "ptq" trains the latent weights as they
 # are, so that its run is the full-precision run as well.
@@ -38,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ptq": {"method": "ptq"},
     "ste": {"method": "ste"},
     "ste_scale": {"method": "ste_scale"},
+    "ste_from_fp": {"schedule": (("plain", FORK), ("ste_scale", 1 - FORK))},
     "lotion": {"method": "lotion"},
     "lotion_finish": {"method": "lotion", "finish": 0.4},
 }
@@ -46,14 +52,20 @@ LABELS = {
     "ptq": "PTQ",
     "ste": "STE",
     "ste_scale": "STE, scale differentiated",
+    "ste_from_fp": "full precision, then STE",
     "lotion": "LOTION",
     "lotion_finish": "LOTION with finish",
 }
+# Rounded to nearest each method is a row; these are rows more, by `lotion_fx.round_`.
+ROUNDINGS = {"ptq": ("gptq", "two_sided"), "lotion": ("two_sided",), "lotion_finish": ("two_sided",)}
+ROUNDING_LABELS = {"gptq": "+ GPTQ", "two_sided": "+ two-sided rounding"}
 QUICK_METHODS = "ptq,ste_scale,lotion_finish"
 
 VOCAB = 96  # printable ASCII and newline
 CONTEXT, BATCH = 64, 32
-EVALS = 12  # points on a validation curve
+WINDOWS = 2048  # held out, for the loss in the end: over 256 it scatters by more than the methods differ at NVFP4
+EVALS = 12  # points on a validation curve, each over an eighth of the windows
+CALIBRATION = 8  # batches of the training text that adaptive rounding sees
 PLOT = Path("quickstart.png")
 
 # ------------------------------------------------------------------ data
@@ -87,6 +99,18 @@ def tokens(files: list[Path]) -> Tensor:
 def windows(text: Tensor, starts: Tensor) -> Tensor:
     """[n, CONTEXT + 1] tokens: the inputs and, one further, the targets."""
     return text[starts[:, None] + torch.arange(CONTEXT + 1)]
+
+
+def spread_windows(text: Tensor, count: int = WINDOWS) -> Tensor:
+    """Windows at even distances over the whole text."""
+    return windows(text, torch.linspace(0, len(text) - CONTEXT - 1, count).long())
+
+
+def calibration(text: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches for adaptive rounding, (inputs, targets), of the training's own size."""
+    draw = torch.Generator().manual_seed(5000 + seed)
+    starts = torch.randint(len(text) - CONTEXT, (CALIBRATION, BATCH), generator=draw)
+    return [(batch[:, :-1], batch[:, 1:]) for batch in (windows(text, at) for at in starts)]
 
 
 # ------------------------------------------------------------------ model
@@ -131,21 +155,33 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
-    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    return cross_entropy(model(batch[:, :-1]), batch[:, 1:])
 
 
 # ------------------------------------------------------------------ training and evaluation
 @dataclass
 class Row:
-    """One run: validation losses in nats per byte at RTN, randomly rounded (RR) and latent (fp) weights."""
+    """One row of one seed: validation losses in nats per byte.
+
+    Args:
+        method: with "+" and the rounding where that is not to nearest.
+        loss: at the weights one would deploy.
+        rr: at randomly rounded ones; None of what is rounded adaptively, and of full precision.
+        latent: at the latent ones.
+        seconds: of training and rounding, compilation included.
+    """
 
     method: str
     fmt: str
     seed: int
-    rtn: float | None
+    loss: float
     rr: float | None
-    fp: float
+    latent: float
     seconds: float
 
 
@@ -161,23 +197,47 @@ def evaluate(model: nn.Module, held_out: Tensor) -> float:
     return loss
 
 
-def fit(model: nn.Module, seed: int, steps: int, text: Tensor, after_step: Callable[[int], None]) -> float:
+def adam(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1.2e-2, betas=(0.9, 0.99))
+
+
+def fit(
+    model: nn.Module,
+    seed: int,
+    steps: int,
+    text: Tensor,
+    after_step: Callable[[int], None],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    begin: int = 0,
+    loss_of: Callable[[nn.Module, Tensor, int], Tensor] | None = None,
+) -> float:
     """Trains a model in place, and gives the seconds that this took, compilation included.
 
     Args:
         seed: of the batches' order, of its own: every method sees the same batches.
         after_step: called with the number of each step.
+        optimizer: over the model's parameters; `adam` of them by default.
+        begin: how many of the ``steps`` the model and the optimizer have behind them.
+        loss_of: of a model, a batch and the number of the step; `next_token_loss` by default.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=1.2e-2, betas=(0.9, 0.99))
+    optimizer = optimizer or adam(model.parameters())
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])  # a schedule that begins late looks for it
     schedule = torch.optim.lr_scheduler.LambdaLR(  # 5 % warm-up, then a cosine down to 2 %
-        optimizer, lambda step: min(1.0, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+        optimizer,
+        lambda step: min(1.0, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * step / steps)),
+        last_epoch=begin - 1,
     )
     order = torch.Generator().manual_seed(1000 + seed)
     seconds = 0.0
     for step in range(1, steps + 1):
         began = time.perf_counter()
         starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=order)
-        loss = next_token_loss(model, windows(text, starts))
+        if step <= begin:
+            continue
+        batch = windows(text, starts)
+        loss = loss_of(model, batch, step) if loss_of else next_token_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -188,72 +248,139 @@ def fit(model: nn.Module, seed: int, steps: int, text: Tensor, after_step: Calla
     return seconds
 
 
-def train(
-    method: str, fmt: str, seed: int, steps: int, inner: str, text: Tensor, held_out: Tensor
-) -> tuple[Row, Curve]:
-    """One run, with its validation curve."""
-    torch.manual_seed(seed)
-    settings = METHODS[method]
-    total = steps if "finish" in settings else None
-    model = lotion_fx.transform(GPT(), fmt=fmt, **settings, steps=total, inner=inner)
-    curve: Curve = []
-    with tqdm(total=steps, desc=f"{LABELS[method]}, seed {seed}", leave=False, disable=None) as progress:
+@dataclass
+class Run:
+    """One training: its rows, its validation curve, and what methods that begin by plain training may go on from."""
 
-        def after_step(step: int) -> None:
-            progress.update()
-            if step % max(1, steps // EVALS) == 0 or step == steps:
-                curve.append((step, evaluate(model, held_out)))
-                progress.set_postfix(loss=f"{curve[-1][1]:.3f}")
+    rows: list[Row]
+    curve: Curve
+    checkpoint: Checkpoint | None
 
-        seconds = fit(model, seed, steps, text, after_step)
-    with lotion_fx.randomized(model):  # every forward draws anew
-        rr = statistics.fmean(evaluate(model, held_out) for _ in range(2))
-    with lotion_fx.full_precision(model):
-        fp = evaluate(model, held_out)
-    return Row(method, fmt, seed, curve[-1][1], rr, fp, round(seconds, 1)), curve
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs share.
+
+    Args:
+        inner: what compiles the training graphs.
+        text: to train on.
+        held_out: windows of other files.
+    """
+
+    fmt: str
+    steps: int
+    inner: str
+    text: Tensor
+    held_out: Tensor
+
+    def train(self, method: str, seed: int, plain: Run | None = None) -> Run:
+        """Trains by one method, evaluates, and rounds in each way that is asked for.
+
+        Args:
+            plain: the run of "ptq" with the same seed, whose checkpoint a method that begins plainly goes on from.
+        """
+        torch.manual_seed(seed)
+        model = GPT()
+        share, arguments = after_plain(METHODS[method])
+        fork = plain.checkpoint if plain and share else None
+        begin = fork.step if fork else 0
+        if fork:
+            model.load_state_dict(fork.model)
+        total = self.steps - begin if {"schedule", "finish"} & arguments.keys() else None
+        lotion_fx.transform(model, fmt=self.fmt, **arguments, steps=total, inner=self.inner)
+        optimizer = adam(model.parameters())
+        if fork:
+            fork.resume(optimizer, model.parameters())
+        curve = [point for point in plain.curve if point[0] <= begin] if plain else []
+        checkpoint = None
+        label = f"{LABELS[method]}, seed {seed}"
+        with tqdm(total=self.steps, initial=begin, desc=label, leave=False, disable=None) as bar:
+
+            def after_step(step: int) -> None:
+                nonlocal checkpoint
+                bar.update()
+                if step % max(1, self.steps // EVALS) == 0 or step == self.steps:
+                    curve.append((step, evaluate(model, self.held_out[::8])))
+                    bar.set_postfix(loss=f"{curve[-1][1]:.3f}")
+                if step == round(FORK * self.steps):
+                    checkpoint = Checkpoint.of(step, model, optimizer)
+
+            seconds = fit(model, seed, self.steps, self.text, after_step, optimizer=optimizer, begin=begin)
+        seconds += share * plain.rows[0].seconds if plain else 0.0
+        return Run(self.rows(method, model, seed, seconds), curve, checkpoint)
+
+    def rows(self, method: str, model: nn.Module, seed: int, seconds: float) -> list[Row]:
+        """What a trained model is worth, by each rounding."""
+        with lotion_fx.randomized(model):  # every forward draws anew
+            rr = evaluate(model, self.held_out)
+        with lotion_fx.full_precision(model):
+            latent = evaluate(model, self.held_out)
+        found = [Row(method, self.fmt, seed, evaluate(model, self.held_out), rr, latent, round(seconds, 1))]
+        for rounding in ROUNDINGS.get(method, ()):
+            loss, more = self.rounded(model.state_dict(), rounding, seed)
+            found.append(Row(f"{method}+{rounding}", self.fmt, seed, loss, None, latent, round(seconds + more, 1)))
+        return found
+
+    def rounded(self, state: dict[str, Tensor], rounding: str, seed: int) -> tuple[float, float]:
+        """The loss at adaptively rounded weights, and the seconds that rounding took."""
+        model = GPT()
+        model.load_state_dict(state)
+        lotion_fx.transform(model, fmt=self.fmt, method="ptq", inner="aot_eager")
+        began = time.perf_counter()
+        lotion_fx.round_(model, calibration(self.text, seed), cross_entropy, method=rounding)
+        seconds = time.perf_counter() - began
+        return evaluate(model, self.held_out), seconds
 
 
 # ------------------------------------------------------------------ results
-def gap_recovered(rtn: float, ptq: float, full: float) -> float:
+def gap_recovered(loss: float, ptq: float, full: float) -> float:
     """Share of the loss that PTQ adds to full precision which a method does not lose; nan where PTQ adds none."""
-    return (ptq - rtn) / (ptq - full) if ptq > full else math.nan
+    return (ptq - loss) / (ptq - full) if ptq > full else math.nan
 
 
 def spread(values: list[float]) -> str:
     """Mean, and its standard error when there is more than one value."""
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else mean
+    mean = f"{statistics.fmean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else mean
+
+
+def label_of(method: str) -> str:
+    name, _, rounding = method.partition("+")
+    return f"{LABELS[name]} {ROUNDING_LABELS[rounding]}" if rounding else LABELS[name]
 
 
 def table(rows: list[Row]) -> str:
-    """One line a method, over its seeds."""
+    """One line a method, over its seeds. What is added to full precision is paired, seed by seed."""
 
-    def column(method: str, name: str) -> list[float]:
-        return [getattr(row, name) for row in rows if row.method == method and getattr(row, name) is not None]
+    def column(method: str, name: str) -> dict[int, float]:
+        found = {row.seed: getattr(row, name) for row in rows if row.method == method}
+        return {seed: value for seed, value in found.items() if value is not None}
 
-    lines = []
+    def mean(values: dict[int, float]) -> str:
+        return f"{statistics.fmean(values.values()):.3f}" if values else ""
+
+    lines, full = [], column("full_precision", "loss")
+    means = [statistics.fmean(column(method, "loss").values()) for method in ("ptq", "full_precision")]
     for method in dict.fromkeys(row.method for row in rows):
-        rtn, ptq, seconds = column(method, "rtn"), column("ptq", "rtn"), column(method, "seconds")
-        line = [LABELS[method], spread(rtn), spread(column(method, "rr")), spread(column(method, "fp")), ""]
-        if rtn and ptq:  # a ratio of means: the gap of a single seed can be smaller than its noise
-            share = gap_recovered(*map(statistics.fmean, (rtn, ptq, column("ptq", "fp"))))
+        loss = column(method, "loss")
+        line = [label_of(method), mean(loss), "", mean(column(method, "rr")), mean(column(method, "latent")), ""]
+        if method != "full_precision":
+            line[2] = spread([loss[seed] - full[seed] for seed in loss])
+            share = gap_recovered(statistics.fmean(loss.values()), *means)  # of means: one seed's gap can be noise
             line[-1] = "" if math.isnan(share) else f"{share:.0%}"
-        lines.append([*line, f"{statistics.fmean(seconds):.0f}"])
-    headers = ["method", "RTN loss", "RR loss", "latent loss", "PTQ gap recovered", "seconds"]
-    return tabulate(lines, headers, disable_numparse=True, colalign=("left", *["right"] * 5))
+        lines.append([*line, f"{statistics.fmean(column(method, 'seconds').values()):.0f}"])
+    headers = ["method", "loss", "above full precision", "RR loss", "latent loss", "PTQ gap recovered", "seconds"]
+    return tabulate(lines, headers, disable_numparse=True, colalign=("left", *["right"] * 6))
 
 
-def plot(curves: dict[str, list[Curve]], full_precision: float | None, fmt: str, path: Path) -> None:
+def plot(curves: dict[str, list[Curve]], full_precision: float, fmt: str, path: Path) -> None:
     """Validation loss against step, averaged over the seeds; the second half of training, where the methods part."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for method, runs in curves.items():
         points = [(run[0][0], statistics.fmean(loss for _, loss in run)) for run in zip(*runs, strict=True)]
         axes.plot(*zip(*points[len(points) // 2 :], strict=True), label=LABELS[method])
-    if full_precision is not None:
-        axes.axhline(full_precision, color="black", linestyle="--", label="full precision, at the end")
+    axes.axhline(full_precision, color="black", linestyle="--", label="full precision, at the end")
     axes.set(xlabel="step", ylabel=f"validation loss at {fmt} RTN weights, nats per byte")
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -280,27 +407,30 @@ def main(
     torch.set_num_threads(1)  # so small a model gains nothing from more, and suffers from them on a busy machine
     steps = steps or (200 if quick else 600)
     inner = "aot_eager" if quick else "inductor"  # the same graphs: Inductor's code is faster, and slow to compile
-    names = (methods or (QUICK_METHODS if quick else ",".join(METHODS))).split(",")
+    chosen = (methods or (QUICK_METHODS if quick else ",".join(METHODS))).split(",")
+    names = list(dict.fromkeys(["ptq", *chosen]))  # its latent run is what all are compared with
     training, validation = split_files(source_files(Path(sysconfig.get_paths()["stdlib"])))
     text, unseen = tokens(training), tokens(validation)
-    held_out = windows(unseen, torch.linspace(0, len(unseen) - CONTEXT - 1, 8 * BATCH).long())
     typer.echo(f"{len(text) / 1e6:.1f} MB to train on, {len(unseen) / 1e6:.1f} MB held out; {fmt}, {steps} steps")
 
+    bench = Bench(fmt, steps, inner, text, spread_windows(unseen))
     rows: list[Row] = []
     curves: dict[str, list[Curve]] = {name: [] for name in names}
     for seed in range(seeds):
+        plain = None
         for name in names:
-            row, curve = train(name, fmt, seed, steps, inner, text, held_out)
-            if name == "ptq":
-                rows.append(Row("full_precision", "fp32", seed, None, None, row.fp, row.seconds))
-            rows.append(row)
-            curves[name].append(curve)
-            typer.echo(f"{LABELS[name]}, seed {seed}: {row.rtn:.3f} in {row.seconds:.0f} s")
+            run = bench.train(name, seed, plain)
+            if plain is None:
+                plain, full = run, run.rows[0]
+                rows.append(Row("full_precision", "fp32", seed, full.latent, None, full.latent, full.seconds))
+            rows.extend(run.rows)
+            curves[name].append(run.curve)
+            for row in run.rows:
+                typer.echo(f"{label_of(row.method)}, seed {seed}: {row.loss:.4f} in {row.seconds:.0f} s")
     typer.echo("\n" + table(rows))
     if quick:
         typer.echo("A quick run shows that everything works; it is too short to rank the methods.")
-    full = [row.fp for row in rows if row.method == "full_precision"]
-    plot(curves, statistics.fmean(full) if full else None, fmt, plot_to)
+    plot(curves, statistics.fmean(row.loss for row in rows if row.method == "full_precision"), fmt, plot_to)
     typer.echo(f"curves: {plot_to}")
     if rows_to is not None:
         rows_to.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sysconfig
 from pathlib import Path
 
@@ -82,25 +83,45 @@ def test_model_is_causal():
 
 
 def test_gap_recovered():
-    assert quickstart.gap_recovered(rtn=1.7, ptq=1.8, full=1.6) == pytest.approx(0.5)
-    assert quickstart.gap_recovered(rtn=1.8, ptq=1.8, full=1.6) == 0
-    assert quickstart.gap_recovered(rtn=1.9, ptq=1.8, full=1.6) < 0
-    assert math.isnan(quickstart.gap_recovered(rtn=1.7, ptq=1.6, full=1.6))
+    assert quickstart.gap_recovered(loss=1.7, ptq=1.8, full=1.6) == pytest.approx(0.5)
+    assert quickstart.gap_recovered(loss=1.8, ptq=1.8, full=1.6) == 0
+    assert quickstart.gap_recovered(loss=1.9, ptq=1.8, full=1.6) < 0
+    assert math.isnan(quickstart.gap_recovered(loss=1.7, ptq=1.6, full=1.6))
 
 
-def test_table_gives_mean_standard_error_and_share():
+def test_table_pairs_each_seed_with_its_full_precision():
     rows = []
     for seed in (0, 1):
+        full = 1.6 + 0.3 * seed  # seeds differ by far more than methods do
         rows += [
-            Row("full_precision", "fp32", seed, None, None, 1.6, 10.0),
-            Row("ptq", "nvfp4", seed, 1.8 + 0.02 * seed, 1.9, 1.6, 10.0),
-            Row("lotion", "nvfp4", seed, 1.705, 1.71, 1.7, 12.0),
+            Row("full_precision", "fp32", seed, full, None, full, 10.0),
+            Row("ptq", "nvfp4", seed, full + 0.2 + 0.02 * seed, 1.9, full, 10.0),
+            Row("ptq+two_sided", "nvfp4", seed, full + 0.1, None, full, 14.0),
+            Row("lotion", "nvfp4", seed, full + 0.105, 1.71, 1.7, 12.0),
         ]
-    full, ptq, lotion = quickstart.table(rows).splitlines()[2:]
-    assert full.split() == ["full", "precision", "1.600", "±", "0.000", "10"]
-    assert "1.810 ± 0.010" in ptq
-    assert lotion.split()[1:4] == ["1.705", "±", "0.000"]
-    assert "50%" in lotion
+    full, ptq, rounded, lotion = ([cell.strip() for cell in re.split(r"  +", line)] for line in
+                                  quickstart.table(rows).splitlines()[2:])  # fmt: skip
+    assert full == ["full precision", "1.750", "1.750", "10"]
+    assert ptq == ["PTQ", "1.960", "0.2100 ± 0.0100", "1.900", "1.750", "0%", "10"]
+    assert rounded == ["PTQ + two-sided rounding", "1.850", "0.1000 ± 0.0000", "1.750", "52%", "14"]
+    assert lotion == ["LOTION", "1.855", "0.1050 ± 0.0000", "1.710", "1.700", "50%", "12"]
+
+
+def test_a_table_of_one_seed_has_no_errors():
+    rows = [Row("full_precision", "fp32", 0, 1.6, None, 1.6, 10.0), Row("ptq", "nvfp4", 0, 1.8, 1.9, 1.6, 10.0)]
+    assert "0.2000" in quickstart.table(rows) and "±" not in quickstart.table(rows)
+
+
+def test_batches_for_rounding_are_of_the_training_s_size():
+    text = torch.randint(quickstart.VOCAB, (5000,))
+    batches = quickstart.calibration(text, seed=3)
+    assert len(batches) == quickstart.CALIBRATION
+    for inputs, targets in batches:
+        assert inputs.shape == targets.shape == (quickstart.BATCH, quickstart.CONTEXT)
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    again = quickstart.calibration(text, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(batches[0], again[0], strict=True))
+    assert not torch.equal(batches[0][0], quickstart.calibration(text, seed=4)[0][0])
 
 
 def test_plot(tmp_path):
@@ -116,7 +137,8 @@ def test_quick_run_writes_rows_and_curves(tmp_path):
     result = CliRunner().invoke(build(), arguments, catch_exceptions=False)
     assert result.exit_code == 0
     written = json.loads(rows.read_text())
-    assert [row["method"] for row in written] == ["full_precision", *quickstart.QUICK_METHODS.split(",")]
-    assert set(written[0]) == {"method", "fmt", "seed", "rtn", "rr", "fp", "seconds"}
-    assert all(math.isfinite(row["rtn"]) and math.isfinite(row["rr"]) for row in written[1:])
+    rounded = ["ptq", "ptq+gptq", "ptq+two_sided", "ste_scale", "lotion_finish", "lotion_finish+two_sided"]
+    assert [row["method"] for row in written] == ["full_precision", *rounded]
+    assert set(written[0]) == {"method", "fmt", "seed", "loss", "rr", "latent", "seconds"}
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["latent"]) for row in written)
     assert curves.exists()

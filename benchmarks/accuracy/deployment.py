@@ -1,0 +1,46 @@
+"""What is deployed of a trained model: its weights rounded by one of `ROUNDINGS`, and the loss there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+import lotion_fx
+from accuracy.text import Text
+
+
+def holding(setting: Text, state: Mapping[str, Tensor]) -> nn.Module:
+    """A plain model of a setting with a state."""
+    model = setting.make(0)
+    model.load_state_dict(state)
+    return model
+
+
+def rounded(setting: Text, state: Mapping[str, Tensor], fmt: str, rounding: str, seed: int) -> tuple[nn.Module, float]:
+    """A model in ``eval()`` at the rounded weights that a state's are deployed as, and the seconds that rounding took.
+
+    Args:
+        state: of the model, its weights latent.
+        rounding: one of `ROUNDINGS`.
+        seed: of the batches that the rounding sees.
+    """
+    torch.compiler.reset()  # of graphs of one code Dynamo keeps a few
+    model = lotion_fx.transform(holding(setting, state), fmt, method="ptq", inner="aot_eager").eval()
+    began = time.perf_counter()
+    if rounding != "nearest":
+        lotion_fx.round_(model, setting.calibration(seed), setting.loss, method=rounding)
+        model.eval()
+    return model, time.perf_counter() - began
+
+
+@torch.no_grad()
+def formats(setting: Text, state: Mapping[str, Tensor], fmt: str) -> dict[str, lotion_fx.Format]:
+    """The format of every weight that `lotion_fx.transform` selects, by name; blocks run along the last dimension."""
+    model, _ = rounded(setting, state, fmt, "nearest", 0)
+    model(setting.calibration(0)[0][0])  # along which dimension blocks run, the first forward tells
+    found = lotion_fx.quantized(model)
+    assert all(weight.axis == len(weight.shape) - 1 for weight in found.values())
+    return {name: weight.format for name, weight in found.items()}

@@ -1,0 +1,102 @@
+"""LSQ: every block's scale is a parameter of its own, learned together with the weights.
+
+Source: Esser, McKinstry, Bablani, Appuswamy, Modha, "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import lotion_fx
+from lotion_fx.numerics import rounding
+from lotion_fx.numerics.grids import Grid
+from lotion_fx.numerics.scales import HalfScale, PowerOfTwoScale, TwoLevelScale
+
+RATE = 0.1
+"""A scale's learning rate over a weight's, as a share of its first value. Under SGD the paper's gradient scaling sets
+this ratio; Adam divides any factor of a gradient out, so that here it has to be said. Chosen among .02, .1 and .5."""
+
+
+def rounded(w: Tensor, s: Tensor, stored: Tensor, grid: Grid) -> Tensor:
+    """``stored nearest(w / stored)``, with the paper's gradients: straight through for ``w``, equation 3 for ``s``.
+
+    Args:
+        w: a weight in blocks, [..., blocks, block].
+        s, stored: of each block, [..., blocks, 1]: its scale as it is learned, and as it is stored.
+    """
+    z = w.detach() / stored
+    level = grid.nearest(z)
+    inside = z == grid.clamp(z)
+    by_scale = torch.where(inside, level - z, level) / math.sqrt(w.shape[-1] * grid.max)
+    return level * stored + _only_gradient(w * inside) + _only_gradient(s * by_scale)
+
+
+def _only_gradient(x: Tensor) -> Tensor:
+    """Zeros, with the gradient of x."""
+    return x - x.detach()
+
+
+class LearnedScale(nn.Module):
+    """A parametrization: a weight at its rounded values, the scale of each block a parameter.
+
+    Args:
+        w: the weight as it is now, whose absmax scales are the first ones; blocks run along its last dimension.
+        fmt: levels, blocks, and what a stored scale can be.
+    """
+
+    def __init__(self, w: Tensor, fmt: lotion_fx.Format) -> None:
+        super().__init__()
+        self.fmt = fmt
+        block_scale, tensor_scale = rounding.scale_parts(w.detach(), fmt)
+        self.register_buffer("first", block_scale if tensor_scale is None else block_scale * tensor_scale)
+        self.register_buffer("tensor_scale", tensor_scale)
+        self.relative = nn.Parameter(torch.ones_like(self.first))
+
+    def stored(self) -> Tensor:
+        """The scales as the format stores them, each the nearest number that it has; the tensor's own is held."""
+        s = self.first * self.relative.detach()
+        law = self.fmt.law
+        if isinstance(law, TwoLevelScale):
+            of_block = (s / self.tensor_scale).clamp(law.type.smallest, law.type.max)
+            return law.type.nearest(of_block) * self.tensor_scale
+        if isinstance(law, PowerOfTwoScale):
+            return s.clamp(min=2.0**-126).log2().round().exp2()
+        if isinstance(law, HalfScale):
+            return s.clamp(min=2.0**-24).to(law.stored).float()
+        return s.clamp(min=2.0**-126)
+
+    def forward(self, w: Tensor) -> Tensor:
+        blocks = rounding.to_blocks(w, self.fmt)
+        deployed = rounded(blocks, self.first * self.relative, self.stored(), self.fmt.grid)
+        return rounding.from_blocks(deployed, self.fmt, -1, w.shape)
+
+
+def learn_scales(model: nn.Module, formats: Mapping[str, lotion_fx.Format]) -> None:
+    """Puts weights under `LearnedScale`, in place.
+
+    Args:
+        formats: of the weights to round, by their names in the model.
+    """
+    for name, fmt in formats.items():
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        parametrize.register_parametrization(owner, attribute, LearnedScale(getattr(owner, attribute), fmt))
+
+
+def scales_of(model: nn.Module) -> list[nn.Parameter]:
+    """The learned scales of a model, as shares of their first values."""
+    return [module.relative for module in model.modules() if isinstance(module, LearnedScale)]
+
+
+def deployed_state(model: nn.Module) -> dict[str, Tensor]:
+    """Takes the learned scales away, which rounds the weights in place, and gives the model's state dict."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name)
+    return model.state_dict()

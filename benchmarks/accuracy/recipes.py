@@ -1,0 +1,99 @@
+"""The rows of the table as data: how a model is trained, and how its weights are rounded in the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lotion_fx.examples.forking import after_plain
+
+ROUNDINGS = ("nearest", "gptq", "two_sided")
+"""What `lotion_fx.round_` is told; "nearest" is what a model in ``eval()`` runs at without it."""
+
+REVISION = 1
+"""Of what no recipe says: raise it where a change of the code changes what every run measures."""
+
+Phases = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train.
+
+    Args:
+        label: what the table calls it.
+        arguments: of `lotion_fx.transform`, besides the format and the number of steps. A schedule that begins with
+            "plain" goes on from the full-precision run of its seed, and one that is nothing else costs no training.
+        roundings: of `ROUNDINGS`, those to deploy it by.
+        rival: it has no expected-loss term: what our best row is to be at or below.
+        learned: trained by `lsq`, from where its schedule's plain phase ends.
+        distills: from the end of its first phase on the loss is the divergence from the full-precision model at the
+            end of its own training.
+    """
+
+    label: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    roundings: tuple[str, ...] = ("nearest",)
+    rival: bool = False
+    learned: bool = False
+    distills: bool = False
+
+    @property
+    def first_share(self) -> float:
+        """How much of the training the first phase is."""
+        schedule = self.arguments.get("schedule")
+        return 1.0 - self.arguments.get("finish", 0.0) if not isinstance(schedule, tuple) else schedule[0][1]
+
+    @property
+    def fork(self) -> float:
+        """The share of the training that the full-precision run does for it."""
+        return 1.0 if self.arguments.get("method") == "ptq" else after_plain(self.arguments)[0]
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether `lotion_fx.transform` needs to know the number of steps."""
+        return bool({"schedule", "finish", "start"} & self.arguments.keys()) or self.arguments.get("method") == "cage"
+
+    def fingerprint(self, **conditions: Any) -> str:
+        """Eight digits that change with anything that may change the trained model; its label and rows are none."""
+        what = {"arguments": dict(self.arguments), "learned": self.learned, "distills": self.distills}
+        text = json.dumps({"revision": REVISION, **what, **conditions}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+BOTH = ("nearest", "two_sided")
+STE_FROM_FP = {"schedule": (("plain", 0.6), ("ste_scale", 0.4))}
+
+RECIPES: dict[str, Recipe] = {
+    "ptq": Recipe("PTQ", {"method": "ptq"}, ROUNDINGS, rival=True),
+    "ste_from_fp": Recipe("full precision, then STE", STE_FROM_FP, BOTH, rival=True),
+    "cage": Recipe("CAGE", {"method": "cage"}, BOTH, rival=True),
+    "lsq": Recipe("full precision, then LSQ", {"schedule": (("plain", 0.6), ("lsq", 0.4))}, rival=True, learned=True),
+    "lotion": Recipe("LOTION", {"method": "lotion"}, BOTH),
+    "lotion_finish": Recipe("LOTION with finish", {"method": "lotion", "finish": 0.4}, BOTH),
+    "late_lotion": Recipe("full precision, LOTION", {"schedule": (("plain", 0.6), ("lotion", 0.4))}, BOTH),
+    "late_start": Recipe(
+        "full precision, LOTION, STE", {"schedule": (("plain", 0.6), ("lotion", 0.2), ("ste_scale", 0.2))}, BOTH
+    ),
+    "ste_distilled": Recipe("full precision, then STE, distilled", STE_FROM_FP, rival=True, distills=True),
+}
+
+
+def row_name(recipe: str, rounding: str) -> str:
+    """What the log calls a row."""
+    return recipe if rounding == "nearest" else f"{recipe}+{rounding}"
+
+
+def rows() -> dict[str, tuple[str, str]]:
+    """Each row's recipe and rounding, in the table's order."""
+    return {row_name(name, rounding): (name, rounding) for name, each in RECIPES.items() for rounding in each.roundings}
+
+
+def label_of(row: str) -> str:
+    """What the table calls a row."""
+    name, rounding = rows()[row]
+    ends = {"nearest": "", "gptq": " + GPTQ", "two_sided": " + two-sided rounding"}
+    return RECIPES[name].label + ends[rounding]

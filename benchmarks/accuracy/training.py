@@ -1,0 +1,158 @@
+"""Trained models, kept in files: each full-precision run and what goes on from its checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+import lotion_fx
+from accuracy.deployment import formats, holding
+from accuracy.lsq import RATE, deployed_state, learn_scales, scales_of
+from accuracy.recipes import RECIPES, Recipe
+from accuracy.text import Text
+from lotion_fx.examples.forking import Checkpoint, after_plain
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training.
+
+    Args:
+        state: the model's state dict; its weights are latent.
+        latent: the loss at those.
+        deployed: the loss at the weights that are deployed, where `lotion_fx` does not make them of the latent ones.
+        seconds: that the training took after its fork, compilation included.
+    """
+
+    state: State
+    latent: float
+    deployed: float | None
+    seconds: float
+
+
+class Trainings:
+    """Trains each model of a setting once, and keeps it.
+
+    Args:
+        setting: what is trained.
+        folder: of the files; those that are there already are taken as they are.
+    """
+
+    def __init__(self, setting: Text, folder: Path) -> None:
+        self.setting, self.folder = setting, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    # ---------------------------------------------------------------------------------------------------- what is kept
+
+    def trained(self, name: str, fmt: str, seed: int) -> Trained:
+        """The model of a recipe."""
+        recipe = RECIPES[name]
+        if recipe.fork == 1:
+            return self.full_precision(seed)
+        label = f"{name}-{recipe.fingerprint(**self.setting.conditions)}-{fmt.replace('/', '_')}-seed{seed}"
+        train = self._learned if recipe.learned else self._transformed
+        return Trained(**self._kept(label, lambda: vars(train(recipe, fmt, seed))))
+
+    def full_precision(self, seed: int) -> Trained:
+        """The run that all others are paired with: plain training from start to end."""
+        return Trained(**self._full_run(seed)["end"])
+
+    def _full_run(self, seed: int) -> dict[str, Any]:
+        forks = {round(recipe.fork * self.setting.steps) for recipe in RECIPES.values() if 0 < recipe.fork < 1}
+        plain = RECIPES["ptq"].fingerprint(**self.setting.conditions, forks=sorted(forks))
+        return self._kept(f"full_precision-{plain}-seed{seed}", lambda: self._train_full(seed, forks))
+
+    def _kept(self, label: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self.folder / f"{label}.pt"
+        if path.exists():
+            return torch.load(path, weights_only=True)
+        made = make()
+        partial = path.with_suffix(f".{os.getpid()}")
+        torch.save(made, partial)
+        partial.replace(path)  # at once: a killed process leaves no half file
+        return made
+
+    # ------------------------------------------------------------------------------------------------------- trainings
+
+    def _train_full(self, seed: int, wanted: set[int]) -> dict[str, Any]:
+        """The end of plain training, and the model and the optimizer's state at each of the wanted steps."""
+        forks: dict[int, dict[str, Any]] = {}
+        model = lotion_fx.transform(self.setting.make(seed), method="ptq", inner=self.setting.inner)
+        optimizer = self.setting.optimizer(model.parameters())
+
+        def keep(step: int) -> None:
+            if step in wanted:
+                forks[step] = vars(Checkpoint.of(step, model, optimizer))
+
+        seconds = self._fit("full precision", model, seed, optimizer, 0, keep)
+        return {"end": vars(self._ended(model.state_dict(), seconds)), "forks": forks}
+
+    def _transformed(self, recipe: Recipe, fmt: str, seed: int) -> Trained:
+        """What `lotion_fx.transform` trains, from the recipe's fork on."""
+        begin = round(recipe.fork * self.setting.steps)
+        fork = self._fork(begin, seed) if begin else None
+        model = holding(self.setting, fork.model) if fork else self.setting.make(seed)
+        total = self.setting.steps - begin if recipe.has_phases else None
+        lotion_fx.transform(model, fmt, **after_plain(recipe.arguments)[1], steps=total, inner=self.setting.inner)
+        weights = list(model.parameters())
+        optimizer = self.setting.optimizer(weights)
+        if fork:
+            fork.resume(optimizer, weights)
+        taught: dict[str, Any] = {}
+        if recipe.distills:
+            teacher = holding(self.setting, self.full_precision(seed).state)
+            taught = {"teacher": teacher, "taught_from": round(recipe.first_share * self.setting.steps)}
+        seconds = self._fit(f"{fmt}, {recipe.label}", model, seed, optimizer, begin, lambda _: None, **taught)
+        return self._ended(model.state_dict(), seconds)
+
+    def _learned(self, recipe: Recipe, fmt: str, seed: int) -> Trained:
+        """LSQ from the recipe's fork on, under plain `torch.compile`."""
+        begin = round(recipe.fork * self.setting.steps)
+        fork = self._fork(begin, seed)
+        model = holding(self.setting, fork.model)
+        latent = dict(model.named_parameters())
+        learn_scales(model, formats(self.setting, fork.model, fmt))
+        optimizer = self.setting.optimizer([{"params": [*latent.values()]}, {"params": scales_of(model)}])
+        optimizer.param_groups[1]["lr"] *= RATE
+        fork.resume(optimizer, latent.values())
+        model.compile(backend=self.setting.inner)
+        seconds = self._fit(f"{fmt}, {recipe.label}", model, seed, optimizer, begin, lambda _: None)
+        ended = self._ended(latent, seconds)  # before the latent weights are rounded in place
+        return replace(ended, deployed=self.setting.evaluate(holding(self.setting, deployed_state(model))))
+
+    def _ended(self, state: Mapping[str, Tensor], seconds: float) -> Trained:
+        kept = {name: value.detach().clone() for name, value in state.items()}
+        return Trained(kept, self.setting.evaluate(holding(self.setting, kept)), None, seconds)
+
+    def _fork(self, step: int, seed: int) -> Checkpoint:
+        return Checkpoint(**self._full_run(seed)["forks"][step])
+
+    def _fit(
+        self,
+        label: str,
+        model: nn.Module,
+        seed: int,
+        optimizer: Optimizer,
+        begin: int,
+        after_step: Callable[[int], None],
+        **taught: Any,
+    ) -> float:
+        torch.compiler.reset()  # of graphs of one code Dynamo keeps a few
+        torch.manual_seed(seed)  # what a run draws in training does not depend on what came before it
+        with tqdm(total=self.setting.steps - begin, desc=f"{label}, seed {seed}", leave=False, disable=None) as bar:
+
+            def step_ended(step: int) -> None:
+                bar.update()
+                after_step(step)
+
+            return self.setting.fit(model, seed, optimizer, begin, step_ended, **taught)
