@@ -20,7 +20,7 @@ from lotion_fx.deploy.weights import checked_values
 from lotion_fx.estimate import quantized_in
 from lotion_fx.kept_weights import KeptWeights
 from lotion_fx.loss_graph import LossFunction, LossGraph, listed, loss_graph
-from lotion_fx.numerics.adaptive import METHODS, Curvature, Method, Rounded, adaptive, fixed_point
+from lotion_fx.numerics.adaptive import METHODS, Curvature, Rounded, adaptive, fixed_point
 from lotion_fx.numerics.formats import Format
 from lotion_fx.passes.attach.attach import LATENT, Plan
 from lotion_fx.passes.attach.probe import SIDE, Code, Header, Layout
@@ -81,7 +81,7 @@ def round_(
     batches: Iterable[Any],
     loss_fn: LossFunction | None = None,
     *,
-    method: Method = "two_sided",
+    method: str = "two_sided",
     memory: float = 4.0,
     folder: str | Path | None = None,
 ) -> AdaptiveRounding:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.grids import Grid
 from lotion_fx.numerics.rounding import compute_dtype, from_blocks, rtn, scale, to_blocks
 
-Method = Literal["two_sided", "gptq", "nearest"]
-METHODS: tuple[Method, ...] = ("two_sided", "gptq", "nearest")
+METHODS = ("two_sided", "gptq", "nearest")
 DAMPING_COLUMNS, DAMPING_ROWS = 0.01, 0.05
 """What is added to the diagonals of A and B, in shares of their mean."""
 TILE = 32  # rows and columns whose errors are handed on one by one; beyond, by products of matrices
@@ -55,7 +54,7 @@ class Rounded(NamedTuple):
     """
 
     values: Tensor
-    method: Method
+    method: str
     cost: float
     nearest: float
 
@@ -77,7 +76,7 @@ def adaptive(
     axis: int,
     shape: tuple[int, int, int],
     curvature: Curvature,
-    method: Method = "two_sided",
+    method: str = "two_sided",
     tell: Callable[[float], None] = lambda share: None,
 ) -> Rounded:
     """Rounds a weight so that its curvature's cost is least, at the scales that it has.
@@ -102,7 +101,7 @@ def adaptive(
     best = Rounded(nearest, "nearest", least, least)
     along_rows = math.prod(w.shape[: axis % w.dim() + 1]) <= shape[0] * shape[1]
     inputs, outputs = (curvature.rows, curvature.columns) if along_rows else (curvature.columns, curvature.rows)
-    tried: dict[Method, Curvature] = {}
+    tried: dict[str, Curvature] = {}
     if method != "nearest" and inputs is not None:
         tried["gptq"] = Curvature(None, inputs)
         if method == "two_sided" and outputs is not None:
