@@ -2,7 +2,8 @@
 //
 // A block's table of 16 values, level times scale rounded to the weight's dtype, is made once a block; a code then picks
 // its weight out of it. So what is multiplied is the dequantized weight bit for bit, and nothing but the sum is rounded.
-// Or, with AVX-512 and blocks of 16 that are not rounded, a scale multiplies the sum of two products of its block.
+// Or, with AVX-512 and weights that are not rounded, a scale multiplies the sum of eight products of level and
+// activation, the same where it is of one product: no table, and registers of codes as they lie in memory.
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -132,8 +133,8 @@ inline __attribute__((always_inline)) void scales_of(const Weight& w, int64_t ro
 
 void scales_scalar(const Weight& w, int64_t row, int64_t rows, float* out) { scales_of(w, row, rows, out); }
 
-constexpr int64_t AHEAD = 1024;  // bytes of codes: a processor's own prefetching stops where a page ends
-constexpr int64_t ROWS_AT_ONCE = 16;  // whose scales are decoded together
+constexpr int64_t AHEAD = 4096;  // bytes of codes: a processor's own prefetching stops where a page ends
+constexpr int64_t ROWS_AT_ONCE = 8;  // whose scales are decoded together
 
 inline const uint8_t* codes_of_row(const Weight& w, int64_t row) { return w.codes + row * ((w.length + 1) / 2); }
 
@@ -142,22 +143,24 @@ inline int64_t end_of_block(const Weight& w, int64_t b) {  // in bytes; a short 
     return b + 1 == w.blocks || end > width ? width : end;
 }
 
-// Activations in float32, even and odd elements apart; of row m at m * stride.
-struct Halves {
-    const float *even, *odd;
+// Activations in float32, of row m at m * stride, with zeros behind them: even elements, and odd ones half a stride on;
+// or in eighths, see `sums_of_eighths`.
+struct Activations {
+    const float* even;
     int64_t stride;
+    const float* odd() const { return even + stride / 2; }
 };
 
 // The sums of one row of the weight with M rows of activations.
 template <int M, int64_t KIND>
-void sums_scalar(const Weight& w, int64_t row, const float* scales, Halves x, float* out) {
+void sums_scalar(const Weight& w, int64_t row, const float* scales, Activations x, float* out) {
     const uint8_t* codes = codes_of_row(w, row);
     float sums[M] = {}, table[16];
     for (int64_t b = 0, p = 0; b < w.blocks; b++) {
         for (int i = 0; i < 16; i++) table[i] = rounded<KIND>(w.levels[i] * scales[b]);
         for (int64_t end = end_of_block(w, b); p < end; p++)
             for (int m = 0; m < M; m++)
-                sums[m] += table[codes[p] & 15] * x.even[m * x.stride + p] + table[codes[p] >> 4] * x.odd[m * x.stride + p];
+                sums[m] += table[codes[p] & 15] * x.even[m * x.stride + p] + table[codes[p] >> 4] * x.odd()[m * x.stride + p];
     }
     for (int m = 0; m < M; m++) out[m] = sums[m];
 }
@@ -179,10 +182,10 @@ AVX512 inline __m512 rounded512(__m512 value) {
 
 // One register of weights with M of activations, at byte p of a row.
 template <int M>
-AVX512 inline void add512(__m512 w0, __m512 w1, Halves x, int64_t p, __m512* low, __m512* high) {
+AVX512 inline void add512(__m512 w0, __m512 w1, Activations x, int64_t p, __m512* low, __m512* high) {
     for (int m = 0; m < M; m++) {
         low[m] = _mm512_fmadd_ps(w0, _mm512_loadu_ps(x.even + m * x.stride + p), low[m]);
-        high[m] = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x.odd + m * x.stride + p), high[m]);
+        high[m] = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x.odd() + m * x.stride + p), high[m]);
     }
 }
 
@@ -190,48 +193,19 @@ AVX512 inline __m512i bytes512(const uint8_t* codes) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
 }
 
-// One register of weights of several scales. Those that are not rounded are scaled in their sum, which is the same where
-// it is of one product.
 template <int M, int64_t KIND>
-AVX512 inline void pairs512(__m512i byte, __m512 levels, __m512 scale, Halves x, int64_t p, __m512* sums) {
-    __m512 w0 = _mm512_permutexvar_ps(byte, levels), w1 = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), levels);
-    if (KIND != FLOAT32) {
-        w0 = rounded512<KIND>(_mm512_mul_ps(w0, scale));
-        w1 = rounded512<KIND>(_mm512_mul_ps(w1, scale));
-    }
-    for (int m = 0; m < M; m++) {
-        const __m512 even = _mm512_mul_ps(w0, _mm512_loadu_ps(x.even + m * x.stride + p));
-        const __m512 both = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x.odd + m * x.stride + p), even);
-        sums[m] = KIND == FLOAT32 ? _mm512_fmadd_ps(both, scale, sums[m]) : _mm512_add_ps(both, sums[m]);
-    }
-}
-
-template <int M, int64_t KIND>
-AVX512 void sums_avx512(const Weight& w, int64_t row, const float* scales, Halves x, float* out) {
+AVX512 void sums_avx512(const Weight& w, int64_t row, const float* scales, Activations x, float* out) {
     const uint8_t* codes = codes_of_row(w, row);
     const __m512 levels = _mm512_loadu_ps(w.levels);
     __m512 low[M], high[M];
     for (int m = 0; m < M; m++) low[m] = high[m] = _mm512_setzero_ps();
-    const int64_t whole = w.block == 16 ? w.length / 16 * 8 : w.length / 32 * 16;  // bytes of whole blocks of these sizes
     int64_t b = 0, p = 0;
-    if (w.block == 16) {
-        // Two blocks of 8 bytes fill a register: a table would serve for half of one. Four scales are read at once.
-        const __m512i first = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
-        for (; p + 32 <= whole; p += 32, b += 4) {
-            _mm_prefetch(reinterpret_cast<const char*>(codes + p + AHEAD), _MM_HINT_T0);
-            const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(scales + b));
-            pairs512<M, KIND>(bytes512(codes + p), levels, _mm512_permutevar_ps(four, first), x, p, low);
-            pairs512<M, KIND>(bytes512(codes + p + 16), levels, _mm512_permutevar_ps(four, second), x, p + 16, high);
-        }
-    } else if (w.block == 32) {
-        for (; p < whole; p += 16, b++) {
-            _mm_prefetch(reinterpret_cast<const char*>(codes + p + AHEAD), _MM_HINT_T0);
-            const __m512 table = rounded512<KIND>(_mm512_mul_ps(levels, _mm512_set1_ps(scales[b])));
-            const __m512i byte = bytes512(codes + p);
-            add512<M>(_mm512_permutexvar_ps(byte, table), _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table), x, p,
-                      low, high);
-        }
+    for (const int64_t whole = w.block == 32 ? w.length / 32 * 16 : 0; p < whole; p += 16, b++) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes + p + AHEAD), _MM_HINT_T0);
+        const __m512 table = rounded512<KIND>(_mm512_mul_ps(levels, _mm512_set1_ps(scales[b])));
+        const __m512i byte = bytes512(codes + p);
+        add512<M>(_mm512_permutexvar_ps(byte, table), _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table), x, p, low,
+                  high);
     }
     for (; b < w.blocks; b++) {
         const __m512 table = rounded512<KIND>(_mm512_mul_ps(levels, _mm512_set1_ps(scales[b])));
@@ -247,14 +221,100 @@ AVX512 void sums_avx512(const Weight& w, int64_t row, const float* scales, Halve
         const __m512 w0 = _mm512_permutexvar_ps(byte, table), w1 = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table);
         for (int m = 0; m < M; m++) {
             low[m] = _mm512_fmadd_ps(w0, _mm512_maskz_loadu_ps(mask, x.even + m * x.stride + p), low[m]);
-            high[m] = _mm512_fmadd_ps(w1, _mm512_maskz_loadu_ps(mask, x.odd + m * x.stride + p), high[m]);
+            high[m] = _mm512_fmadd_ps(w1, _mm512_maskz_loadu_ps(mask, x.odd() + m * x.stride + p), high[m]);
         }
         p = end;
     }
     for (int m = 0; m < M; m++) out[m] = _mm512_reduce_add_ps(_mm512_add_ps(low[m], high[m]));
 }
 
-AVX512 void scales_avx512(const Weight& w, int64_t row, int64_t rows, float* out) { scales_of(w, row, rows, out); }
+// The base-two logarithm of the weights that share a scale: of a whole row, more than any row has.
+inline int64_t shift_of(const Weight& w) { return w.block >= w.length ? 62 : __builtin_ctzll(w.block); }
+
+// Whether the weights of a register of codes are of whole blocks, 8 at most, or of one. Those that are rounded are quicker
+// by table, unless it serves for half a register.
+bool has_eighths(const Weight& w) {
+    if (w.rounding != FLOAT32) return w.block == 16;
+    return w.block >= w.length || (w.block >= 16 && (w.block & (w.block - 1)) == 0);
+}
+
+// The sums of `count` rows of the weight with M of activations, [count, M]. Of a register of codes, 128 weights, lane i
+// holds 8 i + j in its bits from 4 j on, j < 8: activations lie as [length / 128, j, i]. What is not rounded is scaled
+// in sums of eight, which is the same where it is of one product.
+template <int M, int64_t KIND>
+AVX512 void sums_of_eighths(const Weight& w, int64_t first, int64_t count, const float* scales, Activations x, float* out) {
+    constexpr int R = M == 1 ? 4 : 2;  // rows at once: an activation is read once for them
+    const int64_t width = (w.length + 1) / 2, shift = shift_of(w), blocks = w.blocks;
+    const __m512 levels = _mm512_loadu_ps(w.levels);
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i its_scale = _mm512_srl_epi32(_mm512_slli_epi32(lane, 3), _mm_cvtsi64_si128(shift));
+    for (int64_t r0 = 0; r0 < count; r0 += R) {
+        const uint8_t* codes[R];
+        const float* scale[R];
+        __m512 sums[R][M];
+        for (int r = 0; r < R; r++) {
+            const int64_t row = r0 + r < count ? r0 + r : count - 1;
+            codes[r] = w.codes + (first + row) * width;
+            scale[r] = scales + row * blocks;
+            for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
+        }
+        const char* next = reinterpret_cast<const char*>(codes[0] + AHEAD);  // in the order of memory, whatever R is
+        for (int64_t p = 0; p < width; p += 64) {
+            const int64_t b = 2 * p >> shift;
+            const __mmask64 there = p + 64 <= width ? ~__mmask64(0) : (__mmask64(1) << (width - p)) - 1;
+            const __mmask8 known = b + 8 <= blocks ? 255 : __mmask8((1 << (blocks - b)) - 1);
+            __m512i code[R];
+            __m512 its[R], parts[R][M];
+            for (int r = 0; r < R; r++) {
+                _mm_prefetch(next, _MM_HINT_T0);
+                next += 64;
+                code[r] = _mm512_maskz_loadu_epi8(there, codes[r] + p);
+                const __m512 eight = _mm512_castps256_ps512(_mm256_maskz_loadu_ps(known, scale[r] + b));
+                its[r] = _mm512_permutexvar_ps(its_scale, eight);
+                for (int m = 0; m < M; m++) parts[r][m] = KIND == FLOAT32 ? _mm512_setzero_ps() : sums[r][m];
+            }
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++)
+                for (int r = 0; r < R; r++) {
+                    __m512 q = _mm512_permutexvar_ps(code[r], levels);
+                    if (KIND != FLOAT32) q = rounded512<KIND>(_mm512_mul_ps(q, its[r]));
+                    code[r] = _mm512_srli_epi32(code[r], 4);
+                    for (int m = 0; m < M; m++) {
+                        const __m512 each = _mm512_load_ps(x.even + m * x.stride + 2 * p + 16 * j);
+                        parts[r][m] = _mm512_fmadd_ps(q, each, parts[r][m]);
+                    }
+                }
+            for (int r = 0; r < R; r++)
+                for (int m = 0; m < M; m++)
+                    sums[r][m] = KIND == FLOAT32 ? _mm512_fmadd_ps(parts[r][m], its[r], sums[r][m]) : parts[r][m];
+        }
+        for (int r = 0; r < R && r0 + r < count; r++)
+            for (int m = 0; m < M; m++) out[(r0 + r) * M + m] = _mm512_reduce_add_ps(sums[r][m]);
+    }
+}
+
+// E4M3 by way of float16, whose exponent has one bit more and a bias that is larger by 8; 32 codes at once.
+AVX512 void scales_avx512(const Weight& w, int64_t row, int64_t rows, float* out) {
+    const int64_t blocks = rows * w.scale_stride;
+    const float factor = w.tensor_scale * 256;
+    if (w.scale_kind != E4M3 || w.scale_stride == 0 || !(factor < float_of(0x7F800000))) return scales_of(w, row, rows, out);
+    const uint8_t* codes = static_cast<const uint8_t*>(w.scales) + row * w.scale_stride;
+    const __m256i nan = _mm256_set1_epi8(0x7F);
+    for (int64_t b = 0; b < blocks; b += 32) {
+        const __mmask32 there = blocks - b < 32 ? (1u << (blocks - b)) - 1 : ~0u;
+        const __m256i code = _mm256_maskz_loadu_epi8(there, codes + b);
+        const __m512i wide = _mm512_slli_epi16(_mm512_cvtepi8_epi16(code), 7);
+        const __m512i half = _mm512_and_si512(wide, _mm512_set1_epi16(short(0xBF80)));
+        const __mmask32 bad = _mm256_cmpeq_epi8_mask(_mm256_and_si256(code, nan), nan);
+        const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+        const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+        const __m512 scale = _mm512_set1_ps(factor), none = _mm512_set1_ps(float_of(0x7FC00000));
+        const __m512 first = _mm512_mask_mov_ps(_mm512_mul_ps(low, scale), __mmask16(bad), none);
+        const __m512 second = _mm512_mask_mov_ps(_mm512_mul_ps(high, scale), __mmask16(bad >> 16), none);
+        _mm512_mask_storeu_ps(out + b, __mmask16(there), first);
+        _mm512_mask_storeu_ps(out + b + 16, __mmask16(there >> 16), second);
+    }
+}
 
 template <int64_t KIND>
 AVX2 inline __m256 rounded256(__m256 value) {
@@ -275,7 +335,7 @@ AVX2 inline __m256 picked(__m256i code, __m256 lower, __m256 upper) {
 }
 
 template <int M, int64_t KIND>
-AVX2 void sums_avx2(const Weight& w, int64_t row, const float* scales, Halves x, float* out) {
+AVX2 void sums_avx2(const Weight& w, int64_t row, const float* scales, Activations x, float* out) {
     const uint8_t* codes = codes_of_row(w, row);
     const __m256 levels0 = _mm256_loadu_ps(w.levels), levels1 = _mm256_loadu_ps(w.levels + 8);
     __m256 low[M], high[M];
@@ -291,7 +351,7 @@ AVX2 void sums_avx2(const Weight& w, int64_t row, const float* scales, Halves x,
             __m256 w0 = picked(byte, lower, upper), w1 = picked(_mm256_srli_epi32(byte, 4), lower, upper);
             for (int m = 0; m < M; m++) {
                 low[m] = _mm256_fmadd_ps(w0, _mm256_loadu_ps(x.even + m * x.stride + p), low[m]);
-                high[m] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x.odd + m * x.stride + p), high[m]);
+                high[m] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x.odd() + m * x.stride + p), high[m]);
             }
         }
         if (p == end) continue;
@@ -299,7 +359,7 @@ AVX2 void sums_avx2(const Weight& w, int64_t row, const float* scales, Halves x,
         _mm256_storeu_ps(table + 8, upper);
         for (; p < end; p++)
             for (int m = 0; m < M; m++)
-                rest[m] += table[codes[p] & 15] * x.even[m * x.stride + p] + table[codes[p] >> 4] * x.odd[m * x.stride + p];
+                rest[m] += table[codes[p] & 15] * x.even[m * x.stride + p] + table[codes[p] >> 4] * x.odd()[m * x.stride + p];
     }
     for (int m = 0; m < M; m++) {
         alignas(32) float lanes[8];
@@ -313,21 +373,36 @@ AVX2 void sums_avx2(const Weight& w, int64_t row, const float* scales, Halves x,
 // ----------------------------------------------------------------------------------------------------------- dispatch
 
 using Scales = void (*)(const Weight&, int64_t, int64_t, float*);
-using Sums = void (*)(const Weight&, int64_t, const float*, Halves, float*);
+using Sums = void (*)(const Weight&, int64_t, int64_t, const float*, Activations, float*);
 constexpr int TOGETHER = 4;  // rows of activations that share one decoding
 
 struct Path {
     const char* name;
     Scales scales;
     Sums sums[3][TOGETHER];  // by the weight's kind
+    Sums of_eighths[3][TOGETHER];
 };
 
-#define OF_KIND(function, kind) {function<1, kind>, function<2, kind>, function<3, kind>, function<4, kind>}
-#define PATH(function) {OF_KIND(function, FLOAT32), OF_KIND(function, BFLOAT16), OF_KIND(function, FLOAT16)}
-const Path SCALAR_PATH = {"scalar", scales_scalar, PATH(sums_scalar)};
+template <int M, void (*ONE)(const Weight&, int64_t, const float*, Activations, float*)>
+void each_row(const Weight& w, int64_t first, int64_t count, const float* scales, Activations x, float* out) {
+    for (int64_t r = 0; r < count; r++) ONE(w, first + r, scales + r * w.blocks, x, out + r * M);
+}
+
+template <int M, int64_t KIND>
+constexpr Sums scalar = each_row<M, sums_scalar<M, KIND>>;
 #ifdef X86
-const Path AVX2_PATH = {"avx2", scales_avx2, PATH(sums_avx2)};
-const Path AVX512_PATH = {"avx512", scales_avx512, PATH(sums_avx512)};
+template <int M, int64_t KIND>
+constexpr Sums avx2 = each_row<M, sums_avx2<M, KIND>>;
+template <int M, int64_t KIND>
+constexpr Sums avx512 = each_row<M, sums_avx512<M, KIND>>;
+#endif
+
+#define OF_KIND(function, kind) {function<1, kind>, function<2, kind>, function<3, kind>, function<4, kind>}
+#define OF_KINDS(function) {OF_KIND(function, FLOAT32), OF_KIND(function, BFLOAT16), OF_KIND(function, FLOAT16)}
+const Path SCALAR_PATH = {"scalar", scales_scalar, OF_KINDS(scalar), {}};
+#ifdef X86
+const Path AVX2_PATH = {"avx2", scales_avx2, OF_KINDS(avx2), {}};
+const Path AVX512_PATH = {"avx512", scales_avx512, OF_KINDS(avx512), OF_KINDS(sums_of_eighths)};
 #endif
 
 // The widest that the processor has, of those up to `limit`: 0 scalar, 1 AVX2, 2 AVX-512.
@@ -363,12 +438,18 @@ void prefetch_scales(const Weight& w, int64_t row) {
 #ifdef __GNUC__
     const int64_t size = w.scale_kind == FLOAT32 ? 4 : w.scale_kind == BFLOAT16 || w.scale_kind == FLOAT16 ? 2 : 1;
     const char* first = static_cast<const char*>(w.scales) + row * w.scale_stride * size;
-    for (int64_t at = 0; at < w.scale_stride * size; at += 64) __builtin_prefetch(first + at);
+    for (int64_t at = 0; at < ROWS_AT_ONCE * w.scale_stride * size; at += 64) __builtin_prefetch(first + at);
 #endif
 }
 
-void in_halves(const void* x, int64_t kind, int64_t first, int64_t length, float* even, float* odd) {
-    for (int64_t k = 0; k < length; k++) (k & 1 ? odd : even)[k / 2] = load(x, kind, first + k);
+void in_halves(const void* x, int64_t kind, int64_t first, int64_t length, int64_t stride, float* out) {
+    for (int64_t k = 0; k < length; k++) out[(k & 1) * stride / 2 + k / 2] = load(x, kind, first + k);
+}
+
+void in_eighths(const void* x, int64_t kind, int64_t first, int64_t length, int64_t, float* out) {
+    for (int64_t k = 0; k < length; k += 8)
+        for (int64_t j = 0, end = length - k < 8 ? length - k : 8; j < end; j++)
+            out[(k & ~int64_t(127)) + (k / 8 & 15) + 16 * j] = load(x, kind, first + k + j);
 }
 
 }  // namespace
@@ -377,39 +458,40 @@ extern "C" {
 
 const char* lotion_fx_path(int64_t limit) { return path_up_to(limit).name; }
 
-// y [rows_of_x, w.rows] = x [rows_of_x, w.length] W^T + bias, or without where that is null.
-void lotion_fx_linear(const Weight* weight, const void* x, int64_t x_kind, int64_t rows_of_x, const void* bias,
-                      int64_t bias_kind, void* y, int64_t limit, int64_t threads) {
+// y [rows_of_x, w.rows] = x [rows_of_x, w.length] W^T + bias, or without where that is null; x and y in the weight's kind.
+void lotion_fx_linear(const Weight* weight, const void* x, int64_t rows_of_x, const void* bias, int64_t bias_kind, void* y,
+                      int64_t limit, int64_t threads) {
     const Weight& w = *weight;
     const Path& path = path_up_to(limit);
-    const Sums* sums_of = path.sums[w.rounding - FLOAT32];
-    const int64_t width = (w.length + 15) / 32 * 16 + 16;
-    std::vector<float> halves(2 * width * rows_of_x + 16, 0.0f);
-    float* even = halves.data();
-    while (reinterpret_cast<uintptr_t>(even) % 64) even++;  // a register that lies in two lines is read twice
-    float* odd = even + width * rows_of_x;
+    const bool eighths = path.of_eighths[0][0] && has_eighths(w);
+    const Sums* sums_of = (eighths ? path.of_eighths : path.sums)[w.rounding - FLOAT32];
+    const int64_t stride = (w.length + 127) / 128 * 128;
+    std::vector<float> arranged(stride * rows_of_x + 16, 0.0f);
+    float* start = arranged.data();
+    while (reinterpret_cast<uintptr_t>(start) % 64) start++;  // a register that lies in two lines is read twice
     for (int64_t m = 0; m < rows_of_x; m++)
-        in_halves(x, x_kind, m * w.length, w.length, even + m * width, odd + m * width);
-#pragma omp parallel num_threads(int(threads)) if (threads > 1)
-    {
+        (eighths ? in_eighths : in_halves)(x, w.kind, m * w.length, w.length, stride, start + m * stride);
+    auto some = [&](int64_t begin, int64_t end) {
         std::vector<float> scales(w.blocks * ROWS_AT_ONCE);
-        float sums[TOGETHER];
-#pragma omp for schedule(static)
-        for (int64_t first = 0; first < w.rows; first += ROWS_AT_ONCE) {
-            const int64_t end = first + ROWS_AT_ONCE < w.rows ? first + ROWS_AT_ONCE : w.rows;
-            path.scales(w, first, end - first, scales.data());
-            for (int64_t row = first; row < end; row++) {
-                const float* of_row = scales.data() + (row - first) * w.blocks;
-                prefetch_scales(w, row + ROWS_AT_ONCE);
-                for (int64_t m = 0; m < rows_of_x; m += TOGETHER) {
-                    int64_t count = rows_of_x - m < TOGETHER ? rows_of_x - m : TOGETHER;
-                    sums_of[count - 1](w, row, of_row, {even + m * width, odd + m * width, width}, sums);
-                    for (int64_t i = 0; i < count; i++)
-                        store(y, x_kind, (m + i) * w.rows + row, bias ? sums[i] + load(bias, bias_kind, row) : sums[i]);
+        float sums[ROWS_AT_ONCE * TOGETHER];
+        for (int64_t first = begin; first < end; first += ROWS_AT_ONCE) {
+            const int64_t count = end - first < ROWS_AT_ONCE ? end - first : ROWS_AT_ONCE;
+            path.scales(w, first, count, scales.data());
+            prefetch_scales(w, first + ROWS_AT_ONCE);
+            for (int64_t m = 0; m < rows_of_x; m += TOGETHER) {
+                const int64_t together = rows_of_x - m < TOGETHER ? rows_of_x - m : TOGETHER;
+                sums_of[together - 1](w, first, count, scales.data(), {start + m * stride, stride}, sums);
+                for (int64_t i = 0; i < count * together; i++) {
+                    const int64_t row = first + i / together, at = (m + i % together) * w.rows + row;
+                    store(y, w.kind, at, bias ? sums[i] + load(bias, bias_kind, row) : sums[i]);
                 }
             }
         }
-    }
+    };
+    if (threads <= 1) return some(0, w.rows);  // a team of one costs a microsecond
+    const int64_t each = (w.rows + threads * ROWS_AT_ONCE - 1) / (threads * ROWS_AT_ONCE) * ROWS_AT_ONCE;
+#pragma omp parallel for num_threads(int(threads)) schedule(static, 1)
+    for (int64_t begin = 0; begin < w.rows; begin += each) some(begin, w.rows - begin < each ? w.rows : begin + each);
 }
 
 // The weight's values [rows, length], in its kind.

@@ -6,9 +6,9 @@ With ``q`` the levels that codes stand for, ``s`` the scales of blocks of ``B`` 
     y[m, n] = sum_k x[m, k] w[n, k] + b[n]        in float32, rounded once
 
 A block has at most 16 different weights, so ``w`` is a table of 16 made once a block, out of which codes pick: any
-levels of up to 4 bits, any even block. (With AVX-512 and blocks of 16 in float32, `s t` multiplies sums of two products
-``x q`` instead.) AVX-512, AVX2 or neither, as the processor has it (``cpu_linear.cpp``). Of many
-rows a product is bound by arithmetic: the weight is dequantized once into a workspace, and torch multiplies.
+levels of up to 4 bits, any even block. (With AVX-512, where nothing is rounded, `s t` multiplies sums of eight products
+``x q`` instead.) AVX-512, AVX2 or neither, as the processor has it (``cpu_linear.cpp``). Of many rows a product is
+bound by arithmetic: the weight is dequantized once into a workspace, and torch multiplies.
 
 The codes' layout is that of `lotion_fx.kernels.pack`.
 """
@@ -71,7 +71,7 @@ def _functions() -> Any:
         found.lotion_fx_path.argtypes, found.lotion_fx_path.restype = [integer], ctypes.c_char_p
         found.lotion_fx_linear.restype = found.lotion_fx_values.restype = None
         found.lotion_fx_linear.argtypes = [
-            weight, pointer, integer, integer, pointer, integer, pointer, integer, integer,
+            weight, pointer, integer, pointer, integer, pointer, integer, integer,
         ]  # fmt: skip
         found.lotion_fx_values.argtypes = [weight, pointer, integer, integer]
     return found
@@ -123,42 +123,52 @@ def _rounding(numbers: _Numbers, tensor_scale: float, dtype: torch.dtype) -> tor
     return torch.float32 if exact else dtype
 
 
+_Part = tuple[int, torch.Size, torch.dtype]  # where a contiguous tensor lies, and as what it is read
+
+
 @lru_cache(maxsize=4096)
 def _prepared(
+    codes: _Part,
+    scales: _Part,
+    tensor_scale: tuple[float, int, torch.dtype] | None,
     fmt: str,
-    codes: tuple[torch.Size, torch.dtype],
-    scales: tuple[torch.Size, torch.dtype],
-    tensor_scale: tuple[int, torch.dtype] | None,
     length: int,
     dtype: torch.dtype,
 ) -> _Weight:
-    """All that C++ is told of a packed weight but where it lies and its tensor's scale; once for each kind of weight.
+    """All that C++ is told of a packed weight, once for each.
+
+    Args:
+        tensor_scale: its value or, as int32, its bits; its number of elements, its dtype.
 
     Raises:
         ValueError: as `check`.
     """
     numbers = _numbers(fmt)
-    format, (shape, _) = numbers.format, codes
-    if scales[1] in _BITS and _BITS[scales[1]] == format.law.stored.itemsize:
-        scales = scales[0], format.law.stored
-    if tensor_scale is not None and tensor_scale[1] == torch.int32:
-        tensor_scale = tensor_scale[0], torch.float32
-    check(codes, scales, tensor_scale, format, length)
+    format, (at, shape, _), (scales_at, blocks, held), whole = numbers.format, codes, scales, 1.0
+    if held in _BITS and _BITS[held] == format.law.stored.itemsize:
+        held = format.law.stored
+    if tensor_scale is not None:
+        whole, count, kind = tensor_scale
+        if kind == torch.int32:
+            (whole,) = struct.unpack("f", struct.pack("i", whole))
+            kind = torch.float32
+        tensor_scale = whole, count, kind
+    check(codes[1:], (blocks, held), None if tensor_scale is None else tensor_scale[1:], format, length)
     block = format.block if isinstance(format.block, int) else length + length % 2
     return _Weight(
-        None,
-        None,
+        at,
+        scales_at,
         None if numbers.table is None else numbers.table.data_ptr(),
         numbers.levels.data_ptr(),
         shape.numel() // shape[-1] if shape[-1] else 0,
         length,
         block,
         -(-length // block) if length else 0,
-        _KINDS[scales[1]] if numbers.table is None else _CODES.get(getattr(format.law, "type", None), 0),
-        0 if format.block == "tensor" else scales[0][-1],
+        _KINDS[held] if numbers.table is None else _CODES.get(getattr(format.law, "type", None), 0),
+        0 if format.block == "tensor" else blocks[-1],
         _KINDS[dtype],
-        _KINDS[dtype],
-        1.0,
+        _KINDS[_rounding(numbers, whole, dtype)],
+        whole,
     )
 
 
@@ -166,19 +176,18 @@ def _weight(
     codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, fmt: str, length: int, dtype: torch.dtype
 ) -> _Weight:
     """What C++ is told of a packed weight, whose parts are contiguous."""
-    kind = None if tensor_scale is None else (tensor_scale.numel(), tensor_scale.dtype)
-    known = _prepared(fmt, (codes.shape, codes.dtype), (scales.shape, scales.dtype), kind, length, dtype)
-    made = _Weight.from_buffer_copy(known)
-    made.codes, made.scales = codes.data_ptr(), scales.data_ptr()
-    whole = 1.0
+    whole = None
     if tensor_scale is not None:
-        whole = tensor_scale.item()
-        if tensor_scale.dtype == torch.int32:
-            (whole,) = struct.unpack("f", struct.pack("i", whole))
-        made.tensor_scale = whole
-    if dtype == torch.bfloat16:
-        made.rounding = _KINDS[_rounding(_numbers(fmt), whole, dtype)]
-    return made
+        count = tensor_scale.numel()
+        whole = tensor_scale.item() if count == 1 else 0, count, tensor_scale.dtype
+    return _prepared(
+        (codes.data_ptr(), codes.shape, codes.dtype),
+        (scales.data_ptr(), scales.shape, scales.dtype),
+        whole,
+        fmt,
+        length,
+        dtype,
+    )
 
 
 def check(
@@ -273,30 +282,29 @@ def linear(
     Raises:
         ValueError: a shape or a dtype is not the format's.
     """
-    length, found = x.shape[-1], _functions()
+    shape, dtype, found = x.shape, x.dtype, _functions()  # each attribute of a tensor is a call
+    length, count = shape[-1], x.numel()
     if codes.dim() != 2 or (bias is not None and (bias.shape != codes.shape[:1] or bias.dtype not in DTYPES)):
         raise ValueError(
             f"bias: got {None if bias is None else [bias.dtype, *bias.shape]} with codes {list(codes.shape)}, expected "
             "floats [outputs] or None, and codes [outputs, bytes]"
         )
-    rows = x.numel() // length if length else 0
-    if found is None or x.dtype not in DTYPES or rows > FEW or not x.numel():
-        weight = values(codes, scales, tensor_scale, fmt, length, x.dtype)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if found is None or dtype not in DTYPES or not count or count // length > FEW:
+        weight = values(codes, scales, tensor_scale, fmt, length, dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(dtype))
     x, codes, scales = x.contiguous(), codes.contiguous(), scales.contiguous()
     bias = None if bias is None else bias.contiguous()
-    packed = _weight(codes, scales, tensor_scale, fmt, length, x.dtype)
-    y = torch.empty((*x.shape[:-1], codes.shape[0]), dtype=x.dtype)
+    packed = _weight(codes, scales, tensor_scale, fmt, length, dtype)
+    y = x.new_empty((*shape[:-1], packed.rows))
     found.lotion_fx_linear(
         ctypes.byref(packed),
         x.data_ptr(),
-        _KINDS[x.dtype],
-        rows,
+        count // length,
         None if bias is None else bias.data_ptr(),
         0 if bias is None else _KINDS[bias.dtype],
         y.data_ptr(),
         WIDEST,
-        _threads(codes.shape[0] * length),
+        _threads(packed.rows * length),
     )
     return y
 

@@ -176,7 +176,7 @@ class PackedWeight(nn.Module):
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b`` for a weight [N, K] whose blocks run along K."""
         held = private.buffers_of(self)  # attributes that are buffers cost a microsecond each, a small product ten
-        codes, known, device = held["codes"], x.dtype in DTYPES, x.device.type
+        codes, known, device = held["codes"], x.dtype in DTYPES, "cpu" if x.is_cpu else x.device.type
         assert codes is not None
         if known and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))

@@ -142,6 +142,44 @@ def test_a_rounding_is_left_out_only_where_it_changes_nothing(power):
     assert SMALLEST_SCALE / 2.0**-9 == 2.0**-117  # the smallest tensor scale that the law gives
 
 
+@needs_compiler
+@pytest.mark.parametrize("length", [40, 168, 600])
+@pytest.mark.parametrize("name", ["nvfp4", "int4"])
+def test_a_scale_that_is_no_number_stays_in_its_row(name, length, widest):
+    """Rows whose scales lie behind one another, and end within what is read at once."""
+    q = QuantizedWeight.of(torch.randn(9, length), resolve(name), -1)
+    scales = q.scales.clone()
+    scales[3] = 0x7F if name == "nvfp4" else float("nan")
+    x = torch.randn(3, length)
+    got, want = linear(x, replace(q, scales=scales)), linear(x, q)
+    others = torch.arange(9) != 3
+    assert got[:, 3].isnan().all() and torch.equal(got[:, others], want[:, others])
+
+
+@needs_compiler
+@pytest.mark.parametrize("power", [-117, 0, 119, 120, 121])
+def test_tensor_scales_of_any_size_are_multiplied_once(power, widest):
+    """Whatever a code is made a float by must not overflow where its product does not."""
+    scales = torch.arange(127).to(torch.uint8)[None]
+    ones = torch.full((1, 127 * 8), 0x22, dtype=torch.uint8)
+    ts = torch.tensor(1.25 * 2.0**power)
+    got = cpu_values(ones, scales, ts, "nvfp4", 127 * 16, torch.float32)
+    assert torch.equal(got[0, ::16], resolve("nvfp4").law.type.decode(scales)[0] * ts)
+
+
+@needs_compiler
+def test_what_changed_in_place_is_read_anew():
+    q = QuantizedWeight.of(torch.randn(8, 64), resolve("nvfp4"), -1)
+    x = torch.randn(1, 64)
+    before = linear(x, q)
+    q.tensor_scale.mul_(2)
+    assert torch.equal(linear(x, q), 2 * before)
+    q.codes.zero_()
+    assert torch.equal(linear(x, q), torch.zeros(1, 8))
+    with pytest.raises(ValueError, match="scales: got torch.uint8 \\[4, 8\\]"):  # the same memory, seen otherwise
+        linear(x, replace(q, scales=q.scales.view(4, 8)))
+
+
 def test_sizes_of_nothing_give_nothing():
     q = QuantizedWeight.of(torch.randn(4, 32), resolve("int4"), -1)
     assert linear(torch.randn(0, 32), q).shape == (0, 4)
