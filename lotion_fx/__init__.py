@@ -4,6 +4,7 @@ model = lotion_fx.transform(model, fmt="nvfp4")     # then train as before
 """
 
 from lotion_fx import noise, optim, riding, rounding
+from lotion_fx.adaptive_rounding import AdaptiveRounding, round_
 from lotion_fx.calibration import calibrate
 from lotion_fx.coverage import CoverageReport, report
 from lotion_fx.deploy.exporting import Exported, export
@@ -29,6 +30,7 @@ riding.watch()
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaptiveRounding",
     "CoverageReport",
     "ExpectedLoss",
     "Explanation",
@@ -62,6 +64,7 @@ __all__ = [
     "register_noise",
     "report",
     "resolve",
+    "round_",
     "rounding",
     "state_dict",
     "suggest",

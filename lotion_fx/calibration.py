@@ -6,7 +6,7 @@ Curvature is an estimate, and the second order is not the whole: the predicted i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from lotion_fx.estimate import Estimate, estimate
-from lotion_fx.loss_graph import LossFunction
+from lotion_fx.loss_graph import LossFunction, listed
 from lotion_fx.passes.moments.certificate import EXACT
-from lotion_fx.scalars import check_count, check_generator, shown
+from lotion_fx.scalars import check_count, check_generator
 from lotion_fx.state import names_of, smoothings_of
 from lotion_fx.switches import switched
 
@@ -68,11 +68,7 @@ def calibrate(
     tallies = [smoothing.tally for smoothing in smoothings]
     if every is not None and not any(t.calibrated is None or t.steps - t.calibrated >= every for t in tallies):
         return {}
-    if isinstance(batches, (str, bytes, Mapping, torch.Tensor)) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches={shown(batches)}: expected an iterable of batches; of a single one, [batch]")
-    batches = list(batches)
-    if not batches:
-        raise ValueError("batches: expected at least one batch to measure on, got none")
+    batches = listed(batches)
     moments = smoothings[0].settings.moments
     forms = ("closed" if moments == "off" else moments, "off")
     measured = _Measured()

@@ -162,6 +162,7 @@ def joint_vectors(
     inputs: Sequence[Any],
     plans: Mapping[int, Plan],
     losses: Sequence[Callable[[Sequence[Tensor]], Tensor]],
+    known: dict[Any, Callable[..., Any]] | None = None,
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Each planned weight's probe vector and gradient, averaged over losses that are made of one forward pass.
 
@@ -170,6 +171,7 @@ def joint_vectors(
         inputs: real ones.
         plans: by placeholder index, each with a probe layout.
         losses: each makes a scalar of the outputs.
+        known: calls with the same plans, for graphs that are equal to one of before; this one's is added.
 
     Returns:
         By placeholder index; without the weights that no loss depends on.
@@ -178,10 +180,13 @@ def joint_vectors(
     attached, probed = attach(lifted, plans)
     leaves = [x.detach().requires_grad_() if i in plans else x for i, x in enumerate([*inputs, *constants])]
     wanted = [*(fake_probe(leaves[i], plans[i]) for i in probed), *(leaves[i] for i in probed)]
-    call = private.aot_function(attached, private.nop, partition_fn=_partition)
+    calls = {} if known is None else known
+    key = gm.code, tuple((x.shape, x.dtype, x.device) for x in leaves)
+    if key not in calls:
+        calls[key] = private.aot_function(attached, private.nop, partition_fn=_partition)
     sums: list[Tensor | None] = [None] * len(wanted)
     with torch.enable_grad():
-        outputs = call(*leaves, *wanted[: len(probed)])
+        outputs = calls[key](*leaves, *wanted[: len(probed)])
         for loss in losses:
             found = torch.autograd.grad(loss(outputs), wanted, retain_graph=True, allow_unused=True)
             sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, found, strict=True)]

@@ -7,7 +7,7 @@ takes it. The model is in ``eval()`` mode meanwhile: no dropout, running statist
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from lotion_fx import private
 from lotion_fx.passes.attach.attach import LATENT
 from lotion_fx.private import tree_flatten, tree_unflatten
 from lotion_fx.sampling import kept_buffers
-from lotion_fx.scalars import check_loss
+from lotion_fx.scalars import check_loss, shown
 from lotion_fx.switches import switched
 
 
@@ -99,6 +99,20 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
         if isinstance(value, Tensor):
             setattr(gm, node.target, value.detach().clone())
     return LossGraph(gm, parameters, tuple(tensors))
+
+
+def listed(batches: Any) -> list[Any]:
+    """Batches as a list.
+
+    Raises:
+        TypeError, ValueError: it is one batch, or there is none.
+    """
+    if isinstance(batches, (str, bytes, Mapping, Tensor)) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches={shown(batches)}: expected an iterable of batches; of a single one, [batch]")
+    found = list(batches)
+    if not found:
+        raise ValueError("batches: expected at least one batch to measure on, got none")
+    return found
 
 
 def pair(batch: Any) -> tuple[Any, Any]:

@@ -17,8 +17,8 @@ from lotion_fx.deploy.content import Content
 from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.layouts import layout_of
 from lotion_fx.deploy.loading import content_of
-from lotion_fx.deploy.progress import with_a_bar
 from lotion_fx.deploy.writing import replaced
+from lotion_fx.progress import with_a_bar
 from lotion_fx.scalars import shown
 
 

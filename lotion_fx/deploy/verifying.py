@@ -19,9 +19,9 @@ from lotion_fx.deploy.exporting import same
 from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.layouts import LAYOUTS, layout_of
 from lotion_fx.deploy.loading import content_of
-from lotion_fx.deploy.progress import with_a_bar
 from lotion_fx.expected import expected_loss
 from lotion_fx.loss_graph import called, loss_of
+from lotion_fx.progress import with_a_bar
 from lotion_fx.switches import full_precision, switched
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lotion_fx.deploy.progress import with_a_bar
 from lotion_fx.kernels.packed import Packed, in_pairs, pack_in_aten, unpack
 from lotion_fx.numerics.formats import Format
+from lotion_fx.progress import with_a_bar
 from lotion_fx.state import Weight, names_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -122,6 +122,23 @@ def quantized(model: nn.Module) -> dict[str, QuantizedWeight]:
 
 @torch.no_grad()
 def _quantized(name: str, weight: Weight) -> QuantizedWeight:
+    parameter = checked_values(name, weight)
+    if isinstance(parameter, DTensor):
+        parameter = parameter.full_tensor()
+    if parameter.dtype not in DTYPES:
+        raise ValueError(
+            f"model: {name!r} is {str(parameter.dtype).removeprefix('torch.')}; codes are made of float32, bfloat16 or "
+            "float16 weights: call model.float() first"
+        )
+    return QuantizedWeight.of(parameter, weight.format, weight.axis)  # type: ignore[arg-type]  # selected
+
+
+def checked_values(name: str, weight: Weight) -> Tensor:
+    """The parameter that a weight is rounded from, where it can be for good.
+
+    Raises:
+        ValueError: its blocks' dimension is not known yet, or it has no values, or some that are no finite numbers.
+    """
     if not weight.is_known_operand:
         raise ValueError(
             f"model: along which dimension {name!r} is blocked, no forward has told yet; call the model once, in eval()"
@@ -131,15 +148,8 @@ def _quantized(name: str, weight: Weight) -> QuantizedWeight:
         parameter = weight.parameter()
     if parameter is None:
         raise ValueError(f"model: its weight {name!r} is gone from the module that held it; call transform again")
-    if isinstance(parameter, DTensor):
-        parameter = parameter.full_tensor()
     if parameter.is_meta:
         raise ValueError(f"model: {name!r} has no values (it is on the meta device); load the trained weights first")
-    if parameter.dtype not in DTYPES:
-        raise ValueError(
-            f"model: {name!r} is {str(parameter.dtype).removeprefix('torch.')}; codes are made of float32, bfloat16 or "
-            "float16 weights: call model.float() first"
-        )
     if not parameter.isfinite().all():
         raise ValueError(f"model: {name!r} has values that are no finite numbers; what was trained cannot be deployed")
-    return QuantizedWeight.of(parameter, weight.format, weight.axis)  # type: ignore[arg-type]  # selected
+    return parameter

@@ -5,9 +5,11 @@ that reaches it *is* the curvature, so autograd itself accumulates it over uses,
 
     factored   [ rows G*R | cols G*C | norm G | calls | code | loss count ]
     full       [ h  numel(weight)             | calls | code | loss count ]
+    kronecker  [ B  G*R*R | A  G*C*C          | calls | code | loss count ]
     none       [                                calls | code | loss count ]
 
 The weight, reshaped row-major to [G, R, C], has curvature ``h[g, r, c] = T * rows[g, r] * cols[g, c] / norm[g]``.
+A and B are the matrices of `passes.curvature.kronecker`, of sides up to `SIDE`; a longer one has none.
 ``calls`` counts emissions, ``code`` adds one `Code` per emission and the loss count the loss terms T that the graph
 saw, so `code / calls` and `loss_count / calls` survive accumulation and a warm compile cache, where no pass runs again.
 """
@@ -33,6 +35,7 @@ class Code(IntEnum):
     BY_CHOICE = 4  # curvature="fisher": nothing asked of the graph
     UNREACHED = 5  # no compiled graph saw the weight; never emitted
     MIXED = 6  # several graphs use the weight and do not agree; never emitted
+    MIXED_SIDES = 8  # of Kronecker factors: linear, but no pair of matrices says how
     BY_PARAMETERS = 7  # it is multiplied with parameters or constants first: what that sums over are no positions
 
     @property
@@ -48,6 +51,7 @@ _REASONS = {
     Code.NOT_A_CONTRACTION: "its gradient comes from an op that is no contraction",
     Code.BY_CHOICE: "curvature='fisher' was asked for",
     Code.UNREACHED: "reached by no compiled graph",
+    Code.MIXED_SIDES: "its gradient mixes the two sides of its contraction, which have no matrices of their own then",
     Code.MIXED: "several graphs use it, not all linearly",
     Code.BY_PARAMETERS: "it meets data only after a product with other parameters",
 }
@@ -73,6 +77,7 @@ class Header(NamedTuple):
 
 
 HEADER = 3  # its length
+SIDE = 16384  # rows or columns up to which they have a matrix: one GiB in float32
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Layout:
     """Where the parts of a probe lie.
 
     Args:
-        kind: ``"factored"``, ``"full"`` or ``"none"``.
+        kind: ``"factored"``, ``"full"``, ``"kronecker"`` or ``"none"``.
         shape: the weight's shape.
         groups: G, the leading groups with a factorization of their own (a grouped convolution's groups, experts).
         rows: R, rows per group; the columns are what is left. A linear weight [O, I] has (G, R, C) = (1, O, I), a
@@ -105,6 +110,8 @@ class Layout:
         if self.kind == "none":
             return 0
         groups, rows, cols = self.factors
+        if self.kind == "kronecker":
+            return groups * sum(side * side for side in (rows, cols) if side <= SIDE)
         return groups * rows * cols if self.kind == "full" else groups * (rows + cols + 1)
 
     @property
@@ -115,6 +122,14 @@ class Layout:
         """A payload whose h is ``factor`` times as large: the rows of a factored one are, and all of a full one."""
         count = self.groups * self.rows if self.kind == "factored" else payload.numel()
         return torch.cat([payload[:count] * factor, payload[count:]])
+
+    def matrices(self, vector: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Views (B [G, R, R], A [G, C, C]) of a Kronecker probe vector; None for a side longer than `SIDE`."""
+        groups, *sides = self.factors
+        lengths = [groups * side * side if side <= SIDE else 0 for side in sides]
+        parts = vector[: self.payload].split(lengths)
+        b, a = (part.view(groups, n, n) if n <= SIDE else None for part, n in zip(parts, sides, strict=True))
+        return b, a
 
     def split(self, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views (rows [G, R], cols [G, C], norm [G]) of a factored probe vector."""

@@ -6,11 +6,13 @@ A weight gradient is a sum over positions n of two operands, the output's gradie
 
 and the weight's curvature, up to the factor T, is the same contraction of squares. A rule says it in two ways: in full,
 ``h[e, p, q]``, by the op itself on squared operands, and factored, ``h[e, p, q] ~ left[e, p] right[e, q] / norm[e]``,
-by sums alone. To teach the pass an op, add such a function here and name it in the op's row of `passes.ops`.
+by sums alone. And it gives the operands in the form of the sum, of which `kronecker` makes whole matrices. To teach the
+pass an op, add such a function here and name it in the op's row of `passes.ops`.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,15 +43,23 @@ class Factors(NamedTuple):
     norm: fx.Node
 
 
+class Sides(NamedTuple):
+    """The operands as the sum has them, two float32 nodes [E, N, P] and [E, N, Q]."""
+
+    left: fx.Node
+    right: fx.Node
+
+
 @dataclass(frozen=True)
 class Contraction:
     """What a rule says of one node.
 
     Args:
-        operands: the two factors of the sum, the output's gradient and the input, in the op's order.
+        operands: the two factors of the sum, one the output's gradient and one the input, left and right.
         full: emits h in the gradient's shape and in any dtype.
         dims: the gradient's dimensions, each a tuple of atoms; empty where the op has no natural factors.
         factors: emits the factors.
+        sides: emits the operands in the form of the sum.
         positions: the dimensions of either operand that are positions, of an op that makes nothing but weights'
             gradients; empty of one that may also be a forward product.
     """
@@ -58,6 +68,7 @@ class Contraction:
     full: Callable[[], fx.Node]
     dims: tuple[tuple[Atom, ...], ...] = ()
     factors: Callable[[], Factors] | None = None
+    sides: Callable[[], Sides] | None = None
     positions: tuple[tuple[int, ...], ...] = ()
 
 
@@ -142,6 +153,11 @@ def constant(like: fx.Node, shape: Sequence[int | fx.Node], *values: Any) -> fx.
     return filled(like, shape, product)
 
 
+def transposed(node: fx.Node) -> fx.Node:
+    """A stack of matrices, each transposed."""
+    return emit(node.graph, aten.permute.default, node, [0, 2, 1])
+
+
 def _shape(node: fx.Node) -> torch.Size:
     return node.meta["val"].shape
 
@@ -160,8 +176,12 @@ def mm(node: fx.Node) -> Contraction:
         unsqueeze = aten.unsqueeze.default
         return Factors(emit(graph, unsqueeze, left, 0), emit(graph, unsqueeze, right, 0), constant(a, [1], size(a, 1)))
 
+    def sides() -> Sides:
+        unsqueeze = aten.unsqueeze.default
+        return Sides(transposed(to_float(emit(graph, unsqueeze, a, 0))), to_float(emit(graph, unsqueeze, b, 0)))
+
     rows, cols = _shape(node)
-    return Contraction((a, b), full, ((Atom(LEFT, rows),), (Atom(RIGHT, cols),)), factors)
+    return Contraction((a, b), full, ((Atom(LEFT, rows),), (Atom(RIGHT, cols),)), factors, sides)
 
 
 def bmm(node: fx.Node) -> Contraction:
@@ -178,7 +198,11 @@ def bmm(node: fx.Node) -> Contraction:
         right = emit(graph, aten.sum.dim_IntList, square(b), [1])
         return Factors(left, right, constant(a, [size(a, 0)], size(a, 2)))
 
-    return Contraction((a, b), full, ((Atom(GROUP, groups),), (Atom(LEFT, rows),), (Atom(RIGHT, cols),)), factors)
+    def sides() -> Sides:
+        return Sides(transposed(to_float(a)), to_float(b))
+
+    dims = ((Atom(GROUP, groups),), (Atom(LEFT, rows),), (Atom(RIGHT, cols),))
+    return Contraction((a, b), full, dims, factors, sides)
 
 
 def outer(node: fx.Node) -> Contraction | None:
@@ -201,9 +225,13 @@ def outer(node: fx.Node) -> Contraction | None:
         )
         return Factors(left, right, constant(a, [size(left, 0)], 1))
 
+    def sides() -> Sides:
+        pairs = ((a, rows), (b, cols))
+        return Sides(*(emit(graph, aten.reshape.default, to_float(x), [-1, 1, length]) for x, length in pairs))
+
     *groups, rows, cols = _shape(node)
     dims = (*((Atom(GROUP, group),) for group in groups), (Atom(LEFT, rows),), (Atom(RIGHT, cols),))
-    return Contraction((a, b), full, dims, factors)
+    return Contraction((a, b), full, dims, factors, sides)
 
 
 def _is_one(length: Any) -> bool:
@@ -226,7 +254,14 @@ def grouped_mm(node: fx.Node) -> Contraction:
 
     if len(_shape(a)) != 2 or len(_shape(b)) != 2:
         return Contraction((a, b), full)
-    return Contraction((a, b), full, _stack(_shape(node)), lambda: _by_expert(a, b, offs, transposed=True))
+    at = a, b, offs
+    return Contraction(
+        (a, b),
+        full,
+        _stack(_shape(node)),
+        lambda: _by_expert(*at, turned=True),
+        lambda: _sides_by_expert(*at, turned=True),
+    )
 
 
 def grouped_rows(node: fx.Node) -> Contraction:
@@ -241,8 +276,15 @@ def grouped_rows(node: fx.Node) -> Contraction:
         return emit(graph, operator.getitem, emit(graph, node.target, squares[0], stack, offs, squares[1]), 1)
 
     shape = node.meta["val"][1].shape
-    factors = _stack(shape), lambda: _by_expert(rows, grad, offs, transposed=False)
-    return Contraction((rows, grad), full, *factors, positions=((0,), (0,)))
+    at = rows, grad, offs
+    return Contraction(
+        (rows, grad),
+        full,
+        _stack(shape),
+        lambda: _by_expert(*at, turned=False),
+        lambda: _sides_by_expert(*at, turned=False),
+        positions=((0,), (0,)),
+    )
 
 
 def _stack(shape: torch.Size) -> tuple[tuple[Atom, ...], ...]:
@@ -250,16 +292,25 @@ def _stack(shape: torch.Size) -> tuple[tuple[Atom, ...], ...]:
     return tuple((Atom(axis, length),) for axis, length in zip((GROUP, LEFT, RIGHT), shape, strict=True))
 
 
-def _by_expert(a: fx.Node, b: fx.Node, offs: fx.Node, *, transposed: bool) -> Factors:
-    """Sums of the squares of ``a`` [N, P], or [P, N] if transposed, and ``b`` [N, Q] over each expert's positions."""
+def _by_expert(a: fx.Node, b: fx.Node, offs: fx.Node, *, turned: bool) -> Factors:
+    """Sums of the squares of ``a`` [N, P], or [P, N] if turned, and ``b`` [N, Q] over each expert's positions."""
     graph, member = b.graph, _membership(b, offs)
     weights = to_float(member)
     # Rows of no expert hold whatever memory held, and 0 * nan is nan: zero them before the sum.
     known = emit(graph, aten.unsqueeze.default, emit(graph, aten.any.dim, member, 0), 1)
     zero = constant(a, [], 0)
-    rows = [square(emit(graph, aten.permute.default, a, [1, 0]) if transposed else a), square(b)]
+    rows = [square(emit(graph, aten.permute.default, a, [1, 0]) if turned else a), square(b)]
     left, right = (emit(graph, aten.mm.default, weights, emit(graph, aten.where.self, known, r, zero)) for r in rows)
     return Factors(left, right, emit(graph, aten.sum.dim_IntList, weights, [1]))
+
+
+def _sides_by_expert(a: fx.Node, b: fx.Node, offs: fx.Node, *, turned: bool) -> Sides:
+    """The rows of ``a`` and ``b``, as in `_by_expert`, once an expert, zero where they are another's."""
+    graph, zero = b.graph, constant(b, [], 0)
+    member = emit(graph, aten.unsqueeze.default, _membership(b, offs), 2)
+    rows = [emit(graph, aten.permute.default, a, [1, 0]) if turned else a, b]
+    stacked = [emit(graph, aten.unsqueeze.default, to_float(row), 0) for row in rows]
+    return Sides(*(emit(graph, aten.where.self, member, row, zero) for row in stacked))
 
 
 def _membership(positions: fx.Node, offs: fx.Node) -> fx.Node:
@@ -310,12 +361,41 @@ def convolution(node: fx.Node) -> Contraction:
         left, right = (emit(graph, aten.reshape.default, vector, shape) for vector in (left, right))
         return Factors(left, right, constant(left, [groups], *(size(by_row, dim) for dim in dims)))
 
+    def sides() -> Sides:
+        return Sides(_pixels(by_row, groups), _windows(by_col, node, groups))
+
     if isinstance(groups, fx.Node):  # as many as the batch: a kernel for each sample, which no weight has for its own
-        return Contraction((g, x), full)
+        return Contraction((by_row, by_col), full)
     rows, *cols = _shape(weight)
     inner = 1
     right_dims: list[tuple[Atom, ...]] = []
     for length in reversed(cols):
         right_dims.insert(0, (Atom(RIGHT, length, inner),))
         inner *= length
-    return Contraction((g, x), full, ((Atom(GROUP, groups), Atom(LEFT, rows // groups)), *right_dims), factors)
+    return Contraction(
+        (by_row, by_col), full, ((Atom(GROUP, groups), Atom(LEFT, rows // groups)), *right_dims), factors, sides
+    )
+
+
+def _pixels(x: fx.Node, groups: int) -> fx.Node:
+    """[B, groups * P, *spatial] as [groups, B * spatial, P]."""
+    graph, rank = x.graph, len(_shape(x))
+    last = emit(graph, aten.permute.default, to_float(x), [0, *range(2, rank), 1])
+    split = emit(graph, aten.reshape.default, last, [-1, groups, _shape(x)[1] // groups])
+    return emit(graph, aten.permute.default, split, [1, 0, 2])
+
+
+def _windows(x: fx.Node, node: fx.Node, groups: int) -> fx.Node:
+    """What a convolution's kernel sees of ``x`` [B, groups * Q, *spatial], as [groups, B * places, Q * kernel]."""
+    weight, _, stride, padding, dilation = arguments(node)[2:7]
+    graph, kernel = x.graph, _shape(weight)[2:]
+    each = [list(given) * (len(kernel) // len(given)) for given in (stride, padding, dilation)]
+    pads = [pad for length in reversed(each[1]) for pad in (length, length)]
+    seen = emit(graph, aten.constant_pad_nd.default, to_float(x), pads)
+    for dim, (length, step, _, apart) in enumerate(zip(kernel, *each, strict=True), 2):
+        seen = emit(graph, aten.unfold.default, seen, dim, (length - 1) * apart + 1, step)
+        seen = emit(graph, aten.slice.Tensor, seen, -1, 0, None, apart)
+    rank = len(kernel)
+    seen = emit(graph, aten.permute.default, seen, [0, *range(2, 2 + rank), 1, *range(2 + rank, 2 + 2 * rank)])
+    split = emit(graph, aten.reshape.default, seen, [-1, groups, _shape(x)[1] // groups * math.prod(kernel)])
+    return emit(graph, aten.permute.default, split, [1, 0, 2])

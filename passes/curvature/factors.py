@@ -9,8 +9,9 @@ as atoms of the group, left and right index, to see that the weight viewed as [G
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -22,16 +23,16 @@ from lotion_fx.passes.ops import PERMUTES, RESHAPES, SCALED, UNSIGNED
 
 aten = torch.ops.aten
 Dims = tuple[tuple[Atom, ...], ...]
+Parts = TypeVar("Parts", bound=tuple[fx.Node, ...])
 SCATTERS = {aten.index_put.default, aten.index_add.default}
 
 
 def factored(path: Path, layout: Layout) -> Factors:
     """Rows [G, R], columns [G, C] and norm [G], float32, with h = rows * columns / norm."""
-    dims = _track(path)
-    swapped = _orientation(dims, layout) if dims else None
+    swapped = orientation(path, layout)
     if swapped is None:
         return _marginals(squares(path), layout)
-    left, right, count = _sums(path)
+    left, right, count = summed(path, _factors_at, scales=1)
     rows, cols = (right, left) if swapped else (left, right)
     groups, per_group, columns = layout.factors
     graph = rows.graph
@@ -52,8 +53,13 @@ def _marginals(h: fx.Node, layout: Layout) -> Factors:
     return Factors(rows, cols, emit(graph, aten.sum.dim_IntList, rows, [1]))
 
 
-def _orientation(dims: Dims, layout: Layout) -> bool | None:
-    """Whether the layout's rows are the contraction's right index; None where the layout is neither way."""
+def orientation(path: Path, layout: Layout) -> bool | None:
+    """Whether the layout's rows are the contraction's right index; None where a step mixes them or neither way fits."""
+    dims = _track(path)
+    return _oriented(dims, layout) if dims else None
+
+
+def _oriented(dims: Dims, layout: Layout) -> bool | None:
     atoms = [atom for dim in dims for atom in dim if not _single(atom)]
     if not all(isinstance(atom.size, int) for atom in atoms):
         return None
@@ -89,25 +95,39 @@ def _track(path: Path) -> Dims | None:
     return _scatter_groups(dims, node) if node.target in SCATTERS else None
 
 
-def _sums(path: Path) -> Factors:
-    """Emits the factors of a path that can be tracked."""
+def _factors_at(path: Path) -> Factors:
+    """The factors of the end of a path that can be tracked."""
+    assert path.contraction and path.contraction.factors
+    return path.contraction.factors()
+
+
+def summed(path: Path, at_end: Callable[[Path], Parts], scales: int) -> Parts:
+    """What the ends of a tracked path have, with what the path does to the gradient done to it.
+
+    Args:
+        path: that `orientation` knows.
+        at_end: emits the parts at one end, nodes whose first dimension is the group.
+        scales: how many of the parts, from the first on, grow with the gradient's square.
+    """
     node, graph = path.node, path.node.graph
-    if path.contraction and path.contraction.factors:
-        return path.contraction.factors()
-    first, *rest = [_sums(child) for child in _nonzero(path)]
+    if path.contraction:
+        return at_end(path)
+    first, *rest = [summed(child, at_end, scales) for child in _nonzero(path)]
+    kind: Any = type(first)
     for other in rest:
-        first = Factors(*(emit(graph, aten.add.Tensor, a, b) for a, b in zip(first, other, strict=True)))
+        first = kind(*(emit(graph, aten.add.Tensor, a, b) for a, b in zip(first, other, strict=True)))
     if node.target in SCALED:
-        left = emit(graph, node.target, emit(graph, node.target, first.left, _scale(path)), _scale(path))
-        return first._replace(left=left)
+        factor = _scale(path)
+        grown = [emit(graph, node.target, emit(graph, node.target, x, factor), factor) for x in first[:scales]]
+        return kind(*grown, *first[scales:])
     if node.target is aten.sum.dim_IntList:
-        return Factors(*(emit(graph, aten.sum.dim_IntList, part, [0], True) for part in first))
+        return kind(*(emit(graph, aten.sum.dim_IntList, part, [0], True) for part in first))
     if node.target in SCATTERS:
         index = emit(graph, aten.reshape.default, _index(node), [-1])
         base = [node.meta["val"].shape[0]]
         zeros = [filled(part, base + list(part.meta["val"].shape[1:]), 0.0, None) for part in first]
         put = aten.index_put.default
-        return Factors(*(emit(graph, put, zero, [index], part, True) for zero, part in zip(zeros, first, strict=True)))
+        return kind(*(emit(graph, put, zero, [index], part, True) for zero, part in zip(zeros, first, strict=True)))
     return first
 
 

@@ -9,6 +9,7 @@ function of the weight itself, proves the op linear in the weight. What ends any
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from lotion_fx.passes.attach.probe import Code, Layout
 from lotion_fx.passes.curvature.contraction import after, arguments, bound, constant, emit
 from lotion_fx.passes.curvature.factors import factored
 from lotion_fx.passes.curvature.joint import JointGraph, Uses
+from lotion_fx.passes.curvature.kronecker import kronecker
 from lotion_fx.passes.curvature.loss_count import loss_count
 from lotion_fx.passes.curvature.path import Path, Stop, find_path, squares
 from lotion_fx.passes.registered import settle
@@ -75,7 +77,7 @@ def resolve_curvature(graph: fx.Graph) -> list[Resolution]:
     count = loss_count(joint, uses, ends)
     resolutions: list[Resolution] = []
     for node, item in zip(targets, found, strict=True):
-        resolution = _resolution(node, item, count)
+        resolution = _resolution(node, item, count, joint.backward)
         node.replace_all_uses_with(resolution.vector)
         resolutions.append(resolution)
     graph.eliminate_dead_code()
@@ -93,7 +95,7 @@ def _find(joint: JointGraph, uses: Uses, node: fx.Node) -> Path | Stop:
         return stop
 
 
-def _resolution(node: fx.Node, found: Path | Stop, count: fx.Node | None) -> Resolution:
+def _resolution(node: fx.Node, found: Path | Stop, count: fx.Node | None, gradients: Collection[fx.Node]) -> Resolution:
     """Emits the probe vector that takes the node's place: payload, calls = 1, code, loss count."""
     grad, layout = arguments(node)[0], _layout(node)
     kind = layout.kind
@@ -102,7 +104,7 @@ def _resolution(node: fx.Node, found: Path | Stop, count: fx.Node | None) -> Res
     if isinstance(found, Path) and kind != "none":
         # Here and not where T is known, which may be the end of the pass: the path's operands need not be kept so long.
         with node.graph.inserting_before(node):
-            payload, code = _payload(found, layout), Code.ANALYTIC
+            payload, code = _payload(found, layout, gradients)
         names = [_name(end.below or end.node) for end in found.ends()]
         op, uses = "+".join(dict.fromkeys(names)), len(names)
     elif kind != "none":
@@ -122,9 +124,15 @@ def _layout(node: fx.Node) -> Layout:
     return Layout(kind, tuple(grad.meta["val"].shape), *rest)
 
 
-def _payload(path: Path, layout: Layout) -> list[fx.Node]:
-    parts = [squares(path)] if layout.kind == "full" else factored(path, layout)
-    return [emit(path.node.graph, aten.reshape.default, part, [-1]) for part in parts]
+def _payload(path: Path, layout: Layout, gradients: Collection[fx.Node]) -> tuple[list[fx.Node], Code]:
+    """The parts of a probe before its header, flat, and how they were made."""
+    if layout.kind == "kronecker":
+        parts = kronecker(path, layout, gradients)
+        if parts is None:
+            return [constant(path.node, [layout.payload], 0)], Code.MIXED_SIDES
+    else:
+        parts = [squares(path)] if layout.kind == "full" else list(factored(path, layout))
+    return [emit(path.node.graph, aten.reshape.default, part, [-1]) for part in parts], Code.ANALYTIC
 
 
 def _name(node: fx.Node) -> str:

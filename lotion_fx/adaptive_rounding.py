@@ -1,0 +1,228 @@
+"""`round_`: a transformed model's weights, rounded for good and so that the loss suffers least."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lotion_fx.compiling import joint_vectors
+from lotion_fx.deploy.weights import checked_values
+from lotion_fx.estimate import quantized_in
+from lotion_fx.kept_weights import KeptWeights
+from lotion_fx.loss_graph import LossFunction, LossGraph, listed, loss_graph
+from lotion_fx.numerics.adaptive import METHODS, Curvature, Rounded, adaptive, fixed_point
+from lotion_fx.numerics.formats import Format
+from lotion_fx.passes.attach.attach import LATENT, Plan
+from lotion_fx.passes.attach.probe import SIDE, Code, Header, Layout
+from lotion_fx.progress import with_a_bar
+from lotion_fx.scalars import check_number
+from lotion_fx.state import Weight, names_of
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """What became of one weight.
+
+    Args:
+        name, format: of the weight.
+        method: what rounded it: ``"two_sided"``, ``"gptq"`` or ``"nearest"``.
+        share: its curvature's cost as a share of that of rounding to nearest; nan where no curvature is known.
+        why: it was not rounded by the method that was asked for; empty where it was.
+    """
+
+    name: str
+    format: str
+    method: str
+    share: float
+    why: str
+
+
+@dataclass(frozen=True)
+class AdaptiveRounding:
+    """What `round_` did. ``str()`` is a table.
+
+    Args:
+        weights: each of the model's quantized weights.
+        latent, nearest, rounded: the mean loss of the batches, before, with all weights rounded to nearest, and now.
+    """
+
+    weights: tuple[RoundedWeight, ...]
+    latent: float
+    nearest: float
+    rounded: float
+
+    def __str__(self) -> str:
+        rows = [
+            [w.name, w.format, w.method, "" if math.isnan(w.share) else f"{w.share:.1%}", w.why] for w in self.weights
+        ]
+        headers = ["parameter", "format", "method", "cost of nearest's", "why not as asked"]
+        table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None, None, None, None, 60])
+        return (
+            f"{table}\nloss of the batches: {self.latent:.6g} before, {self.nearest:.6g} rounded to nearest, "
+            f"{self.rounded:.6g} now"
+        )
+
+
+@torch.no_grad()
+def round_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFunction | None = None,
+    *,
+    method: str = "two_sided",
+    memory: float = 4.0,
+    folder: str | Path | None = None,
+) -> AdaptiveRounding:
+    """Rounds a transformed model's weights in place, once trained, so that the loss suffers least.
+
+    Each weight's errors are made to cancel in its curvature ``B (x) A``, which is read off the graph of the loss on
+    ``batches``: one forward and one backward pass each, at the weights as they are, in ``eval()`` mode. The weights
+    then are points of their formats: `eval()`, `quantized`, `quantize` and `export` take them as they are, bit for bit.
+    So does whatever loads them from a ``state_dict``, for rounded to nearest they stay the same. To train on would move
+    them. Weights whose gradient shows no matrices are rounded to nearest, and the table says why.
+
+    It talks to no other process: under DistributedDataParallel call it in one and export there, or in all with the same
+    batches.
+
+    Args:
+        model: transformed and trained.
+        batches: some eight of the training data, as `expected_loss` takes them.
+        loss_fn: as `expected_loss` takes it.
+        method: ``"two_sided"`` (the errors of a weight's rows and columns), ``"gptq"`` (of the dimension that products
+            sum over, as GPTQ) or ``"nearest"``. A weight takes the cheapest of those up to this one.
+        memory: GiB that curvatures may take at a time; more weights than fit are done in turns, each of which passes
+            over the batches again.
+        folder: where finished weights are kept until all are done, so that a call that was interrupted goes on from
+            there; None keeps nothing.
+
+    Returns:
+        What became of each weight. Until it returns the model is as it was.
+
+    Raises:
+        ValueError: the model is not under lotion_fx or is sharded; no batches; a loss or batch that `expected_loss`
+            refuses; values that are no finite numbers; a format that cannot keep what is rounded to it.
+        TypeError: the batches are one batch.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+    check_number("memory", memory, lambda x: x > 0, "a number of GiB above 0")
+    names, given = names_of(model), listed(batches)
+    graphs = [loss_graph(model, batch, loss_fn) for batch in with_a_bar("tracing the loss", given, len(given))]
+    in_loss = quantized_in(graphs[0], names)
+    selected = {name: weight for weight, name in names.items() if weight.selected}
+    latent = {name: _checked(name, weight) for name, weight in selected.items()}
+    kept = KeptWeights(folder, method, given)
+    done = {name: known for name in in_loss if (known := kept.load(name, selected[name], latent[name])) is not None}
+    why: dict[str, str] = {}
+    for turn in _turns({n: w for n, w in in_loss.items() if n not in done and method != "nearest"}, memory * GIB / 4):
+        curvatures = _curvatures(graphs, turn, why)
+        for name, curvature in with_a_bar("rounding weights", curvatures.items(), len(curvatures)):
+            weight = turn[name]
+            done[name] = adaptive(latent[name], *_format(weight), weight.layout.factors, curvature, method)
+            kept.save(name, weight, latent[name], done[name])
+    for name, weight in selected.items():
+        if name not in done:
+            why.setdefault(name, "the loss does not depend on it")
+            done[name] = Rounded(fixed_point(latent[name], *_format(weight)), "nearest", math.nan, math.nan)
+    losses = _losses(graphs, in_loss, done)
+    if losses[2] > losses[1]:
+        warnings.warn(
+            f"round_: the batches' loss of {losses[2]:.4g} is above the {losses[1]:.4g} of rounding to nearest. If the "
+            "loss has nearly vanished or rounding costs very much, its gradients say little of what rounding costs; "
+            "more batches, of data that the model does not fit as well, may help, or method='nearest'",
+            stacklevel=2,
+        )
+    for name, rounded in done.items():
+        latent[name].copy_(rounded.values)
+    kept.clear(list(selected))
+    rows = [_row(name, weight, done[name], method, why.get(name, "")) for name, weight in selected.items()]
+    return AdaptiveRounding(tuple(rows), *losses)
+
+
+def _checked(name: str, weight: Weight) -> Tensor:
+    parameter = checked_values(name, weight)
+    if isinstance(parameter, DTensor):
+        raise ValueError(
+            f"model: {name!r} is sharded; round_ needs whole weights: load them into a model in one process"
+        )
+    return parameter
+
+
+def _format(weight: Weight) -> tuple[Format, int]:
+    assert weight.format is not None
+    return weight.format, weight.axis
+
+
+def _layout(weight: Weight) -> Layout:
+    return replace(weight.layout, kind="kronecker")
+
+
+def _turns(weights: Mapping[str, Weight], most: float) -> Iterator[dict[str, Weight]]:
+    """The weights, as many at a time as have no more than so many values of curvature together, and at least one."""
+    turn: dict[str, Weight] = {}
+    size = 0
+    for name, weight in weights.items():
+        payload = _layout(weight).payload
+        if turn and size + payload > most:
+            yield turn
+            turn, size = {}, 0
+        turn[name] = weight
+        size += payload
+    if turn:
+        yield turn
+
+
+def _curvatures(
+    graphs: Sequence[LossGraph], weights: Mapping[str, Weight], why: dict[str, str]
+) -> dict[str, Curvature]:
+    """The curvature of each weight that has one, summed over the batches; ``why`` is told of the others."""
+    at = {list(graphs[0].parameters).index(name): name for name in weights}
+    plans = {i: Plan(LATENT, weights[name].quantizer, _layout(weights[name])) for i, name in at.items()}
+    sums: dict[str, Tensor] = {}
+    known: dict[Any, Any] = {}
+    for graph in with_a_bar("curvatures", graphs, len(graphs)):
+        vectors = joint_vectors(graph.gm, graph.inputs({}), plans, [lambda outputs: outputs[0]], known)
+        for i, (vector, _) in vectors.items():
+            sums[at[i]] = sums[at[i]] + vector if at[i] in sums else vector
+    found = {}
+    for name, vector in sums.items():
+        layout = _layout(weights[name])
+        code, curvature = Header.of(vector).common_code, Curvature(*layout.matrices(vector))
+        if code is not Code.ANALYTIC:
+            why[name] = code.reason
+        elif not vector[: layout.payload].isfinite().all():
+            raise ValueError(f"batches: the gradient of their loss by {name!r} holds values that are no finite numbers")
+        else:
+            found[name] = curvature
+            if None in curvature:
+                why[name] = f"more than {SIDE} rows or columns, which get no matrix"
+    return found
+
+
+def _losses(
+    graphs: Sequence[LossGraph], weights: Mapping[str, Weight], done: Mapping[str, Rounded]
+) -> tuple[float, float, float]:
+    """The mean loss of the batches at latent, nearest and adaptively rounded weights."""
+    nearest = {name: weight.quantizer.rtn(graphs[0].parameters[name]) for name, weight in weights.items()}
+    at: list[dict[str, Tensor]] = [{}, nearest, {name: done[name].values for name in weights}]
+    latent, rtn, rounded = (statistics.fmean(float(graph.loss(changed)) for graph in graphs) for changed in at)
+    return latent, rtn, rounded
+
+
+def _row(name: str, weight: Weight, rounded: Rounded, asked: str, why: str) -> RoundedWeight:
+    share = rounded.cost / rounded.nearest if rounded.nearest > 0 else math.nan
+    if rounded.method != asked and not why:
+        why = f"it costs least by {rounded.method!r}"
+    return RoundedWeight(name, _format(weight)[0].name, rounded.method, share, why if rounded.method != asked else "")

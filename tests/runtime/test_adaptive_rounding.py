@@ -1,0 +1,235 @@
+"""`round_`: whole models, what it refuses, and that what it made is what is deployed, wherever it goes."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lotion_fx
+from lotion_fx import adaptive_rounding
+from lotion_fx.numerics.adaptive import Curvature, adaptive
+from lotion_fx.numerics.formats import resolve
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3, stride=2)
+        self.hidden = nn.Linear(6 * 9, 20)
+        self.head, self.other = nn.Linear(20, 5), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.relu(self.hidden(torch.relu(self.conv(x)).flatten(1)))
+        return self.head(hidden), self.other(hidden)
+
+
+def loss_of(out: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+    return F.cross_entropy(out[0], y)
+
+
+def batches(count: int = 2, seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    templates = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(9))
+    found = []
+    for _ in range(count):
+        y = torch.randint(5, (64,), generator=generator)
+        found.append((templates[y] + 4 * torch.randn(64, 1, 8, 8, generator=generator), y))
+    return found
+
+
+def trained(fmt: str = "int3", steps: int = 60, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = lotion_fx.transform(Net(), fmt, method="ptq", inner="eager", **options)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for x, y in batches(steps, seed=1):
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", ["two_sided", "gptq"])
+def test_the_loss_suffers_less(method: Any) -> None:
+    model = trained("int2")
+    unseen = batches(20, seed=3)
+    done = lotion_fx.round_(model, batches(4), loss_of, method=method)
+    assert done.rounded < done.nearest and method in {w.method for w in done.weights}
+    losses = [sum(float(loss_of(m.eval()(x), y).detach()) for x, y in unseen) for m in (model, trained("int2"))]
+    assert losses[0] < losses[1]
+
+
+def test_where_it_does_not_help_it_says_so() -> None:
+    """The gradients of a loss that has vanished say little of its curvature."""
+    model = trained("int2")
+    x, _ = batches(1)[0]
+    easy = model(x)[0].argmax(1)
+    with pytest.warns(UserWarning, match=r"round_: .* is above .* of rounding to nearest"):
+        lotion_fx.round_(model, [(x, easy)], lambda out, y: loss_of((50 * out[0], out[1]), y))
+
+
+def test_the_losses_are_those_of_the_models() -> None:
+    model, given = trained(), batches()
+    done = lotion_fx.round_(copy.deepcopy(model), given, loss_of)
+
+    def loss() -> float:
+        return sum(float(loss_of(model.eval()(x), y).detach()) for x, y in given) / len(given)
+
+    assert done.nearest == pytest.approx(loss(), rel=1e-5)
+    with lotion_fx.full_precision(model):
+        assert done.latent == pytest.approx(loss(), rel=1e-5)
+    lotion_fx.round_(model, given, loss_of)
+    assert done.rounded == pytest.approx(loss(), rel=1e-5)
+
+
+def test_each_layer_has_the_curvature_of_its_own_inputs_and_gradients() -> None:
+    """A linear layer, by hooks on a plain model."""
+    model, given = trained("nvfp4"), batches()
+    plain = Net()
+    plain.load_state_dict(model.state_dict())
+    met: dict[str, Tensor] = {}
+    plain.hidden.register_forward_hook(lambda m, args, out: met.update(x=args[0].detach()))
+    plain.hidden.register_full_backward_hook(lambda m, grads, outs: met.update(g=outs[0]))
+    a, b = torch.zeros(54, 54, dtype=torch.float64), torch.zeros(20, 20, dtype=torch.float64)
+    for x, y in given:
+        loss_of(plain(x), y).backward()
+        g, inputs = met["g"].double(), met["x"].double()
+        a += (inputs * g.square().sum(1, keepdim=True)).T @ inputs
+        b += g.T @ g
+    latent = model.get_parameter("hidden.weight").detach().clone()
+    lotion_fx.round_(model, given, loss_of)
+    expected = adaptive(latent, resolve("nvfp4"), 1, (1, 20, 54), Curvature(b[None], a[None]))
+    assert expected.method == "two_sided"
+    assert (model.get_parameter("hidden.weight") == expected.values).float().mean() > 0.99  # float32 may tip one
+
+
+def test_what_was_rounded_is_what_is_deployed() -> None:
+    model = trained("nvfp4")
+    lotion_fx.round_(model, batches(), loss_of)
+    made = weights(model)
+    x = batches(1)[0][0]
+    with lotion_fx.full_precision(model):
+        latent = model.eval()(x)
+    assert torch.equal(model(x)[0], latent[0])
+    for name, weight in lotion_fx.quantized(model).items():
+        assert torch.equal(weight.dequantize(), made[name])
+    loaded = lotion_fx.transform(Net(), "nvfp4", inner="eager")
+    loaded.load_state_dict(model.state_dict())
+    for other in (copy.deepcopy(model), loaded, lotion_fx.quantize(copy.deepcopy(model))):
+        assert torch.equal(other.eval()(x)[0], latent[0])
+
+
+def test_an_export_holds_it(tmp_path: Path) -> None:
+    model = trained("nvfp4/pow2")
+    lotion_fx.round_(model, batches(), loss_of)
+    lotion_fx.export(model, tmp_path / "out")
+    held = lotion_fx.load(tmp_path / "out", model=Net(), packed=False)
+    assert all(torch.equal(value, weights(model)[name]) for name, value in held.state_dict().items())
+
+
+def test_it_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, whole, given = trained(), trained(), batches()
+    lotion_fx.round_(whole, given, loss_of)
+    before, calls = weights(model), []
+
+    def breaks(w: Tensor, *args: Any) -> Any:
+        calls.append(w)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return adaptive(w, *args)
+
+    monkeypatch.setattr(adaptive_rounding, "adaptive", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        lotion_fx.round_(model, given, loss_of, folder=tmp_path / "kept")
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    lotion_fx.round_(model, given, loss_of, folder=tmp_path / "kept")
+    assert len(calls) == 4  # two that were kept, one that was interrupted, and the one again
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(model).items())
+    assert not (tmp_path / "kept").exists()
+
+
+def test_other_weights_or_batches_are_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained()
+    monkeypatch.setattr(adaptive_rounding, "_losses", lambda *args: 1 / 0)  # after all weights are kept
+    for given, folder in ((batches(), "a"), (batches(seed=5), "a")):
+        with pytest.raises(ZeroDivisionError):
+            lotion_fx.round_(model, given, loss_of, folder=tmp_path / folder)
+    monkeypatch.undo()
+    fresh = trained()
+    lotion_fx.round_(fresh, batches(), loss_of)
+    lotion_fx.round_(model, batches(), loss_of, folder=tmp_path / "a")
+    assert all(torch.equal(value, weights(fresh)[name]) for name, value in weights(model).items())
+
+
+def test_a_damaged_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained()
+    monkeypatch.setattr(adaptive_rounding, "_losses", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lotion_fx.round_(model, batches(), loss_of, folder=tmp_path)
+    damaged = sorted(tmp_path.iterdir())[0]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"folder: .*{damaged.name} cannot be read.*delete it"):
+        lotion_fx.round_(model, batches(), loss_of, folder=tmp_path)
+
+
+def test_memory_only_makes_turns() -> None:
+    model, other = trained(), trained()
+    lotion_fx.round_(model, batches(), loss_of)
+    lotion_fx.round_(other, batches(), loss_of, memory=1e-7)
+    assert all(torch.equal(value, weights(other)[name]) for name, value in weights(model).items())
+
+
+def test_the_table_accounts_for_every_weight() -> None:
+    model = trained()
+    done = lotion_fx.round_(model, batches(), loss_of)
+    (left_out,) = [w for w in done.weights if w.method == "nearest"]
+    assert (left_out.name, left_out.why) == ("other.weight", "the loss does not depend on it")
+    assert {w.name for w in done.weights} == {n for n, p in model.named_parameters() if p.dim() > 1}
+    assert "hidden.weight" in str(done) and "two_sided" in str(done) and f"{done.rounded:.6g} now" in str(done)
+
+
+class Squared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.weight)
+
+
+def test_a_weight_that_is_not_linear_is_rounded_to_nearest() -> None:
+    model = lotion_fx.transform(Squared(), "int4", only={"weight": "int4"}, inner="eager")
+    near = lotion_fx.rounding.rtn(model.weight.detach(), resolve("int4"), -1)  # type: ignore[arg-type]
+    x = torch.randn(30, 8)
+    done = lotion_fx.round_(model, [(x, torch.randint(5, (30,)))], F.cross_entropy)
+    assert torch.equal(model.weight, near) and done.weights[0].method == "nearest"  # type: ignore[arg-type]
+    assert "nonlinearly" in done.weights[0].why
+
+
+def test_bad_arguments() -> None:
+    model, given = trained(steps=2), batches(1)
+    cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (ValueError, "method='best': expected one of two_sided, gptq, nearest", {"method": "best"}),
+        (ValueError, "memory=0: expected a number of GiB above 0", {"memory": 0}),
+        (ValueError, "batches: expected at least one batch", {"batches": []}),
+        (TypeError, "of a single one, \\[batch\\]", {"batches": given[0][0]}),
+        (ValueError, "batch: expected \\(inputs, targets\\)", {"batches": [given[0][0]]}),
+    ]
+    for kind, words, changed in cases:
+        with pytest.raises(kind, match=words):
+            lotion_fx.round_(**{"model": model, "batches": given, "loss_fn": loss_of, **changed})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not under lotion_fx"):
+        lotion_fx.round_(Net(), given, loss_of)
+    with torch.no_grad():
+        model.get_parameter("head.weight")[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="'head.weight' has values that are no finite numbers"):
+        lotion_fx.round_(model, given, loss_of)
