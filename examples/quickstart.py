@@ -399,7 +399,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds 0, 1, ...")] = 1,
     steps: Annotated[int | None, typer.Option(min=10, help="Training steps [default: 600; 200 with --quick].")] = None,
     methods: Annotated[str | None, typer.Option(callback=_known_methods, help=f"Some of {','.join(METHODS)}.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and methods, no C++ compiled.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, windows and methods, no C++ compiled.")] = False,
     rows_to: Annotated[Path | None, typer.Option("--json", callback=in_a_folder, help="Write a row per run.")] = None,
     plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = PLOT,
 ) -> None:
@@ -413,7 +413,7 @@ def main(
     text, unseen = tokens(training), tokens(validation)
     typer.echo(f"{len(text) / 1e6:.1f} MB to train on, {len(unseen) / 1e6:.1f} MB held out; {fmt}, {steps} steps")
 
-    bench = Bench(fmt, steps, inner, text, spread_windows(unseen))
+    bench = Bench(fmt, steps, inner, text, spread_windows(unseen, WINDOWS // 4 if quick else WINDOWS))
     rows: list[Row] = []
     curves: dict[str, list[Curve]] = {name: [] for name in names}
     for seed in range(seeds):
