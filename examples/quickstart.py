@@ -5,7 +5,7 @@ differs, and a second one, `lotion_fx.round_`, where the weights are rounded ada
 validation loss at the weights one would deploy, less that of full precision at the same seed. Full precision is trained
 once a seed, and methods that begin by plain training go on from there.
 
-    python examples/quickstart.py                # all methods at NVFP4
+    python examples/quickstart.py                # NVFP4
     python examples/quickstart.py --quick        # a smoke run, too short to rank the methods
     python examples/quickstart.py --fmt int4/tensor --seeds 3 --json rows.json
 """
@@ -59,6 +59,7 @@ LABELS = {
 # Rounded to nearest each method is a row; these are rows more, by `lotion_fx.round_`.
 ROUNDINGS = {"ptq": ("gptq", "two_sided"), "lotion": ("two_sided",), "lotion_finish": ("two_sided",)}
 ROUNDING_LABELS = {"gptq": "+ GPTQ", "two_sided": "+ two-sided rounding"}
+DEFAULT_METHODS = "ptq,ste_scale,ste_from_fp,lotion,lotion_finish"
 QUICK_METHODS = "ptq,ste_scale,lotion_finish"
 
 VOCAB = 96  # printable ASCII and newline
@@ -398,7 +399,9 @@ def main(
     fmt: Annotated[str, typer.Option(callback=known_format, help="Number format of the Linear weights.")] = "nvfp4",
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds 0, 1, ...")] = 1,
     steps: Annotated[int | None, typer.Option(min=10, help="Training steps [default: 600; 200 with --quick].")] = None,
-    methods: Annotated[str | None, typer.Option(callback=_known_methods, help=f"Some of {','.join(METHODS)}.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(callback=_known_methods, help=f"Some of {','.join(METHODS)} [default: all but ste].")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, windows and methods, no C++ compiled.")] = False,
     rows_to: Annotated[Path | None, typer.Option("--json", callback=in_a_folder, help="Write a row per run.")] = None,
     plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = PLOT,
@@ -407,7 +410,7 @@ def main(
     torch.set_num_threads(1)  # so small a model gains nothing from more, and suffers from them on a busy machine
     steps = steps or (200 if quick else 600)
     inner = "aot_eager" if quick else "inductor"  # the same graphs: Inductor's code is faster, and slow to compile
-    chosen = (methods or (QUICK_METHODS if quick else ",".join(METHODS))).split(",")
+    chosen = (methods or (QUICK_METHODS if quick else DEFAULT_METHODS)).split(",")
     names = list(dict.fromkeys(["ptq", *chosen]))  # its latent run is what all are compared with
     training, validation = split_files(source_files(Path(sysconfig.get_paths()["stdlib"])))
     text, unseen = tokens(training), tokens(validation)

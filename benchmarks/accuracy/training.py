@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import lotion_fx
 from accuracy.deployment import formats, holding
-from accuracy.lsq import RATE, deployed_state, learn_scales, scales_of
+from accuracy.lsq import deployed_state, learn_scales, rate, scales_of
 from accuracy.recipes import RECIPES, Recipe
 from accuracy.text import Text
 from lotion_fx.examples.forking import Checkpoint, after_plain
@@ -123,7 +123,7 @@ class Trainings:
         latent = dict(model.named_parameters())
         learn_scales(model, formats(self.setting, fork.model, fmt))
         optimizer = self.setting.optimizer([{"params": [*latent.values()]}, {"params": scales_of(model)}])
-        optimizer.param_groups[1]["lr"] *= RATE
+        optimizer.param_groups[1]["lr"] *= rate(lotion_fx.resolve(fmt))
         fork.resume(optimizer, latent.values())
         model.compile(backend=self.setting.inner)
         seconds = self._fit(f"{fmt}, {recipe.label}", model, seed, optimizer, begin, lambda _: None)
