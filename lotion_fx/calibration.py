@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lotion_fx.estimate import Estimate, estimate
+from lotion_fx.estimate import Estimate, check_rounds, estimate
 from lotion_fx.loss_graph import LossFunction, listed
 from lotion_fx.passes.moments.certificate import EXACT
 from lotion_fx.scalars import check_count, check_generator
@@ -64,6 +64,7 @@ def calibrate(
         check_count("every", every, 1, "a number of optimizer steps, or None to calibrate at once")
     check_generator(generator)
     names = {name: weight for weight, name in names_of(model).items()}
+    check_rounds("calibrate", names.values())
     smoothings = smoothings_of(model)
     tallies = [smoothing.tally for smoothing in smoothings]
     if every is not None and not any(t.calibrated is None or t.steps - t.calibrated >= every for t in tallies):

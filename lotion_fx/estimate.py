@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -182,6 +182,20 @@ def quantized_in(graph: LossGraph, names: Mapping[Weight, str]) -> dict[str, Wei
     if not weights:
         raise ValueError("model: no weight of it is quantized, so nothing is random; see lotion_fx.report(model)")
     return weights
+
+
+def check_rounds(what: str, weights: Iterable[Weight]) -> None:
+    """Refuses to sample roundings whose variance is not the law's.
+
+    Args:
+        what: asks for them, as the user wrote it.
+    """
+    for noise in {weight.smoothing.settings.noise for weight in weights}:
+        if not noise.rounds:
+            raise ValueError(
+                f"{what}: the model was transformed with noise={noise.name!r}, whose variance is that of no random "
+                "rounding, so that none can be sampled to compare; `round_` prints what its loss becomes"
+            )
 
 
 def _with_strength(certificate: Certificate, name: str, strength: float) -> Certificate:

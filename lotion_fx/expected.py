@@ -11,7 +11,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from lotion_fx.estimate import Estimate, estimate
+from lotion_fx.estimate import Estimate, check_rounds, estimate
 from lotion_fx.loss_graph import LossFunction
 from lotion_fx.passes.moments.certificate import EXACT, Certificate
 from lotion_fx.scalars import check_count, check_generator
@@ -127,6 +127,8 @@ def expected_loss(
     if moments not in ("auto", *MOMENTS):
         raise ValueError(f"moments={moments!r}: expected one of auto, {', '.join(MOMENTS)}")
     found = _borne_out(model, batch, loss_fn) if moments == "auto" else estimate(model, batch, loss_fn, moments)
+    if samples:
+        check_rounds(f"samples={samples}", found.weights.values())
     result = _predicted(found)
     return _with_samples(found, result, samples, generator) if samples else result
 
@@ -134,6 +136,8 @@ def expected_loss(
 def _borne_out(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Estimate:
     """The estimate with closed moments; the one with diagonal moments where roundings show that it is nearer."""
     closed = estimate(model, batch, loss_fn, "closed")
+    if not all(weight.quantizer.noise.rounds for weight in closed.weights.values()):
+        return closed
     if all(certificate.kind == EXACT for certificate in closed.certificates.values()):
         return closed
     diagonal, names = estimate(model, batch, loss_fn, "diagonal"), list(closed.weights)

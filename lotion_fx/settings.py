@@ -57,8 +57,13 @@ class Settings:
 
     @property
     def measures(self) -> bool:
-        """Whether steps are to measure the term; of an adopted model no call is seen that one could begin with."""
-        return self.calibrate and self.method == "lotion" and self.strength > 0 and not self.adopted
+        """Whether steps are to measure the term, by random roundings, of which it must then be the cost.
+
+        Of an adopted model no call is seen that one could begin with.
+        """
+        return (
+            self.calibrate and self.noise.rounds and self.method == "lotion" and self.strength > 0 and not self.adopted
+        )
 
     @property
     def samples_labels(self) -> bool:

@@ -79,7 +79,8 @@ def transform(
         finish, steps: for the last share ``finish`` of ``steps`` optimizer steps, call `finish` by itself.
         finish_term: whether the term stays on during that phase.
         decay: of the curvature's moving average.
-        noise: the law of the random rounding, see `noises`. Under a biased one, ``method="lotion"`` runs its training
+        noise: the law of the random rounding, see `noises`; ``"adaptive"`` trains for weights that `round_` will
+            round in the end. Under a biased one, ``method="lotion"`` runs its training
             forward at the mean of the random weights.
         regions: modules of ``model`` to compile one by one (transformer blocks, as FSDP2 wants) instead of the whole.
         likelihood: for ``"ggn"``, what the output parametrizes: ``"categorical"`` (the default), ``"bernoulli"``,

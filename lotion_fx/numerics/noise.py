@@ -38,8 +38,11 @@ class NoiseLaw:
         beyond: the probability, in `D`, of the level beyond the nearer neighbour, below ``lo`` for ``D < 1/2`` and
             above ``hi`` from there on; 0 at 0, 1/2 and 1. At the end of the grid it goes to the end level itself. The
             lower level has what is left, ``1 - up - beyond``.
+        spread: where given, the variance over ``gap^2``, a number, in the place of what follows from the probabilities
+            (which are then ``up=D``): of an error that the law stands for, and that is not drawn at random.
 
     Attributes:
+        rounds: whether the variance is that of the random rounding.
         unbiased: whether the mean is the weight itself.
         expressions: for each printed function its outputs, in the symbols of `printer`:
             ``draw``: ``gap`` times the probabilities of ``hi`` and of the third level; ``mean``; ``mean_slopes``: by w,
@@ -53,22 +56,29 @@ class NoiseLaw:
     name: str
     up: sympy.Expr
     beyond: sympy.Expr | None = None
+    spread: sympy.Expr | None = None
     unbiased: bool = field(init=False, repr=False, compare=False)
     expressions: Mapping[str, tuple[sympy.Expr, ...]] = field(init=False, repr=False, compare=False)
     torch: Mapping[str, Callable[..., tuple[Any, ...]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         up, beyond = _exact("up", self.up), _exact("beyond", self.beyond or 0)
-        _check(self.name, up, beyond)
-        expressions = _derive(up, beyond)
+        spread = None if self.spread is None else _exact("spread", self.spread)
+        _check(self.name, up, beyond, spread)
+        expressions = _derive(up, beyond, spread)
         object.__setattr__(self, "up", up)
         object.__setattr__(self, "beyond", beyond or None)
+        object.__setattr__(self, "spread", spread)
         object.__setattr__(self, "unbiased", expressions["mean"] == (z,))
         object.__setattr__(self, "expressions", expressions)
         object.__setattr__(self, "torch", {name: torch_function(name, e) for name, e in expressions.items()})
 
+    @property
+    def rounds(self) -> bool:
+        return self.spread is None
 
-def _derive(up: sympy.Expr, beyond: sympy.Expr) -> dict[str, tuple[sympy.Expr, ...]]:
+
+def _derive(up: sympy.Expr, beyond: sympy.Expr, given: sympy.Expr | None) -> dict[str, tuple[sympy.Expr, ...]]:
     """What is printed of a law. Inside an interval ``d/dz = (1 / gap) d/dD``, and ``third = lo + gap reach``.
 
     For any levels ``Var q = (m - lo)(hi - m) + E (q - lo)(q - hi)``, whose last part only a third level has.
@@ -77,9 +87,9 @@ def _derive(up: sympy.Expr, beyond: sympy.Expr) -> dict[str, tuple[sympy.Expr, .
     rest = _factored(1 - up - reach * beyond)  # (hi - m) / gap
     slope = _factored(sympy.diff(step, D))
     aside = beyond * reach * (reach - 1)
-    spread = step * rest + aside  # v / gap^2
+    spread = step * rest + aside if given is None else given  # v / gap^2
     spread_slope = _factored(sympy.diff(spread, D))
-    variance = _closed(gap * step) * _closed(gap * rest) + gap**2 * aside
+    variance = _closed(gap * step) * _closed(gap * rest) + gap**2 * aside if given is None else gap**2 * given
     if variance.has(D):  # step may round to just above 1
         variance = sympy.Max(0, variance)
     return {
@@ -120,8 +130,12 @@ def _exact(part: str, expr: Any) -> sympy.Expr:
     return found
 
 
-def _check(name: str, up: sympy.Expr, beyond: sympy.Expr) -> None:
+def _check(name: str, up: sympy.Expr, beyond: sympy.Expr, spread: sympy.Expr | None) -> None:
     """Refuses what is no probability, or does not keep the minima of the quantized loss."""
+    if spread is not None and not (spread.is_number and spread.is_nonnegative and up == D and not beyond):
+        raise ValueError(
+            f"spread={spread} of noise {name!r}: expected a number of 0 or more, of a law with up=D and no third level"
+        )
     for part, expr in (("up", up), ("beyond", beyond)):
         if strangers := sorted(map(str, expr.free_symbols - {D})):
             raise ValueError(
@@ -188,7 +202,10 @@ def gaussian(tau: float = 0.2) -> NoiseLaw:
 
 RANDOMIZED = NoiseLaw("randomized", D)
 SMOOTHSTEP = NoiseLaw("smoothstep", D**2 * (3 - 2 * D))
-_BUILTIN = {law.name: law for law in (RANDOMIZED, SMOOTHSTEP, gaussian())}
+ADAPTIVE = NoiseLaw("adaptive", D, spread=sympy.Rational(1, 6))
+"""For weights that are rounded adaptively in the end. Where an element ends is then decided by the errors that others
+hand on to it, and not by where it lies between two levels: the variance of randomized rounding, averaged over that."""
+_BUILTIN = {law.name: law for law in (RANDOMIZED, SMOOTHSTEP, gaussian(), ADAPTIVE)}
 _REGISTERED: dict[str, NoiseLaw] = {}
 
 
@@ -214,11 +231,16 @@ def register_noise(name: str, up: sympy.Expr, beyond: sympy.Expr | None = None) 
         ValueError: the name is taken by a built-in or by another law, empty, or holds '/' or spaces; or the law is
             unsuitable, with the reason.
     """
+    return _registered(NoiseLaw(name, up, beyond))
+
+
+def _registered(law: NoiseLaw) -> NoiseLaw:
+    """A law under its own name, as `register_noise`."""
+    name = law.name
     if not isinstance(name, str) or not name or "/" in name or name.split() != [name]:
         raise ValueError(f"name={name!r}: expected a non-empty string without '/' and spaces")
     if name in _BUILTIN:
         raise ValueError(f"name={name!r}: a built-in noise has this name; choose another")
-    law = NoiseLaw(name, up, beyond)
     known = _REGISTERED.setdefault(name, law)
     if known != law:
         raise ValueError(f"name={name!r}: another noise was registered under this name; choose another")
@@ -241,7 +263,7 @@ def resolve_noise(noise: str | NoiseLaw) -> NoiseLaw:
     if isinstance(noise, NoiseLaw):
         name, _, option = noise.name.partition("/")
         known = gaussian(float(option)) if name == "gaussian" and option else _BUILTIN.get(name)
-        return known if known == noise else register_noise(noise.name, noise.up, noise.beyond)
+        return known if known == noise else _registered(noise)
     if not isinstance(noise, str):
         raise TypeError(f"noise={noise!r}: expected the name of a noise (a string) or a NoiseLaw")
     name, slash, option = noise.partition("/")

@@ -19,7 +19,7 @@ from lotion_fx.kernels.smooth import Curvature, Outputs, launch
 from lotion_fx.kernels.view import ALONG, ELEMENTS, LINE, PIECES, View, amaxes, check, supports
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, codebook, resolve
-from lotion_fx.numerics.noise import RANDOMIZED, D, NoiseLaw, gaussian, resolve_noise
+from lotion_fx.numerics.noise import ADAPTIVE, RANDOMIZED, D, NoiseLaw, gaussian, resolve_noise
 
 BUILT_IN = "int2 int4 int4/tensor int4/channel int8 fp4 fp8 nf4 nvfp4 mxfp6_e2m3 mxfp8_e5m2"
 RULES = "mxfp4/ceil mxfp4/floor mxfp4/even"
@@ -38,7 +38,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 float32_first = pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["fp32", "bf16"]
 )
-LAWS = (RANDOMIZED, resolve_noise("smoothstep"), gaussian(), WIDE)
+LAWS = (RANDOMIZED, resolve_noise("smoothstep"), gaussian(), WIDE, ADAPTIVE)
 
 
 def archs(fmt: Format, device: str) -> tuple[int, ...]:

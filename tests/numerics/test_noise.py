@@ -17,6 +17,7 @@ import lotion_fx
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import resolve
 from lotion_fx.numerics.noise import (
+    ADAPTIVE,
     RANDOMIZED,
     SMOOTHSTEP,
     D,
@@ -224,7 +225,45 @@ def test_smoothstep_is_c1_at_levels_and_randomized_rounding_is_not():
         assert right - left == pytest.approx(kink, abs=1e-3)
 
 
+@formats
+def test_adaptive_is_randomized_rounding_averaged_over_the_place(fmt):
+    """In each interval; its slope by the weight is 0, by the scale that of autograd."""
+    levels = torch.tensor(fmt.grid.levels, dtype=torch.float64)
+    places = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    for low, high in itertools.pairwise(levels.tolist()):
+        w = unit([low + (high - low) * p for p in places.tolist()], fmt)
+        averaged = rounding.variance(w, one_block(fmt), law=RANDOMIZED)[1:].mean()
+        found = rounding.variance(w, one_block(fmt), law=ADAPTIVE)[1:]
+        assert torch.allclose(found, averaged.expand_as(found), rtol=1e-6, atol=0)
+        assert torch.equal(rounding.mean(w, one_block(fmt), law=ADAPTIVE), w)
+
+
+def test_the_slope_of_adaptive_is_the_scale_s():
+    g = torch.Generator().manual_seed(0)
+    w, h = torch.randn(6, 32, generator=g, dtype=torch.float64), torch.rand(6, 32, generator=g, dtype=torch.float64)
+    fmt = resolve("int4")
+    found = rounding.variance_vjp(w, h, fmt, law=ADAPTIVE)
+    largest = w.abs() == w.abs().amax(1, keepdim=True)
+    inside = torch.where(largest, 0.0, h)  # the largest weight is a level itself
+    s = w.abs().amax(1, keepdim=True) / 7
+    expected = torch.where(largest, w.sign() * 2 * s / 6 / 7 * inside.sum(1, keepdim=True), 0.0)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=0)
+    held = rounding.variance_vjp(w, h, fmt, law=ADAPTIVE, scale_grad=False)
+    assert held.eq(0).all() and held.shape == w.shape
+
+
+@pytest.mark.parametrize("spread", [-1, D, "x"])
+def test_a_spread_is_a_number(spread):
+    with pytest.raises((ValueError, TypeError), match="spread="):
+        NoiseLaw("test_spread", D, spread=spread)
+    with pytest.raises(ValueError, match="up=D and no third level"):
+        NoiseLaw("test_spread", D**2 * (3 - 2 * D), spread=sympy.Rational(1, 6))
+
+
 def test_names():
+    assert resolve_noise("adaptive") is ADAPTIVE and not ADAPTIVE.rounds and RANDOMIZED.rounds
+    with pytest.raises(ValueError, match="a built-in noise has this name"):
+        resolve_noise(NoiseLaw("adaptive", D))
     assert {"randomized", "smoothstep", "gaussian"} <= set(noises())
     assert resolve_noise("gaussian/0.2") == resolve_noise("gaussian") == gaussian(0.2)
     assert resolve_noise(gaussian(0.5)) == resolve_noise("gaussian/0.5")
