@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lotion_fx import optimizer_hooks, private
-from lotion_fx.arguments import check_compile_options, check_model, check_regions, check_weights, checked
+from lotion_fx.arguments import check_compile_options, check_model, check_regions, check_weights, checked, scheduled
 from lotion_fx.calls import CompiledCalls, outermost, with_own_code
 from lotion_fx.carried import carry
 from lotion_fx.choosing import Formats, weights_for
@@ -37,9 +37,12 @@ def transform(
     loss_fn: Callable[..., Tensor] | str | None = None,
     moments: str = "closed",
     inner: str = "inductor",
+    schedule: str | Sequence[tuple[str, float]] | None = None,
+    start: float | None = None,
     finish: float | None = None,
-    steps: int | None = None,
     finish_term: bool = True,
+    steps: int | None = None,
+    pull: float = 10.0,
     decay: float = 0.99,
     noise: str | NoiseLaw = "randomized",
     regions: Iterable[nn.Module] | None = None,
@@ -59,8 +62,8 @@ def transform(
         fmt: format of every weight of two or more dimensions that reaches a contraction, except embeddings and what is
             tied to them; see `formats`.
         method: ``"lotion"`` (full-precision forward plus the expected-loss term), ``"ste"`` (rounded forward, scale
-            held), ``"ste_scale"`` (scale differentiated), ``"rr"`` (randomly rounded forward) or ``"ptq"`` (plain
-            training).
+            held), ``"ste_scale"`` (scale differentiated), ``"rr"`` (randomly rounded forward), ``"ptq"`` (plain
+            training) or ``"cage"`` (``"ste"``, with a pull to the rounded values in the last fifth of ``steps``).
         strength: factor of the expected-loss term; 1 is the expected loss itself.
         curvature: ``"factored"`` (two vectors a weight), ``"full"`` (a float a parameter, one more product a layer),
             ``"fisher"`` (the optimizer's second moment) or ``"ggn"`` (two vectors, by a pass of its own that draws the
@@ -76,12 +79,21 @@ def transform(
             loss, the loss is then itself the expected loss, at two more products a linear layer.
         moments: with ``loss_fn``, which weights take the stream: see `expected_loss`.
         inner: ``"inductor"``, ``"aot_eager"`` or ``"eager"``, what compiles the rewritten graphs.
-        finish, steps: for the last share ``finish`` of ``steps`` optimizer steps, call `finish` by itself.
-        finish_term: whether the term stays on during that phase.
+        schedule: the phases of one training, with shares that add to 1, as ``(("plain", 0.6), ("lotion", 0.2),
+            ("ste_scale", 0.2))``; instead of ``method``. ``"plain"`` is what ``method="ptq"`` does, ``"lotion"``,
+            ``"ste"``, ``"ste_scale"`` and ``"rr"`` what the methods do, ``"finish"`` is ``"ste_scale"`` with the
+            expected-loss term and ``"cage"`` is ``"ste"`` with the pull. ``"auto"`` chooses what was measured to be
+            good for ``fmt`` and ``noise``, see docs/accuracy.md. Curvature is gathered from the first phase with the
+            term on, and its size is measured from that phase's second step. A training whose optimizer was saved in a
+            plain phase, or under ``method="ptq"``, goes on under any schedule and format.
+        start: plain training for this first share of ``steps``, then ``method``.
+        finish, finish_term: for the last share ``finish`` of ``steps``, the phase ``"finish"``, or without
+            ``finish_term`` the phase ``"ste_scale"``; `finish` does it by hand.
+        steps: optimizer steps in the whole training, for schedules.
+        pull: the largest factor of ``"cage"``'s pull, see `lotion_fx.pull`.
         decay: of the curvature's moving average.
-        noise: the law of the random rounding, see `noises`; ``"adaptive"`` trains for weights that `round_` will
-            round in the end. Under a biased one, ``method="lotion"`` runs its training
-            forward at the mean of the random weights.
+        noise: the law of the random rounding, see `noises`; ``"adaptive"`` trains for weights that `round_` rounds in
+            the end. Under a biased one ``method="lotion"`` runs its training forward at the mean of random weights.
         regions: modules of ``model`` to compile one by one (transformer blocks, as FSDP2 wants) instead of the whole.
         likelihood: for ``"ggn"``, what the output parametrizes: ``"categorical"`` (the default), ``"bernoulli"``,
             ``"gaussian"``, or the loss itself, such as ``F.mse_loss``; see `likelihood`.
@@ -99,16 +111,19 @@ def transform(
     mode, options = compile_options.pop("mode", None), compile_options.pop("options", None) or {}
     check_compile_options(mode, options, inner, compile_options)
     regions = check_regions(model, regions)
+    to, law = resolve(fmt), resolve_noise(noise)
+    phases = scheduled(
+        method, to, law, schedule=schedule, start=start, finish=finish, finish_term=finish_term, steps=steps
+    )
     settings = Settings(
         method=method,
         strength=strength,
         curvature=curvature,
         inner=inner,
         decay=decay,
-        noise=resolve_noise(noise),
-        finish=finish,
-        total_steps=steps,
-        finish_term=finish_term,
+        noise=law,
+        schedule=phases,
+        pull=pull,
         loss_fn=loss_fn,
         moments=moments,
         refresh=refresh,
@@ -118,7 +133,7 @@ def transform(
     check_model(model)
     smoothing = Smoothing(checked(settings, likelihood, by_regions=regions != [model]))
     smoothing.model, smoothing.is_whole = weakref.ref(model), regions == [model]
-    chosen = resolve(fmt), {} if only is None else only
+    chosen = to, {} if only is None else only
     smoothing.weights.extend(weights_for(smoothing, model, *chosen))
     check_weights(smoothing)
     check_placement(model, smoothing)
