@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ste_from_fp": {"schedule": (("plain", FORK), ("ste_scale", 1 - FORK))},
     "lotion": {"method": "lotion"},
     "lotion_finish": {"method": "lotion", "finish": 0.4},
+    "adaptive": {"noise": "adaptive", "schedule": "auto"},
 }
 LABELS = {
     "full_precision": "full precision",
@@ -55,11 +56,12 @@ LABELS = {
     "ste_from_fp": "full precision, then STE",
     "lotion": "LOTION",
     "lotion_finish": "LOTION with finish",
+    "adaptive": "LOTION for adaptive rounding",
 }
 # Rounded to nearest each method is a row; these are rows more, by `lotion_fx.round_`.
-ROUNDINGS = {"ptq": ("gptq", "two_sided"), "lotion": ("two_sided",), "lotion_finish": ("two_sided",)}
+ROUNDINGS = {"ptq": ("gptq", "two_sided"), "adaptive": ("two_sided",)}
 ROUNDING_LABELS = {"gptq": "+ GPTQ", "two_sided": "+ two-sided rounding"}
-DEFAULT_METHODS = "ptq,ste_scale,ste_from_fp,lotion,lotion_finish"
+DEFAULT_METHODS = "ptq,ste_scale,ste_from_fp,lotion,lotion_finish,adaptive"
 QUICK_METHODS = "ptq,ste_scale,lotion_finish"
 
 VOCAB = 96  # printable ASCII and newline
