@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from lotion_fx import optimizer_hooks, private, riding
-from lotion_fx.arguments import check_compile_options, checked
+from lotion_fx.arguments import check_compile_options, checked, scheduled
 from lotion_fx.choosing import known_format
 from lotion_fx.numerics.formats import resolve
 from lotion_fx.numerics.noise import RANDOMIZED, resolve_noise
@@ -32,7 +32,8 @@ def dynamo_backend(gm: Any, example_inputs: Any, *, mode: str | None = None, opt
     fmt = resolve(ours.pop("fmt", "nvfp4"))
     if ours.get("curvature") == "ggn":
         raise ValueError("curvature='ggn' needs the model's call, which no backend sees; use transform(model)")
-    settings = checked(Settings(**{**ours, "noise": resolve_noise(ours.get("noise", RANDOMIZED))}, adopted=True))
+    ours["noise"] = resolve_noise(ours.get("noise", RANDOMIZED))
+    settings = checked(Settings(**ours, schedule=scheduled(ours.get("method", "lotion")), adopted=True))
     check_compile_options(mode, options, settings.inner)
     optimizer_hooks.install()
 

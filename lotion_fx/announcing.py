@@ -46,7 +46,7 @@ class Announcer:
     def _say(self, what: str) -> None:
         self.said = True
         LOG.warning(
-            "compiling %s, for more than %.0f s: the first step of a model and the first of its finishing phase wait "
+            "compiling %s, for more than %.0f s: the first step of a model and the first of each later phase wait "
             "for their graphs, as under torch.compile; later ones do not",
             what,
             PATIENCE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -15,8 +15,10 @@ from torch.nn.parameter import UninitializedParameter
 from lotion_fx import private
 from lotion_fx.choosing import near
 from lotion_fx.likelihood import LIKELIHOODS, likelihood_of
+from lotion_fx.numerics.formats import Format
 from lotion_fx.scalars import check_count, check_flag, check_loss, check_number, shown
-from lotion_fx.settings import CURVATURES, INNERS, METHODS, MOMENTS, Settings
+from lotion_fx.schedule import METHODS, PHASES, TINY, Schedule, Shares, automatic, shared_out
+from lotion_fx.settings import CURVATURES, INNERS, MOMENTS, Settings
 from lotion_fx.state import Smoothing, registry
 
 
@@ -34,26 +36,13 @@ def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = Fa
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected.
     """
-    for name, value, known in (
-        ("method", settings.method, tuple(METHODS)),
-        ("curvature", settings.curvature, CURVATURES),
-        ("inner", settings.inner, INNERS),
-        ("moments", settings.moments, MOMENTS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}{near(value, known)}")
-    infinite, finish, steps = float("inf"), settings.finish, settings.total_steps
+    _check_known("curvature", settings.curvature, CURVATURES)
+    _check_known("inner", settings.inner, INNERS)
+    _check_known("moments", settings.moments, MOMENTS)
+    infinite = float("inf")
     finite = "a finite number, 0 or more; 1 is the expected loss"
     check_number("strength", settings.strength, lambda x: 0 <= x < infinite, finite)
     check_number("decay", settings.decay, lambda x: 0 < x < 1, "a number between 0 and 1")
-    if finish is not None:
-        share = "a share of the training in (0, 1], such as 0.4, or None"
-        check_number("finish", finish, lambda x: 0 < x <= 1, share)
-    if steps is not None:
-        check_count("steps", steps, 1, "the number of optimizer steps in the whole training")
-    if (finish is None) != (steps is None):
-        raise ValueError(f"finish={finish!r} and steps={steps!r} go together: the share and the number of all steps")
-    check_flag("finish_term", settings.finish_term)
     check_flag("calibrate", settings.calibrate)
     group = settings.process_group
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
@@ -64,6 +53,70 @@ def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = Fa
     settings = replace(settings, likelihood=_likelihood(settings, likelihood))
     _check_loss(settings, by_regions)
     return settings
+
+
+def _check_known(name: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}{near(value, known)}")
+
+
+def scheduled(
+    method: str = "lotion",
+    fmt: Format | None = None,
+    *,
+    schedule: Any = None,
+    start: float | None = None,
+    finish: float | None = None,
+    finish_term: bool = True,
+    steps: int | None = None,
+) -> Schedule:
+    """The phases of a training, of what `transform` was told, if it makes sense.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected.
+    """
+    _check_known("method", method, tuple(METHODS))
+    share = "a share of the training in (0, 1], such as 0.4, or None"
+    for name, value in (("start", start), ("finish", finish)):
+        if value is not None:
+            check_number(name, value, lambda x: 0 < x <= 1, share)
+    before, after = float(start or 0), float(finish or 0)
+    if before + after > 1 + TINY:
+        raise ValueError(f"start={start!r} and finish={finish!r}: expected shares of one training, at most 1 together")
+    check_flag("finish_term", finish_term)
+    if steps is not None:
+        check_count("steps", steps, 1, "the number of optimizer steps in the whole training")
+    given = {"schedule": schedule, "start": start, "finish": finish}
+    told = [f"{name}={shown(value)}" for name, value in given.items() if value is not None] or [f"method={method!r}"]
+    if schedule is not None and (len(told) > 1 or method != "lotion"):
+        other = told[1] if len(told) > 1 else f"method={method!r}"
+        raise ValueError(f"{other} is a schedule of its own, beside {told[0]}; pass one of them")
+    shares = shared_out(method, before, after, finish_term) if schedule is None else _phases(schedule, fmt)
+    is_parted = len(shares) > 1 or any(value is not None for value in given.values())
+    if is_parted != (steps is not None):
+        raise ValueError(f"{told[0]} and steps={steps!r} go together: the phases' shares, and the number of all steps")
+    return Schedule(shares, None if steps is None else int(steps))
+
+
+def _phases(schedule: Any, fmt: Format | None) -> Shares:
+    """The phases that ``schedule`` names."""
+    if isinstance(schedule, str) and schedule == "auto" and fmt is not None:
+        return automatic(fmt)
+    expected = "expected pairs of a phase and its share, such as (('plain', 0.6), ('ste_scale', 0.4)), or 'auto'"
+    if isinstance(schedule, (str, bytes, Mapping)) or not isinstance(schedule, Sequence) or not schedule:
+        raise (ValueError if isinstance(schedule, (str, Sequence)) else TypeError)(
+            f"schedule={shown(schedule)}: {expected}"
+        )
+    for pair in schedule:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f"schedule: {shown(pair)} is no phase with its share; {expected}")
+        _check_known("schedule: phase", pair[0], tuple(PHASES))
+        check_number(f"schedule: share of {pair[0]!r}", pair[1], lambda x: 0 < x <= 1, "a number in (0, 1]")
+    shares = tuple((str(name), float(share)) for name, share in schedule)
+    if abs(sum(share for _, share in shares) - 1) > 1e-6:
+        total = f"{sum(share for _, share in shares):.6g}"
+        raise ValueError(f"schedule={shown(schedule)}: expected shares that add to 1, and these add to {total}")
+    return shares
 
 
 def _likelihood(settings: Settings, likelihood: Any) -> str | None:
@@ -93,8 +146,10 @@ def _check_loss(settings: Settings, by_regions: bool) -> None:
     if not (isinstance(loss_fn, str) and loss_fn == "model"):
         check_loss(loss_fn, where_returned="'model'")
     why = ""
-    if settings.method != "lotion":
-        why = f"method={settings.method!r} has no expected loss; leave loss_fn out"
+    if not settings.schedule.has_term:
+        phases = ", ".join(name for name, _ in settings.schedule.shares)
+        told = f"method={settings.method!r}" if settings.method != "lotion" else f"a schedule of {phases}"
+        why = f"{told} has no expected loss; leave loss_fn out"
     elif settings.samples_labels:
         why = "curvature='ggn' draws labels outside of any loss; choose 'factored', 'full' or 'fisher'"
     elif settings.inner == "eager":

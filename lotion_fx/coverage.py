@@ -60,11 +60,17 @@ class CoverageReport:
         size: measured over counted size of the term and its standard error, see `transform`'s ``calibrate``; None
             where nothing was measured, and the count stands.
         measurements: how many steps it comes from.
+        phase: of the training, see `transform`'s ``schedule``.
+        next_phase: the phase to come and the step that it begins with, where 0 is the first; None in the last.
+        steps: optimizer steps so far.
     """
 
     rows: tuple[Row, ...]
     size: tuple[float, float] | None = None
     measurements: int = 0
+    phase: str = "lotion"
+    next_phase: tuple[str, int] | None = None
+    steps: int = 0
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -90,6 +96,9 @@ class CoverageReport:
             "term": self.term,
             "size": self.size,
             "measurements": self.measurements,
+            "phase": self.phase,
+            "next_phase": self.next_phase,
+            "steps": self.steps,
             "parameters": [asdict(row) for row in self.rows],
         }
 
@@ -116,6 +125,9 @@ class CoverageReport:
         if self.size is not None:
             error = abs(self.term) * self.size[1] / self.size[0]
             foot += f" ± {error:.1g}, measured in {self.measurements} steps as {self.size[0]:.3g} times the count"
+        foot += f"\nphase {self.phase!r}, after {self.steps} steps"
+        if self.next_phase is not None:
+            foot += "; {!r} begins after {}".format(*self.next_phase)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, ["-" * width for width in widths])
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -154,8 +166,15 @@ def report(model: nn.Module) -> CoverageReport:
         if weight is None:
             reason = "not there when the model was transformed"
             rows[name] = Row(name, tuple(parameter.shape), None, None, reason, (), None, None, None, None)
-    measured = smoothings[0].tally.measuring
-    return CoverageReport(tuple(rows.values()), measured.common, measured.draws)
+    tally = smoothings[0].tally
+    return CoverageReport(
+        tuple(rows.values()),
+        size=tally.measuring.common,
+        measurements=tally.measuring.draws,
+        phase=tally.phase.name,
+        next_phase=tally.next_phase,
+        steps=tally.steps,
+    )
 
 
 def _row(name: str, weight: Weight, term: torch.Tensor | None, total: float) -> Row:
@@ -175,10 +194,10 @@ def _row(name: str, weight: Weight, term: torch.Tensor | None, total: float) -> 
 
 def _estimator(weight: Weight) -> tuple[str | None, str]:
     settings, certificate, code = weight.smoothing.settings, weight.gathered.certificate, weight.curvature.code
-    if settings.method != "lotion":
-        return None, f"method={settings.method!r} has no expected-loss term"
     if not weight.smoothing.tally.has_term:
-        return None, "finishing without the term"
+        is_alone = len(settings.schedule.shares) == 1 and weight.smoothing.tally.chosen is None
+        told = f"method={settings.method!r}" if is_alone else f"phase {weight.smoothing.tally.phase.name!r}"
+        return None, f"{told} has no expected-loss term"
     parameter = weight.parameter()
     if parameter is not None and not parameter.requires_grad:
         return None, "frozen: no gradient reaches it"
@@ -198,6 +217,8 @@ def _not_stepped(weight: Weight) -> str:
     tally = weight.smoothing.tally
     if weight.uses is None and not tally.forwards:
         return "not run yet"
+    if tally.steps and not tally.term_steps:
+        return "no step with the term was taken yet"
     if tally.steps:
         return "no gradient in any step so far" if weight.gathered.has_optimizer else "in no optimizer that has stepped"
     passes = tally.backwards

@@ -70,7 +70,7 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """What the passes do to each graph of a transformed model, and why a weight takes the Fisher form.
 
-    The graphs are those of the calls so far, in each of their variants (training, ``eval()``, finishing, ...). The
+    The graphs are those of the calls so far, in each of their variants (training, ``eval()``, a later phase, ...). The
     passes run over them once more, without Inductor, whose caches would keep them from running.
 
     Args:

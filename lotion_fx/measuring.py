@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lotion_fx.state import Weight
 
 FIRST = 4
-"""Steps in a row that measure, from the second of the training on: the first has no curvature yet."""
+"""Steps in a row that measure, from the second with a term on: the first has no curvature yet."""
 
 SHARE, EVERY = 3, 100
 """From then on the next measurement comes after one in so many of the steps so far: a training changes fastest at its
@@ -105,7 +105,7 @@ class Measuring:
     # ----------------------------------------------------------------------------------------------------- the outcome
 
     def factor(self, weight: Weight, steps: int) -> float:
-        """By what a weight's term is multiplied in the step after so many.
+        """By what a weight's term is multiplied in the step after so many with a term.
 
         It has none until its size was measured, unless that does not come about.
         """
@@ -138,7 +138,7 @@ class Measuring:
         """A training forward of the step after so many begins, and it is to measure if one is due.
 
         Args:
-            steps: optimizer steps so far.
+            steps: optimizer steps since the term first came.
         """
         # Of what is back already, part of this step's gradient will not be that at the rounded values.
         self._held = {weight: held for weight, held in self._held.items() if not held.is_back}

@@ -65,8 +65,8 @@ def _is_due(weight: Weight) -> bool:
         return False
     if tally.resting and not tally.pass_is_due:
         return False
-    # Another rank's batch may have used the weight. What no graph has contained since the first step is known for it.
-    return tally.group is None if weight.is_analytic else not weight.gathered.steps
+    # Another rank's batch may have used the weight. What no graph contained in its first step with a term is known.
+    return tally.group is None if weight.is_analytic else weight.curvature.code is None
 
 
 def _idle(smoothing: Smoothing, weights: Sequence[Weight], gradients: Sequence[Tensor]) -> set[Weight]:

@@ -172,13 +172,13 @@ def _tell_missing(optimizer: Optimizer, weights: list[Weight]) -> None:
         for weight in weights
         if weight.selected
         and weight.smoothing not in loaded_by_hand
-        and (weight.smoothing.tally.has_term or weight.smoothing.settings.finish)
+        and (weight.smoothing.tally.has_term or weight.smoothing.settings.schedule.steps)
     ]
     if missing:
         warnings.warn(
             "the optimizer's state was loaded in mid-training and holds nothing of lotion_fx for "
             f"{_listed([weight.name for weight in missing])}: curvature is gathered anew, "
-            "and finish= counts its steps from here; call lotion_fx.load_state_dict(model, ...) after loading where "
+            "and phases count their steps from here; call lotion_fx.load_state_dict(model, ...) after loading where "
             "lotion_fx.state_dict(model) was saved, else go on",
             stacklevel=2,
         )
@@ -211,7 +211,7 @@ def _entry(weight: Weight, parameter: Tensor, *, has_phases: bool, has_moment: b
 def _room(weight: Weight, has_moment: bool) -> int:
     """How long a weight's vector may become, as far as its shape and its module tell before any graph does."""
     settings, shape = weight.smoothing.settings, weight.shape
-    if settings.method != "lotion" or (settings.reads_moment and (has_moment or weight.shard is not None)):
+    if not settings.schedule.has_term or (settings.reads_moment and (has_moment or weight.shard is not None)):
         return 0
     if settings.reads_moment or settings.curvature == "full":
         return 1 + math.prod(shape)
@@ -243,12 +243,20 @@ def _restore(weight: Weight, entry: Any) -> str:
     assert parameter is not None  # by which it was found
     saved = _read(entry, local_of(parameter).device)
     for name, now in _made_with(weight).items():
-        if saved.get(name) != now:
+        if saved.get(name) != now and not _is_plain(saved):
             return f"{name}={saved.get(name)!r}, where the model has {now!r},"
     if "phases" in saved:
         weight.smoothing.tally.restore(saved["phases"])
     restore(weight, saved)
     return ""
+
+
+def _is_plain(saved: Mapping[str, Any]) -> bool:
+    """Whether an entry holds nothing that a format, a curvature or a noise law made: training was plain so far.
+
+    Any transform goes on from it, so one plain training is the beginning of several.
+    """
+    return bool(saved) and saved["ema"] is None and saved["code"] is None
 
 
 def _made_with(weight: Weight) -> dict[str, Any]:

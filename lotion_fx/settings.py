@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lotion_fx.numerics.noise import RANDOMIZED, NoiseLaw
-from lotion_fx.passes.attach.attach import LATENT, MEAN, RR, STE, STE_SCALE
+from lotion_fx.passes.attach.attach import MEAN
+from lotion_fx.schedule import Phase, Schedule
 
-METHODS = {"ptq": LATENT, "ste": STE, "ste_scale": STE_SCALE, "rr": RR, "lotion": LATENT}
-"""Each method's training forward."""
 MOMENTS = ("closed", "diagonal", "off")
 CURVATURES = ("factored", "full", "fisher", "ggn")
 INNERS = ("inductor", "aot_eager", "eager")
@@ -21,8 +20,7 @@ class Settings:
 
     Args:
         method, strength, curvature, inner, decay, noise, moments, refresh: as given.
-        finish, total_steps: the share of the training that finishes, and its length in optimizer steps; or both None.
-        finish_term: whether the term stays on meanwhile, unless `finish` says otherwise.
+        schedule: the phases of the training.
         loss_fn: a callable, or ``"model"`` where the model returns its loss; None where graphs hold no loss.
         likelihood: of ``curvature="ggn"``: what the model's output parametrizes.
         calibrate: whether the term's size is measured while training.
@@ -36,9 +34,7 @@ class Settings:
     inner: str = "inductor"
     decay: float = 0.99
     noise: NoiseLaw = RANDOMIZED
-    finish: float | None = None
-    total_steps: int | None = None
-    finish_term: bool = True
+    schedule: Schedule = field(default_factory=Schedule)
     loss_fn: Any = None
     moments: str = "closed"
     likelihood: str | None = None
@@ -47,18 +43,17 @@ class Settings:
     process_group: Any = None
     adopted: bool = False
 
-    @property
-    def forward_mode(self) -> str:
-        """The training forward before the finishing phase.
+    def forward_in(self, phase: Phase) -> str:
+        """The training forward in a phase.
 
         Under a biased noise the expected loss is taken around the mean of the random weights.
         """
-        return MEAN if self.method == "lotion" and not self.noise.unbiased else METHODS[self.method]
+        return MEAN if phase.measures and not self.noise.unbiased else phase.forward
 
     @property
     def measures(self) -> bool:
         """Whether steps are to measure the term; of an adopted model no call is seen that one could begin with."""
-        return self.calibrate and self.method == "lotion" and self.strength > 0 and not self.adopted
+        return self.calibrate and self.schedule.has_term and self.strength > 0 and not self.adopted
 
     @property
     def samples_labels(self) -> bool:

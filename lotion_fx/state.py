@@ -60,7 +60,7 @@ class Smoothing:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.weights: list[Weight] = []
-        self.tally = Tally(settings, self.weights, finish_term=settings.finish_term)
+        self.tally = Tally(settings, self.weights)
         self.model: Callable[[], nn.Module | None] = _nothing
         self.is_whole = True
         self.compile: Callable[[nn.Module], None] | None = None

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from lotion_fx import by_hand, private, private_ranks
 from lotion_fx.measuring import Measuring
-from lotion_fx.passes.attach.attach import STE, STE_SCALE
+from lotion_fx.passes.attach.attach import STE
 from lotion_fx.passes.attach.probe import Header
+from lotion_fx.schedule import PHASES, Phase
 from lotion_fx.settings import Settings
 from lotion_fx.shards import local_of, sample
 
@@ -44,7 +45,8 @@ class Tally:
     Args:
         settings, weights: the model's.
         steps: optimizer steps so far.
-        finishing: whether the last phase has begun, with the term if ``finish_term``.
+        reached: steps as the forward under way found them, which tell the phase.
+        chosen: the phase that `finish` began, which stays.
         override: the forward inside `full_precision` or `randomized`.
         plain: whether terms are taken without strength and gains.
         calibrated: at which step.
@@ -76,8 +78,8 @@ class Tally:
     settings: Settings
     weights: list[Weight]
     steps: int = 0
-    finishing: bool = False
-    finish_term: bool = True
+    reached: int = 0
+    chosen: str | None = None
     override: str | None = None
     plain: bool = False
     calibrated: int | None = None
@@ -111,9 +113,29 @@ class Tally:
     # ------------------------------------------------------------------------------------------------------- questions
 
     @property
+    def phase(self) -> Phase:
+        """The phase of the step under way."""
+        return PHASES[self.chosen] if self.chosen is not None else self.settings.schedule.phase(self.reached)
+
+    @property
+    def is_later_phase(self) -> bool:
+        """Whether it is not the training's first."""
+        return self.phase is not self.settings.schedule.phase(0)
+
+    @property
+    def next_phase(self) -> tuple[str, int] | None:
+        """The phase to come and the step that it begins with, if any is."""
+        return None if self.chosen is not None else self.settings.schedule.after(self.reached)
+
+    @property
+    def term_steps(self) -> int:
+        """Steps since the expected-loss term first came."""
+        return max(self.steps - self.settings.schedule.term_begins, 0)
+
+    @property
     def forward_mode(self) -> str:
-        """The training forward: by method, or rounded with the scale differentiated once finishing."""
-        return STE_SCALE if self.finishing else self.settings.forward_mode
+        """The training forward."""
+        return self.settings.forward_in(self.phase)
 
     def is_frozen(self, weight: Weight) -> bool:
         """Whether a weight stays as it is, and so is trained against at the values that are deployed.
@@ -122,7 +144,7 @@ class Tally:
         """
         parameter = weight.master
         stays = parameter is not None and not parameter.requires_grad and weight.gathered.last_step != self.steps
-        return stays and self.settings.method != "ptq"
+        return stays and self.phase.name != "plain"
 
     def mode_of(self, weight: Weight) -> str:
         """The training forward of one weight."""
@@ -130,7 +152,7 @@ class Tally:
 
     @property
     def has_term(self) -> bool:
-        return self.settings.method == "lotion" and (self.finish_term or not self.finishing)
+        return self.phase.has_term
 
     @property
     def probes(self) -> bool:
@@ -157,13 +179,13 @@ class Tally:
 
     def strength_of(self, weight: Weight) -> float:
         """Of a weight's term in the steps: the user's, times its measured size."""
-        return weight.joint_strength * (1.0 if self.plain else self.measuring.factor(weight, self.steps))
+        return weight.joint_strength * (1.0 if self.plain else self.measuring.factor(weight, self.term_steps))
 
     # --------------------------------------------------------------------------------------------------------- phases
 
     def finish(self, *, term: bool) -> None:
-        """The last phase begins."""
-        self.finishing, self.finish_term = True, term
+        """The last phase begins, with the term if there is one."""
+        self.chosen = "finish" if term and self.settings.schedule.has_term else "ste_scale"
 
     def calibrated_now(self) -> None:
         self.calibrated = self.steps
@@ -183,6 +205,7 @@ class Tally:
     def step_of_forwards_began(self) -> None:
         """A forward comes, the first of a step where an optimizer stepped since the last."""
         self.step_of_forwards, self.is_closed = self.step_of_forwards + self.is_closed, False
+        self.reached = self.steps
 
     def forward_comes(self, *, trains: bool) -> None:
         """Code that reads weights is about to run; parameters hold what it is to read.
@@ -190,10 +213,11 @@ class Tally:
         Args:
             trains: it is a training forward, whose gradient an optimizer is to step with.
         """
+        self.reached = self.steps
         if not trains or self.override:
             self.measuring.put_back()
-        elif self.has_term and not self.finishing:
-            self.measuring.hold(self.steps)
+        elif self.phase.measures:
+            self.measuring.hold(self.term_steps)
 
     def forward_began(self) -> None:
         self.counted_in_graph = False
@@ -319,7 +343,7 @@ class Tally:
             weight.gathered.gradient = None if grad is None else _identity(grad)
             if master is not None and master.grad is not None and not weight.is_analytic and weight.selected:
                 self.gradients[weight] = sample(master.grad).clone()
-        if not self.steps and by_hand.is_alone(self):
+        if not self.term_steps and by_hand.is_alone(self):
             held = ((weight, weight.master) for weight in self.weights if weight.selected)
             grads = ((weight, master.grad) for weight, master in held if master is not None)
             self.watched = next(((weight, sample(grad).clone()) for weight, grad in grads if grad is not None), None)
@@ -359,7 +383,7 @@ class Tally:
         self.is_used = True
 
     def stepped(self, weights: Sequence[Weight], *, counts: bool) -> None:
-        """A step is over: probes are emptied, it is counted, and the finishing phase begins when its time has come.
+        """A step is over: probes are emptied, and it is counted.
 
         Args:
             weights: those that the optimizer steps.
@@ -374,11 +398,11 @@ class Tally:
         self.is_closed = True
         self.backwards = self.dropped = 0
         self.steps = max(self.steps, *(weight.gathered.steps for weight in weights))
+        # Two optimizers of one iteration are in one phase. Where nobody calls the model, steps alone tell.
+        if not any(self.was_called(weight) for weight in weights) or self.settings.adopted:
+            self.reached = self.steps
         for weight in weights:
             weight.gathered.last_step, weight.gathered.last_forward = self.steps, self.forwards
-        finish, total = self.settings.finish, self.settings.total_steps
-        if finish and total and not self.finishing:
-            self.finishing = self.steps >= round(total * (1 - finish))
 
     # ----------------------------------------------------------------------------------------------------- saved state
 
@@ -386,8 +410,8 @@ class Tally:
         """What resuming needs, at a step boundary."""
         return {
             "steps": self.steps,
-            "finishing": self.finishing,
-            "finish_term": self.finish_term,
+            "phase": self.phase.name,
+            "chosen": self.chosen,
             "curvature": self.settings.curvature,
             "terms": self.last_loss_count,
             "clip2": self.clip2,
@@ -396,15 +420,17 @@ class Tally:
             "forwards": self.forwards,
             "has_breaks": self.has_breaks,
             "noise": self.settings.noise.name,
-            "size": self.measuring.saved(),
+            "size": self.measuring.saved() if self.settings.measures else None,
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Stands where `saved` was called."""
-        self.steps, self.finishing, self.finish_term = saved["steps"], saved["finishing"], saved["finish_term"]
+        self.steps = self.reached = saved["steps"]
+        before = "finish" if saved.get("finish_term") else "ste_scale"  # states of before knew two phases
+        self.chosen = saved.get("chosen", before if saved.get("finishing") else None)
         self.last_loss_count, self.clip2, self.calibrated = saved["terms"], saved["clip2"], saved["calibrated"]
         self.step_of_forwards, self.is_closed, self.last_pass = saved["turn"], False, None
-        if "size" in saved:  # states of before had none
+        if saved.get("size") is not None:  # states of before had none
             self.measuring.restore(saved["size"])
         self.forwards, self.has_breaks = saved.get("forwards", self.forwards), saved.get("has_breaks", self.has_breaks)
         self.loss_count = None  # of a step under way, as the probes that are dropped with it

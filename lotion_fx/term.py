@@ -180,7 +180,7 @@ class Step:
         """T: loss terms of the step on this rank, counted where its backward passes began."""
         count = self.tally.loss_count
         if count is None:
-            if self.tally.steps == 0 and self.tally.steps_inside != self.tally.forwards:
+            if self.tally.term_steps == 0 and self.tally.steps_inside != self.tally.forwards:
                 warnings.warn(f"{_UNCOUNTED}; {self._why_uncounted()}", stacklevel=2)
             return torch.ones((), dtype=torch.float32, device=self.device)
         return self._on(count.clamp(min=1))

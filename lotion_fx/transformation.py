@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lotion_fx import optimizer_hooks, private
-from lotion_fx.arguments import check_compile_options, check_model, check_regions, check_weights, checked
+from lotion_fx.arguments import check_compile_options, check_model, check_regions, check_weights, checked, scheduled
 from lotion_fx.calls import CompiledCalls, outermost, with_own_code
 from lotion_fx.carried import carry
 from lotion_fx.choosing import Formats, weights_for
@@ -37,9 +37,11 @@ def transform(
     loss_fn: Callable[..., Tensor] | str | None = None,
     moments: str = "closed",
     inner: str = "inductor",
+    schedule: str | Sequence[tuple[str, float]] | None = None,
+    start: float | None = None,
     finish: float | None = None,
-    steps: int | None = None,
     finish_term: bool = True,
+    steps: int | None = None,
     decay: float = 0.99,
     noise: str | NoiseLaw = "randomized",
     regions: Iterable[nn.Module] | None = None,
@@ -76,8 +78,17 @@ def transform(
             loss, the loss is then itself the expected loss, at two more products a linear layer.
         moments: with ``loss_fn``, which weights take the stream: see `expected_loss`.
         inner: ``"inductor"``, ``"aot_eager"`` or ``"eager"``, what compiles the rewritten graphs.
-        finish, steps: for the last share ``finish`` of ``steps`` optimizer steps, call `finish` by itself.
-        finish_term: whether the term stays on during that phase.
+        schedule: the phases of one training, with shares that add to 1, as ``(("plain", 0.6), ("lotion", 0.2),
+            ("ste_scale", 0.2))``; instead of ``method``. ``"plain"`` is what ``method="ptq"`` does, ``"lotion"``,
+            ``"ste"``, ``"ste_scale"`` and ``"rr"`` what the methods do, ``"finish"`` is ``"ste_scale"`` with the
+            expected-loss term. ``"auto"`` chooses by ``fmt``; for now that is
+            ``method="lotion"`` for every format. Curvature is gathered from the first phase with the term on, and its
+            size is measured from that phase's second step. A training whose optimizer was saved in a plain phase,
+            or under ``method="ptq"``, goes on under any schedule and format.
+        start: plain training for this first share of ``steps``, then ``method``.
+        finish, finish_term: for the last share ``finish`` of ``steps``, the phase ``"finish"``, or without
+            ``finish_term`` the phase ``"ste_scale"``; `finish` does it by hand.
+        steps: optimizer steps in the whole training, for schedules.
         decay: of the curvature's moving average.
         noise: the law of the random rounding, see `noises`. Under a biased one, ``method="lotion"`` runs its training
             forward at the mean of the random weights.
@@ -98,6 +109,8 @@ def transform(
     mode, options = compile_options.pop("mode", None), compile_options.pop("options", None) or {}
     check_compile_options(mode, options, inner, compile_options)
     regions = check_regions(model, regions)
+    to = resolve(fmt)
+    phases = scheduled(method, to, schedule=schedule, start=start, finish=finish, finish_term=finish_term, steps=steps)
     settings = Settings(
         method=method,
         strength=strength,
@@ -105,9 +118,7 @@ def transform(
         inner=inner,
         decay=decay,
         noise=resolve_noise(noise),
-        finish=finish,
-        total_steps=steps,
-        finish_term=finish_term,
+        schedule=phases,
         loss_fn=loss_fn,
         moments=moments,
         refresh=refresh,
@@ -117,12 +128,8 @@ def transform(
     check_model(model)
     smoothing = Smoothing(checked(settings, likelihood, by_regions=regions != [model]))
     smoothing.model, smoothing.is_whole = weakref.ref(model), regions == [model]
-    chosen = resolve(fmt), {} if only is None else only
-    smoothing.weights.extend(weights_for(smoothing, model, *chosen))
-    check_weights(smoothing)
-    check_placement(model, smoothing)
-    for weight in smoothing.weights:
-        registry.add(weight)
+    chosen = to, {} if only is None else only
+    _find_weights(smoothing, model, *chosen)
     carry(model, smoothing)
     optimizer_hooks.install()
     watch()
@@ -131,6 +138,15 @@ def transform(
     smoothing.compile = partial(_compile, Backend(inner, mode, tuple(sorted(options.items()))), paths, compile_options)
     smoothing.compile(model)
     return model
+
+
+def _find_weights(smoothing: Smoothing, model: nn.Module, fmt: Format, only: Formats) -> None:
+    """Takes in the model's weights, if all of them can be."""
+    smoothing.weights.extend(weights_for(smoothing, model, fmt, only))
+    check_weights(smoothing)
+    check_placement(model, smoothing)
+    for weight in smoothing.weights:
+        registry.add(weight)
 
 
 def _compile(backend: Backend, regions: Iterable[str], options: dict[str, Any], model: nn.Module) -> None:

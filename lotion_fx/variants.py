@@ -1,7 +1,7 @@
 """The compiler backend.
 
 Dynamo calls `Backend` with a forward graph. The graph is compiled once per *plan*, the tuple of what each of its
-weights needs: training or evaluation, finishing, with or without a probe. Which plan holds is decided at every call by
+weights needs: training or evaluation, its phase, with or without a probe. Which plan holds is decided at every call by
 looking at the weights that come in: one compiled graph serves many modules, and nothing else tells them apart.
 """
 
@@ -179,8 +179,8 @@ class Variants:
 
     def _told(self, plans: Mapping[int, Plan]) -> str:
         """The graph, for a message."""
-        finishing = any(weight.smoothing.tally.finishing for weight in self.taught)
-        phase = " of the finishing phase" if plans and finishing else ""
+        later = {tally.phase.name for weight in self.taught if (tally := weight.smoothing.tally).is_later_phase}
+        phase = f" of phase {min(later)!r}" if plans and later else ""
         return f"a graph{phase} of {len(self.gm.graph.nodes)} operations with inner={self.backend.inner!r}"
 
     def rehearsal(self) -> Iterator[Mapping[int, Plan]]:

@@ -11,7 +11,7 @@ def assert_equal(resumed, whole):
         assert torch.equal(mine, theirs), name
     assert lotion_fx.report(resumed).to_dict() == lotion_fx.report(whole).to_dict()
     phases = [lotion_fx.state_dict(model)["phases"][0] for model in (resumed, whole)]
-    assert phases[0]["finishing"] and phases[0]["steps"] == phases[1]["steps"]
+    assert phases[0]["phase"] == "finish" and phases[0]["steps"] == phases[1]["steps"]
     estimators = {row.estimator for row in lotion_fx.report(whole).rows if row.format}
     assert estimators == {"analytic"}
 

@@ -282,7 +282,7 @@ def test_a_sharded_model_resumes_in_the_middle_of_its_finishing_phase(one_proces
     run(resumed, optimizer, range(HALF, STEPS))
     for (name, mine), theirs in zip(resumed.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine.to_local(), theirs.to_local()), name
-    assert lotion_fx.state_dict(resumed)["phases"][0]["finishing"]
+    assert lotion_fx.state_dict(resumed)["phases"][0]["phase"] == "finish"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

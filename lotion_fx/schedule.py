@@ -1,0 +1,130 @@
+"""The phases of one training: which forward each step has, and whether the expected-loss term is added."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from lotion_fx.numerics.formats import Format
+from lotion_fx.numerics.scales import PowerOfTwoScale
+from lotion_fx.passes.attach.attach import LATENT, RR, STE, STE_SCALE
+
+Shares = tuple[tuple[str, float], ...]
+"""Names of phases, each with its share of the training."""
+
+TINY = 1e-9
+"""Shares add to 1 up to this, and one below it is none."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a training does in one of its phases.
+
+    Args:
+        name: as `transform`'s ``schedule`` has it.
+        forward: the training forward, see `Plan`.
+        has_term: whether the expected-loss term is added.
+    """
+
+    name: str
+    forward: str
+    has_term: bool = False
+
+    @property
+    def measures(self) -> bool:
+        """Whether the size of the term can be measured: only a forward at latent weights has any other to run at."""
+        return self.has_term and self.forward == LATENT
+
+
+PHASES = {
+    phase.name: phase
+    for phase in (
+        Phase("plain", LATENT),
+        Phase("lotion", LATENT, has_term=True),
+        Phase("finish", STE_SCALE, has_term=True),
+        Phase("ste_scale", STE_SCALE),
+        Phase("ste", STE),
+        Phase("rr", RR),
+    )
+}
+
+METHODS: dict[str, Shares] = {
+    "ptq": (("plain", 1.0),),
+    "ste": (("ste", 1.0),),
+    "ste_scale": (("ste_scale", 1.0),),
+    "rr": (("rr", 1.0),),
+    "lotion": (("lotion", 1.0),),
+}
+"""Each method's phases."""
+
+AUTO: tuple[tuple[str, Callable[[Format], bool], Shares], ...] = (
+    ("two levels of scales, as nvfp4", lambda fmt: fmt.law.two_level, METHODS["lotion"]),
+    ("scales that are powers of two, as mxfp4", lambda fmt: isinstance(fmt.law, PowerOfTwoScale), METHODS["lotion"]),
+    ("one scale a tensor, as int4/tensor", lambda fmt: fmt.block == "tensor", METHODS["lotion"]),
+    ("any other", lambda fmt: True, METHODS["lotion"]),
+)
+"""What ``schedule="auto"`` chooses for a kind of format, the first that fits. What a measurement shows to be better
+is written here, with its command."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which phase each step of a training is in.
+
+    Args:
+        shares: the phases in their order, whose shares add to 1.
+        steps: optimizer steps in the whole training; None where there is one phase.
+    """
+
+    shares: Shares = METHODS["lotion"]
+    steps: int | None = None
+
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        """The step that each phase begins with, where 0 is the first."""
+        before = itertools.accumulate((share for _, share in self.shares[:-1]), initial=0.0)
+        return tuple(round((self.steps or 0) * share) for share in before)
+
+    @property
+    def has_term(self) -> bool:
+        """Whether any phase has the expected-loss term."""
+        return any(PHASES[name].has_term for name, _ in self.shares)
+
+    @cached_property
+    def term_begins(self) -> int:
+        """The first step with the expected-loss term."""
+        pairs = zip(self.begins, self.shares, strict=True)
+        return next((step for step, (name, _) in pairs if PHASES[name].has_term), 0)
+
+    def _place(self, step: int) -> int:
+        return bisect.bisect_right(self.begins, step) - 1  # of phases that begin together the last
+
+    def phase(self, step: int) -> Phase:
+        """The phase that the step after so many is in; the last one beyond the end."""
+        return PHASES[self.shares[self._place(step)][0]]
+
+    def after(self, step: int) -> tuple[str, int] | None:
+        """The next phase and the step that it begins with; None in the last."""
+        place = self._place(step) + 1
+        return (self.shares[place][0], self.begins[place]) if place < len(self.shares) else None
+
+
+def shared_out(method: str, start: float, finish: float, finish_term: bool) -> Shares:
+    """A method's own phases between plain training and a last phase at rounded weights, scales differentiated.
+
+    Args:
+        start, finish: the shares of these two; the method's phases divide the rest as they divide the whole.
+        finish_term: whether the term stays on at the end, if the method has one.
+    """
+    own = METHODS[method]
+    last = "finish" if finish_term and any(PHASES[name].has_term for name, _ in own) else "ste_scale"
+    shares = ("plain", start), *((name, share * (1 - start - finish)) for name, share in own), (last, finish)
+    return tuple((name, share) for name, share in shares if share > TINY)
+
+
+def automatic(fmt: Format) -> Shares:
+    """What ``schedule="auto"`` chooses."""
+    return next(shares for _, fits, shares in AUTO if fits(fmt))
