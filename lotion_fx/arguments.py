@@ -44,6 +44,7 @@ def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = Fa
     check_number("strength", settings.strength, lambda x: 0 <= x < infinite, finite)
     check_number("decay", settings.decay, lambda x: 0 < x < 1, "a number between 0 and 1")
     check_flag("calibrate", settings.calibrate)
+    check_number("pull", settings.pull, lambda x: 0 <= x < infinite, "a finite number, 0 or more")
     group = settings.process_group
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(

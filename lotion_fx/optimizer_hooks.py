@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from lotion_fx import private, riding
 from lotion_fx.by_hand import warn_of_reduction
 from lotion_fx.missing import has_curvature, look_for_missing
+from lotion_fx.pull import pull
 from lotion_fx.scalars import shown
 from lotion_fx.state import Smoothing, Weight, registry
 from lotion_fx.term import Step, TakesTerms
@@ -172,6 +173,8 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
             weight.gathered.forget_certificate()
         if smoothing.tally.has_term and outside:
             Step(smoothing, optimizer, outside, unscaled_by, pending).run()
+        if smoothing.settings.schedule.pulls and counts:
+            pull(smoothing.tally, pairs, optimizer)
         smoothing.tally.stepped([weight for weight, _ in pairs], counts=counts)
 
 

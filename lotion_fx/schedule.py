@@ -1,4 +1,4 @@
-"""The phases of one training: which forward each step has, and whether the expected-loss term is added."""
+"""The phases of one training: which forward each step has, and whether the expected-loss term or a pull is added."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ class Phase:
         name: as `transform`'s ``schedule`` has it.
         forward: the training forward, see `Plan`.
         has_term: whether the expected-loss term is added.
+        pulls: whether each step pulls the weights to their rounded values, see `pull`.
     """
 
     name: str
     forward: str
     has_term: bool = False
+    pulls: bool = False
 
     @property
     def measures(self) -> bool:
@@ -48,6 +50,7 @@ PHASES = {
         Phase("ste_scale", STE_SCALE),
         Phase("ste", STE),
         Phase("rr", RR),
+        Phase("cage", STE, pulls=True),
     )
 }
 
@@ -57,6 +60,7 @@ METHODS: dict[str, Shares] = {
     "ste_scale": (("ste_scale", 1.0),),
     "rr": (("rr", 1.0),),
     "lotion": (("lotion", 1.0),),
+    "cage": (("ste", 0.8), ("cage", 0.2)),  # the silent share of its authors' own runs
 }
 """Each method's phases."""
 
@@ -93,6 +97,11 @@ class Schedule:
         """Whether any phase has the expected-loss term."""
         return any(PHASES[name].has_term for name, _ in self.shares)
 
+    @property
+    def pulls(self) -> bool:
+        """Whether any phase pulls weights to their rounded values."""
+        return any(PHASES[name].pulls for name, _ in self.shares)
+
     @cached_property
     def term_begins(self) -> int:
         """The first step with the expected-loss term."""
@@ -110,6 +119,12 @@ class Schedule:
         """The next phase and the step that it begins with; None in the last."""
         place = self._place(step) + 1
         return (self.shares[place][0], self.begins[place]) if place < len(self.shares) else None
+
+    def ramp(self, step: int) -> float:
+        """How much of the step's phase is over: 0 in its first step, growing linearly, below 1."""
+        begin, following = self.begins[self._place(step)], self.after(step)
+        end = following[1] if following else self.steps or 0
+        return min((step - begin) / max(end - begin, 1), 1.0)
 
 
 def shared_out(method: str, start: float, finish: float, finish_term: bool) -> Shares:

@@ -21,6 +21,7 @@ class Settings:
     Args:
         method, strength, curvature, inner, decay, noise, moments, refresh: as given.
         schedule: the phases of the training.
+        pull: of ``"cage"``, see `pull`.
         loss_fn: a callable, or ``"model"`` where the model returns its loss; None where graphs hold no loss.
         likelihood: of ``curvature="ggn"``: what the model's output parametrizes.
         calibrate: whether the term's size is measured while training.
@@ -35,6 +36,7 @@ class Settings:
     decay: float = 0.99
     noise: NoiseLaw = RANDOMIZED
     schedule: Schedule = field(default_factory=Schedule)
+    pull: float = 10.0
     loss_fn: Any = None
     moments: str = "closed"
     likelihood: str | None = None

@@ -42,6 +42,7 @@ def transform(
     finish: float | None = None,
     finish_term: bool = True,
     steps: int | None = None,
+    pull: float = 10.0,
     decay: float = 0.99,
     noise: str | NoiseLaw = "randomized",
     regions: Iterable[nn.Module] | None = None,
@@ -61,8 +62,8 @@ def transform(
         fmt: format of every weight of two or more dimensions that reaches a contraction, except embeddings and what is
             tied to them; see `formats`.
         method: ``"lotion"`` (full-precision forward plus the expected-loss term), ``"ste"`` (rounded forward, scale
-            held), ``"ste_scale"`` (scale differentiated), ``"rr"`` (randomly rounded forward) or ``"ptq"`` (plain
-            training).
+            held), ``"ste_scale"`` (scale differentiated), ``"rr"`` (randomly rounded forward), ``"ptq"`` (plain
+            training) or ``"cage"`` (``"ste"``, with a pull to the rounded values in the last fifth of ``steps``).
         strength: factor of the expected-loss term; 1 is the expected loss itself.
         curvature: ``"factored"`` (two vectors a weight), ``"full"`` (a float a parameter, one more product a layer),
             ``"fisher"`` (the optimizer's second moment) or ``"ggn"`` (two vectors, by a pass of its own that draws the
@@ -81,7 +82,7 @@ def transform(
         schedule: the phases of one training, with shares that add to 1, as ``(("plain", 0.6), ("lotion", 0.2),
             ("ste_scale", 0.2))``; instead of ``method``. ``"plain"`` is what ``method="ptq"`` does, ``"lotion"``,
             ``"ste"``, ``"ste_scale"`` and ``"rr"`` what the methods do, ``"finish"`` is ``"ste_scale"`` with the
-            expected-loss term. ``"auto"`` chooses by ``fmt``; for now that is
+            expected-loss term and ``"cage"`` is ``"ste"`` with the pull. ``"auto"`` chooses by ``fmt``; for now that is
             ``method="lotion"`` for every format. Curvature is gathered from the first phase with the term on, and its
             size is measured from that phase's second step. A training whose optimizer was saved in a plain phase,
             or under ``method="ptq"``, goes on under any schedule and format.
@@ -89,6 +90,7 @@ def transform(
         finish, finish_term: for the last share ``finish`` of ``steps``, the phase ``"finish"``, or without
             ``finish_term`` the phase ``"ste_scale"``; `finish` does it by hand.
         steps: optimizer steps in the whole training, for schedules.
+        pull: the largest factor of ``"cage"``'s pull, see `lotion_fx.pull`.
         decay: of the curvature's moving average.
         noise: the law of the random rounding, see `noises`. Under a biased one, ``method="lotion"`` runs its training
             forward at the mean of the random weights.
@@ -119,6 +121,7 @@ def transform(
         decay=decay,
         noise=resolve_noise(noise),
         schedule=phases,
+        pull=pull,
         loss_fn=loss_fn,
         moments=moments,
         refresh=refresh,

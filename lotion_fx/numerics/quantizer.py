@@ -46,8 +46,8 @@ class Quantizer:
         """Whether the mean of a randomly rounded weight is the weight itself, wherever it lies."""
         return self.noise.unbiased and not self.format.saturates
 
-    def rtn(self, w: Tensor) -> Tensor:
-        return rounding.rtn(w, self.format, self.axis)
+    def rtn(self, w: Tensor, **options: Any) -> Tensor:
+        return rounding.rtn(w, self.format, self.axis, **options)
 
     def rtn_vjp(self, w: Tensor, grad: Tensor) -> Tensor:
         return rounding.rtn_vjp(w, grad, self.format, self.axis)

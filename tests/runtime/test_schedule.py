@@ -41,6 +41,7 @@ def test_a_share_of_less_than_a_step_is_passed_over():
         ("lotion", 0, 1, True, [("finish", 1.0)]),
         ("ptq", 0, 0.4, True, [("plain", 0.6), ("ste_scale", 0.4)]),
         ("ste", 0.5, 0, True, [("plain", 0.5), ("ste", 0.5)]),
+        ("cage", 0.5, 0, True, [("plain", 0.5), ("ste", 0.4), ("cage", 0.1)]),
     ],
 )
 def test_shorthands_make_schedules(method, start, finish, term, shares):
