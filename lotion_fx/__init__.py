@@ -12,6 +12,7 @@ from lotion_fx.deploy.loading import load
 from lotion_fx.deploy.packed_model import quantize
 from lotion_fx.deploy.verifying import Verification, verify
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
+from lotion_fx.distillation import distillation_loss
 from lotion_fx.expected import ExpectedLoss, expected_loss
 from lotion_fx.explanation import Explanation, explain, log_as_asked
 from lotion_fx.numerics.formats import Format, codebook, formats, register_format, resolve
@@ -43,6 +44,7 @@ __all__ = [
     "apply_term",
     "calibrate",
     "codebook",
+    "distillation_loss",
     "expected_loss",
     "explain",
     "export",

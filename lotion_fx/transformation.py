@@ -134,11 +134,7 @@ def transform(
     smoothing = Smoothing(checked(settings, likelihood, by_regions=regions != [model]))
     smoothing.model, smoothing.is_whole = weakref.ref(model), regions == [model]
     chosen = to, {} if only is None else only
-    smoothing.weights.extend(weights_for(smoothing, model, *chosen))
-    check_weights(smoothing)
-    check_placement(model, smoothing)
-    for weight in smoothing.weights:
-        registry.add(weight)
+    _find_weights(smoothing, model, *chosen)
     carry(model, smoothing)
     optimizer_hooks.install()
     watch()
@@ -147,6 +143,15 @@ def transform(
     smoothing.compile = partial(_compile, Backend(inner, mode, tuple(sorted(options.items()))), paths, compile_options)
     smoothing.compile(model)
     return model
+
+
+def _find_weights(smoothing: Smoothing, model: nn.Module, fmt: Format, only: Formats) -> None:
+    """Takes in the model's weights, if all of them can be."""
+    smoothing.weights.extend(weights_for(smoothing, model, fmt, only))
+    check_weights(smoothing)
+    check_placement(model, smoothing)
+    for weight in smoothing.weights:
+        registry.add(weight)
 
 
 def _compile(backend: Backend, regions: Iterable[str], options: dict[str, Any], model: nn.Module) -> None:
