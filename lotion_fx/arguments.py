@@ -66,7 +66,6 @@ def scheduled(
     method: str = "lotion",
     fmt: Format | None = None,
     noise: NoiseLaw = RANDOMIZED,
-    *,
     schedule: Any = None,
     start: float | None = None,
     finish: float | None = None,

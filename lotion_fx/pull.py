@@ -3,12 +3,12 @@
 CAGE's decoupled form, as weight decay is decoupled in AdamW: the straight-through gradient of the loss alone makes the
 optimizer's statistics, and the distance of a weight from its rounded value is subtracted on its own. ``ramp`` is 0 for
 a silent share of the training and then grows linearly towards 1, so it is part of the schedule: ``"ste"`` is the silent
-phase, ``"cage"`` the one in which it grows. The coupled forms, in which the distance enters the gradient or is divided by
-Adam's root, are not here.
+phase, ``"cage"`` the one in which it grows. The coupled forms, in which the distance enters the gradient or is divided
+by Adam's root, are not here.
 
 Source: CAGE, Tabesh et al., arXiv 2510.18784, the decoupled variant. The defaults, ``pull=10`` in the last 20 % of the
 steps, growing linearly, are those of a copy of its authors' training script (``CAGE_LAMBDA=10``,
-``CAGE_SILENCE_RATIO=0.8``, ``CAGE_SCHEDULE="linear_ramp"``); with which settings the paper's tables were made was not seen.
+``CAGE_SILENCE_RATIO=0.8``, ``CAGE_SCHEDULE="linear_ramp"``); with which of them the paper's tables were made is open.
 """
 
 from __future__ import annotations

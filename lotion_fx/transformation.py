@@ -112,9 +112,7 @@ def transform(
     check_compile_options(mode, options, inner, compile_options)
     regions = check_regions(model, regions)
     to, law = resolve(fmt), resolve_noise(noise)
-    phases = scheduled(
-        method, to, law, schedule=schedule, start=start, finish=finish, finish_term=finish_term, steps=steps
-    )
+    phases = scheduled(method, to, law, schedule, start, finish, finish_term, steps)
     settings = Settings(
         method=method,
         strength=strength,
