@@ -31,7 +31,7 @@ import lotion_fx
 CLASSES = 10
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels [rows], real targets [rows, CLASSES]
 Net = Callable[[], nn.Module]
-Loss = Callable[[nn.Module, Batch], Tensor]
+Loss = Callable[[Any, Batch], Tensor]  # of a model, or of what gives its outputs
 
 
 class Mlp(nn.Module):
@@ -239,34 +239,43 @@ METHODS: dict[str, dict[str, Any]] = {
     "lotion": {},
     "finish": {"finish": 0.4},
     "early": {"finish": 0.7, "finish_term": False},
+    "adaptive": {"noise": "adaptive"},
 }
-MINE, RIVALS = ("lotion", "finish", "early"), ("ptq", "ste", "ste scale")
+ROUNDED = {"adaptive"}
+"""Those whose weights `lotion_fx.round_` rounds in the end, by eight batches; the others' are rounded to nearest."""
+MINE, RIVALS = ("lotion", "finish", "early", "adaptive"), ("ptq", "ste", "ste scale")
+
+
+def deployed(method: str, kind: str, name: str, fmt: str, seed: int, steps: int) -> float:
+    """The loss on fresh batches at the weights that are deployed after training by one of `METHODS`."""
+    chosen, loss = METHODS[method], LOSSES[name]
+    options = {**chosen, "steps": steps} if "finish" in chosen else chosen
+    model = train(kind, loss, steps, seed, fmt=fmt, **options).eval()
+    if method in ROUNDED:
+        seen = itertools.islice(batches(kind, 20_000 + seed), 8)
+        lotion_fx.round_(model, [(batch[0], batch) for batch in seen], lambda out, batch: loss(lambda _: out, batch))
+    held_out = batches(kind, 10_000 + seed, rows=512)
+    with torch.no_grad():
+        return statistics.fmean(float(loss(model, next(held_out))) for _ in range(4))
 
 
 def deploy(args: argparse.Namespace) -> None:
     rows = []
-    for fmt in args.formats:
-        for kind in args.nets:
-            for name in args.losses:
-                ends: dict[str, list[float]] = {method: [] for method in METHODS}
-                for seed in range(args.seeds):
-                    for method, chosen in METHODS.items():
-                        options = {**chosen, "steps": args.steps} if "finish" in chosen else chosen
-                        model = train(kind, LOSSES[name], args.steps, seed, fmt=fmt, **options).eval()
-                        held_out = batches(kind, 10_000 + seed, rows=512)
-                        with torch.no_grad():
-                            ends[method].append(
-                                statistics.fmean(float(LOSSES[name](model, next(held_out))) for _ in range(4))
-                            )
-                row = [fmt, kind, name, *(f"{statistics.fmean(each):.4g}" for each in ends.values())]
-                for mine, rival in itertools.product(MINE, RIVALS):
-                    paired = [a - b for a, b in zip(ends[mine], ends[rival], strict=True)]
-                    error = statistics.stdev(paired) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
-                    row.append(f"{statistics.fmean(paired):+.2g} ± {error:.1g}")
-                rows.append(row)
-                print(" | ".join(row), flush=True)
-    differences = [f"{mine} - {rival}" for mine, rival in itertools.product(MINE, RIVALS)]
-    print(tabulate(rows, ["format", "net", "loss", *METHODS, *differences], disable_numparse=True))
+    pairs = [(m, r) for m, r in itertools.product(MINE, RIVALS) if m in args.methods and r in args.methods]
+    for fmt, kind, name in itertools.product(args.formats, args.nets, args.losses):
+        ends = {
+            method: [deployed(method, kind, name, fmt, seed, args.steps) for seed in range(args.seeds)]
+            for method in args.methods
+        }
+        row = [fmt, kind, name, *(f"{statistics.fmean(each):.4g}" for each in ends.values())]
+        for mine, rival in pairs:
+            paired = [a - b for a, b in zip(ends[mine], ends[rival], strict=True)]
+            error = statistics.stdev(paired) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
+            row.append(f"{statistics.fmean(paired):+.2g} ± {error:.1g}")
+        rows.append(row)
+        print(" | ".join(row), flush=True)
+    differences = [f"{mine} - {rival}" for mine, rival in pairs]
+    print(tabulate(rows, ["format", "net", "loss", *args.methods, *differences], disable_numparse=True))
 
 
 def main() -> None:
@@ -274,6 +283,7 @@ def main() -> None:
     parser.add_argument("what", choices=["size", "deploy"])
     parser.add_argument("--nets", type=lambda s: s.split(","), default=list(NETS))
     parser.add_argument("--losses", type=lambda s: s.split(";"), default=list(LOSSES), help="names, with ; between")
+    parser.add_argument("--methods", type=lambda s: s.split(","), default=list(METHODS))
     parser.add_argument("--curvatures", type=lambda s: s.split(","), default=["factored", "full", "fisher"])
     parser.add_argument("--formats", type=lambda s: s.split(","), default=None)
     parser.add_argument("--steps", type=int, default=None)

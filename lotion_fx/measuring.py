@@ -40,12 +40,16 @@ from lotion_fx.shards import index_of, local_of, shared_amax
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
 
-FIRST = 4
+FIRST = 2
 """Steps in a row that measure, from the second with a term on: the first has no curvature yet."""
 
-SHARE, EVERY = 3, 100
-"""From then on the next measurement comes after one in so many of the steps so far: a training changes fastest at its
-beginning. In the long run it comes after so many."""
+EVERY = 200
+"""From then on the next measurement comes after as many steps as there were so far, for a training changes fastest at
+its beginning, and in the long run after so many. Where the count of loss terms was right so far, up to a factor of
+`RIGHT`, it comes after `SELDOM` times as many. A step at randomly rounded weights is one by which a training hardly
+gets on: of its last 240 steps, 19 without an update cost the quickstart's model .011 nats."""
+
+SELDOM, RIGHT = 3, 2.0
 
 DOUBT = 4.0
 """By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
@@ -157,7 +161,10 @@ class Measuring:
 
     def _pause(self, steps: int) -> int:
         """Steps to the next measurement."""
-        return 1 if self.begun < FIRST else min(max(steps // SHARE, 1), EVERY)
+        if self.begun < FIRST:
+            return 1
+        is_right = self.draws > 0 and 1 / RIGHT < float(self._common.mean) < RIGHT
+        return min(max(steps * (SELDOM if is_right else 1), 1), EVERY)
 
     def put_back(self, weights: Iterable[Weight] | None = None) -> None:
         """Parameters hold their own values again: of these weights, or of all.

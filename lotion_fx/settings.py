@@ -54,12 +54,11 @@ class Settings:
 
     @property
     def measures(self) -> bool:
-        """Whether steps are to measure the term, by random roundings, of which it must then be the cost.
+        """Whether steps are to measure the term; of an adopted model no call is seen that one could begin with.
 
-        Of an adopted model no call is seen that one could begin with.
+        They do so by random roundings under `NoiseLaw.rounds` or not: what they tell is the size of the curvature.
         """
-        has_term = self.schedule.has_term and self.strength > 0
-        return self.calibrate and self.noise.rounds and has_term and not self.adopted
+        return self.calibrate and self.schedule.has_term and self.strength > 0 and not self.adopted
 
     @property
     def samples_labels(self) -> bool:

@@ -97,9 +97,9 @@ def transform(
         regions: modules of ``model`` to compile one by one (transformer blocks, as FSDP2 wants) instead of the whole.
         likelihood: for ``"ggn"``, what the output parametrizes: ``"categorical"`` (the default), ``"bernoulli"``,
             ``"gaussian"``, or the loss itself, such as ``F.mse_loss``; see `likelihood`.
-        calibrate: measures the size of the term, whatever the loss: the forwards of a few early steps, then of one in a
-            hundred, run at randomly rounded weights, and log the loss there. False takes it as counted, which is right
-            for a mean over independent likelihood terms.
+        calibrate: measures the size of the term, whatever the loss: the forwards of a few early steps, then of one in
+            two hundred, run at randomly rounded weights, and log the loss there. False takes it as counted, which is
+            right for a mean over independent likelihood terms.
         refresh: for ``"ggn"``, optimizer steps from one pass to the next; the curvature rests in between.
         process_group: over which your own loop averages ``.grad``, where neither DistributedDataParallel nor FSDP2
             does; such as ``torch.distributed.group.WORLD``.

@@ -61,8 +61,8 @@ def test_a_shorthand_begins_where_it_did():
 
 @pytest.mark.parametrize(
     "fmt, nearest, adaptive",
-    [("nvfp4", "plain", "lotion"), ("mxfp4", "plain", "plain"), ("int4/tensor", "lotion", "lotion")]
-    + [(fmt, "lotion", "lotion") for fmt in ("int4", "int2", "nf4")],
+    [("nvfp4", "plain", "plain"), ("mxfp4", "plain", "plain"), ("int2", "lotion", "lotion")]
+    + [(fmt, "lotion", "plain") for fmt in ("int4", "int4/tensor", "nf4")],
 )
 def test_auto_depends_on_the_scales_and_on_the_rounding(fmt, nearest, adaptive):
     for noise, first in (("randomized", nearest), ("adaptive", adaptive)):
