@@ -69,14 +69,13 @@ FROM_PLAIN: Shares = (("plain", 0.6), ("ste_scale", 0.4))
 FINISHED: Shares = (("lotion", 0.6), ("finish", 0.4))
 LATE: Shares = (("plain", 0.6), ("lotion", 0.4))
 AUTO: tuple[tuple[str, Callable[[Format], bool], Shares, Shares], ...] = (
-    ("scales that are powers of two", lambda fmt: isinstance(fmt.law, PowerOfTwoScale), FROM_PLAIN, METHODS["ptq"]),
+    ("scales that are powers of two", lambda fmt: isinstance(fmt.law, PowerOfTwoScale), FROM_PLAIN, LATE),
     ("two levels of scales", lambda fmt: fmt.law.two_level, FROM_PLAIN, LATE),
     ("up to two bits", lambda fmt: fmt.grid.bits <= 2, FINISHED, METHODS["lotion"]),
     ("any other", lambda fmt: True, FINISHED, LATE),
 )
 """What ``schedule="auto"`` chooses for a kind of format, the first that fits: where the weights are rounded to nearest
-in the end, and where `round_` rounds them (``noise="adaptive"``). Measured in docs/accuracy.md. A power of two as a
-scale does not shrink with a block's largest weight until that has halved: the second term has nothing to gain there."""
+in the end, and where `round_` rounds them (``noise="adaptive"``). Measured in docs/accuracy.md."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lotion_fx
+from lotion_fx.measuring import FIRST
 from lotion_fx.numerics.noise import resolve_noise
 from lotion_fx.schedule import AUTO, PHASES, Schedule, automatic, shared_out
 from lotion_fx.state import registry
@@ -186,7 +187,7 @@ def test_measuring_begins_with_the_term():
     for step in range(20):
         run(model, optimizer, [step])
         begun.append(measuring.begun)
-    assert begun[:11] == [0] * 11 and begun[11:15] == [1, 2, 3, 4] and measuring.draws >= 4
+    assert begun[:11] == [0] * 11 and begun[11 : 11 + FIRST] == list(range(1, FIRST + 1)) and measuring.draws >= FIRST
     assert lotion_fx.report(model).size is not None
 
 
@@ -206,7 +207,7 @@ def test_measuring_is_as_it_was_where_the_term_comes_late():
             run(model, torch.optim.SGD(model.parameters(), lr=0.0), range(10))
         run(model, optimizer, range(10))
         sizes.append(lotion_fx.report(model).measurements)
-    assert sizes[0] == sizes[1] > 4
+    assert sizes[0] == sizes[1] > FIRST
 
 
 # ---------------------------------------------------------------------------------------------------- resumes and forks
