@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ste_from_fp": {"schedule": (("plain", FORK), ("ste_scale", 1 - FORK))},
     "lotion": {"method": "lotion"},
     "lotion_finish": {"method": "lotion", "finish": 0.4},
-    "adaptive": {"noise": "adaptive", "schedule": "auto"},
+    "adaptive": {"noise": "adaptive", "schedule": (("plain", FORK), ("lotion", 1 - FORK))},
 }
 LABELS = {
     "full_precision": "full precision",
@@ -56,7 +56,7 @@ LABELS = {
     "ste_from_fp": "full precision, then STE",
     "lotion": "LOTION",
     "lotion_finish": "LOTION with finish",
-    "adaptive": "LOTION for adaptive rounding",
+    "adaptive": "LOTION for round_",
 }
 # Rounded to nearest each method is a row; these are rows more, by `lotion_fx.round_`.
 ROUNDINGS = {"ptq": ("gptq", "two_sided"), "adaptive": ("two_sided",)}

@@ -70,7 +70,7 @@ FINISHED: Shares = (("lotion", 0.6), ("finish", 0.4))
 LATE: Shares = (("plain", 0.6), ("lotion", 0.4))
 AUTO: tuple[tuple[str, Callable[[Format], bool], Shares, Shares], ...] = (
     ("scales that are powers of two", lambda fmt: isinstance(fmt.law, PowerOfTwoScale), FROM_PLAIN, LATE),
-    ("two levels of scales", lambda fmt: fmt.law.two_level, FROM_PLAIN, LATE),
+    ("two levels of scales", lambda fmt: fmt.law.two_level, FROM_PLAIN, METHODS["ptq"]),
     ("up to two bits", lambda fmt: fmt.grid.bits <= 2, FINISHED, METHODS["lotion"]),
     ("any other", lambda fmt: True, FINISHED, LATE),
 )

@@ -75,11 +75,11 @@ RECIPES: dict[str, Recipe] = {
     "lotion": Recipe("LOTION", {"method": "lotion"}, BOTH),
     "lotion_finish": Recipe("LOTION with finish", {"method": "lotion", "finish": 0.4}, BOTH),
     "late_adaptive": Recipe(
-        "full precision, LOTION for adaptive rounding",
+        "full precision, then LOTION for `round_`",
         {"noise": "adaptive", "calibrate": False, "schedule": (("plain", 0.6), ("lotion", 0.4))},
         BOTH,
     ),
-    "adaptive": Recipe("LOTION for adaptive rounding", {"noise": "adaptive", "calibrate": False}, BOTH),
+    "adaptive": Recipe("LOTION for `round_`", {"noise": "adaptive", "calibrate": False}, BOTH),
     "late_lotion": Recipe("full precision, LOTION", {"schedule": (("plain", 0.6), ("lotion", 0.4))}, BOTH),
     "late_start": Recipe(
         "full precision, LOTION, STE", {"schedule": (("plain", 0.6), ("lotion", 0.2), ("ste_scale", 0.2))}, BOTH
