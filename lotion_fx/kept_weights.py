@@ -55,7 +55,9 @@ class KeptWeights:
             return
         path = self._path(self.folder, name)
         beside = path.with_suffix(f".{os.getpid()}")
-        torch.save({"key": self._key(weight, latent), **rounded._asdict()}, beside)
+        values, method, cost, nearest = rounded
+        key = self._key(weight, latent)
+        torch.save({"key": key, "values": values, "method": method, "cost": cost, "nearest": nearest}, beside)
         beside.replace(path)
 
     def clear(self, names: Sequence[str]) -> None:
