@@ -243,13 +243,14 @@ def _by_tiles(p: _Problem, grid: Grid, by_row: Tensor, by_column: Tensor, tell: 
     """Wave after wave of tiles that do not depend on each other: those of one antidiagonal."""
     down, along = p.w.shape[1] // TILE, p.w.shape[2] // TILE
     out, error = torch.empty_like(p.w), torch.zeros_like(p.w)  # Q, W - Q
-    handed = torch.zeros_like(p.w)  # errors, handed on along their rows: (W - Q) U
+    handed = torch.zeros_like(p.w.mT)  # errors, handed on along their rows: (W - Q) U, and all three turned, so that
+    to_row, to_column = by_row.mT.contiguous(), by_column.mT.contiguous()  # sums run along memory
     cut = [slice(i * TILE, (i + 1) * TILE) for i in range(max(down, along))]
     for wave in range(down + along - 1):
         tiles = [(cut[i], cut[wave - i]) for i in range(max(0, wave - along + 1), min(down - 1, wave) + 1)]
-        before = [error[:, r, : c.start] @ by_column[:, : c.start, c] for r, c in tiles]
+        before = [error[:, r, : c.start] @ to_column[:, c, : c.start].mT for r, c in tiles]
         x = [
-            p.w[:, r, c] + by_row[:, : r.start, r].mT @ handed[:, : r.start, c] + by_row[:, r, r].mT @ known
+            p.w[:, r, c] + to_row[:, r, : r.start] @ handed[:, c, : r.start].mT + to_row[:, r, r] @ known
             for (r, c), known in zip(tiles, before, strict=True)
         ]
         inside = _Problem(*(torch.cat([part[:, r, c] for r, c in tiles]) for part in p))
@@ -258,7 +259,7 @@ def _by_tiles(p: _Problem, grid: Grid, by_row: Tensor, by_column: Tensor, tell: 
         placed = _by_elements(torch.cat(x), inside, grid, rows, columns).split(len(p.w))
         for (r, c), known, values in zip(tiles, before, placed, strict=True):
             out[:, r, c], error[:, r, c] = values, p.w[:, r, c] - values
-            handed[:, r, c] = known + error[:, r, c] @ by_column[:, c, c]
+            handed[:, c, r] = (known + error[:, r, c] @ by_column[:, c, c]).mT
         tell((wave + 1) / (down + along - 1))
     return out
 
