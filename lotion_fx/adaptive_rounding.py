@@ -206,8 +206,6 @@ def _curvatures(
             raise ValueError(f"batches: the gradient of their loss by {name!r} holds values that are no finite numbers")
         else:
             found[name] = curvature
-            if None in curvature:
-                why[name] = f"more than {SIDE} rows or columns, which get no matrix"
     return found
 
 
@@ -223,6 +221,10 @@ def _losses(
 
 def _row(name: str, weight: Weight, rounded: Rounded, asked: str, why: str) -> RoundedWeight:
     share = rounded.cost / rounded.nearest if rounded.nearest > 0 else math.nan
-    if rounded.method != asked and not why:
-        why = f"it costs least by {rounded.method!r}"
-    return RoundedWeight(name, _format(weight)[0].name, rounded.method, share, why if rounded.method != asked else "")
+    if rounded.method == asked:
+        why = ""
+    elif not why:
+        is_long = max(weight.layout.factors[1:]) > SIDE
+        cheapest = f"it costs least by {rounded.method!r}"
+        why = f"more than {SIDE} rows or columns, which get no matrix" if is_long else cheapest
+    return RoundedWeight(name, _format(weight)[0].name, rounded.method, share, why)

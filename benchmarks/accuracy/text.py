@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import lotion_fx
 from lotion_fx.examples import quickstart
 
 
@@ -81,7 +81,7 @@ class Text:
                 return self.loss(outputs, batch[:, 1:])
             with torch.no_grad():
                 known = teacher(batch[:, :-1])
-            return divergence(outputs.flatten(0, 1), known.flatten(0, 1))
+            return lotion_fx.distillation_loss(outputs, known)
 
         text = self._text[0]
         return quickstart.fit(
@@ -95,8 +95,3 @@ class Text:
     def evaluate(self, model: nn.Module) -> float:
         """Mean loss over the held-out windows, nats per byte, in ``eval()``."""
         return quickstart.evaluate(model, quickstart.spread_windows(self._text[1], self.windows))
-
-
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean KL divergence of the student's distributions from the teacher's, nats. Both are logits [rows, classes]."""
-    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)

@@ -78,6 +78,10 @@ class Content:
         for name, known in self.tied.items():
             yield name, self.weights[known].dequantize() if known in self.weights else self.others[known]
 
+    def names(self, weight: str) -> list[str]:
+        """All that a weight goes by, its first name first."""
+        return [weight, *(other for other, known in self.tied.items() if known == weight)]
+
     @property
     def is_from_transformers(self) -> bool:
         return hasattr(self.model, "config") and hasattr(self.model, "save_pretrained")

@@ -14,7 +14,6 @@ the codes need no place of their own: whatever carries the weights carries them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -77,7 +76,6 @@ def adaptive(
     shape: tuple[int, int, int],
     curvature: Curvature,
     method: str = "two_sided",
-    tell: Callable[[float], None] = lambda share: None,
 ) -> Rounded:
     """Rounds a weight so that its curvature's cost is least, at the scales that it has.
 
@@ -87,7 +85,6 @@ def adaptive(
         shape: [G, R, C] that ``w`` is seen in, row-major; ``axis`` lies in R or in C.
         curvature: of that view.
         method: ``"two_sided"``; ``"gptq"``, which takes the curvature along ``axis`` alone; ``"nearest"``.
-        tell: is told of the share of the work that is done.
 
     Returns:
         Of nearest, gptq and two_sided, as far as ``method``, the one that costs least. A fixed point of ``rtn``.
@@ -109,8 +106,8 @@ def adaptive(
     problem = _problem(w, fmt, axis, shape)
     if along_rows:
         problem = _Problem(*(part.mT for part in problem))
-    for count, (name, taken) in enumerate(tried.items()):
-        solved = _solve(problem, fmt.grid, taken, lambda share: tell((count + share) / len(tried)))  # noqa: B023
+    for name, taken in tried.items():
+        solved = _solve(problem, fmt.grid, taken)
         solved = solved.mT if along_rows else solved
         values = fixed_point(solved.reshape(w.shape).to(w.dtype), fmt, axis)
         found = cost(latent - values.reshape(shape), curvature)
@@ -167,7 +164,7 @@ def _least_that_keeps(fmt: Format) -> float:
     return fmt.grid.max
 
 
-def _solve(problem: _Problem, grid: Grid, curvature: Curvature, tell: Callable[[float], None]) -> Tensor:
+def _solve(problem: _Problem, grid: Grid, curvature: Curvature) -> Tensor:
     """The rounded weight, [G, R, C] in float64.
 
     Rows and columns are put in the order of their curvature, largest first, so that errors are handed on to what
@@ -177,11 +174,11 @@ def _solve(problem: _Problem, grid: Grid, curvature: Curvature, tell: Callable[[
     by_column, along = _hand_on(curvature.columns, DAMPING_COLUMNS)
     ordered = [_gathered(part, along, -1) for part in problem]
     if curvature.rows is None:
-        out = _by_columns(_Problem(*ordered), grid, by_column, tell)
+        out = _by_columns(_Problem(*ordered), grid, by_column)
     else:
         by_row, down = _hand_on(curvature.rows, DAMPING_ROWS)
         padded = _Problem(*(_padded(_gathered(part, down, -2)) for part in ordered))
-        out = _by_tiles(padded, grid, _padded(by_row, unit=True), _padded(by_column, unit=True), tell)
+        out = _by_tiles(padded, grid, _padded(by_row, unit=True), _padded(by_column, unit=True))
         out = _gathered(out[:, : by_row.shape[-1], : by_column.shape[-1]], down.argsort(-1), -2)
     return _gathered(out, along.argsort(-1), -1)
 
@@ -224,7 +221,7 @@ def _placed(x: Tensor, p: _Problem, grid: Grid, at: tuple[Tensor | slice, ...]) 
     return torch.minimum(torch.maximum(grid.nearest(z), p.low[at]), p.high[at]) * s
 
 
-def _by_columns(p: _Problem, grid: Grid, by_column: Tensor, tell: Callable[[float], None]) -> Tensor:
+def _by_columns(p: _Problem, grid: Grid, by_column: Tensor) -> Tensor:
     """Rows apart from each other: column after column."""
     x, out = p.w.clone(), torch.empty_like(p.w)
     length = x.shape[-1]
@@ -235,11 +232,10 @@ def _by_columns(p: _Problem, grid: Grid, by_column: Tensor, tell: Callable[[floa
             out[at] = _placed(x[at], p, grid, at)
             x[..., j + 1 : end] += (p.w[at] - out[at]) * by_column[:, j : j + 1, j + 1 : end]
         x[..., end:] += (p.w[..., begin:end] - out[..., begin:end]) @ by_column[:, begin:end, end:]
-        tell(end / length)
     return out
 
 
-def _by_tiles(p: _Problem, grid: Grid, by_row: Tensor, by_column: Tensor, tell: Callable[[float], None]) -> Tensor:
+def _by_tiles(p: _Problem, grid: Grid, by_row: Tensor, by_column: Tensor) -> Tensor:
     """Wave after wave of tiles that do not depend on each other: those of one antidiagonal."""
     down, along = p.w.shape[1] // TILE, p.w.shape[2] // TILE
     out, error = torch.empty_like(p.w), torch.zeros_like(p.w)  # Q, W - Q
@@ -260,7 +256,6 @@ def _by_tiles(p: _Problem, grid: Grid, by_row: Tensor, by_column: Tensor, tell: 
         for (r, c), known, values in zip(tiles, before, placed, strict=True):
             out[:, r, c], error[:, r, c] = values, p.w[:, r, c] - values
             handed[:, c, r] = (known + error[:, r, c] @ by_column[:, c, c]).mT
-        tell((wave + 1) / (down + along - 1))
     return out
 
 

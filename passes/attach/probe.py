@@ -35,8 +35,8 @@ class Code(IntEnum):
     BY_CHOICE = 4  # curvature="fisher": nothing asked of the graph
     UNREACHED = 5  # no compiled graph saw the weight; never emitted
     MIXED = 6  # several graphs use the weight and do not agree; never emitted
-    MIXED_SIDES = 8  # of Kronecker factors: linear, but no pair of matrices says how
     BY_PARAMETERS = 7  # it is multiplied with parameters or constants first: what that sums over are no positions
+    MIXED_SIDES = 8  # of Kronecker factors: linear, but no pair of matrices says how
 
     @property
     def reason(self) -> str:

@@ -54,7 +54,7 @@ class Aoti(Layout):
         expected = made(*args, **kwargs)
         dense = {}
         for name, weight in content.weights.items():
-            names = [name, *(other for other, known in content.tied.items() if known == name)]
+            names = content.names(name)
             if any(isinstance(_owner(made, each)[0], nn.RNNBase) for each in names):
                 dense[name] = "kernels of recurrent modules take dense weights"
             else:

@@ -102,7 +102,7 @@ class Gguf(Layout):
 
 
 def _place(architecture: Architecture, content: Content, name: str) -> Place:
-    return stands_for([name, *(other for other, known in content.tied.items() if known == name)], architecture.place)
+    return stands_for(content.names(name), architecture.place)
 
 
 def _dense(where: Place, weight: QuantizedWeight) -> str:

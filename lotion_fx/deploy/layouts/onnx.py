@@ -49,7 +49,7 @@ class Onnx(Layout):
         made = exported(traceable(content), args, kwargs, dynamic_shapes)
         dense = {}
         for name, weight in content.weights.items():
-            names = [name, *(other for other, known in content.tied.items() if known == name)]
+            names = content.names(name)
             if reason := replaced(made.graph, name, names, weight):
                 dense[name] = reason
         if not any(each.domain == "com.microsoft" for each in made.opset_import):
