@@ -157,16 +157,18 @@ def test_it_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not (tmp_path / "kept").exists()
 
 
-def test_other_weights_or_batches_are_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = trained()
+@pytest.mark.parametrize("steps, seed", [(60, 5), (20, 0)])
+def test_other_weights_or_batches_are_not_resumed(
+    steps: int, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(adaptive_rounding, "_losses", lambda *args: 1 / 0)  # after all weights are kept
-    for given, folder in ((batches(), "a"), (batches(seed=5), "a")):
-        with pytest.raises(ZeroDivisionError):
-            lotion_fx.round_(model, given, loss_of, folder=tmp_path / folder)
+    with pytest.raises(ZeroDivisionError):
+        lotion_fx.round_(trained(), batches(), loss_of, folder=tmp_path)
+    assert any(tmp_path.iterdir())
     monkeypatch.undo()
-    fresh = trained()
-    lotion_fx.round_(fresh, batches(), loss_of)
-    lotion_fx.round_(model, batches(), loss_of, folder=tmp_path / "a")
+    model, fresh = trained(steps=steps), trained(steps=steps)
+    lotion_fx.round_(model, batches(seed=seed), loss_of, folder=tmp_path)
+    lotion_fx.round_(fresh, batches(seed=seed), loss_of)
     assert all(torch.equal(value, weights(fresh)[name]) for name, value in weights(model).items())
 
 
@@ -213,6 +215,17 @@ def test_a_weight_that_is_not_linear_is_rounded_to_nearest() -> None:
     done = lotion_fx.round_(model, [(x, torch.randint(5, (30,)))], F.cross_entropy)
     assert torch.equal(model.weight, near) and done.weights[0].method == "nearest"  # type: ignore[arg-type]
     assert "nonlinearly" in done.weights[0].why
+
+
+def test_no_random_rounding_is_sampled_to_compare_with_the_noise_that_it_leaves() -> None:
+    model, (batch,) = trained(steps=2, noise="adaptive"), batches(1)
+    assert float(lotion_fx.expected_loss(model, batch, loss_of).total.detach()) > 0
+    for what, call in (
+        ("samples=3", lambda: lotion_fx.expected_loss(model, batch, loss_of, samples=3)),
+        ("calibrate", lambda: lotion_fx.calibrate(model, [batch], loss_of)),
+    ):
+        with pytest.raises(ValueError, match=f"{what}: .*noise='adaptive'.*no random rounding"):
+            call()
 
 
 def test_bad_arguments() -> None:
