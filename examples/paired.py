@@ -13,7 +13,7 @@ class Mean(NamedTuple):
 
     value: float
     error: float
-    count: int
+    seeds: int
 
     @staticmethod
     def of(values: Sequence[float]) -> Mean:

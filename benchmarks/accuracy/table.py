@@ -53,7 +53,7 @@ def cell(found: Excesses, row: str) -> str:
     if row not in found:
         return ""
     mean, share = Mean.of(list(found[row].values())), gap_recovered(found[row], found.get("ptq", {}))
-    words = str(mean) if mean.count == max(map(len, found.values())) else f"{mean} ({mean.count})"
+    words = str(mean) if mean.seeds == max(map(len, found.values())) else f"{mean} ({mean.seeds})"
     words += "" if row == "ptq" or math.isnan(share) else f", {share:.0%}"
     return f"**{words}**" if row in (best(found, True), best(found, False)) else words
 
@@ -77,7 +77,7 @@ def margin(found: Excesses, fmt: str) -> list[str]:
     mine, other = best(found, False), best(found, True)
     assert mine is not None and other is not None
     difference = paired(found[mine], found[other])
-    count = "" if difference is None else str(difference.count)
+    count = "" if difference is None else str(difference.seeds)
     return [fmt, label_of(mine), label_of(other), "" if difference is None else str(difference), count]
 
 
