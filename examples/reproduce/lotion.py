@@ -10,7 +10,9 @@ stopped.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,10 +22,13 @@ import typer
 import lotion_fx
 from lotion_fx.examples.options import start
 from lotion_fx.examples.reproduce.recipes import FORMATS, METHODS, RECIPES
-from lotion_fx.examples.reproduce.runs import finished, jobs, run_all
+from lotion_fx.examples.reproduce.runs import Bench, jobs, run_all
+from lotion_fx.examples.reproduce.sharded import Sharded
+from lotion_fx.examples.reproduce.sizes import SCALES, Scale
 from lotion_fx.examples.reproduce.tiny import Tiny
 
-LOG = Path(__file__).parent / "lotion-{size}.jsonl"
+FOLDER = Path(__file__).parent
+ALL_METHODS = ",".join(METHODS)
 
 
 def known_formats(names: str) -> str:
@@ -44,28 +49,51 @@ def known_methods(names: str) -> str:
     return names
 
 
+def known_size(size: str) -> str:
+    """The name of a size, refused where there is none of that name."""
+    if size not in ("tiny", *SCALES):
+        raise typer.BadParameter(f"unknown size {size!r}; expected one of tiny,{','.join(SCALES)}")
+    return size
+
+
+def chosen(size: str, steps: int | None, vocab: int | None, batch: int | None, shrink: bool) -> Scale:
+    """A size as the command line changes it."""
+    scale = SCALES[size].shrunk if shrink else SCALES[size]
+    model = replace(scale.model, vocab=vocab or scale.model.vocab, batch=batch or scale.model.batch)
+    return replace(scale, model=model, tokens=steps * scale.step_tokens if steps else scale.tokens)
+
+
 def main(
-    methods: Annotated[str, typer.Option(callback=known_methods, help=f"Some of {','.join(RECIPES)}.")] = ",".join(
-        METHODS
-    ),
-    formats: Annotated[str, typer.Option(callback=known_formats, help="Of lotion_fx; /tensor as in the paper.")] = (
+    size: Annotated[str, typer.Option(callback=known_size, help=f"One of tiny,{','.join(SCALES)}.")] = "tiny",
+    methods: Annotated[str, typer.Option(callback=known_methods, help=f"Some of {','.join(RECIPES)}.")] = ALL_METHODS,
+    formats: Annotated[str, typer.Option(callback=known_formats, help="Of lotion_fx; the paper's are per tensor.")] = (
         ",".join(FORMATS)
     ),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with seeds 0, 1, ...")] = 3,
-    steps: Annotated[int, typer.Option(min=20, help="Optimizer steps of a run.")] = 600,
-    hours: Annotated[float, typer.Option(help="Begin no run after so many.")] = float("inf"),
+    steps: Annotated[int | None, typer.Option(min=4, help="Optimizer steps of a run [default: the size's].")] = None,
+    hours: Annotated[float, typer.Option(help="Begin no run after so many.")] = math.inf,
+    text: Annotated[Path | None, typer.Option(exists=True, help="Tokens, 2 bytes each; else Python's source.")] = None,
+    vocab: Annotated[int | None, typer.Option(min=2, help="Words of --text [default: the size's].")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences a rank takes at once [default: 16].")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Activation checkpointing of each block.")] = False,
+    shrink: Annotated[bool, typer.Option("--shrink", help="A model of width 64 and 8 steps: does it all run?")] = False,
     inner: Annotated[str, typer.Option(help="What compiles the graphs: inductor, aot_eager or eager.")] = "inductor",
-    log: Annotated[Path | None, typer.Option(help="Of finished runs [default: beside this file].")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Log of finished runs [default: beside this file].")] = None,
+    work: Annotated[Path, typer.Option(help="Folder of checkpoints of the large sizes.")] = Path("lotion-runs"),
 ) -> None:
     """Train language models by the LOTION paper's methods and its rivals, and compare them at rounded weights."""
-    torch.set_num_threads(1)  # so small a model gains nothing from more
     warnings.simplefilter("ignore")
     logging.getLogger("lotion_fx").setLevel(logging.ERROR)
-    bench = Tiny(steps, inner=inner)
+    bench: Bench
+    if size == "tiny":
+        torch.set_num_threads(1)  # so small a model gains nothing from more
+        bench = Tiny(steps or 600, inner=inner)
+    else:
+        scale = chosen(size, steps, vocab, batch, shrink)
+        bench = Sharded(scale, text, work, inner, recompute)
     wanted = list(jobs(bench, formats.split(","), methods.split(","), seeds))
-    path = log or Path(str(LOG).format(size=bench.size))
+    path = runs or FOLDER / f"lotion-{size}.jsonl"
     run_all(wanted, bench, path, hours)
-    finished(wanted, path)
 
 
 if __name__ == "__main__":
