@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 from accuracy import log
 from accuracy.recipes import rows
-from accuracy.runs import FORMATS, commit, jobs, run_all
+from accuracy.runs import FORMATS, jobs, run_all
 from accuracy.table import between_markers, table
 from accuracy.text import Text
 from accuracy.training import Trainings
 
 import lotion_fx
+from lotion_fx.examples.runlog import commit
 
 LOG = Path(__file__).parent / "accuracy" / "runs.jsonl"
 SETTINGS = {"text": Text}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lotion_fx.examples.forking import after_plain
+from lotion_fx.examples.runlog import fingerprint
 
 ROUNDINGS = ("nearest", "gptq", "two_sided")
 """What `lotion_fx.round_` is told; "nearest" is what a model in ``eval()`` runs at without it."""
@@ -60,8 +59,7 @@ class Recipe:
     def fingerprint(self, **conditions: Any) -> str:
         """Eight digits that change with anything that may change the trained model; its label and rows are none."""
         what = {"arguments": dict(self.arguments), "learned": self.learned, "distills": self.distills}
-        text = json.dumps({"revision": REVISION, **what, **conditions}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return fingerprint(revision=REVISION, **what, **conditions)
 
 
 BOTH = ("nearest", "two_sided")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from accuracy.deployment import rounded
 from accuracy.recipes import RECIPES, row_name, rows
 from accuracy.text import Text
 from accuracy.training import Trainings
+from lotion_fx.examples import runlog
 
 FORMATS = ("nvfp4", "int4/tensor", "mxfp4", "int3", "int2", "int4")
 
@@ -75,7 +74,7 @@ def run(job: Job, trainings: Trainings) -> log.Run:
         steps=setting.steps,
         seconds=round(trained.seconds, 1),
         rounding_seconds=round(seconds, 1),
-        commit=commit(),
+        commit=runlog.commit(),
         torch=torch.__version__,
     )
 
@@ -91,17 +90,5 @@ def run_all(wanted: Sequence[Job], trainings: Trainings, path: Path, hours: floa
             return
         bar.set_description(f"seed {job.seed}, {job.format}, {job.method}")
         found = run(job, trainings)
-        log.add(path, found)
+        runlog.add(path, found)
         tqdm.write(f"seed {job.seed}, {job.format}, {job.method}: {found.loss:.4f}, {found.excess:+.4f}")
-
-
-@cache
-def commit() -> str:
-    """Of the checkout that this file is in, with "+" where its code differs from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", ":/*.py")
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "") or "unknown"
