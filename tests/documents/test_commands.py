@@ -20,7 +20,7 @@ from tests.test_release import PYPROJECT
 
 OF_THE_SHELL = {".", "cd", "ln", "mkdir", "mypy", "ruff"}  # others' programs, with nothing of ours to be wrong about
 CI_TAKES = {"oldest", "newest", "slow"}
-PYTEST_OPTIONS = {"-m": 1, "-k": 1, "-s": 0, "-n": 1, "--durations": 1}  # those that documents use, with their values
+PYTEST_OPTIONS = {"-m": 1, "-k": 1, "-s": 0, "-n": 1, "--pdb": 0, "--durations": 1}  # of documents, with their values
 
 
 class Parsed(Exception):
@@ -77,7 +77,7 @@ def check_pytest(words: list[str]) -> None:
             for _ in range(PYTEST_OPTIONS[word]):
                 next(rest)
         else:
-            assert (ROOT / word).exists(), f"there is no {word}"
+            assert re.fullmatch(r"<\w+>", word) or (ROOT / word).exists(), f"there is no {word}"
 
 
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
