@@ -71,7 +71,9 @@ def about(device: str) -> dict[str, Any]:
 
 def tests(device: str, quick: bool, until: float) -> dict[str, Any]:
     """``pytest -m gpu``, or without a device and quickly the count of what it would run."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels"]
+    # Without `addopts`: workers would share the device, and a bare machine has no pytest-xdist.
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts="]
+    command += ["tests/kernels"]
     command += ["--collect-only"] if device == "cpu" else []
     left = max(until - time.monotonic(), 10.0)
     try:

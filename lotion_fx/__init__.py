@@ -29,7 +29,7 @@ from lotion_fx.transformation import training_loss, transform
 log_as_asked()
 riding.watch()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AdaptiveRounding",
     "CoverageReport",

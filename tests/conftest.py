@@ -1,12 +1,19 @@
-"""One clone a run: an editable install made in another one would give its folders to the tests of this one, unseen."""
+"""One clone a run, one core a worker, and no format left behind.
+
+An editable install made in another clone would give its folders to the tests of this one, unseen.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+
+# Read when torch is imported, so before any test is: a worker a core leaves no core for a second thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {
@@ -15,6 +22,14 @@ FOLDERS = {
     "lotion_fx.kernels": "kernels",
     "lotion_fx.examples": "examples",
 }
+
+
+@pytest.fixture(autouse=True)
+def formats_of_the_test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone with it: which tests came before in a worker is a matter of chance."""
+    from lotion_fx.numerics import formats
+
+    monkeypatch.setattr(formats, "_REGISTERED", dict(formats._REGISTERED))
 
 
 def pytest_configure(config: pytest.Config) -> None:

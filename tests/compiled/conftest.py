@@ -1,4 +1,4 @@
-"""What runs in Triton's interpreter runs once a session, in one process, however many files a session has."""
+"""What runs in Triton's interpreter runs in one process for each file of tests here, however many those are of."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreted(file): tells what became of a file that `interpreted` ran")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Callable[[bool], Mapping[Path, Outcome]]:
-    """What became of all files that this session's tests are about: of their fast tests, or of their slow ones."""
+    """What became of all files that this module's tests are about: of their fast tests, or of their slow ones.
+
+    Not the session's: each of pytest's workers has one, with all tests in it and its own files to run.
+    """
     wanted: dict[bool, list[Path]] = {False: [], True: []}
     for item in request.session.items:
-        if marker := item.get_closest_marker("interpreted"):
+        if item.path == request.path and (marker := item.get_closest_marker("interpreted")):
             wanted[item.get_closest_marker("slow") is not None].append(marker.args[0])
 
     @cache

@@ -44,8 +44,9 @@ def run_interpreted(files: Iterable[Path], *options: str) -> Mapping[Path, Outco
     files = list(files)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}"]
-        command += ["-o", "junit_family=xunit1", *options, *map(str, files)]  # the family that names files
+        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "--tb=short"]
+        command += [f"--junitxml={report}", "-o", "junit_family=xunit1"]  # the family that names files
+        command += [*options, *map(str, files)]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []

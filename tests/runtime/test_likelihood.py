@@ -94,7 +94,7 @@ KNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("loss", "name"), KNOWN, ids=[str(loss)[:30] for loss, _ in KNOWN])
+@pytest.mark.parametrize(("loss", "name"), KNOWN, ids=[getattr(loss, "__name__", str(loss)) for loss, _ in KNOWN])
 def test_torch_s_losses_are_known(loss, name):
     assert likelihood_of(loss) == name
 
@@ -136,7 +136,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(arguments) for arguments, _ in BAD])
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[",".join(arguments) for arguments, _ in BAD])
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         lotion_fx.transform(LM(), **arguments)
