@@ -13,7 +13,7 @@ from tqdm import tqdm
 from accuracy import log
 from accuracy.deployment import rounded
 from accuracy.recipes import RECIPES, row_name, rows
-from accuracy.text import Text
+from accuracy.setting import Setting
 from accuracy.training import Trainings
 from lotion_fx.examples import runlog
 
@@ -29,7 +29,7 @@ class Job:
         recipe, rounding: of `RECIPES` and `ROUNDINGS`.
     """
 
-    setting: Text
+    setting: Setting
     format: str
     recipe: str
     rounding: str
@@ -46,13 +46,14 @@ class Job:
         return self.setting.name, self.format, self.method, self.seed, fingerprint
 
 
-def jobs(setting: Text, formats: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[Job]:
+def jobs(setting: Setting, formats: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[Job]:
     """All of them, seed by seed, so that a log that is not complete has all rows of its first seeds."""
     for seed in range(seeds):
         yield Job(setting, "fp32", "ptq", "nearest", seed)
         for fmt in formats:
             for recipe, rounding in (rows()[method] for method in methods):
-                yield Job(setting, fmt, recipe, rounding, seed)
+                if recipe not in setting.left_out:
+                    yield Job(setting, fmt, recipe, rounding, seed)
 
 
 def run(job: Job, trainings: Trainings) -> log.Run:

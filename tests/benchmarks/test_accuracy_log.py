@@ -103,5 +103,7 @@ def test_no_run_begins_after_the_hours(tmp_path, done):
 
 
 def test_every_row_has_a_key_of_its_own():
-    keys = [job.key for job in runs.jobs(Text(), runs.FORMATS, list(recipes.rows()), 3)]
-    assert len(set(keys)) == len(keys) == 3 * (1 + len(runs.FORMATS) * len(recipes.rows()))
+    setting = Text()
+    keys = [job.key for job in runs.jobs(setting, runs.FORMATS, list(recipes.rows()), 3)]
+    rows = [recipe for recipe, _ in recipes.rows().values() if recipe not in setting.left_out]
+    assert len(set(keys)) == len(keys) == 3 * (1 + len(runs.FORMATS) * len(rows))
