@@ -26,7 +26,7 @@ from lotion_fx.examples import quickstart
 
 LENGTH = 32  # tokens of a window, the first and the last of which are the encoder's own
 BATCH = 16
-ROUNDING = (32, 32)  # batches that a rounding sees, and windows of each
+ROUNDING = (16, 32)  # batches that a rounding sees, and windows of each
 TERM = {"curvature": "ggn", "likelihood": "gaussian", "calibrate": True}  # at drawn labels, its size measured
 
 
