@@ -35,8 +35,10 @@ class SentenceEncoder(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        from transformers import BertModel
+        from transformers import BertModel, logging
 
+        logging.set_verbosity_error()  # of the pooler, which has no weights here
+        logging.disable_progress_bar()
         none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         self.bert = BertModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="sdpa", **none)
         self.bert.embeddings.requires_grad_(False)
