@@ -5,9 +5,8 @@
     python benchmarks/peers.py train [--steps 600] [--seeds 3]
 
 Everyone quantizes the weights of every linear layer to INT4 in blocks of 32 with a scale of float32, and is compiled by
-Inductor as it would be by its user. `step` interleaves the cases in one process, as benchmarks/step.py does ('plain again'
-is the noise); cold start, peak memory and graph breaks are each of a fresh process. `train` is the training of the
-quickstart.
+Inductor as it would be by its user. `step` interleaves the cases in one process; 'plain again' is the noise; cold start,
+peak memory and graph breaks are each of a fresh process. `train` is the training of the quickstart.
 """
 
 from __future__ import annotations
