@@ -20,11 +20,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
-from timing import interleaved, seconds
 from torch import Tensor, nn
 
 import lotion_fx
 from lotion_fx.kernels.cpu_linear import instructions
+from lotion_fx.timing import interleaved, seconds
 
 VOCAB = 16384
 PACKED = ("int4/bf16", "nvfp4/pow2", "mxfp4", "nf4")

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, seconds
 from torch import Tensor, nn
 
 import lotion_fx
 from lotion_fx.kernels.emit.emitted import Block
+from lotion_fx.timing import interleaved, seconds
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,

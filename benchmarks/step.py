@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from timing import interleaved, seconds
 from torch import fx, nn
 from torch._inductor import compile_fx, config, metrics
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -30,6 +29,7 @@ from torch._inductor.fx_utils import count_flops_fx
 import lotion_fx
 from lotion_fx.examples.quickstart import CONTEXT, GPT, VOCAB, next_token_loss
 from lotion_fx.state import weights_of
+from lotion_fx.timing import interleaved, seconds
 
 CASES: dict[str, dict[str, Any] | None] = {
     "plain": None,

@@ -10,8 +10,7 @@ that training follows.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
-from lotion_fx.examples.options import in_a_folder, known_format, start
+from lotion_fx.examples.options import Json, in_a_folder, known_format, print_rows, start
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
@@ -193,16 +192,21 @@ def main(
     fmt: Annotated[str, typer.Option(callback=_shared_scale, help="Number format of the weight.")] = "int4",
     noise: Annotated[str, typer.Option(callback=_known_noise, help="Noise law that smooths the loss.")] = "randomized",
     plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = PLOT,
-    rows_to: Annotated[Path | None, typer.Option("--json", callback=in_a_folder, help="Write the minima.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Draw a quantized loss of one weight, the smoothed loss, its slope and the minima of both."""
+    """Draw a quantized loss of one weight, the smoothed loss, its slope and the minima of both.
+
+    lotion-fx reproduce landscape --fmt fp4 --noise smoothstep
+
+    lotion-fx reproduce landscape --plot curves.svg --json
+    """
     found = curves(resolve(fmt), resolve_noise(noise))
     rows = minima(found)
-    typer.echo(table(rows) + "\n\n" + verdict(rows))
+    typer.echo(table(rows) + "\n\n" + verdict(rows), err=as_json)
     plot(found, rows, resolve(fmt), resolve_noise(noise), plot_to)
-    typer.echo(f"curves: {plot_to}")
-    if rows_to is not None:
-        rows_to.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    typer.echo(f"curves: {plot_to}", err=as_json)
+    if as_json:
+        print_rows(rows)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ brings it close to LOTION.
 
     python examples/linear_regression.py                  # under 4 minutes on 2 cores
     python examples/linear_regression.py --quick          # a smoke run
-    python examples/linear_regression.py --json rows.json
+    python examples/linear_regression.py --json > rows.json
 """
 
 from __future__ import annotations

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 import lotion_fx
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text, which goes to stderr.")]
 
 
 def known_format(fmt: str) -> str:
@@ -24,6 +29,11 @@ def in_a_folder(path: Path | None) -> Path | None:
     if path is not None and not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}")
     return path
+
+
+def print_rows(rows: Iterable[Any]) -> None:
+    """Dataclasses as a list of JSON objects, on stdout."""
+    typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 def start(main: Callable[..., None]) -> None:

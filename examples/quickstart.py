@@ -7,19 +7,19 @@ once a seed, and methods that begin by plain training go on from there.
 
     python examples/quickstart.py                # NVFP4
     python examples/quickstart.py --quick        # a smoke run, too short to rank the methods
-    python examples/quickstart.py --fmt int4/tensor --seeds 3 --json rows.json
+    python examples/quickstart.py --fmt int4/tensor --seeds 3 --json > rows.json
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import statistics
 import sysconfig
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import lotion_fx
 from lotion_fx.examples.forking import Checkpoint, after_plain
-from lotion_fx.examples.options import in_a_folder, known_format, start
+from lotion_fx.examples.options import Json, in_a_folder, known_format, print_rows, start
 
 FORK = 0.6  # the share of the training after which methods that begin by plain training go on from one checkpoint
 
@@ -405,10 +405,14 @@ def main(
         str | None, typer.Option(callback=_known_methods, help=f"Some of {','.join(METHODS)} [default: all but ste].")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, windows and methods, no C++ compiled.")] = False,
-    rows_to: Annotated[Path | None, typer.Option("--json", callback=in_a_folder, help="Write a row per run.")] = None,
+    as_json: Json = False,
     plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = PLOT,
 ) -> None:
-    """Train a small GPT on the Python library's own source by several quantization methods and compare them."""
+    """Train a small GPT on the Python library's own source by several quantization methods and compare them.
+
+    lotion-fx quickstart --fmt int4/tensor --seeds 3 --json > rows.json
+    """
+    say = partial(typer.echo, err=as_json)
     torch.set_num_threads(1)  # so small a model gains nothing from more, and suffers from them on a busy machine
     steps = steps or (200 if quick else 600)
     inner = "aot_eager" if quick else "inductor"  # the same graphs: Inductor's code is faster, and slow to compile
@@ -416,7 +420,7 @@ def main(
     names = list(dict.fromkeys(["ptq", *chosen]))  # its latent run is what all are compared with
     training, validation = split_files(source_files(Path(sysconfig.get_paths()["stdlib"])))
     text, unseen = tokens(training), tokens(validation)
-    typer.echo(f"{len(text) / 1e6:.1f} MB to train on, {len(unseen) / 1e6:.1f} MB held out; {fmt}, {steps} steps")
+    say(f"{len(text) / 1e6:.1f} MB to train on, {len(unseen) / 1e6:.1f} MB held out; {fmt}, {steps} steps")
 
     bench = Bench(fmt, steps, inner, text, spread_windows(unseen, WINDOWS // 4 if quick else WINDOWS))
     rows: list[Row] = []
@@ -431,14 +435,14 @@ def main(
             rows.extend(run.rows)
             curves[name].append(run.curve)
             for row in run.rows:
-                typer.echo(f"{label_of(row.method)}, seed {seed}: {row.loss:.4f} in {row.seconds:.0f} s")
-    typer.echo("\n" + table(rows))
+                say(f"{label_of(row.method)}, seed {seed}: {row.loss:.4f} in {row.seconds:.0f} s")
+    say("\n" + table(rows))
     if quick:
-        typer.echo("A quick run shows that everything works; it is too short to rank the methods.")
+        say("A quick run shows that everything works; it is too short to rank the methods.")
     plot(curves, statistics.fmean(row.loss for row in rows if row.method == "full_precision"), fmt, plot_to)
-    typer.echo(f"curves: {plot_to}")
-    if rows_to is not None:
-        rows_to.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    say(f"curves: {plot_to}")
+    if as_json:
+        print_rows(rows)
 
 
 if __name__ == "__main__":

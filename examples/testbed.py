@@ -7,13 +7,12 @@ the same targets. What counts is the loss at round-to-nearest (RTN) weights at t
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lotion_fx
-from lotion_fx.examples.options import in_a_folder
+from lotion_fx.examples.options import Json, in_a_folder, print_rows
 
 # The arguments of `lotion_fx.transform`, and what the table calls the method. "Exact": the loss that the model returns
 # becomes its expectation, variances and all. "Second order": the term enters at the optimizer's step, with the diagonal
@@ -206,31 +205,38 @@ def command(bed: Testbed) -> Callable[..., None]:
         steps: Annotated[int | None, typer.Option(min=10, help="Training steps [default: the testbed's].")] = None,
         methods: Annotated[str, typer.Option(callback=_known_methods, help="Which to compare.")] = ",".join(METHODS),
         quick: Annotated[bool, typer.Option("--quick", help="A smoke run, too short to rank the methods.")] = False,
-        rows_to: Annotated[Path | None, typer.Option("--json", callback=in_a_folder, help="Write each run.")] = None,
+        as_json: Json = False,
         plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = picture,
     ) -> None:
         torch.set_num_threads(1)  # so small a model gains nothing from more, and suffers from them on a busy machine
         seeds, steps = seeds or (2 if quick else 5), steps or (20 if quick else bed.steps)
         lrs = bed.lrs[::3] if quick else bed.lrs
-        rows, curves = compare(bed, methods.split(","), lrs, seeds, steps)
-        typer.echo("\n" + table(rows))
+        say = partial(typer.echo, err=as_json)
+        rows, curves = compare(bed, methods.split(","), lrs, seeds, steps, say)
+        say("\n" + table(rows))
         if quick:
-            typer.echo("A quick run shows that everything works; it is too short to rank the methods.")
+            say("A quick run shows that everything works; it is too short to rank the methods.")
         plot(curves, bed.about, plot_to)
-        typer.echo(f"curves: {plot_to}")
-        if rows_to is not None:
-            rows_to.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        say(f"curves: {plot_to}")
+        if as_json:
+            print_rows(rows)
 
-    main.__doc__ = bed.about
+    command = f"lotion-fx reproduce {bed.name.replace('_', '-')}"
+    main.__doc__ = f"{bed.about}\n\n{command} --quick\n\n{command} --methods ptq,lotion_exact --json > rows.json"
     return main
 
 
 def compare(
-    bed: Testbed, methods: list[str], lrs: tuple[float, ...], seeds: int, steps: int
+    bed: Testbed,
+    methods: list[str],
+    lrs: tuple[float, ...],
+    seeds: int,
+    steps: int,
+    say: Callable[[str], None] = typer.echo,
 ) -> tuple[list[Row], dict[str, list[Curve]]]:
     """Each method's learning rate from the grid, on the first seeds, then its runs on all of them."""
     selection = range(min(SELECTION_SEEDS, seeds))
-    typer.echo(f"{bed.about}\n{steps} steps; learning rates chosen on {len(selection)} of {seeds} seeds\n")
+    say(f"{bed.about}\n{steps} steps; learning rates chosen on {len(selection)} of {seeds} seeds\n")
     run = cache(lambda method, lr, seed: train(bed, method, lr, seed, steps))  # the grid's runs are not run again
     grid: dict[str, dict[float, float]] = {}
     rows: list[Row] = []
@@ -240,5 +246,5 @@ def compare(
         runs = [run(method, best(grid[method]), seed) for seed in range(seeds)]
         rows += [row for row, _ in runs]
         curves[method] = [curve for _, curve in runs]
-    typer.echo(grid_table(grid))
+    say(grid_table(grid))
     return rows, curves

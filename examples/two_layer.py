@@ -12,7 +12,7 @@ before rounding, a method has to find one that is right after it.
 
     python examples/two_layer.py                  # under 4 minutes on 2 cores
     python examples/two_layer.py --quick          # a smoke run
-    python examples/two_layer.py --json rows.json
+    python examples/two_layer.py --json > rows.json
 """
 
 from __future__ import annotations

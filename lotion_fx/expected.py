@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lotion_fx.estimate import Estimate, check_rounds, estimate
 from lotion_fx.loss_graph import LossFunction
 from lotion_fx.passes.moments.certificate import EXACT, Certificate
+from lotion_fx.progress import with_a_bar
 from lotion_fx.scalars import check_count, check_generator
 from lotion_fx.settings import MOMENTS
 from lotion_fx.switches import switched
@@ -159,7 +160,7 @@ def _with_samples(
     """The result with what sampled roundings say beside it."""
     increase, error = found.sample(list(found.weights), samples, generator)
     alone = {}
-    for name in found.weights:
+    for name in with_a_bar("sampling", found.weights, len(found.weights)):
         alone[name] = (found.predicted([name], {}), *found.sample([name], samples, generator))
     sampled, rtn = found.latent + increase, found.at_nearest()
     return replace(result, samples=samples, sampled=sampled, error=error, rtn=rtn, alone=alone)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import lotion_fx
 from tests.conftest import FOLDERS, from_elsewhere
 
 
@@ -45,3 +46,13 @@ def test_this_run_is_of_one_clone(request):
     from lotion_fx import passes
 
     assert Path(passes.__path__[0]).resolve() == Path(__file__).parents[1] / "passes"
+
+
+def test_a_format_is_registered_for_the_test_alone():
+    from lotion_fx.numerics.formats import codebook, register_format
+
+    register_format("of_one_test", codebook([-1, 0, 1]))
+
+
+def test_the_format_of_the_test_before_is_gone():
+    assert "of_one_test" not in lotion_fx.formats()

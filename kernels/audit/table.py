@@ -174,7 +174,12 @@ def main(
         Path | None, typer.Option(help="With --tune: a file for what the machine code of all candidates shows.")
     ] = None,
 ) -> None:
-    """Compile kernels (--kernel) for GPUs (--arch) that need not be there: registers, spills, bytes, times."""
+    """Compile kernels (--kernel) for GPUs (--arch) that need not be there: registers, spills, bytes, times.
+
+    lotion-fx kernels --arch sm_100 --kernel "smooth/*"
+
+    lotion-fx kernels --arch all --json
+    """
     archs = [target.arch for target in TARGETS.values() if arch in ("all", target.name)]
     if arch is None:
         archs = list(TARGETS if tune else USUAL)

@@ -18,10 +18,15 @@ from lotion_fx.deploy import exporting, verifying
 from lotion_fx.deploy.layouts import LAYOUTS, layout_of, lotion
 from lotion_fx.deploy.loading import content_of
 from lotion_fx.deploy.writing import MARK
-from lotion_fx.presets import preset
-from lotion_fx.transformation import transform
+from lotion_fx.subject import tokens_for, transformed
 
-Source = Annotated[Path, typer.Argument(help="An export of layout lotion, or with --fmt a Hugging Face checkpoint.")]
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="An export of layout lotion; or with --fmt a Hugging Face checkpoint; or package.module:callable or "
+        "file.py:callable, of what returns a model, transformed or with --fmt plain."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -40,13 +45,15 @@ def export(
     lotion-fx export trained/ model.gguf --layout gguf
 
     lotion-fx export checkpoint/ packed/ --layout compressed-tensors --fmt nvfp4/pow2
+
+    lotion-fx export my_code.models:trained out/ --json
     """
-    with _errors_in_a_line():
+    with errors_in_a_line():
         model = _model(source, fmt, only)
         traced = "example_inputs" in inspect.signature(layout_of(layout).write).parameters
-        options = (
-            {"example_inputs": _tokens(content_of(model).model if isinstance(model, Path) else model)} if traced else {}
-        )
+        options = {}
+        if traced:
+            options["example_inputs"] = tokens_for(content_of(model).model if isinstance(model, Path) else model)
         told = exporting.export(model, path, layout, tokenizer=_tokenizer(source), **options)
     if as_json:
         print(json.dumps({**asdict(told), "path": str(told.path)}))
@@ -65,13 +72,13 @@ def verify(
 
     Without --source, the checksums of an export of layout lotion are all that can be looked at.
     """
-    with _errors_in_a_line():
+    with errors_in_a_line():
         if source is None:
             count = len(lotion.read(path)[0])
             told = f"{path}: {count} weights, every checksum holds; --source compares it with what it was made from"
             print(json.dumps({"weights": count, "checksums_hold": True}) if as_json else told)
             return
-        found = verifying.verify(path, source, _tokens(content_of(source).model))
+        found = verifying.verify(path, source, tokens_for(content_of(source).model))
     if as_json:
         print(json.dumps({**asdict(found), "is_exact": found.is_exact}))
     else:
@@ -81,7 +88,8 @@ def verify(
 
 
 @contextlib.contextmanager
-def _errors_in_a_line() -> Iterator[None]:
+def errors_in_a_line() -> Iterator[None]:
+    """What is wrong with what was asked for, without a traceback."""
     try:
         yield
     except (ValueError, TypeError, ModuleNotFoundError, OSError) as error:
@@ -93,28 +101,12 @@ def _model(source: Path, fmt: str | None, only: str | None) -> nn.Module | Path:
         if fmt is not None or only is not None:
             raise ValueError(f"--fmt, --only: {source} is an export, whose weights have their formats; leave them out")
         return source
-    if fmt is None:
-        raise ValueError(f"--fmt: {source} is no export of lotion_fx; a checkpoint needs a format to be rounded to")
-    if not (source / "config.json").is_file():
-        raise ValueError(f"source={str(source)!r}: no export and no Hugging Face checkpoint is here")
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(source)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(source, dtype="auto")
-    transform(model, fmt, only=None if only is None else preset(only), inner="eager").eval()
-    if (tokens := _tokens(model)) is not None:
+    found = transformed(str(source), fmt, only, inner="eager")
+    found.model.eval()
+    if found.batch is not None:
         with torch.no_grad():
-            model(**tokens)  # which tells the dimensions that no module does
-    return model
-
-
-def _tokens(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """Some tokens for a Hugging Face language model, always the same; None for other models."""
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if size is None:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    return {"input_ids": torch.randint(size, (1, 16), generator=generator)}
+            found.run()  # which tells the dimensions that no module does
+    return found.model
 
 
 def _tokenizer(source: Path) -> Any:

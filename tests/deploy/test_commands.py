@@ -7,6 +7,7 @@ import torch
 
 import lotion_fx
 from tests.deploy.test_exporting import trained
+from tests.runtime import subjects
 from tests.runtime.test_cli import run
 
 transformers = pytest.importorskip("transformers")
@@ -52,11 +53,22 @@ def test_another_model_is_told_by_the_exit_code(checkpoint, tmp_path):
     assert result.exit_code == 1 and "DIFFERENT" in result.output and "outputs differ by" in result.output
 
 
+def test_a_model_is_exported_by_the_name_of_what_returns_it(tmp_path):
+    out = tmp_path / "out"
+    for source, *options in (["alone", "--fmt", "int4"], ["transformed"]):
+        told = run("export", f"tests.runtime.subjects:{source}", str(out), "--json", *options)
+        assert told.exit_code == 0, told.output
+        assert json.loads(told.stdout)["packed"] == {"0.weight": "int4", "2.weight": "int4"}
+        loaded = lotion_fx.load(out, subjects.alone(), packed=False)
+        by_hand = subjects.transformed().eval()
+        assert torch.equal(loaded(torch.ones(2, 32)), by_hand(torch.ones(2, 32)))
+
+
 def test_user_errors_are_one_line(checkpoint, tmp_path):
     lotion_fx.export(trained(), tmp_path / "export")
     for arguments, message in [
-        (["export", str(checkpoint), str(tmp_path / "x")], "a checkpoint needs a format"),
-        (["export", str(tmp_path / "no"), str(tmp_path / "x"), "--fmt", "int4"], "no Hugging Face checkpoint is here"),
+        (["export", str(checkpoint), str(tmp_path / "x")], "it needs a format, such as nvfp4"),
+        (["export", str(tmp_path / "no"), str(tmp_path / "x"), "--fmt", "int4"], "no Hugging Face checkpoint is there"),
         (
             ["export", str(checkpoint), str(tmp_path / "x"), "--fmt", "int4", "--layout", "zip"],
             "expected one of lotion",

@@ -52,13 +52,13 @@ def test_verdict_tells_a_difference():
 
 
 def test_command(tmp_path):
-    plot, rows = tmp_path / "landscape.png", tmp_path / "rows.json"
-    arguments = ["landscape", "--fmt", "fp4", "--noise", "smoothstep", "--plot", str(plot), "--json", str(rows)]
+    plot = tmp_path / "landscape.png"
+    arguments = ["reproduce", "landscape", "--fmt", "fp4", "--noise", "smoothstep", "--plot", str(plot), "--json"]
     result = CliRunner().invoke(build(), arguments, catch_exceptions=False)
     assert result.exit_code == 0
-    assert "The global minima agree" in result.output
+    assert "The global minima agree" in result.stderr
     assert plot.read_bytes()[1:4] == b"PNG"
-    assert set(json.loads(rows.read_text())[0]) == {"w", "quantized", "smoothed", "of_quantized", "of_smoothed"}
+    assert set(json.loads(result.stdout)[0]) == {"w", "quantized", "smoothed", "of_quantized", "of_smoothed"}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,6 @@ def test_command(tmp_path):
     ],
 )
 def test_bad_options(arguments, message):
-    result = CliRunner().invoke(build(), ["landscape", *arguments])
+    result = CliRunner().invoke(build(), ["reproduce", "landscape", *arguments])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())

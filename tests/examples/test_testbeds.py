@@ -146,21 +146,21 @@ def test_plot(tmp_path):
 
 @pytest.mark.parametrize("command", [COMMANDS[0], pytest.param(COMMANDS[1], marks=pytest.mark.slow)])
 def test_quick_run_writes_rows_and_curves(command, tmp_path):
-    rows, curves = tmp_path / "rows.json", tmp_path / "curves.png"
+    curves = tmp_path / "curves.png"
     methods = ",".join(testbed.METHODS)
-    arguments = [command, "--quick", "--methods", methods, "--json", str(rows), "--plot", str(curves)]
+    arguments = ["reproduce", command, "--quick", "--methods", methods, "--json", "--plot", str(curves)]
     result = CliRunner().invoke(build(), arguments, catch_exceptions=False)
     assert result.exit_code == 0
-    written = json.loads(rows.read_text())
+    written = json.loads(result.stdout)
     assert [(row["method"], row["seed"]) for row in written] == [(m, s) for m in methods.split(",") for s in (0, 1)]
     assert set(written[0]) == {"method", "lr", "seed", "rtn", "rr", "latent", "seconds"}
     assert all(math.isfinite(row["rtn"]) and math.isfinite(row["rr"]) for row in written)
-    assert "too short to rank" in result.output
+    assert "too short to rank" in result.stderr
     assert curves.exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_method_is_one_line_before_any_training(command):
-    result = CliRunner().invoke(build(), [command, "--methods", "ptq,sgd"])
+    result = CliRunner().invoke(build(), ["reproduce", command, "--methods", "ptq,sgd"])
     assert result.exit_code == 2
     assert "unknown method 'sgd'" in result.output

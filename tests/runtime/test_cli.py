@@ -1,14 +1,22 @@
-"""The `lotion-fx` command: help, and user errors without a traceback."""
+"""The `lotion-fx` command: help, JSON, and user errors without a traceback."""
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.metadata import entry_points
 
 import pytest
+import torch
+import torch.nn.functional as F
 from typer.testing import CliRunner
 
-from lotion_fx import cli
+import lotion_fx
+from lotion_fx import cli, doctor
+from tests.runtime import subjects
+
+HERE = "tests.runtime.subjects"
+EVERY = [[name] for name in cli.COMMANDS] + [["reproduce", name] for name in cli.REPRODUCE]
 
 
 def run(*arguments: str):
@@ -18,7 +26,16 @@ def run(*arguments: str):
 def test_help_lists_the_subcommands():
     result = run("--help")
     assert result.exit_code == 0
-    assert "quickstart" in result.output
+    assert all(f"  {name} " in result.output for name in [*cli.COMMANDS, "reproduce"])
+    assert all(f"  {name} " in run("reproduce", "--help").output for name in cli.REPRODUCE)
+
+
+@pytest.mark.parametrize("command", EVERY, ids=" ".join)
+def test_every_help_has_an_example_and_offers_json(command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert f"\n  lotion-fx {' '.join(command)}" in result.output
+    assert "--json" in result.output and "PATH" not in result.output.split("--json")[1].splitlines()[0]
 
 
 def test_quickstart_help_lists_its_options():
@@ -27,18 +44,75 @@ def test_quickstart_help_lists_its_options():
         assert option in output
 
 
+def told(*arguments: str):
+    """What a command prints as JSON; nothing else is on stdout."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_report_tells_the_estimators_after_a_step():
+    found = told("report", f"{HERE}:classifier", "--fmt", "int4/bf16")
+    assert [row["format"] for row in found["parameters"]] == ["int4/bf16", None, "int4/bf16", None]
+    assert found["parameters"][0]["estimator"] == "analytic" and found["term"] > 0
+    assert told("report", f"{HERE}:alone", "--fmt", "int4", "--only", "all")["term"] == 0  # nothing ran
+    assert told("report", f"{HERE}:transformed")["coverage"] > 0.9
+    assert "analytic" in run("report", f"{HERE}:classifier", "--fmt", "int4").output
+
+
+def test_expected_loss_is_the_library_s():
+    found = told("expected-loss", f"{HERE}:classifier", "--fmt", "int4", "--samples", "4")
+    torch.manual_seed(0)
+    model, batch, loss_fn = subjects.classifier()
+    lotion_fx.transform(model, "int4", inner="aot_eager", calibrate=False)
+    by_hand = lotion_fx.expected_loss(model, batch, loss_fn)
+    assert found["loss"] == float(by_hand.loss) == F.cross_entropy(subjects.alone()(batch[0]), batch[1]).item()
+    assert found["expected"] == float(by_hand.total.detach())
+    terms = {name: float(term.detach()) for name, term in by_hand.terms.items()}
+    assert {row["name"]: row["increase"] for row in found["parameters"]} == terms
+    assert found["samples"] == 4 and all(row["measured_alone"] is not None for row in found["parameters"])
+
+
+def test_bench_compares_with_plain_steps():
+    arguments = (f"{HERE}:classifier", "--methods", "lotion,ste", "--inner", "aot_eager", "--rounds", "3")
+    found = {row["method"]: row for row in told("bench", *arguments)}
+    assert list(found) == ["plain", "plain again", "lotion", "ste"] and found["plain"]["ratio"] == 1
+    assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] and row["step_ms"] > 0 for row in found.values())
+
+
+def test_doctor_s_exit_code_says_whether_training_runs(monkeypatch):
+    assert told("doctor")["is_fit"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = run("doctor", "--json")
+    assert result.exit_code == 1
+    (lacking,) = [check for check in json.loads(result.stdout)["checks"] if check["is_required"] and not check["found"]]
+    assert lacking["name"] == "C++ compiler"
+    assert run("doctor").exit_code == 1 and "MISSING" in run("doctor").output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--fmt", "nvpf4"], "nvpf4"),
-        (["--methods", "ptq,sgd"], "unknown method 'sgd'"),
-        (["--seeds", "0"], "--seeds"),
-        (["--json", "/no/such/folder/rows.json"], "there is no folder /no/such/folder"),
-        (["--plot", "/no/such/folder/curves.png"], "there is no folder /no/such/folder"),
+        (["quickstart", "--fmt", "nvpf4"], "nvpf4"),
+        (["quickstart", "--methods", "ptq,sgd"], "unknown method 'sgd'"),
+        (["quickstart", "--seeds", "0"], "--seeds"),
+        (["quickstart", "--plot", "/no/such/folder/curves.png"], "there is no folder /no/such/folder"),
+        (["report", f"{HERE}:alone"], "it needs a format, such as nvfp4"),
+        (["report", f"{HERE}:alone", "--fmt", "nvpf4"], "nvpf4"),
+        (["report", f"{HERE}:alone", "--fmt", "int4", "--only", "some"], "some"),
+        (["report", f"{HERE}:number", "--fmt", "int4"], "it returned int"),
+        (["expected-loss", f"{HERE}:alone", "--fmt", "int4"], "it gives a model alone"),
+        (["expected-loss", "no/such", "--fmt", "int4"], "no Hugging Face checkpoint is there"),
+        (["bench", f"{HERE}:classifier", "--methods", "sgd"], "expected some of ptq, ste"),
+        (["bench", f"{HERE}:alone"], "it gives a model alone"),
+        (["bench", f"{HERE}:transformed_classifier"], "is already transformed"),
+        (["bench", f"{HERE}:classifier", "--rounds", "1"], "--rounds"),
+        (["bench", f"{HERE}:classifier", "--inner", "tvm"], "tvm"),
+        (["reproduce", "landscap"], "landscap"),
     ],
 )
 def test_user_errors_are_one_line_before_any_training(arguments, message):
-    result = run("quickstart", *arguments)
+    result = run(*arguments)
     assert result.exit_code == 2
     *_, last = result.output.strip().splitlines()
     assert last.startswith("Error: ")
@@ -51,6 +125,18 @@ def test_missing_extra_is_one_clear_line(monkeypatch):
     monkeypatch.delitem(sys.modules, "lotion_fx.examples.quickstart", raising=False)
     with pytest.raises(SystemExit, match=r"typer is not installed; try: pip install 'lotion_fx\[examples\]'"):
         cli.main()
+
+
+def test_what_lacks_a_library_says_so_and_the_others_go_on(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("quickstart", "landscape", "testbed", "linear_regression", "two_layer"):
+        monkeypatch.delitem(sys.modules, f"lotion_fx.examples.{name}", raising=False)
+    assert "Not here: matplotlib is not installed" in run("--help").output
+    result = run("reproduce", "landscape", "--fmt", "fp4")
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    monkeypatch.setattr(doctor, "examine", lambda: doctor.Examination(()))
+    assert run("doctor").exit_code == 0
 
 
 def test_entry_points():

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from lotion_fx.progress import with_a_bar
+
 
 def seconds(step: Callable[[], None], device: torch.device) -> float:
     """The time of one step, the device's work included."""
@@ -28,9 +30,10 @@ def interleaved(
 
     Args:
         steps: each gives its own time in seconds.
+        rounds: two or more, for there to be quartiles.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    for _ in with_a_bar("timing", range(rounds), rounds):
         for name in random.sample(list(steps), len(steps)):
             times[name].append(steps[name]())
     found = {}

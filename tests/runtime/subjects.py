@@ -1,0 +1,46 @@
+"""Callables that `lotion-fx` commands are given by name."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lotion_fx
+
+
+def alone():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def classifier():
+    model = alone()
+    return model, (torch.randn(8, 32), torch.randint(4, (8,))), F.cross_entropy
+
+
+class WithLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(32, 4)
+
+    def forward(self, x, y):
+        return F.mse_loss(self.layer(x), y)
+
+
+def with_its_loss():
+    return WithLoss(), {"x": torch.randn(8, 32), "y": torch.randn(8, 4)}
+
+
+def transformed():
+    return lotion_fx.transform(alone(), "int4", inner="aot_eager")
+
+
+def transformed_classifier():
+    model, batch, loss_fn = classifier()
+    return lotion_fx.transform(model, "int4", inner="aot_eager"), batch, loss_fn
+
+
+def number():
+    return 3
+
+
+text = "no callable"
