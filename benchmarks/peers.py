@@ -5,7 +5,7 @@
     python benchmarks/peers.py train [--steps 600] [--seeds 3]
 
 Everyone quantizes the weights of every linear layer to INT4 in blocks of 32 with a scale of float32, and is compiled by
-Inductor as it would be by its user. `step` interleaves the cases in one process; 'plain again' is the noise; cold start,
+Inductor as it would be by its user. `step` interleaves all in one process; 'plain again' is the noise; cold start,
 peak memory and graph breaks are each of a fresh process. `train` is the training of the quickstart.
 """
 
@@ -30,13 +30,13 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from timing import interleaved, seconds
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import lotion_fx
 from lotion_fx.examples import quickstart
 from lotion_fx.examples.paired import Mean
+from lotion_fx.timing import interleaved, seconds
 
 BLOCK = 32
 FORMAT = "int4"
