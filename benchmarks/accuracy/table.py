@@ -12,8 +12,6 @@ from accuracy.log import Run
 from accuracy.recipes import RECIPES, label_of, rows
 from lotion_fx.examples.paired import Mean, paired
 
-BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
-
 Excesses = dict[str, dict[int, float]]  # of one format: by row, by seed
 
 
@@ -81,12 +79,18 @@ def margin(found: Excesses, fmt: str) -> list[str]:
     return [fmt, label_of(mine), label_of(other), "" if difference is None else str(difference), count]
 
 
-def between_markers(page: str, text: str) -> str:
-    """A page with the text in the place of what stands between the markers.
+def markers(setting: str) -> tuple[str, str]:
+    """What a setting's table stands between, on a page."""
+    return f"<!-- accuracy, {setting}: begin -->", f"<!-- accuracy, {setting}: end -->"
+
+
+def between_markers(page: str, setting: str, text: str) -> str:
+    """A page with the text in the place of what stands between the markers of a setting.
 
     Raises:
         ValueError: the page has no markers.
     """
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the page has no {BEGIN} and {END} to write the table between; put them where it belongs")
-    return page[: page.index(BEGIN) + len(BEGIN)] + f"\n{text}\n" + page[page.index(END) :]
+    begin, end = markers(setting)
+    if begin not in page or end not in page:
+        raise ValueError(f"the page has no {begin} and {end} to write the table between; put them where it belongs")
+    return page[: page.index(begin) + len(begin)] + f"\n{text}\n" + page[page.index(end) :]

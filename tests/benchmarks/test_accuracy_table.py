@@ -84,7 +84,8 @@ def test_the_table_has_a_line_a_row_and_a_column_a_format():
 
 
 def test_a_page_keeps_what_is_around_the_markers():
-    page = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
-    assert table.between_markers(page, "new") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
-    with pytest.raises(ValueError, match="has no <!-- accuracy: begin -->"):
-        table.between_markers("before\nafter\n", "new")
+    (begin, end), other = table.markers("text"), "\n".join(table.markers("encoder"))
+    page = f"before\n{begin}\nold\n{end}\n{other}\nafter\n"
+    assert table.between_markers(page, "text", "new") == f"before\n{begin}\nnew\n{end}\n{other}\nafter\n"
+    with pytest.raises(ValueError, match="has no <!-- accuracy, text: begin -->"):
+        table.between_markers("before\nafter\n", "text", "new")
