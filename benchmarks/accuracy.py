@@ -20,16 +20,19 @@ from pathlib import Path
 
 import torch
 from accuracy import log
+from accuracy.encoder import Encoder
 from accuracy.recipes import rows
-from accuracy.runs import FORMATS, commit, jobs, run_all
+from accuracy.runs import FORMATS, jobs, run_all
+from accuracy.setting import Setting
 from accuracy.table import between_markers, table
 from accuracy.text import Text
 from accuracy.training import Trainings
 
 import lotion_fx
+from lotion_fx.examples.runlog import commit
 
 LOG = Path(__file__).parent / "accuracy" / "runs.jsonl"
-SETTINGS = {"text": Text}
+SETTINGS = {"text": Text, "encoder": Encoder}
 
 
 def some_of(known: tuple[str, ...]) -> object:
@@ -62,8 +65,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", type=some_of(tuple(rows())), default=list(rows()), help="rows of the table")
     parser.add_argument("--seeds", type=int, default=3, help="0, 1, ...")
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after so many")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--windows", type=int, default=2048)
+    parser.add_argument("--steps", type=int, help="of one training [default: the setting's]")
+    parser.add_argument("--windows", type=int, help="held out [default: the setting's]")
     parser.add_argument("--inner", choices=["inductor", "aot_eager", "eager"], default="inductor")
     parser.add_argument("--log", type=Path, default=LOG)
     parser.add_argument("--work", type=Path, help="folder of trained models [default: a temporary one, of this commit]")
@@ -77,7 +80,8 @@ def main() -> None:
     torch.set_num_threads(1)  # so small a model gains nothing from more
     warnings.simplefilter("ignore")
     logging.getLogger("lotion_fx").setLevel(logging.ERROR)
-    setting = SETTINGS[args.setting](steps=args.steps, windows=args.windows, inner=args.inner)
+    given = {"steps": args.steps, "windows": args.windows, "inner": args.inner}
+    setting: Setting = SETTINGS[args.setting](**{name: value for name, value in given.items() if value is not None})
     wanted = list(jobs(setting, args.formats, args.methods, args.seeds))
     if not args.table:
         work = args.work or Path(tempfile.gettempdir()) / f"lotion_fx-accuracy-{commit()}"

@@ -240,19 +240,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "finish": {"finish": 0.4},
     "early": {"finish": 0.7, "finish_term": False},
     "adaptive": {"noise": "adaptive"},
+    "recommended": {"noise": "adaptive", "schedule": "auto"},
 }
-ROUNDED = {"adaptive"}
-"""Those whose weights `lotion_fx.round_` rounds in the end, by eight batches; the others' are rounded to nearest."""
-MINE, RIVALS = ("lotion", "finish", "early", "adaptive"), ("ptq", "ste", "ste scale")
+ROUNDED = {"adaptive": 8, "recommended": 32}
+"""Those whose weights `lotion_fx.round_` rounds in the end, and by how many batches; others are rounded to nearest."""
+MINE, RIVALS = ("lotion", "finish", "early", "adaptive", "recommended"), ("ptq", "ste", "ste scale")
 
 
 def deployed(method: str, kind: str, name: str, fmt: str, seed: int, steps: int) -> float:
     """The loss on fresh batches at the weights that are deployed after training by one of `METHODS`."""
     chosen, loss = METHODS[method], LOSSES[name]
-    options = {**chosen, "steps": steps} if "finish" in chosen else chosen
+    options = {**chosen, "steps": steps} if {"finish", "schedule"} & chosen.keys() else chosen
     model = train(kind, loss, steps, seed, fmt=fmt, **options).eval()
     if method in ROUNDED:
-        seen = itertools.islice(batches(kind, 20_000 + seed), 8)
+        seen = itertools.islice(batches(kind, 20_000 + seed), ROUNDED[method])
         lotion_fx.round_(model, [(batch[0], batch) for batch in seen], lambda out, batch: loss(lambda _: out, batch))
     held_out = batches(kind, 10_000 + seed, rows=512)
     with torch.no_grad():

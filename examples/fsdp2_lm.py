@@ -15,6 +15,7 @@ import argparse
 import math
 import os
 import sysconfig
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,34 @@ import lotion_fx
 
 @dataclass(frozen=True)
 class Size:
-    """A model's width, depth and window, and each rank's batch."""
+    """A model's width, depth, window and vocabulary, and each rank's batch."""
 
     width: int
     depth: int
     length: int = 1024
     batch: int = 16
+    vocab: int = 256
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Args:
+        steps: of the optimizer.
+        lr: the highest; warmed up to over a twentieth of the steps, then down a cosine to a tenth.
+        folder: of checkpoints; None keeps none.
+        every: steps from one checkpoint to the next.
+        accumulate: batches of each rank in a step.
+        seed: of the windows' order.
+    """
+
+    steps: int
+    lr: float
+    folder: Path | None = None
+    every: int = 1000
+    accumulate: int = 1
+    seed: int = 0
 
 
 SIZES = {"150M": Size(768, 12), "300M": Size(1024, 16), "tiny": Size(64, 2, 32, 4)}
@@ -75,9 +98,9 @@ class Block(nn.Module):
 class LM(nn.Module):
     def __init__(self, size: Size, recompute: bool) -> None:
         super().__init__()
-        self.token = nn.Embedding(256, size.width)
+        self.token = nn.Embedding(size.vocab, size.width)
         self.blocks = nn.ModuleList(Block(size.width, recompute) for _ in range(size.depth))
-        self.norm, self.head = nn.RMSNorm(size.width), nn.Linear(size.width, 256, bias=False)
+        self.norm, self.head = nn.RMSNorm(size.width), nn.Linear(size.width, size.vocab, bias=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
@@ -103,10 +126,15 @@ def text(files: int | None) -> Tensor:
     return torch.frombuffer(bytearray(b"\n".join(path.read_bytes() for path in paths)), dtype=torch.uint8)
 
 
+def windows(data: Tensor, size: Size, seed: int, device: torch.device) -> Tensor:
+    """Token ids [batch, length + 1], int64, at places drawn by this seed."""
+    starts = torch.randint(len(data) - size.length - 1, (size.batch,), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([data[start : start + size.length + 1].long() for start in starts]).to(device)
+
+
 def loss_of(model: nn.Module, data: Tensor, size: Size, seed: int, device: torch.device) -> Tensor:
     """Nats per byte on windows drawn by this seed."""
-    starts = torch.randint(len(data) - size.length - 1, (size.batch,), generator=torch.Generator().manual_seed(seed))
-    ids = torch.stack([data[start : start + size.length + 1] for start in starts]).long().to(device)
+    ids = windows(data, size, seed, device)
     return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
@@ -146,42 +174,68 @@ def main() -> None:
         inner=options.inner,
     )
     held_out, training = data.split([len(data) // 20, len(data) - len(data) // 20])
-    train(model, training, size, device, options)
+    how = Training(options.steps, options.lr, options.folder, options.every)
+
+    def say(done: int, loss: Tensor) -> None:
+        if dist.get_rank() == 0 and (done - 1) % max(1, how.steps // 100) == 0:
+            print(f"step {done - 1}: {loss.item():.4f} nats per byte", flush=True)
+
+    train(model, training, size, device, how, say)
     loss = evaluate(model, held_out, size, device)
     if dist.get_rank() == 0:
         print(f"held out, at weights rounded to {options.fmt}: {loss:.4f} nats per byte", flush=True)
     dist.destroy_process_group()
 
 
-def train(model: nn.Module, data: Tensor, size: Size, device: torch.device, options: argparse.Namespace) -> None:
-    rank, world, most = dist.get_rank(), dist.get_world_size(), options.steps
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas=(0.9, 0.95), weight_decay=0.1)
+def train(
+    model: nn.Module,
+    data: Tensor,
+    size: Size,
+    device: torch.device,
+    how: Training,
+    after_step: Callable[[int, Tensor], None],
+) -> None:
+    """Trains a model in place, from its folder's latest checkpoint on.
+
+    Args:
+        after_step: called with how many steps are done, and the loss of the last batch.
+    """
+    rank, world, most = dist.get_rank(), dist.get_world_size(), how.steps
+    optimizer = torch.optim.AdamW(model.parameters(), how.lr, betas=(0.9, 0.95), weight_decay=0.1)
 
     def rate(step: int) -> float:
         return min(1, (step + 1) / max(1, most // 20)) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / most)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for step in range(load(options.folder, model, optimizer, schedule) if options.folder else 0, most):
-        loss = loss_of(model, data, size, step * world + rank, device)
+    for step in range(load(how.folder, model, optimizer, schedule) if how.folder else 0, most):
         optimizer.zero_grad()
-        loss.backward()
+        for part in range(step * how.accumulate, (step + 1) * how.accumulate):
+            loss = loss_of(model, data, size, (how.seed << 40) + part * world + rank, device)
+            (loss / how.accumulate).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()  # the expected-loss term enters here
         schedule.step()
-        if rank == 0 and step % max(1, most // 100) == 0:
-            print(f"step {step}: {loss.item():.4f} nats per byte", flush=True)
-        if options.folder and ((step + 1) % options.every == 0 or step + 1 == most):
-            save(options.folder, step + 1, model, optimizer, schedule)
+        after_step(step + 1, loss.detach())
+        if how.folder and ((step + 1) % how.every == 0 or step + 1 == most):
+            save(how.folder, step + 1, model, optimizer, schedule)
 
 
-def evaluate(model: nn.Module, data: Tensor, size: Size, device: torch.device) -> float:
-    """The mean loss over ranks, at the rounded weights."""
-    model.eval()
-    seeds = range(dist.get_rank(), 8 * dist.get_world_size(), dist.get_world_size())
-    with torch.no_grad():
-        loss = torch.stack([loss_of(model, data, size, seed, device) for seed in seeds]).mean()
+def evaluate(model: nn.Module, data: Tensor, size: Size, device: torch.device, count: int = 8) -> float:
+    """The mean loss over so many batches a rank, at the rounded weights."""
+    seeds = range(dist.get_rank(), count * dist.get_world_size(), dist.get_world_size())
+    loss = mean_loss(model, data, size, device, seeds)
     dist.all_reduce(loss)
     return loss.item() / dist.get_world_size()
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, data: Tensor, size: Size, device: torch.device, seeds: Iterable[int]) -> Tensor:
+    """The mean over the batches of these seeds, in ``eval()``; the model is left as it was."""
+    training = model.training
+    model.eval()
+    loss = torch.stack([loss_of(model, data, size, seed, device) for seed in seeds]).mean()
+    model.train(training)
+    return loss
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: Any, schedule: Any) -> None:

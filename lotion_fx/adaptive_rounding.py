@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lotion_fx.compiling import joint_vectors
 from lotion_fx.deploy.weights import checked_values
 from lotion_fx.estimate import quantized_in
 from lotion_fx.kept_weights import KeptWeights
+from lotion_fx.likelihood import LABELS, LIKELIHOODS, named, output_in, sampled_loss
 from lotion_fx.loss_graph import LossFunction, LossGraph, listed, loss_graph
 from lotion_fx.numerics.adaptive import METHODS, Curvature, Rounded, adaptive, fixed_point
 from lotion_fx.numerics.formats import Format
@@ -82,6 +83,7 @@ def round_(
     loss_fn: LossFunction | None = None,
     *,
     method: str = "two_sided",
+    likelihood: Any = None,
     memory: float = 4.0,
     folder: str | Path | None = None,
 ) -> AdaptiveRounding:
@@ -102,6 +104,9 @@ def round_(
         loss_fn: as `expected_loss` takes it.
         method: ``"two_sided"`` (the errors of a weight's rows and columns), ``"gptq"`` (of the dimension that products
             sum over, as GPTQ) or ``"nearest"``. A weight takes the cheapest of those up to this one.
+        likelihood: None, or what the model's output parametrizes, as under ``transform(curvature="ggn")``, whose models
+            have it already. Then gradients are those at labels that the model draws itself, four a batch: for losses
+            that have nearly vanished, as where a model is its own teacher, and whose gradients say nothing.
         memory: GiB that curvatures may take at a time; more weights than fit are done in turns, each of which passes
             over the batches again.
         folder: where finished weights are kept until all are done, so that a call that was interrupted goes on from
@@ -119,15 +124,17 @@ def round_(
         raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}")
     check_number("memory", memory, lambda x: x > 0, "a number of GiB above 0")
     names, given = names_of(model), listed(batches)
+    told = None if likelihood is None else named(likelihood)
+    told = told or next(iter(names)).smoothing.settings.likelihood
     graphs = [loss_graph(model, batch, loss_fn) for batch in with_a_bar("tracing the loss", given, len(given))]
     in_loss = quantized_in(graphs[0], names)
     selected = {name: weight for weight, name in names.items() if weight.selected}
     latent = {name: _checked(name, weight) for name, weight in selected.items()}
-    kept = KeptWeights(folder, method, given)
+    kept = KeptWeights(folder, f"{method} {told}", given)
     done = {name: known for name in in_loss if (known := kept.load(name, selected[name], latent[name])) is not None}
     why: dict[str, str] = {}
     for turn in _turns({n: w for n, w in in_loss.items() if n not in done and method != "nearest"}, memory * GIB / 4):
-        curvatures = _curvatures(graphs, turn, why)
+        curvatures = _curvatures(graphs, turn, told, why)
         for name, curvature in with_a_bar("rounding weights", curvatures.items(), len(curvatures)):
             weight = turn[name]
             done[name] = adaptive(latent[name], *_format(weight), weight.layout.factors, curvature, method)
@@ -137,18 +144,31 @@ def round_(
             why.setdefault(name, "the loss does not depend on it")
             done[name] = Rounded(fixed_point(latent[name], *_format(weight)), "nearest", math.nan, math.nan)
     losses = _losses(graphs, in_loss, done)
-    if losses[2] > losses[1]:
-        warnings.warn(
-            f"round_: the batches' loss of {losses[2]:.4g} is above the {losses[1]:.4g} of rounding to nearest. If the "
-            "loss has nearly vanished or rounding costs very much, its gradients say little of what rounding costs; "
-            "more batches, of data that the model does not fit as well, may help, or method='nearest'",
-            stacklevel=2,
-        )
+    _warn(losses, method, told)
     for name, rounded in done.items():
         latent[name].copy_(rounded.values)
     kept.clear(list(selected))
     rows = [_row(name, weight, done[name], method, why.get(name, "")) for name, weight in selected.items()]
     return AdaptiveRounding(tuple(rows), *losses)
+
+
+def _warn(losses: tuple[float, float, float], method: str, likelihood: str | None) -> None:
+    """Says so where the gradients cannot tell what rounding costs, or did not."""
+    latent, nearest, rounded = losses
+    if rounded > nearest:
+        warnings.warn(
+            f"round_: the batches' loss of {rounded:.4g} is above the {nearest:.4g} of rounding to nearest. If the "
+            "loss has nearly vanished or rounding costs very much, its gradients say little of what rounding costs; "
+            "more batches, of data that the model does not fit as well, may help, or likelihood=, or method='nearest'",
+            stacklevel=3,
+        )
+    elif likelihood is None and method != "nearest" and abs(latent) < 0.01 * abs(nearest):
+        warnings.warn(
+            f"round_: the batches' loss of {latent:.3g} is next to nothing beside the {nearest:.3g} of rounding to "
+            "nearest, and its gradients say little of what rounding costs; name what the model's output parametrizes, "
+            f"likelihood='gaussian' or another of {', '.join(LIKELIHOODS)}, and labels are drawn from it",
+            stacklevel=3,
+        )
 
 
 def _checked(name: str, weight: Weight) -> Tensor:
@@ -185,15 +205,16 @@ def _turns(weights: Mapping[str, Weight], most: float) -> Iterator[dict[str, Wei
 
 
 def _curvatures(
-    graphs: Sequence[LossGraph], weights: Mapping[str, Weight], why: dict[str, str]
+    graphs: Sequence[LossGraph], weights: Mapping[str, Weight], likelihood: str | None, why: dict[str, str]
 ) -> dict[str, Curvature]:
     """The curvature of each weight that has one, summed over the batches; ``why`` is told of the others."""
     at = {list(graphs[0].parameters).index(name): name for name in weights}
     plans = {i: Plan(LATENT, weights[name].quantizer, _layout(weights[name])) for i, name in at.items()}
     sums: dict[str, Tensor] = {}
     known: dict[Any, Any] = {}
-    for graph in with_a_bar("curvatures", graphs, len(graphs)):
-        vectors = joint_vectors(graph.gm, graph.inputs({}), plans, [lambda outputs: outputs[0]], known)
+    for turn, graph in enumerate(with_a_bar("curvatures", graphs, len(graphs))):
+        losses = [lambda outputs: outputs[0]] if likelihood is None else _drawn(likelihood, turn)
+        vectors = joint_vectors(graph.gm, graph.inputs({}), plans, losses, known)
         for i, (vector, _) in vectors.items():
             sums[at[i]] = sums[at[i]] + vector if at[i] in sums else vector
     found = {}
@@ -207,6 +228,20 @@ def _curvatures(
         else:
             found[name] = curvature
     return found
+
+
+def _drawn(likelihood: str, seed: int) -> list[Callable[[Sequence[Tensor]], Tensor]]:
+    """Losses of a graph's outputs at labels drawn from the prediction; a batch draws the same ones in every turn."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def loss(outputs: Sequence[Tensor]) -> Tensor:
+        output = output_in(outputs[1:], likelihood)
+        device = output.device
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        return sampled_loss(output, likelihood, generators[device])
+
+    return [loss] * LABELS
 
 
 def _losses(
@@ -225,6 +260,6 @@ def _row(name: str, weight: Weight, rounded: Rounded, asked: str, why: str) -> R
         why = ""
     elif not why:
         is_long = max(weight.layout.factors[1:]) > SIDE
-        cheapest = f"it costs least by {rounded.method!r}"
+        cheapest = f"it costs least by {rounded.method!r}" if rounded.nearest > 0 else "its gradients vanish"
         why = f"more than {SIDE} rows or columns, which get no matrix" if is_long else cheapest
     return RoundedWeight(name, _format(weight)[0].name, rounded.method, share, why)

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lotion_fx import private
 from lotion_fx.choosing import near
-from lotion_fx.likelihood import LIKELIHOODS, likelihood_of
+from lotion_fx.likelihood import named
 from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.noise import RANDOMIZED, NoiseLaw
 from lotion_fx.scalars import check_count, check_flag, check_loss, check_number, shown
@@ -133,12 +133,7 @@ def _likelihood(settings: Settings, likelihood: Any) -> str | None:
     if settings.inner == "eager":
         raise ValueError("curvature='ggn' is made in the joint graph, and inner='eager' compiles none; try 'aot_eager'")
     likelihood = "categorical" if likelihood is None else likelihood
-    if not isinstance(likelihood, str):
-        return likelihood_of(likelihood)
-    if likelihood not in LIKELIHOODS:
-        expected = f"expected one of {', '.join(LIKELIHOODS)}, or the loss{near(likelihood, LIKELIHOODS)}"
-        raise ValueError(f"likelihood={likelihood!r}: {expected}")
-    return likelihood
+    return named(likelihood)
 
 
 def _check_loss(settings: Settings, by_regions: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lotion_fx.compiling import joint_vectors
-from lotion_fx.likelihood import draws, likelihood_of, output_in, sampled_loss
+from lotion_fx.likelihood import LABELS, draws, likelihood_of, output_in, sampled_loss
 from lotion_fx.loss_graph import LossFunction, LossGraph
 from lotion_fx.passes.attach.attach import LATENT, Plan
 from lotion_fx.passes.attach.part import Part
@@ -17,8 +17,6 @@ from lotion_fx.passes.attach.probe import HEADER, Code, Header, Layout
 from lotion_fx.passes.moments.certificate import ANALYTIC, FISHER
 from lotion_fx.state import Weight
 from lotion_fx.update import dense, marginals
-
-_LABELS = 4  # draws that Gauss-Newton curvature is averaged over
 
 
 def curvatures_of(
@@ -66,7 +64,7 @@ def _at_drawn_labels(graph: LossGraph, plans: Mapping[int, Plan], likelihood: st
         count = draws(output, likelihood)
         return sampled_loss(output, likelihood)
 
-    found = joint_vectors(graph.gm, graph.inputs({}), plans, [drawn] * _LABELS)
+    found = joint_vectors(graph.gm, graph.inputs({}), plans, [drawn] * LABELS)
     return {i: vector for i, (vector, _) in found.items()}, count
 
 

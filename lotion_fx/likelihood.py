@@ -17,9 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lotion_fx.choosing import near
 from lotion_fx.private import tree_leaves
 
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
+LABELS = 4
+"""Draws of a batch's labels that a curvature which is read once is averaged over."""
 _LOSSES = {
     F.cross_entropy: "categorical",
     nn.CrossEntropyLoss: "categorical",
@@ -54,6 +57,20 @@ def likelihood_of(loss: Any) -> str:
                 f"mean; name it, likelihood={name!r}, and let strength make up for the difference in scale"
             )
     return name
+
+
+def named(likelihood: Any) -> str:
+    """One of `LIKELIHOODS`, given as itself or as the loss that it belongs to.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(likelihood, str):
+        return likelihood_of(likelihood)
+    if likelihood not in LIKELIHOODS:
+        expected = f"expected one of {', '.join(LIKELIHOODS)}, or the loss{near(likelihood, LIKELIHOODS)}"
+        raise ValueError(f"likelihood={likelihood!r}: {expected}")
+    return likelihood
 
 
 def output_in(out: Any, likelihood: str) -> Tensor:

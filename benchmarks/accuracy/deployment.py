@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 import lotion_fx
-from accuracy.text import Text
+from accuracy.setting import Setting
 
 
-def holding(setting: Text, state: Mapping[str, Tensor]) -> nn.Module:
+def holding(setting: Setting, state: Mapping[str, Tensor]) -> nn.Module:
     """A plain model of a setting with a state."""
     model = setting.make(0)
     model.load_state_dict(state)
     return model
 
 
-def rounded(setting: Text, state: Mapping[str, Tensor], fmt: str, rounding: str, seed: int) -> tuple[nn.Module, float]:
+def rounded(
+    setting: Setting, state: Mapping[str, Tensor], fmt: str, rounding: str, seed: int
+) -> tuple[nn.Module, float]:
     """A model in ``eval()`` at the rounded weights that a state's are deployed as, and the seconds that rounding took.
 
     Args:
@@ -31,13 +33,14 @@ def rounded(setting: Text, state: Mapping[str, Tensor], fmt: str, rounding: str,
     model = lotion_fx.transform(holding(setting, state), fmt, method="ptq", inner="aot_eager").eval()
     began = time.perf_counter()
     if rounding != "nearest":
-        lotion_fx.round_(model, setting.calibration(seed), setting.loss, method=rounding)
+        known = setting.likelihood
+        lotion_fx.round_(model, setting.calibration(seed), setting.loss, method=rounding, likelihood=known)
         model.eval()
     return model, time.perf_counter() - began
 
 
 @torch.no_grad()
-def formats(setting: Text, state: Mapping[str, Tensor], fmt: str) -> dict[str, lotion_fx.Format]:
+def formats(setting: Setting, state: Mapping[str, Tensor], fmt: str) -> dict[str, lotion_fx.Format]:
     """The format of every weight that `lotion_fx.transform` selects, by name; blocks run along the last dimension."""
     model, _ = rounded(setting, state, fmt, "nearest", 0)
     model(setting.calibration(0)[0][0])  # along which dimension blocks run, the first forward tells

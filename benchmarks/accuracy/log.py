@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+from lotion_fx.examples import runlog
 
 Key = tuple[str, str, str, int, str]
 
@@ -57,33 +56,5 @@ class Run:
 
 
 def read(path: Path) -> dict[Key, Run]:
-    """The runs of a log; none where there is no file.
-
-    Raises:
-        ValueError: a line is no run; the last one, which a killed process may have cut, is passed over with a word.
-    """
-    return {run.key: run for run in _runs(path)} if path.exists() else {}
-
-
-def _runs(path: Path) -> Iterator[Run]:
-    lines = path.read_text().split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line.strip():
-                yield Run(**json.loads(line))
-        except (ValueError, TypeError) as error:
-            if number == len(lines):  # whatever was written whole ends in a newline
-                print(f"{path}:{number}: cut off in the middle; that run is done again")
-                return
-            raise ValueError(f"{path}:{number}: no run of this log ({error}); mend the line or take it out") from None
-
-
-def add(path: Path, run: Run) -> None:
-    """Adds a run, on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if file.tell() and path.read_bytes()[-1:] != b"\n":  # drop the half line of a killed process
-            file.truncate(path.read_bytes().rfind(b"\n") + 1)
-        file.write(json.dumps(asdict(run)).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """The runs of a log, see `runlog.read`."""
+    return {run.key: run for run in runlog.read(path, Run)}

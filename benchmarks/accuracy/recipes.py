@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lotion_fx.examples.forking import after_plain
+from lotion_fx.examples.runlog import fingerprint
 
 ROUNDINGS = ("nearest", "gptq", "two_sided")
 """What `lotion_fx.round_` is told; "nearest" is what a model in ``eval()`` runs at without it."""
@@ -30,6 +29,7 @@ class Recipe:
         roundings: of `ROUNDINGS`, those to deploy it by.
         rival: it has no expected-loss term: what our best row is to be at or below.
         learned: trained by `lsq`, from where its schedule's plain phase ends.
+        rounded_first: it starts at weights that `lotion_fx.round_` has rounded.
         distills: from the end of its first phase on the loss is the divergence from the full-precision model at the
             end of its own training.
     """
@@ -39,6 +39,7 @@ class Recipe:
     roundings: tuple[str, ...] = ("nearest",)
     rival: bool = False
     learned: bool = False
+    rounded_first: bool = False
     distills: bool = False
 
     @property
@@ -60,8 +61,7 @@ class Recipe:
     def fingerprint(self, **conditions: Any) -> str:
         """Eight digits that change with anything that may change the trained model; its label and rows are none."""
         what = {"arguments": dict(self.arguments), "learned": self.learned, "distills": self.distills}
-        text = json.dumps({"revision": REVISION, **what, **conditions}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return fingerprint(revision=REVISION, **what, **conditions)
 
 
 BOTH = ("nearest", "two_sided")
@@ -80,6 +80,7 @@ RECIPES: dict[str, Recipe] = {
         BOTH,
     ),
     "adaptive": Recipe("LOTION for `round_`", {"noise": "adaptive", "calibrate": False}, BOTH),
+    "rounded_ste": Recipe("`round_`, then STE", {"method": "ste_scale"}, rounded_first=True),
     "late_lotion": Recipe("full precision, LOTION", {"schedule": (("plain", 0.6), ("lotion", 0.4))}, BOTH),
     "late_start": Recipe(
         "full precision, LOTION, STE", {"schedule": (("plain", 0.6), ("lotion", 0.2), ("ste_scale", 0.2))}, BOTH

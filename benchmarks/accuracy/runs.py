@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,8 +13,9 @@ from tqdm import tqdm
 from accuracy import log
 from accuracy.deployment import rounded
 from accuracy.recipes import RECIPES, row_name, rows
-from accuracy.text import Text
+from accuracy.setting import Setting
 from accuracy.training import Trainings
+from lotion_fx.examples import runlog
 
 FORMATS = ("nvfp4", "int4/tensor", "mxfp4", "int3", "int2", "int4")
 
@@ -30,7 +29,7 @@ class Job:
         recipe, rounding: of `RECIPES` and `ROUNDINGS`.
     """
 
-    setting: Text
+    setting: Setting
     format: str
     recipe: str
     rounding: str
@@ -47,13 +46,14 @@ class Job:
         return self.setting.name, self.format, self.method, self.seed, fingerprint
 
 
-def jobs(setting: Text, formats: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[Job]:
+def jobs(setting: Setting, formats: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[Job]:
     """All of them, seed by seed, so that a log that is not complete has all rows of its first seeds."""
     for seed in range(seeds):
         yield Job(setting, "fp32", "ptq", "nearest", seed)
         for fmt in formats:
             for recipe, rounding in (rows()[method] for method in methods):
-                yield Job(setting, fmt, recipe, rounding, seed)
+                if recipe not in setting.left_out:
+                    yield Job(setting, fmt, recipe, rounding, seed)
 
 
 def run(job: Job, trainings: Trainings) -> log.Run:
@@ -75,7 +75,7 @@ def run(job: Job, trainings: Trainings) -> log.Run:
         steps=setting.steps,
         seconds=round(trained.seconds, 1),
         rounding_seconds=round(seconds, 1),
-        commit=commit(),
+        commit=runlog.commit(),
         torch=torch.__version__,
     )
 
@@ -91,17 +91,5 @@ def run_all(wanted: Sequence[Job], trainings: Trainings, path: Path, hours: floa
             return
         bar.set_description(f"seed {job.seed}, {job.format}, {job.method}")
         found = run(job, trainings)
-        log.add(path, found)
+        runlog.add(path, found)
         tqdm.write(f"seed {job.seed}, {job.format}, {job.method}: {found.loss:.4f}, {found.excess:+.4f}")
-
-
-@cache
-def commit() -> str:
-    """Of the checkout that this file is in, with "+" where its code differs from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", ":/*.py")
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "") or "unknown"

@@ -5,34 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 from tabulate import tabulate
 
 from accuracy.log import Run
 from accuracy.recipes import RECIPES, label_of, rows
+from lotion_fx.examples.paired import Mean, paired
 
 BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 
 Excesses = dict[str, dict[int, float]]  # of one format: by row, by seed
-
-
-class Mean(NamedTuple):
-    """A mean with its standard error, nan of a single value."""
-
-    value: float
-    error: float
-    count: int
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Mean:
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return Mean(statistics.fmean(values), error, len(values))
-
-    def __str__(self) -> str:
-        sign = "-" if self.value < 0 else ""
-        mean = f"{sign}{abs(self.value):.4f}".replace("0.", ".", 1)
-        return mean if math.isnan(self.error) else f"{mean} ± {self.error:.4f}".replace("± 0.", "± .")
 
 
 def excesses(runs: Iterable[Run]) -> dict[str, Excesses]:
@@ -41,12 +23,6 @@ def excesses(runs: Iterable[Run]) -> dict[str, Excesses]:
     for run in runs:
         found.setdefault(run.format, {}).setdefault(run.method, {})[run.seed] = run.excess
     return found
-
-
-def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Mean | None:
-    """The difference ``a - b`` over the seeds that both have; None where there is none."""
-    common = sorted(a.keys() & b.keys())
-    return Mean.of([a[seed] - b[seed] for seed in common]) if common else None
 
 
 def gap_recovered(method: Mapping[int, float], ptq: Mapping[int, float]) -> float:
@@ -77,7 +53,7 @@ def cell(found: Excesses, row: str) -> str:
     if row not in found:
         return ""
     mean, share = Mean.of(list(found[row].values())), gap_recovered(found[row], found.get("ptq", {}))
-    words = str(mean) if mean.count == max(map(len, found.values())) else f"{mean} ({mean.count})"
+    words = str(mean) if mean.seeds == max(map(len, found.values())) else f"{mean} ({mean.seeds})"
     words += "" if row == "ptq" or math.isnan(share) else f", {share:.0%}"
     return f"**{words}**" if row in (best(found, True), best(found, False)) else words
 
@@ -101,7 +77,7 @@ def margin(found: Excesses, fmt: str) -> list[str]:
     mine, other = best(found, False), best(found, True)
     assert mine is not None and other is not None
     difference = paired(found[mine], found[other])
-    count = "" if difference is None else str(difference.count)
+    count = "" if difference is None else str(difference.seeds)
     return [fmt, label_of(mine), label_of(other), "" if difference is None else str(difference), count]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,9 @@ class Text:
     windows: int = 2048
     inner: str = "inductor"
     name: str = "text"
+    pretrained: bool = False
+    likelihood: str | None = None
+    left_out: frozenset[str] = frozenset({"rounded_ste"})
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -41,6 +44,9 @@ class Text:
             "windows": self.windows,
             "calibration": quickstart.CALIBRATION,
         }
+
+    def arguments(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(recipe)
 
     @cached_property
     def _text(self) -> tuple[Tensor, Tensor]:

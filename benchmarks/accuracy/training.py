@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import lotion_fx
-from accuracy.deployment import formats, holding
+from accuracy.deployment import formats, holding, rounded
 from accuracy.lsq import deployed_state, learn_scales, rate, scales_of
 from accuracy.recipes import RECIPES, Recipe
-from accuracy.text import Text
+from accuracy.setting import Setting
 from lotion_fx.examples.forking import Checkpoint, after_plain
 
 State = dict[str, Tensor]
@@ -48,7 +48,7 @@ class Trainings:
         folder: of the files; those that are there already are taken as they are.
     """
 
-    def __init__(self, setting: Text, folder: Path) -> None:
+    def __init__(self, setting: Setting, folder: Path) -> None:
         self.setting, self.folder = setting, folder
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -68,7 +68,7 @@ class Trainings:
         return Trained(**self._full_run(seed)["end"])
 
     def _full_run(self, seed: int) -> dict[str, Any]:
-        forks = {round(recipe.fork * self.setting.steps) for recipe in RECIPES.values() if 0 < recipe.fork < 1}
+        forks = {self._begin(recipe) for recipe in RECIPES.values() if 0 < recipe.fork < 1}
         plain = RECIPES["ptq"].fingerprint(**self.setting.conditions, forks=sorted(forks))
         return self._kept(f"full_precision-{plain}-seed{seed}", lambda: self._train_full(seed, forks))
 
@@ -84,9 +84,15 @@ class Trainings:
 
     # ------------------------------------------------------------------------------------------------------- trainings
 
+    def _begin(self, recipe: Recipe) -> int:
+        """The step from which on a recipe trains by itself."""
+        return 0 if self.setting.pretrained else round(recipe.fork * self.setting.steps)
+
     def _train_full(self, seed: int, wanted: set[int]) -> dict[str, Any]:
         """The end of plain training, and the model and the optimizer's state at each of the wanted steps."""
         forks: dict[int, dict[str, Any]] = {}
+        if self.setting.pretrained:
+            return {"end": vars(self._ended(self.setting.make(seed).state_dict(), 0.0)), "forks": forks}
         model = lotion_fx.transform(self.setting.make(seed), method="ptq", inner=self.setting.inner)
         optimizer = self.setting.optimizer(model.parameters())
 
@@ -99,11 +105,14 @@ class Trainings:
 
     def _transformed(self, recipe: Recipe, fmt: str, seed: int) -> Trained:
         """What `lotion_fx.transform` trains, from the recipe's fork on."""
-        begin = round(recipe.fork * self.setting.steps)
+        begin = self._begin(recipe)
         fork = self._fork(begin, seed) if begin else None
         model = holding(self.setting, fork.model) if fork else self.setting.make(seed)
+        if recipe.rounded_first:
+            model.load_state_dict(rounded(self.setting, model.state_dict(), fmt, "two_sided", seed)[0].state_dict())
         total = self.setting.steps - begin if recipe.has_phases else None
-        lotion_fx.transform(model, fmt, **after_plain(recipe.arguments)[1], steps=total, inner=self.setting.inner)
+        arguments = self.setting.arguments(after_plain(recipe.arguments)[1])
+        lotion_fx.transform(model, fmt, **arguments, steps=total, inner=self.setting.inner)
         weights = list(model.parameters())
         optimizer = self.setting.optimizer(weights)
         if fork:
@@ -117,14 +126,16 @@ class Trainings:
 
     def _learned(self, recipe: Recipe, fmt: str, seed: int) -> Trained:
         """LSQ from the recipe's fork on, under plain `torch.compile`."""
-        begin = round(recipe.fork * self.setting.steps)
-        fork = self._fork(begin, seed)
-        model = holding(self.setting, fork.model)
+        begin = self._begin(recipe)
+        fork = self._fork(begin, seed) if begin else None
+        model = holding(self.setting, fork.model) if fork else self.setting.make(seed)
         latent = dict(model.named_parameters())
-        learn_scales(model, formats(self.setting, fork.model, fmt))
-        optimizer = self.setting.optimizer([{"params": [*latent.values()]}, {"params": scales_of(model)}])
+        learn_scales(model, formats(self.setting, model.state_dict(), fmt))
+        trained = [parameter for parameter in latent.values() if parameter.requires_grad]
+        optimizer = self.setting.optimizer([{"params": trained}, {"params": scales_of(model)}])
         optimizer.param_groups[1]["lr"] *= rate(lotion_fx.resolve(fmt))
-        fork.resume(optimizer, latent.values())
+        if fork:
+            fork.resume(optimizer, latent.values())
         model.compile(backend=self.setting.inner)
         seconds = self._fit(f"{fmt}, {recipe.label}", model, seed, optimizer, begin, lambda _: None)
         ended = self._ended(latent, seconds)  # before the latent weights are rounded in place

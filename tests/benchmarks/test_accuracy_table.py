@@ -8,6 +8,8 @@ import pytest
 from accuracy import table
 from accuracy.log import Run
 
+from lotion_fx.examples.paired import Mean, paired
+
 
 def run(method: str, seed: int, loss: float, full: float, fmt: str = "nvfp4") -> Run:
     return Run("text", fmt, method, seed, "abc", loss, full, full, 64, 20, 1.0, 0.0, "c0ffee", "2.13")
@@ -25,17 +27,17 @@ RUNS = [
 def test_means_are_of_paired_differences():
     found = table.excesses(RUNS)["nvfp4"]
     assert found["ptq"] == pytest.approx({0: 0.03, 1: 0.04, 2: 0.05})
-    mean = table.Mean.of(list(found["ptq"].values()))
+    mean = Mean.of(list(found["ptq"].values()))
     # deviations -.01, 0, .01: variance .0002 / 2, standard error .01 / sqrt(3)
     assert mean == pytest.approx((0.04, 0.01 / math.sqrt(3), 3))
     assert str(mean) == ".0400 ± .0058"
 
 
 def test_a_single_seed_has_no_error():
-    mean = table.Mean.of([-0.0123])
+    mean = Mean.of([-0.0123])
     assert math.isnan(mean.error)
     assert str(mean) == "-.0123"
-    assert str(table.Mean.of([1.2345, 1.2345])) == "1.2345 ± .0000"
+    assert str(Mean.of([1.2345, 1.2345])) == "1.2345 ± .0000"
 
 
 def test_gap_recovered_is_a_ratio_of_means_over_common_seeds():
@@ -53,9 +55,9 @@ def test_margins_pair_ours_with_the_best_rival():
     assert table.margin(found, "nvfp4") == [
         "nvfp4", "LOTION + two-sided rounding", "PTQ + two-sided rounding", "-.0100 ± .0000", "3",
     ]  # fmt: skip
-    difference = table.paired(found["lotion"], {1: 0.0, 2: 0.01, 7: 9.0})
+    difference = paired(found["lotion"], {1: 0.0, 2: 0.01, 7: 9.0})
     assert difference == pytest.approx((0.015, 0.005, 2))
-    assert table.paired({0: 1.0}, {1: 1.0}) is None
+    assert paired({0: 1.0}, {1: 1.0}) is None
 
 
 def test_a_row_of_fewer_seeds_says_so_and_is_not_the_best():

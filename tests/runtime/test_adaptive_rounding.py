@@ -77,6 +77,44 @@ def test_where_it_does_not_help_it_says_so() -> None:
         lotion_fx.round_(model, [(x, easy)], lambda out, y: loss_of((50 * out[0], out[1]), y))
 
 
+def own_outputs(model: nn.Module, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """A linear layer's batches, whose targets are what it gives: the loss is zero."""
+    draw = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(24, 24, generator=draw)
+    found = [torch.randn(64, 24, generator=draw) @ mixed for _ in range(count)]
+    with lotion_fx.full_precision(model), torch.no_grad():
+        return [(x, model(x)) for x in found]
+
+
+def test_a_loss_that_has_vanished_is_seen_by_labels_that_the_model_draws() -> None:
+    torch.manual_seed(0)
+    model = lotion_fx.transform(nn.Linear(24, 12), "int3", method="ptq", inner="eager").eval()
+    given, before = own_outputs(model, 4, seed=1), weights(model)
+    with pytest.warns(UserWarning, match=r"next to nothing beside .* likelihood='gaussian'"):
+        done = lotion_fx.round_(model, given, F.mse_loss)
+    assert done.rounded == done.nearest and done.weights[0].why == "its gradients vanish"
+    model.load_state_dict(before)
+    assert lotion_fx.round_(model, given, F.mse_loss, likelihood=F.mse_loss).rounded < 0.7 * done.nearest
+
+    a, b = torch.zeros(24, 24, dtype=torch.float64), torch.zeros(12, 12, dtype=torch.float64)
+    for seed, (x, y) in enumerate(given):  # the squares' gradients at the outputs' own N(output, 1/2)
+        draw = torch.Generator().manual_seed(seed)
+        for _ in range(4):
+            g = -2 * 0.5**0.5 * torch.empty_like(y).normal_(generator=draw).double() / y.numel()
+            a += (x.double() * g.square().sum(1, keepdim=True)).T @ x.double()
+            b += g.T @ g
+    expected = adaptive(before["weight"], resolve("int3"), 1, (1, 12, 24), Curvature(b[None], a[None]))
+    assert torch.equal(model.weight.detach(), expected.values)  # type: ignore[arg-type]
+
+
+def test_a_model_under_ggn_has_told_what_its_output_parametrizes() -> None:
+    torch.manual_seed(0)
+    options = {"curvature": "ggn", "likelihood": "gaussian", "inner": "aot_eager"}
+    model = lotion_fx.transform(nn.Linear(24, 12), "int3", **options).eval()  # type: ignore[arg-type]
+    done = lotion_fx.round_(model, own_outputs(model, 2, seed=1), F.mse_loss)
+    assert done.rounded < 0.7 * done.nearest
+
+
 def test_the_losses_are_those_of_the_models() -> None:
     model, given = trained(), batches()
     done = lotion_fx.round_(copy.deepcopy(model), given, loss_of)
@@ -232,6 +270,7 @@ def test_bad_arguments() -> None:
     model, given = trained(steps=2), batches(1)
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "method='best': expected one of two_sided, gptq, nearest", {"method": "best"}),
+        (ValueError, "likelihood='normal': expected one of categorical, bernoulli, gaussian", {"likelihood": "normal"}),
         (ValueError, "memory=0: expected a number of GiB above 0", {"memory": 0}),
         (ValueError, "batches: expected at least one batch", {"batches": []}),
         (TypeError, "of a single one, \\[batch\\]", {"batches": given[0][0]}),
