@@ -28,6 +28,8 @@ Source = Annotated[
 Format = Annotated[str | None, typer.Option(help="Format to transform the model to: nvfp4, int4/bf16, ...")]
 Only = Annotated[str | None, typer.Option(help="Which weights: lm, linear or all.")]
 
+INNER = ("inductor", "aot_eager", "eager")
+
 
 def report(source: Source, fmt: Format = None, only: Only = None, as_json: Json = False) -> None:
     """What would happen to every parameter of a model, and why.
@@ -72,7 +74,7 @@ def bench(
     fmt: Annotated[str, typer.Option(help="Format to transform the model to.")] = "nvfp4",
     methods: Annotated[str, typer.Option(help=f"Some of {','.join(METHODS)}.")] = "lotion",
     rounds: Annotated[int, typer.Option(min=2, help="Interleaved rounds.")] = 20,
-    inner: Annotated[str, typer.Option(help="inductor, aot_eager or eager; of the plain model too.")] = "inductor",
+    inner: Annotated[str, typer.Option(help=f"One of {', '.join(INNER)}; of the plain model too.")] = "inductor",
     as_json: Json = False,
 ) -> None:
     """What a training step costs beside the plain compiled step, in interleaved rounds; "plain again" is the noise.
@@ -85,6 +87,8 @@ def bench(
         chosen = methods.split(",")
         if unknown := [name for name in chosen if name not in METHODS]:
             raise ValueError(f"--methods: {unknown[0]!r} is none; expected some of {', '.join(METHODS)}")
+        if inner not in INNER:
+            raise ValueError(f"--inner: {inner!r} is none; expected one of {', '.join(INNER)}")
         times = step_ratio.step_times(lambda: subject(source), fmt, chosen, rounds, inner)
     print(json.dumps([asdict(time) for time in times]) if as_json else step_ratio.table(times))
 

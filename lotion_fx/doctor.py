@@ -10,6 +10,7 @@ import sysconfig
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tabulate import tabulate
 from torch import nn
 
 from lotion_fx.coverage import report
+from lotion_fx.progress import with_a_bar
 from lotion_fx.transformation import transform
 
 OLDEST, NEWEST = (2, 11), (2, 14)  # of torch: what the tests run under
@@ -85,7 +87,15 @@ class Examination:
 
 def examine() -> Examination:
     """Looks for all of it; takes seconds, as a model is transformed and a line of C++ compiled."""
-    return Examination((_python(), _torch(), _training(), _compiler(), _gpu(), *map(_optional, OPTIONAL)))
+    looks: list[Callable[[], Check]] = [
+        _python,
+        _torch,
+        _training,
+        _compiler,
+        _gpu,
+        *(partial(_optional, entry) for entry in OPTIONAL),
+    ]
+    return Examination(tuple(look() for look in with_a_bar("looking", looks, len(looks))))
 
 
 def _python() -> Check:

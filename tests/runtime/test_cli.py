@@ -107,7 +107,7 @@ def test_doctor_s_exit_code_says_whether_training_runs(monkeypatch):
         (["bench", f"{HERE}:alone"], "it gives a model alone"),
         (["bench", f"{HERE}:transformed_classifier"], "is already transformed"),
         (["bench", f"{HERE}:classifier", "--rounds", "1"], "--rounds"),
-        (["bench", f"{HERE}:classifier", "--inner", "tvm"], "tvm"),
+        (["bench", f"{HERE}:classifier", "--inner", "tvm"], "'tvm' is none; expected one of inductor"),
         (["reproduce", "landscap"], "landscap"),
     ],
 )
