@@ -32,8 +32,8 @@ def figures(runs: Sequence[Run], formats: Sequence[str]) -> dict[str, Figure]:
 
 
 CAPTIONS = {
-    "along_training": "The paper's figure at 150M over 15 B tokens, from our runs: the validation loss at weights rounded "
-    "to nearest, along training. The band is one standard error over the seeds.",
+    "along_training": "The paper's figure at 150M over 15 B tokens, from our runs: the validation loss at weights "
+    "rounded to nearest, along training. The band is one standard error over the seeds.",
     "integers": "The paper's figure at 300M, from our runs: what rounding adds, at the integer formats.",
     "floats": "The paper's figure at 150M and FP4, from our runs.",
 }
@@ -55,14 +55,16 @@ def write_report(runs: Sequence[Run], formats: Sequence[str], command: str, path
     size = runs[0].size
     report = Report(
         f"LOTION, language models, size {size}",
-        "What rounding the weights adds to the validation loss, for each way to train: the loss at the weights that are "
-        "deployed less that of full precision from the same seed. Means over seeds, with their standard errors.",
+        "What rounding the weights adds to the validation loss, for each way to train: the loss at the weights that "
+        "are deployed less that of full precision from the same seed. Means over seeds, with their standard errors.",
         command=command,
         configuration=configuration(runs),
         seeds=sorted({run.seed for run in runs}),
     )
     report.heading("What rounding adds to the loss")
-    report.table(*added_table(runs, formats), caption="Nats per token; in per cent, how much of PTQ's gap is recovered.")
+    report.table(
+        *added_table(runs, formats), caption="Nats per token; in per cent, how much of PTQ's gap is recovered."
+    )
     report.table(*margins_table(runs, formats), caption="Paired by seed, nats per token; above 0 the second is ahead.")
     drawn = figures(runs, formats)
     for name in drawn:
@@ -71,12 +73,16 @@ def write_report(runs: Sequence[Run], formats: Sequence[str], command: str, path
     report.heading("Along training")
     report.figure(drawn["along_training"], CAPTIONS["along_training"])
     curve_format = "int4/tensor" if "int4/tensor" in formats else formats[0]
-    report.table(*falls_table(runs, curve_format), caption=f"{curve_format}: the last quarter of training, nats per token.")
+    report.table(
+        *falls_table(runs, curve_format), caption=f"{curve_format}: the last quarter of training, nats per token."
+    )
     report.heading("Methods")
     for method in dict.fromkeys(run.method for run in runs):
         recipe = RECIPES[method]
         ending = "; weights rounded by round_ in the end" if recipe.two_sided else ""
-        report.text(f"{recipe.label}: transform({', '.join(f'{k}={v!r}' for k, v in recipe.arguments.items())}){ending}")
+        report.text(
+            f"{recipe.label}: transform({', '.join(f'{k}={v!r}' for k, v in recipe.arguments.items())}){ending}"
+        )
     report.write(path)
 
 
