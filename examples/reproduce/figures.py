@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lotion_fx.examples.paired import Mean
@@ -32,7 +33,7 @@ def along_training(runs: Sequence[Run], fmt: str, methods: Sequence[str] | None 
     axes.axhline(0, color="black", linestyle="--", linewidth=1, label="full precision, at its end")
     axes.set(
         xlabel="tokens seen, millions",
-        ylabel=f"validation loss at {fmt} weights,\nnats per token above full precision's end",
+        ylabel=f"loss at {fmt} weights, nats per token\nabove full precision's at its end",
         title=along_title(runs, fmt),
     )
     axes.legend(fontsize=8)
@@ -54,7 +55,7 @@ def along_title(runs: Sequence[Run], fmt: str) -> str:
 def added_bars(runs: Sequence[Run], formats: Sequence[str], methods: Sequence[str] | None = None) -> Figure:
     """What quantization adds to the loss: a group of bars a format, with one standard error, on an axis of its own."""
     found = {fmt: each for fmt in formats if (each := bars(runs, fmt))}
-    figure = Figure(figsize=(1.2 + 3.6 * len(found), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(7.2, 3.8 * len(found)), 4.4), layout="constrained")
     for axes, (fmt, each) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         shown = {method: mean for method, mean in each.items() if methods is None or method in methods}
         for place, (method, mean) in enumerate(shown.items()):
@@ -79,6 +80,7 @@ def bars_title(fmt: str, found: dict[str, Mean]) -> str:
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Writes a figure as PNG and as SVG."""
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # letters as letters, and the same file each time
+        for path in paths:
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     return paths

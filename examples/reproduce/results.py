@@ -35,14 +35,18 @@ def bars(runs: Sequence[Run], fmt: str) -> dict[str, Mean]:
 
 
 def curves(runs: Sequence[Run], fmt: str) -> dict[str, dict[int, BySeed]]:
-    """The loss at rounded weights less full precision's in the end, by method, tokens seen and seed."""
+    """The loss at rounded weights less full precision's in the end, by method, tokens seen and seed.
+
+    The points of a curve are means over a part of the held-out windows; it is shifted so that its end is that over all.
+    """
     full = full_precision(runs)
     found: dict[str, dict[int, BySeed]] = {}
     for run in runs:
         if run.format == fmt and run.seed in full and not RECIPES[run.method].two_sided:
+            shift = run.loss - run.curve[-1][1] - full[run.seed]
             for step, loss in run.curve:
                 points = found.setdefault(run.method, {})
-                points.setdefault(round(step) * run.step_tokens, {})[run.seed] = loss - full[run.seed]
+                points.setdefault(round(step) * run.step_tokens, {})[run.seed] = loss + shift
     return {method: found[method] for method in RECIPES if method in found}
 
 
