@@ -74,7 +74,7 @@ def bars_title(fmt: str, found: dict[str, Mean]) -> str:
     best = min(found, key=lambda method: found[method].value)
     if best == "ptq" or "ptq" not in found:
         return f"{fmt}: {RECIPES[best].label} adds least"
-    return f"{fmt}: {RECIPES[best].label} adds {found[best].value:.4f},\nPTQ {found['ptq'].value:.4f}"
+    return f"{fmt}: PTQ adds {found['ptq'].value:.4f},\n{RECIPES[best].label} {found[best].value:.4f}"
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
