@@ -78,7 +78,7 @@ FALLS = {"ptq": (5, 3, 1, 0), "ste": (9, 6, 1, 0), "lotion": (9, 6, 3, 0)}
 RUNS = [
     Run(
         "tiny", "int4/tensor", method, seed, "abc", 1 + seed + value / 100, None, 1.0 + seed,
-        [[step, 7 + FALLS[method][step - 1] / 100] for step in (1, 2, 3, 4)], 1.0, 4, 10, "c0ffee", "2.13", "cpu", "now",
+        [[step, 7 + FALLS[method][step - 1] / 100] for step in (1, 2, 3, 4)], 1.0, 4, 10, "", "2.13", "cpu", "now",
     )
     for method, each in ADDED.items()
     for seed, value in enumerate(each)
