@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch.distributed as dist
 from typer.testing import CliRunner
 
+from lotion_fx.examples import fsdp2_lm
 from lotion_fx.examples.options import typer
 from lotion_fx.examples.reproduce import figures, lotion, plan, results, runs
 from lotion_fx.examples.reproduce.recipes import RECIPES, Recipe
 from lotion_fx.examples.reproduce.runs import Job, Result, Run
+from lotion_fx.examples.reproduce.sharded import Sharded
 from lotion_fx.examples.reproduce.sizes import SCALES
 from lotion_fx.examples.reproduce.tiny import POINTS, Tiny
 
@@ -188,3 +191,33 @@ def test_tiny_trains_and_a_fork_shares_the_plain_curve():
 @pytest.mark.slow
 def test_a_large_size_launches_shrunk_on_two_ranks():
     assert '"method": "lotion"' in plan.launch("small")
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_a_large_size_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        whole, killed = (
+            Sharded(SCALES["small"].shrunk, None, tmp_path / each, "eager") for each in ("whole", "killed")
+        )
+        (job,) = runs.jobs(whole, ["int4/tensor"], ["lotion"], 1)
+        expected = whole.run(job)
+        save, seen = fsdp2_lm.save, []
+
+        def save_and_die(folder, step, *rest):
+            save(folder, step, *rest)
+            seen.append(step)
+            if step == 4:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(fsdp2_lm, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            killed.run(job)
+        found = killed.run(job)
+    finally:
+        dist.destroy_process_group()
+    assert seen == [2, 4, 6, 8]  # no step is done twice
+    assert (found.loss, found.latent) == (expected.loss, expected.latent)
+    assert found.curve == expected.curve
