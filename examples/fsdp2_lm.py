@@ -25,7 +25,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -260,6 +265,13 @@ def load(folder: Path, model: nn.Module, optimizer: Any, schedule: Any) -> int:
     lotion_fx.load_state_dict(model, rest["lotion_fx"])
     schedule.load_state_dict(rest["schedule"])
     return int(rest["step"])
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """The model of the latest checkpoint, and nothing of its training."""
+    weights = get_model_state_dict(model)
+    dcp.load({"model": weights}, checkpoint_id=folder / (folder / "latest").read_text())
+    set_model_state_dict(model, weights)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from tabulate import tabulate
 
 from accuracy.log import Run
 from accuracy.recipes import RECIPES, label_of, rows
-from lotion_fx.examples.paired import Mean, paired
+from lotion_fx.examples.paired import Mean, gap_recovered, paired
 
 Excesses = dict[str, dict[int, float]]  # of one format: by row, by seed
 
@@ -21,16 +21,6 @@ def excesses(runs: Iterable[Run]) -> dict[str, Excesses]:
     for run in runs:
         found.setdefault(run.format, {}).setdefault(run.method, {})[run.seed] = run.excess
     return found
-
-
-def gap_recovered(method: Mapping[int, float], ptq: Mapping[int, float]) -> float:
-    """Share of what PTQ adds to the loss that a method does not add: a ratio of means over the seeds of both.
-
-    Of means, for the gap of a single seed can be smaller than its noise. nan where PTQ adds nothing.
-    """
-    common = method.keys() & ptq.keys()
-    gap = sum(ptq[seed] for seed in common)
-    return 1 - sum(method[seed] for seed in common) / gap if gap > 0 else math.nan
 
 
 def is_rival(row: str) -> bool:

@@ -1,1 +1,1 @@
-"""The papers' experiments run again: one driver each, with a log of finished runs, figures and a report."""
+"""The experiments of the papers that lotion_fx is built on, each with one report that a browser opens from disk."""

@@ -3,16 +3,25 @@
     python examples/reproduce/lotion.py                    # size tiny: three quarters of an hour on one core
     python examples/reproduce/lotion.py --methods ptq,ste,lotion --formats int4/tensor --seeds 1 --hours 0.1
 
+    python examples/reproduce/lotion.py --table --figures figures --report lotion.html    # of what the log has
+    python examples/reproduce/lotion.py --size 150m --dry-run                             # what a full size will take
+    torchrun --nproc-per-node 8 -m lotion_fx.examples.reproduce.lotion --size 150m --text tokens.bin
+    torchrun --nproc-per-node 1 -m lotion_fx.examples.reproduce.lotion --size small --formats int4/tensor --seeds 1
+
 Each run that ends is one line of the log; what is there is not run again, so the same command goes on where it was
 stopped.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import shlex
+import sys
 import warnings
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,15 +29,18 @@ import torch
 import typer
 
 import lotion_fx
-from lotion_fx.examples.options import start
+from lotion_fx.examples.options import in_a_folder, start
+from lotion_fx.examples.reproduce.lotion_report import write_figures, write_json, write_report
+from lotion_fx.examples.reproduce.plan import launch, plan, shown
 from lotion_fx.examples.reproduce.recipes import FORMATS, METHODS, RECIPES
-from lotion_fx.examples.reproduce.runs import Bench, jobs, run_all
+from lotion_fx.examples.reproduce.results import added_table, margins_table, markdown
+from lotion_fx.examples.reproduce.runs import Bench, Run, finished, jobs, recorded, run_all
 from lotion_fx.examples.reproduce.sharded import Sharded
 from lotion_fx.examples.reproduce.sizes import SCALES, Scale
 from lotion_fx.examples.reproduce.tiny import Tiny
 
 FOLDER = Path(__file__).parent
-ALL_METHODS = ",".join(METHODS)
+ALL_METHODS, ALL_FORMATS = ",".join(METHODS), ",".join(FORMATS)
 
 
 def known_formats(names: str) -> str:
@@ -56,19 +68,55 @@ def known_size(size: str) -> str:
     return size
 
 
+def known_inner(inner: str) -> str:
+    """What compiles the graphs, refused where there is none of that name."""
+    if inner not in ("inductor", "aot_eager", "eager"):
+        raise typer.BadParameter(f"unknown {inner!r}; expected inductor, aot_eager or eager")
+    return inner
+
+
 def chosen(size: str, steps: int | None, vocab: int | None, batch: int | None, shrink: bool) -> Scale:
     """A size as the command line changes it."""
+    if size == "tiny":
+        raise typer.BadParameter(f"--dry-run is of a size for GPUs: add --size {', '.join(SCALES)}")
     scale = SCALES[size].shrunk if shrink else SCALES[size]
     model = replace(scale.model, vocab=vocab or scale.model.vocab, batch=batch or scale.model.batch)
     return replace(scale, model=model, tokens=steps * scale.step_tokens if steps else scale.tokens)
 
 
+def foretold(scale: Scale, methods: Sequence[str], gpus: int, recompute: bool, rows_to: Path | None) -> None:
+    """Prints what a training of a size will take, by the curvatures that methods need; and tries the launch."""
+    kinds = dict.fromkeys(RECIPES[method].arguments.get("curvature", "factored") for method in methods)
+    plans = [plan(scale, gpus, kind, recompute) for kind in kinds]
+    typer.echo(shown(plans))
+    if rows_to is not None:
+        rows_to.write_text(json.dumps([asdict(each) for each in plans], indent=1) + "\n")
+    typer.echo("\nthe same, shrunk, on two CPU ranks over gloo: ", nl=False)
+    typer.echo(f"ran, and left its line in the log:\n{launch(scale.name)}")
+
+
+def show(
+    found: Sequence[Run], formats: Sequence[str], figures: Path | None, report: Path | None, rows: Path | None
+) -> None:
+    """Prints the tables of finished runs, and writes what is asked for."""
+    if not any(run.method == "ptq" for run in found):
+        typer.echo("no run of ptq is in the log, so there is no full precision to compare with: add ptq to --methods")
+        return
+    for table in (added_table(found, formats), margins_table(found, formats)):
+        typer.echo("\n" + markdown(table))
+    if figures is not None:
+        typer.echo(f"\nfigures: {', '.join(map(str, write_figures(found, formats, figures)))}")
+    if report is not None:
+        write_report(found, formats, shlex.join(["python", *sys.argv]), report)
+        typer.echo(f"report: {report}")
+    if rows is not None:
+        write_json(found, rows)
+
+
 def main(
     size: Annotated[str, typer.Option(callback=known_size, help=f"One of tiny,{','.join(SCALES)}.")] = "tiny",
     methods: Annotated[str, typer.Option(callback=known_methods, help=f"Some of {','.join(RECIPES)}.")] = ALL_METHODS,
-    formats: Annotated[str, typer.Option(callback=known_formats, help="Of lotion_fx; the paper's are per tensor.")] = (
-        ",".join(FORMATS)
-    ),
+    formats: Annotated[str, typer.Option(callback=known_formats, help="The paper's are per tensor.")] = ALL_FORMATS,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with seeds 0, 1, ...")] = 3,
     steps: Annotated[int | None, typer.Option(min=4, help="Optimizer steps of a run [default: the size's].")] = None,
     hours: Annotated[float, typer.Option(help="Begin no run after so many.")] = math.inf,
@@ -77,23 +125,39 @@ def main(
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences a rank takes at once [default: 16].")] = None,
     recompute: Annotated[bool, typer.Option("--recompute", help="Activation checkpointing of each block.")] = False,
     shrink: Annotated[bool, typer.Option("--shrink", help="A model of width 64 and 8 steps: does it all run?")] = False,
-    inner: Annotated[str, typer.Option(help="What compiles the graphs: inductor, aot_eager or eager.")] = "inductor",
+    inner: Annotated[str, typer.Option(callback=known_inner, help="inductor, aot_eager or eager.")] = "inductor",
     runs: Annotated[Path | None, typer.Option(help="Log of finished runs [default: beside this file].")] = None,
     work: Annotated[Path, typer.Option(help="Folder of checkpoints of the large sizes.")] = Path("lotion-runs"),
+    table: Annotated[bool, typer.Option("--table", help="Run nothing; show what the log has.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Memory, FLOPs and hours, predicted.")] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="Of --dry-run.")] = 8,
+    figures_to: Annotated[Path | None, typer.Option("--figures", help="Folder for PNG and SVG.")] = None,
+    report_to: Annotated[
+        Path | None, typer.Option("--report", callback=in_a_folder, help="Write one HTML page.")
+    ] = None,
+    rows_to: Annotated[Path | None, typer.Option("--json", callback=in_a_folder, help="Write the rows.")] = None,
 ) -> None:
     """Train language models by the LOTION paper's methods and its rivals, and compare them at rounded weights."""
     warnings.simplefilter("ignore")
     logging.getLogger("lotion_fx").setLevel(logging.ERROR)
-    bench: Bench
-    if size == "tiny":
-        torch.set_num_threads(1)  # so small a model gains nothing from more
-        bench = Tiny(steps or 600, inner=inner)
+    names, kinds, path = methods.split(","), formats.split(","), runs or FOLDER / f"lotion-{size}.jsonl"
+    if dry_run:
+        return foretold(chosen(size, steps, vocab, batch, shrink), names, gpus, recompute, rows_to)
+    if table:
+        found = recorded(path, size, kinds, names, seeds)
     else:
-        scale = chosen(size, steps, vocab, batch, shrink)
-        bench = Sharded(scale, text, work, inner, recompute)
-    wanted = list(jobs(bench, formats.split(","), methods.split(","), seeds))
-    path = runs or FOLDER / f"lotion-{size}.jsonl"
-    run_all(wanted, bench, path, hours)
+        bench: Bench
+        if size == "tiny":
+            torch.set_num_threads(1)  # so small a model gains nothing from more
+            bench = Tiny(steps or 600, inner=inner)
+        else:
+            bench = Sharded(chosen(size, steps, vocab, batch, shrink), text, work, inner, recompute)
+        wanted = list(jobs(bench, kinds, names, seeds))
+        run_all(wanted, bench, path, hours)
+        if not bench.writes:
+            return
+        found = finished(wanted, path)
+    show(found, kinds, figures_to, report_to, rows_to)
 
 
 if __name__ == "__main__":

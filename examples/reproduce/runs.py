@@ -137,6 +137,16 @@ def finished(wanted: Iterable[Job], path: Path) -> list[Run]:
     return [done[job.key] for job in wanted if job.key in done]
 
 
+def recorded(path: Path, size: str, formats: Sequence[str], methods: Sequence[str], seeds: int) -> list[Run]:
+    """What the log has of these, under whatever conditions they ran; of two with the same name the later one."""
+    found = {
+        (run.seed, run.format, run.method): run
+        for run in read(path).values()
+        if run.size == size and run.format in formats and run.method in methods and run.seed < seeds
+    }
+    return list(found.values())
+
+
 def run_all(wanted: Sequence[Job], bench: Bench, path: Path, hours: float) -> None:
     """Does what the log does not have yet, and adds each to it as it ends; begins none after so many hours."""
     done, began = read(path), time.monotonic()

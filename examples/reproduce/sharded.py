@@ -41,7 +41,8 @@ def tokens_of(path: Path, vocab: int) -> Tensor:
 
 
 class Sharded:
-    """Trains models of one size on all ranks of a torchrun.
+    """Trains models of one size on all ranks of a torchrun. Plain training happens once a seed: PTQ at a second format
+    takes the first one's weights, and its curve is one point.
 
     Args:
         scale: what is trained.
@@ -127,6 +128,9 @@ class Sharded:
         seen = folder / f"curve-{job.format.replace('/', '_')}.jsonl"
         label = f"{job.method}, {job.format}, seed {job.seed}"
         folder.mkdir(parents=True, exist_ok=True)
+        if job.method == "ptq" and _latest(folder) == f"step-{self.steps}" and not seen.exists():
+            fsdp2_lm.load_weights(folder, model)  # as another format left them
+            return [(self.steps, self._loss(model, self.scale.windows // 4))]
         with tqdm(total=self.steps, desc=label, leave=False, disable=None if self.writes else True) as bar:
 
             def after_step(step: int, loss: Tensor) -> None:
@@ -174,9 +178,13 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+def _latest(folder: Path) -> str | None:
+    """The name of the checkpoint to go on from."""
+    return (folder / "latest").read_text() if (folder / "latest").exists() else None
+
+
 def _drop_all_but_the_latest(folder: Path) -> None:
     """Of the checkpoints, each of which is three times the model."""
-    latest = (folder / "latest").read_text() if (folder / "latest").exists() else None
-    for old in folder.glob("step-*"):
-        if latest is not None and old.name != latest:
+    for old in folder.glob("step-*") if _latest(folder) else ():
+        if old.name != _latest(folder):
             shutil.rmtree(old)

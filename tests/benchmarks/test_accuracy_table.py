@@ -8,7 +8,7 @@ import pytest
 from accuracy import table
 from accuracy.log import Run
 
-from lotion_fx.examples.paired import Mean, paired
+from lotion_fx.examples.paired import Mean, gap_recovered, paired
 
 
 def run(method: str, seed: int, loss: float, full: float, fmt: str = "nvfp4") -> Run:
@@ -42,11 +42,11 @@ def test_a_single_seed_has_no_error():
 
 def test_gap_recovered_is_a_ratio_of_means_over_common_seeds():
     found = table.excesses(RUNS)["nvfp4"]
-    assert table.gap_recovered(found["ptq+two_sided"], found["ptq"]) == pytest.approx(1 - 6 / 12)
-    assert table.gap_recovered({0: 0.03}, found["ptq"]) == pytest.approx(0)
-    assert table.gap_recovered({0: 0.06}, found["ptq"]) == pytest.approx(-1)
-    assert math.isnan(table.gap_recovered({0: 0.1}, {0: -0.1}))
-    assert math.isnan(table.gap_recovered({0: 0.1}, {1: 0.1}))
+    assert gap_recovered(found["ptq+two_sided"], found["ptq"]) == pytest.approx(1 - 6 / 12)
+    assert gap_recovered({0: 0.03}, found["ptq"]) == pytest.approx(0)
+    assert gap_recovered({0: 0.06}, found["ptq"]) == pytest.approx(-1)
+    assert math.isnan(gap_recovered({0: 0.1}, {0: -0.1}))
+    assert math.isnan(gap_recovered({0: 0.1}, {1: 0.1}))
 
 
 def test_margins_pair_ours_with_the_best_rival():
