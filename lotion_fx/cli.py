@@ -25,6 +25,7 @@ REPRODUCE = {
     "linear-regression": "lotion_fx.examples.linear_regression:main",
     "two-layer": "lotion_fx.examples.two_layer:main",
     "landscape": "lotion_fx.examples.landscape:main",
+    "lotion": "lotion_fx.examples.reproduce.lotion:main",
 }
 WAYS = {  # to get what a command may lack
     **dict.fromkeys(("typer", "tqdm", "matplotlib"), "pip install 'lotion_fx[examples]'"),

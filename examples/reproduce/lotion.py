@@ -14,14 +14,14 @@ stopped.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +29,8 @@ import torch
 import typer
 
 import lotion_fx
-from lotion_fx.examples.options import in_a_folder, start
-from lotion_fx.examples.reproduce.lotion_report import write_figures, write_json, write_report
+from lotion_fx.examples.options import Json, in_a_folder, print_rows, start
+from lotion_fx.examples.reproduce.lotion_report import write_figures, write_report
 from lotion_fx.examples.reproduce.plan import launch, plan, shown
 from lotion_fx.examples.reproduce.recipes import FORMATS, METHODS, RECIPES
 from lotion_fx.examples.reproduce.results import added_table, margins_table, markdown
@@ -84,33 +84,35 @@ def chosen(size: str, steps: int | None, vocab: int | None, batch: int | None, s
     return replace(scale, model=model, tokens=steps * scale.step_tokens if steps else scale.tokens)
 
 
-def foretold(scale: Scale, methods: Sequence[str], gpus: int, recompute: bool, rows_to: Path | None) -> None:
+def foretold(scale: Scale, methods: Sequence[str], gpus: int, recompute: bool, as_json: bool) -> None:
     """Prints what a training of a size will take, by the curvatures that methods need; and tries the launch."""
     kinds = dict.fromkeys(RECIPES[method].arguments.get("curvature", "factored") for method in methods)
     plans = [plan(scale, gpus, kind, recompute) for kind in kinds]
-    typer.echo(shown(plans))
-    if rows_to is not None:
-        rows_to.write_text(json.dumps([asdict(each) for each in plans], indent=1) + "\n")
-    typer.echo("\nthe same, shrunk, on two CPU ranks over gloo: ", nl=False)
-    typer.echo(f"ran, and left its line in the log:\n{launch(scale.name)}")
+    say = partial(typer.echo, err=as_json)
+    say(shown(plans))
+    if as_json:
+        print_rows(plans)
+    say("\nthe same, shrunk, on two CPU ranks over gloo: ", nl=False)
+    say(f"ran, and left its line in the log:\n{launch(scale.name)}")
 
 
 def show(
-    found: Sequence[Run], formats: Sequence[str], figures: Path | None, report: Path | None, rows: Path | None
+    found: Sequence[Run], formats: Sequence[str], figures: Path | None, report: Path | None, as_json: bool
 ) -> None:
     """Prints the tables of finished runs, and writes what is asked for."""
+    say = partial(typer.echo, err=as_json)
+    if as_json:
+        print_rows(found)
     if not any(run.method == "ptq" for run in found):
-        typer.echo("no run of ptq is in the log, so there is no full precision to compare with: add ptq to --methods")
+        say("no run of ptq is in the log, so there is no full precision to compare with: add ptq to --methods")
         return
     for table in (added_table(found, formats), margins_table(found, formats)):
-        typer.echo("\n" + markdown(table))
+        say("\n" + markdown(table))
     if figures is not None:
-        typer.echo(f"\nfigures: {', '.join(map(str, write_figures(found, formats, figures)))}")
+        say(f"\nfigures: {', '.join(map(str, write_figures(found, formats, figures)))}")
     if report is not None:
         write_report(found, formats, shlex.join(["python", *sys.argv]), report)
-        typer.echo(f"report: {report}")
-    if rows is not None:
-        write_json(found, rows)
+        say(f"report: {report}")
 
 
 def main(
@@ -135,14 +137,21 @@ def main(
     report_to: Annotated[
         Path | None, typer.Option("--report", callback=in_a_folder, help="Write one HTML page.")
     ] = None,
-    rows_to: Annotated[Path | None, typer.Option("--json", callback=in_a_folder, help="Write the rows.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Train language models by the LOTION paper's methods and its rivals, and compare them at rounded weights."""
+    """Train language models by the LOTION paper's methods and its rivals, and compare them at rounded weights.
+
+    lotion-fx reproduce lotion --table --report lotion.html
+
+    lotion-fx reproduce lotion --methods ptq,ste,lotion --formats int4/tensor --seeds 1 --hours 0.1
+
+    lotion-fx reproduce lotion --size 150m --dry-run
+    """
     warnings.simplefilter("ignore")
     logging.getLogger("lotion_fx").setLevel(logging.ERROR)
     names, kinds, path = methods.split(","), formats.split(","), runs or FOLDER / f"lotion-{size}.jsonl"
     if dry_run:
-        return foretold(chosen(size, steps, vocab, batch, shrink), names, gpus, recompute, rows_to)
+        return foretold(chosen(size, steps, vocab, batch, shrink), names, gpus, recompute, as_json)
     if table:
         found = recorded(path, size, kinds, names, seeds)
     else:
@@ -157,7 +166,7 @@ def main(
         if not bench.writes:
             return
         found = finished(wanted, path)
-    show(found, kinds, figures_to, report_to, rows_to)
+    show(found, kinds, figures_to, report_to, as_json)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -43,11 +41,6 @@ def write_figures(runs: Sequence[Run], formats: Sequence[str], folder: Path) -> 
     """Each figure as PNG and SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     return [path for name, each in figures(runs, formats).items() for path in save(each, folder, f"lotion_{name}")]
-
-
-def write_json(runs: Sequence[Run], path: Path) -> None:
-    """The runs' lines of the log, as one list."""
-    path.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
 
 
 def write_report(runs: Sequence[Run], formats: Sequence[str], command: str, path: Path) -> None:

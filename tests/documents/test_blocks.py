@@ -15,7 +15,7 @@ import lotion_fx
 from tests.documents import setups
 from tests.documents.markdown import PAGES, Block, blocks, name_of
 
-LANGUAGES = {"python", "bash"}
+LANGUAGES = {"python", "bash", "text"}  # the last one for pictures, which nothing runs
 NOT_RUN: dict[str, int] = {}  # how many blocks of a page need what is not here; each says what, in the line above
 
 
