@@ -21,7 +21,7 @@ COLOURS = {"ptq": "#b3423a", "round_": "#c98a1b", "ste": "#1f5fa8", "lotion": "#
 
 def lines(found: Found, task: str, formats: Sequence[str]) -> Figure:
     """The loss along w -> Q(w), a panel for each format, means over seeds."""
-    figure = Figure(figsize=(3.1 * len(formats), 3.4), layout="constrained")
+    figure = Figure(figsize=(max(9.0, 3.1 * len(formats)), 3.4), layout="constrained")
     panels = figure.subplots(1, len(formats), sharey=True, squeeze=False)[0]
     for axes, fmt in zip(panels, formats, strict=True):
         for solution, label in LABELS.items():
@@ -70,7 +70,7 @@ def cosines(found: Found, task: str, formats: Sequence[str]) -> Figure | None:
     present = [fmt for fmt in formats if any((each.task, each.fmt) == (task, fmt) for each in found.looks)]
     if not present:
         return None
-    figure = Figure(figsize=(4.6 * len(present), 3.8), layout="constrained")
+    figure = Figure(figsize=(max(8.0, 4.6 * len(present)), 3.8), layout="constrained")
     panels = figure.subplots(1, len(present), sharey=True, squeeze=False)[0]
     for axes, fmt in zip(panels, present, strict=True):
         for method, style in (("ste", "-"), ("lotion", "--")):
