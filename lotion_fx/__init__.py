@@ -12,6 +12,7 @@ from lotion_fx.deploy.loading import load
 from lotion_fx.deploy.packed_model import quantize
 from lotion_fx.deploy.verifying import Verification, verify
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
+from lotion_fx.diagnostics import Diagnosis, Rounded, diagnose
 from lotion_fx.distillation import distillation_loss
 from lotion_fx.expected import ExpectedLoss, expected_loss
 from lotion_fx.explanation import Explanation, explain, log_as_asked
@@ -33,17 +34,20 @@ __version__ = "0.2.0"
 __all__ = [
     "AdaptiveRounding",
     "CoverageReport",
+    "Diagnosis",
     "ExpectedLoss",
     "Explanation",
     "Exported",
     "Format",
     "NoiseLaw",
     "QuantizedWeight",
+    "Rounded",
     "Suggestion",
     "Verification",
     "apply_term",
     "calibrate",
     "codebook",
+    "diagnose",
     "distillation_loss",
     "expected_loss",
     "explain",
