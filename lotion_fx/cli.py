@@ -26,9 +26,10 @@ REPRODUCE = {
     "two-layer": "lotion_fx.examples.two_layer:main",
     "landscape": "lotion_fx.examples.landscape:main",
     "lotion": "lotion_fx.examples.reproduce.lotion:main",
+    "basin": "lotion_fx.examples.reproduce.basin:main",
 }
 WAYS = {  # to get what a command may lack
-    **dict.fromkeys(("typer", "tqdm", "matplotlib"), "pip install 'lotion_fx[examples]'"),
+    **dict.fromkeys(("typer", "tqdm", "matplotlib", "sklearn"), "pip install 'lotion_fx[examples]'"),
     "transformers": "pip install transformers",
     "triton": "use Linux, the one platform that has it",
 }

@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
 
-from lotion_fx.examples.options import in_a_folder, known_format, start
+from lotion_fx.examples.options import Json, in_a_folder, known_format, start
 from lotion_fx.examples.reproduce import basin_figures as figures
 from lotion_fx.examples.reproduce.basin_runs import FINISH, GROWTH, METHODS, Found, Row, Seed, Size
 from lotion_fx.examples.reproduce.basin_tasks import TASKS
@@ -189,12 +190,18 @@ def main(
     fmts: Annotated[str, typer.Option(callback=_known_formats, help="Formats.")] = ",".join(FORMATS),
     seeds: Annotated[int | None, typer.Option(min=1, help="Of each task [default: 3; 1 with --quick].")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run, too short to conclude from.")] = False,
-    folder: Annotated[Path, typer.Option("--to", callback=in_a_folder, help="Folder of report.html.")] = Path("basin"),
-    rows_to: Annotated[
-        Path | None, typer.Option("--json", callback=in_a_folder, help="All numbers [default: basin.json there].")
-    ] = None,
+    folder: Annotated[
+        Path, typer.Option("--to", callback=in_a_folder, help="Folder of report.html and basin.json.")
+    ] = Path("basin"),
+    as_json: Json = False,
 ) -> None:
-    """Whether rounded weights leave the basin of the loss, and what leads them back: tables, figures, one HTML page."""
+    """Whether rounded weights leave the basin of the loss, and what leads them back: tables, figures, one HTML page.
+
+    lotion-fx reproduce basin --quick
+
+    lotion-fx reproduce basin --tasks digits --fmts int2/tensor,int4 --to basin --json
+    """
+    say = partial(typer.echo, err=as_json)
     torch.set_num_threads(1)
     formats = [fmt for fmt in fmts.split(",") if not quick or fmt in LOOKED] or fmts.split(",")
     size, count = (QUICK if quick else SIZE), seeds or (1 if quick else 3)
@@ -205,15 +212,17 @@ def main(
                      "finish": FINISH}  # fmt: skip
     for task in tasks.split(","):
         for headers, rows, caption in (losses(found, task), basin(found, task), inward(found, task)):
-            typer.echo(f"\n{caption}\n{tabulate(rows, headers, disable_numparse=True)}")
-    typer.echo("\n" + verdict(found))
+            say(f"\n{caption}\n{tabulate(rows, headers, disable_numparse=True)}")
+    say("\n" + verdict(found))
     report = Report("Do rounded weights leave the basin, and what leads back?", verdict(found), command,
                     configuration, range(count))  # fmt: skip
     write(found, report, folder, formats)
     numbers = {"command": command, "configuration": configuration, "versions": versions(), **asdict(found)}
     text = json.dumps(_finite(numbers), indent=1, allow_nan=False)
-    (rows_to or folder / "basin.json").write_text(text + "\n")
-    typer.echo(f"report: {folder / 'report.html'}")
+    (folder / "basin.json").write_text(text + "\n")
+    if as_json:
+        typer.echo(text)
+    say(f"report: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -33,15 +33,16 @@ def test_a_slice_holds_all_three_solutions() -> None:
 
 def test_it_writes_a_report_figures_and_numbers(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(basin, "SIZE", TINY)
-    basin.main(tasks="digits", fmts="int3/tensor", seeds=2, folder=tmp_path / "basin", rows_to=tmp_path / "all.json")
+    basin.main(tasks="digits", fmts="int3/tensor", seeds=2, folder=tmp_path / "basin", as_json=True)
     page = (tmp_path / "basin" / "report.html").read_text()
     assert page.count("<figure>") == 3 and page.count("<table>") == 5
     for name in ("lines", "slices", "cosines"):
         for kind in ("png", "svg"):
             assert (tmp_path / "basin" / f"digits_{name}.{kind}").stat().st_size > 1000
-    numbers = json.loads((tmp_path / "all.json").read_text())
+    numbers = json.loads((tmp_path / "basin" / "basin.json").read_text())
     assert len(numbers["rows"]) == 2 * 5 and len(numbers["looks"]) == 2 * 2 * 2 and len(numbers["slices"]) == 2
-    assert "PTQ outside at" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert json.loads(said.out) == numbers and "PTQ outside at" in said.err
 
 
 def test_an_unknown_task_is_refused() -> None:
