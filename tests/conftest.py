@@ -1,4 +1,4 @@
-"""One clone a run, one core a worker, and no format left behind.
+"""One clone a run, one core a worker, and neither a format nor a log's level left behind.
 
 An editable install made in another clone would give its folders to the tests of this one, unseen.
 """
@@ -6,8 +6,9 @@ An editable install made in another clone would give its folders to the tests of
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,15 @@ def formats_of_the_test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from lotion_fx.numerics import formats
 
     monkeypatch.setattr(formats, "_REGISTERED", dict(formats._REGISTERED))
+
+
+@pytest.fixture(autouse=True)
+def loudness_of_the_test_alone() -> Iterator[None]:
+    """A command that silences our log, called as a function, silences no later test of its worker."""
+    logger = logging.getLogger("lotion_fx")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def pytest_configure(config: pytest.Config) -> None:

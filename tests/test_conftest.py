@@ -1,5 +1,6 @@
 """A run that would mix two clones is refused in one sentence."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,11 @@ def test_a_format_is_registered_for_the_test_alone():
 
 def test_the_format_of_the_test_before_is_gone():
     assert "of_one_test" not in lotion_fx.formats()
+
+
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_what_a_test_silences_is_loud_again(time):
+    """Whichever of the two runs first, the other sees nothing of it."""
+    logger = logging.getLogger("lotion_fx")
+    assert logger.level == logging.NOTSET
+    logger.setLevel(logging.CRITICAL)
