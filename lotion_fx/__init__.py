@@ -12,7 +12,7 @@ from lotion_fx.deploy.loading import load
 from lotion_fx.deploy.packed_model import quantize
 from lotion_fx.deploy.verifying import Verification, verify
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
-from lotion_fx.diagnostics import Diagnosis, Rounded, diagnose
+from lotion_fx.diagnostics import Diagnosis, RoundingDiagnosis, diagnose
 from lotion_fx.distillation import distillation_loss
 from lotion_fx.expected import ExpectedLoss, expected_loss
 from lotion_fx.explanation import Explanation, explain, log_as_asked
@@ -41,7 +41,7 @@ __all__ = [
     "Format",
     "NoiseLaw",
     "QuantizedWeight",
-    "Rounded",
+    "RoundingDiagnosis",
     "Suggestion",
     "Verification",
     "apply_term",

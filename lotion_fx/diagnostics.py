@@ -52,7 +52,7 @@ class Cosines:
 
 
 @dataclass(frozen=True)
-class Rounded:
+class RoundingDiagnosis:
     """One rounding of the weights.
 
     Args:
@@ -90,8 +90,8 @@ class Diagnosis:
 
     latent: float
     growth: float
-    nearest: Rounded
-    rounded: Rounded | None
+    nearest: RoundingDiagnosis
+    rounded: RoundingDiagnosis | None
     randomized: tuple[float, float] | None
     widths: tuple[float, ...]
     by_chance: tuple[float, float]
@@ -101,7 +101,7 @@ class Diagnosis:
         """The median of ``widths``."""
         return statistics.median(self.widths)
 
-    def stays_inside(self, rounded: Rounded) -> bool:
+    def stays_inside(self, rounded: RoundingDiagnosis) -> bool:
         """Whether a rounding's loss is within ``growth`` of the latent weights'."""
         return rounded.loss - self.latent <= self.growth
 
@@ -297,10 +297,10 @@ class _Landscape:
         length = math.sqrt(sum(float(steps[name].double().square().sum()) for name in names))
         return Cosines(length, *(self.cosine(steps, move, names) for move in (there, self.descent, self.term, lotion)))
 
-    def seen_at(self, rounded: Weights, growth: float, times: Sequence[float]) -> Rounded:
+    def seen_at(self, rounded: Weights, growth: float, times: Sequence[float]) -> RoundingDiagnosis:
         steps = {name: q - self.at[name] for name, q in rounded.items()}
         there, along = self.downhill(steps), self.along(steps)
-        return Rounded(
+        return RoundingDiagnosis(
             loss=float(self.found.graph.loss(rounded)),
             edge=_edge(along, growth),
             line=tuple((float(t), along(t)) for t in times),

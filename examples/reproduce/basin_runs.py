@@ -220,7 +220,7 @@ class Seed:
         return model
 
     def add(
-        self, fmt: str, solution: str, seen: lotion_fx.Diagnosis, rounded: lotion_fx.Rounded, deployed: Point
+        self, fmt: str, solution: str, seen: lotion_fx.Diagnosis, rounded: lotion_fx.RoundingDiagnosis, deployed: Point
     ) -> None:
         on = rounded.over_all
         self.found.rows.append(
