@@ -24,6 +24,26 @@ def known_format(fmt: str) -> str:
     return fmt
 
 
+def known_formats(names: str) -> str:
+    """Names of formats with commas between them, refused where there is none of a name."""
+    for name in names.split(","):
+        known_format(name)
+    return names
+
+
+def some_of(kind: str, known: Iterable[str]) -> Callable[[str | None], str | None]:
+    """What takes names with commas between them, or None, and refuses those not known; ``kind`` says of what."""
+    expected = list(known)
+
+    def check(names: str | None) -> str | None:
+        for name in names.split(",") if names is not None else []:
+            if name not in expected:
+                raise typer.BadParameter(f"unknown {kind} {name!r}; expected some of {','.join(expected)}")
+        return names
+
+    return check
+
+
 def in_a_folder(path: Path | None) -> Path | None:
     """A file to write, refused where its folder is not there."""
     if path is not None and not path.absolute().parent.is_dir():

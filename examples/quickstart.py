@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import lotion_fx
 from lotion_fx.examples.forking import Checkpoint, after_plain
-from lotion_fx.examples.options import Json, in_a_folder, known_format, print_rows, start
+from lotion_fx.examples.options import Json, in_a_folder, known_format, print_rows, some_of, start
 
 FORK = 0.6  # the share of the training after which methods that begin by plain training go on from one checkpoint
 
@@ -390,11 +390,7 @@ def plot(curves: dict[str, list[Curve]], full_precision: float, fmt: str, path: 
 
 
 # ------------------------------------------------------------------ command line
-def _known_methods(names: str | None) -> str | None:
-    for name in names.split(",") if names is not None else []:
-        if name not in METHODS:
-            raise typer.BadParameter(f"unknown method {name!r}; expected some of {','.join(METHODS)}")
-    return names
+known_methods = some_of("method", METHODS)
 
 
 def main(
@@ -402,7 +398,8 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds 0, 1, ...")] = 1,
     steps: Annotated[int | None, typer.Option(min=10, help="Training steps [default: 600; 200 with --quick].")] = None,
     methods: Annotated[
-        str | None, typer.Option(callback=_known_methods, help=f"Some of {','.join(METHODS)} [default: all but ste].")
+        str | None,
+        typer.Option(callback=known_methods, help=f"Some of {','.join(METHODS)} [default: all but ste]."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, windows and methods, no C++ compiled.")] = False,
     as_json: Json = False,

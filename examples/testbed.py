@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lotion_fx
-from lotion_fx.examples.options import Json, in_a_folder, print_rows
+from lotion_fx.examples.options import Json, in_a_folder, print_rows, some_of
 
 # The arguments of `lotion_fx.transform`, and what the table calls the method. "Exact": the loss that the model returns
 # becomes its expectation, variances and all. "Second order": the term enters at the optimizer's step, with the diagonal
@@ -189,11 +189,7 @@ def plot(curves: dict[str, list[Curve]], title: str, path: Path) -> None:
 
 
 # ------------------------------------------------------------------ command line
-def _known_methods(names: str) -> str:
-    for name in names.split(","):
-        if name not in METHODS:
-            raise typer.BadParameter(f"unknown method {name!r}; expected some of {','.join(METHODS)}")
-    return names
+known_methods = some_of("method", METHODS)
 
 
 def command(bed: Testbed) -> Callable[..., None]:
@@ -203,7 +199,7 @@ def command(bed: Testbed) -> Callable[..., None]:
     def main(
         seeds: Annotated[int | None, typer.Option(min=1, help="Runs per method [default: 5; 2 with --quick].")] = None,
         steps: Annotated[int | None, typer.Option(min=10, help="Training steps [default: the testbed's].")] = None,
-        methods: Annotated[str, typer.Option(callback=_known_methods, help="Which to compare.")] = ",".join(METHODS),
+        methods: Annotated[str, typer.Option(callback=known_methods, help="Which to compare.")] = ",".join(METHODS),
         quick: Annotated[bool, typer.Option("--quick", help="A smoke run, too short to rank the methods.")] = False,
         as_json: Json = False,
         plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = picture,

@@ -72,7 +72,7 @@ class Encoder:
         return {"setting": self.name, "steps": self.steps, "windows": self.windows, **held}
 
     def arguments(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        if recipe.get("method", "lotion") != "lotion" or "schedule" in recipe:
+        if recipe.get("method", "lotion") != "lotion" or "schedule" in recipe:  # no phase of those has a term here
             return dict(recipe)
         return {**recipe, **TERM}
 

@@ -75,11 +75,7 @@ class Text:
         teacher: nn.Module | None = None,
         taught_from: int = 0,
     ) -> float:
-        """Trains a model in place from the step ``begin`` to the end, and gives the seconds that this took.
-
-        Args:
-            teacher: whose outputs the steps after ``taught_from`` learn in place of the targets.
-        """
+        """As `Setting` has it; the teacher's part is the divergence from its outputs."""
 
         def loss_of(model: nn.Module, batch: Tensor, step: int) -> Tensor:
             outputs = model(batch[:, :-1])

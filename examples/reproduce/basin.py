@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
 
-from lotion_fx.examples.options import Json, in_a_folder, known_format, start
+from lotion_fx.examples.options import Json, in_a_folder, known_formats, some_of, start
 from lotion_fx.examples.reproduce import basin_figures as figures
 from lotion_fx.examples.reproduce.basin_runs import FINISH, GROWTH, METHODS, Found, Row, Seed, Size
 from lotion_fx.examples.reproduce.basin_tasks import TASKS
@@ -172,22 +172,12 @@ def _finite(value: Any) -> Any:
 
 
 # ------------------------------------------------------------------ command line
-def _known_formats(names: str) -> str:
-    for name in names.split(","):
-        known_format(name)
-    return names
-
-
-def _known_tasks(names: str) -> str:
-    for name in names.split(","):
-        if name not in TASKS:
-            raise typer.BadParameter(f"unknown task {name!r}; expected some of {','.join(TASKS)}")
-    return names
+known_tasks = some_of("task", TASKS)
 
 
 def main(
-    tasks: Annotated[str, typer.Option(callback=_known_tasks, help="What to train.")] = ",".join(TASKS),
-    fmts: Annotated[str, typer.Option(callback=_known_formats, help="Formats.")] = ",".join(FORMATS),
+    tasks: Annotated[str, typer.Option(callback=known_tasks, help="What to train.")] = ",".join(TASKS),
+    fmts: Annotated[str, typer.Option(callback=known_formats, help="Formats.")] = ",".join(FORMATS),
     seeds: Annotated[int | None, typer.Option(min=1, help="Of each task [default: 3; 1 with --quick].")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run, too short to conclude from.")] = False,
     folder: Annotated[

@@ -28,8 +28,7 @@ from typing import Annotated
 import torch
 import typer
 
-import lotion_fx
-from lotion_fx.examples.options import Json, in_a_folder, print_rows, start
+from lotion_fx.examples.options import Json, in_a_folder, known_formats, print_rows, some_of, start
 from lotion_fx.examples.reproduce.lotion_report import write_figures, write_report
 from lotion_fx.examples.reproduce.plan import launch, plan, shown
 from lotion_fx.examples.reproduce.recipes import FORMATS, METHODS, RECIPES
@@ -40,25 +39,8 @@ from lotion_fx.examples.reproduce.sizes import SCALES, Scale
 from lotion_fx.examples.reproduce.tiny import Tiny
 
 FOLDER = Path(__file__).parent
+known_methods = some_of("method", RECIPES)
 ALL_METHODS, ALL_FORMATS = ",".join(METHODS), ",".join(FORMATS)
-
-
-def known_formats(names: str) -> str:
-    """Names of formats with commas between them, refused where there is none of a name."""
-    for name in names.split(","):
-        try:
-            lotion_fx.resolve(name)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    return names
-
-
-def known_methods(names: str) -> str:
-    """Names of methods with commas between them, refused where there is none of a name."""
-    for name in names.split(","):
-        if name not in RECIPES:
-            raise typer.BadParameter(f"unknown method {name!r}; expected some of {','.join(RECIPES)}")
-    return names
 
 
 def known_size(size: str) -> str:

@@ -47,4 +47,4 @@ def test_it_writes_a_report_figures_and_numbers(tmp_path, monkeypatch, capsys) -
 
 def test_an_unknown_task_is_refused() -> None:
     with pytest.raises(typer.BadParameter, match="unknown task 'cats'; expected some of digits,language"):
-        basin._known_tasks("cats")
+        basin.known_tasks("cats")
