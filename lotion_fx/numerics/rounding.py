@@ -367,7 +367,7 @@ def _at_amax(b: _Blocks, fmt: Format, d_scale: Tensor) -> Tensor:
     """``d_scale ds/dw``: the derivative by each block's scale, [..., blocks, 1], moved to the absmax elements."""
     at_amax = b.w.abs() == b.amax
     # A shard may hold no absmax element: then nothing is selected and the count, 0, must only not divide.
-    count = at_amax.sum(-1, keepdim=True).clamp(min=1)
+    count = at_amax.to(b.w.dtype).sum(-1, keepdim=True).clamp(min=1)
     follows = b.amax >= fmt.law.smallest_amax(fmt.grid, b.tensor_scale)
     share = torch.where(follows, d_scale / (fmt.grid.max * count), 0.0)
     return torch.where(at_amax, share * b.w.sign(), 0.0)
