@@ -13,26 +13,29 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lotion_fx import private
+from lotion_fx.blocks import BLOCKS, blocks_of
 from lotion_fx.choosing import near
 from lotion_fx.likelihood import named
 from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.noise import RANDOMIZED, NoiseLaw
 from lotion_fx.scalars import check_count, check_flag, check_loss, check_number, shown
 from lotion_fx.schedule import METHODS, PHASES, TINY, Schedule, Shares, automatic, shared_out
-from lotion_fx.settings import CURVATURES, INNERS, MOMENTS, Settings
+from lotion_fx.settings import CURVATURES, EARLY, INNERS, MOMENTS, REFRESH, Settings
 from lotion_fx.state import Smoothing, registry
 
 
-def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = False) -> Settings:
+def checked(
+    settings: Settings, likelihood: Any = None, refresh: int | None = None, *, by_regions: bool = False
+) -> Settings:
     """The settings that `transform` or the backend was given, if they make sense.
 
     Args:
-        settings: without a likelihood.
-        likelihood: as `transform` takes it.
+        settings: without a likelihood and a refresh.
+        likelihood, refresh: as `transform` takes them.
         by_regions: whether modules are compiled one by one.
 
     Returns:
-        The settings with the likelihood's name.
+        The settings with the likelihood's name, and with how often curvature is gathered.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected.
@@ -52,7 +55,8 @@ def checked(settings: Settings, likelihood: Any = None, *, by_regions: bool = Fa
             f"process_group={shown(group)}: expected the group over which your loop averages gradients, such as "
             "torch.distributed.group.WORLD after init_process_group, or None"
         )
-    settings = replace(settings, likelihood=_likelihood(settings, likelihood))
+    early, interval = _refresh(settings, refresh)
+    settings = replace(settings, likelihood=_likelihood(settings, likelihood), early=early, refresh=interval)
     _check_loss(settings, by_regions)
     return settings
 
@@ -123,17 +127,33 @@ def _phases(schedule: Any, fmt: Format | None, noise: NoiseLaw) -> Shares:
 
 def _likelihood(settings: Settings, likelihood: Any) -> str | None:
     """The likelihood's name, None for the curvatures that ask for none."""
-    curvature, refresh = settings.curvature, settings.refresh
-    check_count("refresh", refresh, 1, "the number of steps between two curvature passes, 1 or more")
+    curvature = settings.curvature
     if not settings.samples_labels:
-        for name, value, default in (("likelihood", likelihood, None), ("refresh", refresh, 1)):
-            if value != default:
-                raise ValueError(f"{name}={value!r} is for curvature='ggn', and curvature={curvature!r}; leave it out")
+        if likelihood is not None:
+            raise ValueError(
+                f"likelihood={likelihood!r} is for curvature='ggn', and curvature={curvature!r}; leave it out"
+            )
         return None
     if settings.inner == "eager":
         raise ValueError("curvature='ggn' is made in the joint graph, and inner='eager' compiles none; try 'aot_eager'")
     likelihood = "categorical" if likelihood is None else likelihood
     return named(likelihood)
+
+
+def _refresh(settings: Settings, refresh: int | None) -> tuple[int, int]:
+    """How many early steps all gather curvature, and of how many one does after them."""
+    in_all = {
+        "curvature='fisher' reads the optimizer's, which is at hand in every step": settings.reads_moment,
+        "with loss_fn= the term may be in the loss of every step": settings.loss_fn is not None,
+    }
+    if refresh is None:
+        seldom = not settings.samples_labels and not any(in_all.values())
+        return (EARLY, REFRESH) if seldom else (0, 1)
+    check_count("refresh", refresh, 1, "of how many steps one gathers curvature, 1 or more")
+    for why, holds in in_all.items():
+        if holds and refresh > 1:
+            raise ValueError(f"refresh={refresh}: {why}; leave it out")
+    return 0, refresh
 
 
 def _check_loss(settings: Settings, by_regions: bool) -> None:
@@ -204,8 +224,10 @@ def check_regions(model: Any, regions: Any) -> list[nn.Module]:
         check_model(model)
     if regions is None:
         return [model]
+    if regions == BLOCKS:
+        return blocks_of(model)
     if isinstance(regions, (str, bytes, nn.ModuleDict)) or not isinstance(regions, Iterable):
-        instead = "regions=[module]" if isinstance(regions, nn.Module) else "such as model.layers"
+        instead = "regions=[module]" if isinstance(regions, nn.Module) else f"such as model.layers, or {BLOCKS!r}"
         instead = "regions=list(modules.values())" if isinstance(regions, nn.ModuleDict) else instead
         raise TypeError(f"regions={shown(regions)}: expected the modules to compile one by one, {instead}")
     inside, chosen = set(model.modules()), list(dict.fromkeys(regions))

@@ -1,7 +1,7 @@
-"""Data parallelism by hand: a training loop that averages ``.grad`` over processes itself.
+"""What a training loop does by hand: its updates, or data parallelism, averaging ``.grad`` over processes itself.
 
-Nothing tells who the others are, and a collective of ours would hang where they do not train. So a gradient that is
-another one at the step than backward left is told once, and `transform` takes the group.
+Of the latter nothing tells who the others are, and a collective of ours would hang where they do not train. So a
+gradient that is another one at the step than backward left is told once, and `transform` takes the group.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from lotion_fx.state import Weight
     from lotion_fx.tally import Tally
 
+PATIENCE = 5
+"""Backward passes without a step after which something is said."""
+
 SAME = 0.9999
 """Cosine of a gradient to itself, scaled or clipped by its norm, with room for rounding."""
 
@@ -29,6 +32,16 @@ def is_alone(tally: Tally) -> bool:
     if tally.group is not None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return False
     return not any(isinstance(weight.master, DTensor) for weight in tally.weights)
+
+
+def warn_of_no_step(tally: Tally) -> None:
+    """Warns once where backward passes go by without an optimizer's step; not where their gradients were dropped."""
+    if tally.backwards == PATIENCE == tally.dropped + 1 and not tally.steps:
+        warnings.warn(
+            f"{PATIENCE} backward passes went by, and no torch.optim optimizer that holds a transformed weight "
+            "took a step: the expected-loss term enters there, and an update written by hand goes without it",
+            stacklevel=3,
+        )
 
 
 def warn_of_reduction(tally: Tally, pairs: Sequence[tuple[Weight, Tensor]]) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lotion_fx.by_hand import PATIENCE
 from lotion_fx.missing import IDLE
 from lotion_fx.passes.attach.probe import Code
 from lotion_fx.shards import local_of
 from lotion_fx.state import Weight, names_of, registry, smoothings_of
-from lotion_fx.tally import PATIENCE
 from lotion_fx.unhooked import tell
 from lotion_fx.update import term_of
 

@@ -13,13 +13,18 @@ MOMENTS = ("closed", "diagonal", "off")
 CURVATURES = ("factored", "full", "fisher", "ggn")
 INNERS = ("inductor", "aot_eager", "eager")
 
+EARLY, REFRESH = 1000, 4
+"""Where `transform` was not told otherwise. Graphs that gather no curvature are compiled when the first step rests, and
+a short training would not get that back."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of one transformed model; see `transform` for what each means.
 
     Args:
-        method, strength, curvature, inner, decay, noise, moments, refresh: as given.
+        method, strength, curvature, inner, decay, noise, moments: as given.
+        early, refresh: the first so many steps with a term all gather curvature, then one of so many does.
         schedule: the phases of the training.
         pull: of ``"cage"``, see `pull`.
         loss_fn: a callable, or ``"model"`` where the model returns its loss; None where graphs hold no loss.
@@ -40,6 +45,7 @@ class Settings:
     loss_fn: Any = None
     moments: str = "closed"
     likelihood: str | None = None
+    early: int = 0
     refresh: int = 1
     calibrate: bool = True
     process_group: Any = None
@@ -59,6 +65,10 @@ class Settings:
         They do so by random roundings under `NoiseLaw.rounds` or not: what they tell is the size of the curvature.
         """
         return self.calibrate and self.schedule.has_term and self.strength > 0 and not self.adopted
+
+    def interval(self, step: int) -> int:
+        """Of how many steps one gathers curvature, at a step counted from the first with a term."""
+        return 1 if step < self.early else self.refresh
 
     @property
     def samples_labels(self) -> bool:

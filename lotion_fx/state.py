@@ -142,7 +142,7 @@ class Curvature:
         moment: the optimizer's second moment, where curvature is taken from it.
         absent: why it did not come with the last step's gradient, see `missing`; empty where it did.
         is_missed: whether the user was told so.
-        spec: of the last update, with what it was made for, see `update.Spec`.
+        specs: of the last updates, by their source, each with what it was made for, see `update.Spec`.
     """
 
     code: Code | None = None
@@ -150,7 +150,7 @@ class Curvature:
     moment: Tensor | None = None
     absent: str = ""
     is_missed: bool = False
-    spec: Any = None
+    specs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -231,22 +231,20 @@ class Weight:
         if isinstance(parameter := self.parameter(), DTensor):
             self.is_stepped_as(parameter)
 
-    def _held(self) -> Iterator[Tensor]:
+    def _held(self) -> list[Tensor]:
         """The tensor that each owner holds now, sharded or not."""
-        for ref, attribute in self.owners:
-            module = ref()
-            if module is not None and isinstance(tensor := private.parameters_of(module).get(attribute), Tensor):
-                yield tensor
+        modules = [(ref(), attribute) for ref, attribute in self.owners]  # no generator: asked many times a step
+        held = [private.parameters_of(module).get(attribute) for module, attribute in modules if module is not None]
+        return [tensor for tensor in held if isinstance(tensor, Tensor)]
 
-    def tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """Every tensor that is this weight at this moment: one unless it is sharded or tied."""
-        if self.shard is not None:
-            yield self.shard
-        yield from self._held()
+        return self._held() if self.shard is None else [self.shard, *self._held()]
 
     def parameter(self) -> Tensor | None:
         """The tensor that the first owner holds now (sharded or not), None if it is gone."""
-        return next(self._held(), None)
+        held = self._held()
+        return held[0] if held else None
 
     @property
     def master(self) -> Tensor | None:
@@ -267,7 +265,7 @@ class Weight:
 
     def is_now(self, tensor: Tensor) -> bool:
         """Whether this tensor is the weight at this moment."""
-        return any(each is tensor for each in self.tensors())
+        return tensor is self.shard or any(each is tensor for each in self._held())
 
     @property
     def training(self) -> bool:

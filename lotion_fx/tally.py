@@ -14,7 +14,6 @@ happens in one step, in this order:
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,13 +28,10 @@ from lotion_fx.passes.attach.attach import STE
 from lotion_fx.passes.attach.probe import Header
 from lotion_fx.schedule import PHASES, Phase
 from lotion_fx.settings import Settings
-from lotion_fx.shards import local_of, sample
+from lotion_fx.shards import identity_of, local_of, sample
 
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
-
-PATIENCE = 5
-"""Backward passes without a step after which something is said."""
 
 
 @dataclass(eq=False)
@@ -157,16 +153,31 @@ class Tally:
     @property
     def probes(self) -> bool:
         """Whether curvature is asked of the forward that comes next."""
-        return self.has_term and not self.override and (not self.settings.samples_labels or self.sampling)
+        asked = self.sampling if self.settings.samples_labels else self.pass_is_due
+        return asked and self.has_term and not self.override
 
     @property
     def resting(self) -> bool:
-        """Whether the step under way has had no curvature pass."""
-        return self.settings.samples_labels and self.last_pass != self.step_of_forwards
+        """Whether the step under way gathers no curvature, or has had no pass for it yet."""
+        return self.last_pass != self.step_of_forwards if self.settings.samples_labels else not self.pass_is_due
 
     @property
     def pass_is_due(self) -> bool:
-        return self.settings.samples_labels and self.step_of_forwards % self.settings.refresh == 0
+        """Whether the step under way is to gather curvature."""
+        turn, interval = self._turn
+        return turn % interval == 0
+
+    @property
+    def decay(self) -> float:
+        """Of curvature's moving average, from the last step that gathered any to the step under way."""
+        return self.settings.decay ** self._turn[1]
+
+    @property
+    def _turn(self) -> tuple[int, int]:
+        """The step under way, from the first with a term (a forward, under ``"ggn"``), and of how many one gathers."""
+        begun = max(self.reached - self.settings.schedule.term_begins, 0)
+        turn = self.step_of_forwards if self.settings.samples_labels else begun
+        return turn, self.settings.interval(turn)
 
     def was_called(self, weight: Weight) -> bool:
         """Whether the model was called since an optimizer stepped the weight; nothing tells it of an adopted model."""
@@ -175,7 +186,9 @@ class Tally:
     @property
     def needs_loss_count(self) -> bool:
         """Whether some weight's curvature takes T from the user's own loss."""
-        return not self.settings.samples_labels or any(w.selected and not w.is_analytic for w in self.weights)
+        if not self.settings.samples_labels:
+            return not self.resting
+        return any(w.selected and not w.is_analytic for w in self.weights)
 
     def strength_of(self, weight: Weight) -> float:
         """Of a weight's term in the steps: the user's, times its measured size."""
@@ -304,7 +317,7 @@ class Tally:
             if master.grad is None:
                 gathered.drop_probe()
                 self._dropped()
-            elif gathered.gradient != _identity(master.grad):  # zeroed in place, or scaled
+            elif gathered.gradient != identity_of(master.grad):  # zeroed in place, or scaled
                 kept.append(local_of(master.grad).any())
                 gathered.probe.grad *= kept[-1]
                 gathered.loss_count = None if gathered.loss_count is None else gathered.loss_count * kept[-1]
@@ -327,12 +340,7 @@ class Tally:
         self.loss_count = count if self.loss_count is None or self.is_used else self.loss_count + count
         self.is_used = False
         self.backwards += 1
-        if self.backwards == PATIENCE == self.dropped + 1 and not self.steps:
-            warnings.warn(
-                f"{PATIENCE} backward passes went by, and no torch.optim optimizer that holds a transformed weight "
-                "took a step: the expected-loss term enters there, and an update written by hand goes without it",
-                stacklevel=2,
-            )
+        by_hand.warn_of_no_step(self)
         private.after_backward(self.backward_ended)
 
     def backward_ended(self) -> None:
@@ -340,7 +348,7 @@ class Tally:
         for weight in self.weights:
             master = weight.master
             grad = None if master is None or not weight.selected else master.grad
-            weight.gathered.gradient = None if grad is None else _identity(grad)
+            weight.gathered.gradient = None if grad is None else identity_of(grad)
             if master is not None and master.grad is not None and not weight.is_analytic and weight.selected:
                 self.gradients[weight] = sample(master.grad).clone()
         if not self.term_steps and by_hand.is_alone(self):
@@ -434,12 +442,6 @@ class Tally:
             self.measuring.restore(saved["size"])
         self.forwards, self.has_breaks = saved.get("forwards", self.forwards), saved.get("has_breaks", self.has_breaks)
         self.loss_count = None  # of a step under way, as the probes that are dropped with it
-
-
-def _identity(grad: Tensor) -> tuple[int, int]:
-    """Changes where a gradient is written or another is put in its place."""
-    local = local_of(grad)
-    return local.data_ptr(), private.version_of(local)
 
 
 def _arrived(weight: Weight | None) -> None:

@@ -242,7 +242,7 @@ class Step:
         vector = weight.gathered.probe.grad if weight.gathered.probe is not None else None
         if not self.tally.resting and weight.curvature.code in _PROVISIONAL:
             weight.curvature.code = self._code(vector)
-        if self.tally.resting and (weight.curvature.code is None or weight.is_analytic):
+        if self.tally.resting and self._rests(weight):
             return None
         if weight.is_analytic and (vector is not None or self.group is not None):
             # A rank whose batch did not use the weight has seen no position of it.
@@ -252,6 +252,13 @@ class Step:
         if (self.group is not None or weight in self.ranks) and not self.settings.reads_moment:
             return self._sharded_fisher(weight, parameter, factors.gradient)
         return None
+
+    def _rests(self, weight: Weight) -> bool:
+        """Whether a weight keeps its curvature in a step that gathers none.
+
+        Passes of their own, which is all that ``"ggn"`` saves, tell nothing of squared gradients.
+        """
+        return weight.is_analytic or weight.curvature.code is None or not self.settings.samples_labels
 
     def _code(self, vector: Tensor | None) -> Code:
         """How the compiled graph made a weight's curvature. Reads the device once a weight."""
@@ -317,7 +324,8 @@ class Step:
         known, (values, grad, part, held_of) = weight.curvature, held
         vector, *amax = given
         payload = [] if vector is None else [vector]
-        source = VECTOR if payload else KEPT if known.code in (None, Code.ANALYTIC) else FISHER
+        is_kept = known.code in (None, Code.ANALYTIC) or (self.tally.resting and self._rests(weight))
+        source = VECTOR if payload else KEPT if is_kept else FISHER
         state = known.ema
         if self.settings.reads_moment:
             moment = self._moment_of(parameter)

@@ -45,9 +45,9 @@ def transform(
     pull: float = 10.0,
     decay: float = 0.99,
     noise: str | NoiseLaw = "randomized",
-    regions: Iterable[nn.Module] | None = None,
+    regions: Iterable[nn.Module] | str | None = None,
     likelihood: Any = None,
-    refresh: int = 1,
+    refresh: int | None = None,
     calibrate: bool = True,
     process_group: Any = None,
     **compile_options: Any,
@@ -94,13 +94,15 @@ def transform(
         decay: of the curvature's moving average.
         noise: the law of the random rounding, see `noises`; ``"adaptive"`` trains for weights that `round_` rounds in
             the end. Under a biased one ``method="lotion"`` runs its training forward at the mean of random weights.
-        regions: modules of ``model`` to compile one by one (transformer blocks, as FSDP2 wants) instead of the whole.
+        regions: modules of ``model`` to compile one by one (transformer blocks, as FSDP2 wants) instead of the whole;
+            ``"blocks"`` finds them, and compiles equal ones once: see `lotion_fx.blocks`.
         likelihood: for ``"ggn"``, what the output parametrizes: ``"categorical"`` (the default), ``"bernoulli"``,
             ``"gaussian"``, or the loss itself, such as ``F.mse_loss``; see `likelihood`.
         calibrate: measures the size of the term, whatever the loss: the forwards of a few early steps, then of one in
             two hundred, run at randomly rounded weights, and log the loss there. False takes it as counted, which is
             right for a mean over independent likelihood terms.
-        refresh: for ``"ggn"``, optimizer steps from one pass to the next; the curvature rests in between.
+        refresh: one optimizer step of so many gathers curvature, which rests in between; by default each of the first
+            1000 with a term, then one of 4, for which the graphs are compiled anew. For ``"ggn"`` by default each.
         process_group: over which your own loop averages ``.grad``, where neither DistributedDataParallel nor FSDP2
             does; such as ``torch.distributed.group.WORLD``.
         **compile_options: torch.compile's ``mode``, ``options``, ``dynamic``, ``fullgraph``.
@@ -124,12 +126,11 @@ def transform(
         pull=pull,
         loss_fn=loss_fn,
         moments=moments,
-        refresh=refresh,
         calibrate=calibrate,
         process_group=process_group,
     )
     check_model(model)
-    smoothing = Smoothing(checked(settings, likelihood, by_regions=regions != [model]))
+    smoothing = Smoothing(checked(settings, likelihood, refresh, by_regions=regions != [model]))
     smoothing.model, smoothing.is_whole = weakref.ref(model), regions == [model]
     chosen = to, {} if only is None else only
     _find_weights(smoothing, model, *chosen)

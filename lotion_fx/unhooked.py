@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lotion_fx.by_hand import PATIENCE
 from lotion_fx.shards import sample
 from lotion_fx.state import Smoothing, Weight
-from lotion_fx.tally import PATIENCE
 
 _CHANGES = 2  # at least: a checkpoint that was loaded changes weights once
 

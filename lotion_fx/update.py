@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lotion_fx import compiling
 from lotion_fx.numerics.quantizer import Quantizer
+from lotion_fx.numerics.rounding import written
 from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import Layout
 from lotion_fx.passes.attach.sharded import is_cut
@@ -61,8 +62,9 @@ class Spec:
     def of(weight: Weight, source: str, part: Part, bounded: str, args: Sequence[Tensor]) -> Spec:
         """The one `Spec` of this make: equal ones are the same object, found again without comparing them."""
         tensors = tuple((t.shape, t.stride(), t.dtype, t.device) for t in args)
-        known, decay, quantizer = weight.curvature.spec, weight.smoothing.settings.decay, weight.quantizer
+        quantizer, decay = weight.quantizer, weight.smoothing.tally.decay
         key = (source, quantizer, part, decay, tensors, bounded)
+        known = weight.curvature.specs.get(source)
         if known is None or known[0] != key:
             fmt, axis, arch, (local, grad) = quantizer.format, quantizer.axis, lower.arch_of(args[0].device), args[:2]
             kernel = (
@@ -72,7 +74,7 @@ class Spec:
                 and lower.prefers_kernel("term", local, fmt, axis, arch)
             )
             spec = Spec(source, quantizer, part, decay, tensors, bounded, kernel)
-            known = weight.curvature.spec = key, _specs.setdefault(key, spec)
+            known = weight.curvature.specs[source] = key, _specs.setdefault(key, spec)
         return known[1]
 
 
@@ -138,6 +140,7 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
         fresh = torch.cat([payload, payload.new_ones(1)])
         # A step that overflowed in half precision teaches nothing.
         moved = torch.where(payload.sum().isfinite(), torch.lerp(state, fresh, 1 - spec.decay), state)
+        moved = written(moved) if layout.kind == "factored" else moved  # short, and read by every element
         state.copy_(moved)
     amax = given[0] if given else None
     if spec.kernel:

@@ -58,7 +58,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("method", ["two_sided", "gptq"])
+@pytest.mark.parametrize("method", ["descent", "two_sided", "gptq"])
 def test_the_loss_suffers_less(method: Any) -> None:
     model = trained("int2")
     unseen = batches(20, seed=3)
@@ -269,7 +269,7 @@ def test_no_random_rounding_is_sampled_to_compare_with_the_noise_that_it_leaves(
 def test_bad_arguments() -> None:
     model, given = trained(steps=2), batches(1)
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
-        (ValueError, "method='best': expected one of two_sided, gptq, nearest", {"method": "best"}),
+        (ValueError, "method='best': expected one of descent, two_sided, gptq, nearest", {"method": "best"}),
         (ValueError, "likelihood='normal': expected one of categorical, bernoulli, gaussian", {"likelihood": "normal"}),
         (ValueError, "memory=0: expected a number of GiB above 0", {"memory": 0}),
         (ValueError, "batches: expected at least one batch", {"batches": []}),

@@ -40,7 +40,7 @@ BAD = [
     (dict(schedule=[("ste", 1.0)], method="ste", steps=9), ValueError, "method='ste' is a schedule of its own"),
     (dict(schedule=[("ste", 1.0)], steps=9, loss_fn="model"), ValueError, "a schedule of ste has no expected loss"),
     (dict(curvature="ggn", refresh=True), TypeError, "refresh=True.*a whole number"),
-    (dict(curvature="ggn", refresh=0), ValueError, "refresh=0: expected the number of steps.*1 or more"),
+    (dict(curvature="ggn", refresh=0), ValueError, "refresh=0: expected of how many steps.*1 or more"),
     (dict(refresh=2.5), ValueError, "refresh=2.5"),
     (dict(curvature="ggn", likelihood=[1]), ValueError, r"likelihood=\[1\]"),
     (dict(loss_fn="mse"), ValueError, "loss_fn='mse': expected a function.*'model'"),

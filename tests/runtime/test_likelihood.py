@@ -127,7 +127,8 @@ def test_the_output_is_found():
 
 BAD = [
     (dict(likelihood="gaussian"), "likelihood='gaussian' is for curvature='ggn'.*'factored'"),
-    (dict(refresh=2, curvature="full"), "refresh=2 is for curvature='ggn'.*'full'"),
+    (dict(refresh=2, curvature="fisher"), "refresh=2: curvature='fisher' reads the optimizer's.*leave it out"),
+    (dict(refresh=2, loss_fn=F.mse_loss), "refresh=2: with loss_fn=.*leave it out"),
     (dict(curvature="ggn", likelihood="gausian"), "likelihood='gausian'.*did you mean 'gaussian'"),
     (dict(curvature="ggn", likelihood=F.l1_loss), "likelihood=.*l1_loss.*name it"),
     (dict(curvature="ggn", refresh=0), "refresh=0.*1 or more"),
