@@ -38,7 +38,7 @@ class RoundedWeight:
 
     Args:
         name, format: of the weight.
-        method: what rounded it: ``"two_sided"``, ``"gptq"`` or ``"nearest"``.
+        method: what rounded it: ``"descent"``, ``"two_sided"``, ``"gptq"`` or ``"nearest"``.
         share: its curvature's cost as a share of that of rounding to nearest; nan where no curvature is known.
         why: it was not rounded by the method that was asked for; empty where it was.
     """
@@ -103,7 +103,9 @@ def round_(
         batches: some eight of the training data, as `expected_loss` takes them.
         loss_fn: as `expected_loss` takes it.
         method: ``"two_sided"`` (the errors of a weight's rows and columns), ``"gptq"`` (of the dimension that products
-            sum over, as GPTQ) or ``"nearest"``. A weight takes the cheapest of those up to this one.
+            sum over, as GPTQ), ``"nearest"``, or ``"descent"``: two-sided, and then codes changed one by one as long as
+            that lowers the cost, which takes some three times as long and is the best of them. A weight takes the
+            cheapest of those up to this one.
         likelihood: None, or what the model's output parametrizes, as under ``transform(curvature="ggn")``, whose models
             have it already. Then gradients are those at labels that the model draws itself, four a batch: for losses
             that have nearly vanished, as where a model is its own teacher, and whose gradients say nothing.

@@ -9,7 +9,7 @@ from typing import Any
 from lotion_fx.examples.forking import after_plain
 from lotion_fx.examples.runlog import fingerprint
 
-ROUNDINGS = ("nearest", "gptq", "two_sided")
+ROUNDINGS = ("nearest", "gptq", "two_sided", "descent")
 """What `lotion_fx.round_` is told; "nearest" is what a model in ``eval()`` runs at without it."""
 
 REVISION = 1
@@ -65,6 +65,7 @@ class Recipe:
 
 
 BOTH = ("nearest", "two_sided")
+ALL = (*BOTH, "descent")
 STE_FROM_FP = {"schedule": (("plain", 0.6), ("ste_scale", 0.4))}
 
 RECIPES: dict[str, Recipe] = {
@@ -77,9 +78,9 @@ RECIPES: dict[str, Recipe] = {
     "late_adaptive": Recipe(
         "full precision, then LOTION for `round_`",
         {"noise": "adaptive", "calibrate": False, "schedule": (("plain", 0.6), ("lotion", 0.4))},
-        BOTH,
+        ALL,
     ),
-    "adaptive": Recipe("LOTION for `round_`", {"noise": "adaptive", "calibrate": False}, BOTH),
+    "adaptive": Recipe("LOTION for `round_`", {"noise": "adaptive", "calibrate": False}, ALL),
     "rounded_ste": Recipe("`round_`, then STE", {"method": "ste_scale"}, rounded_first=True),
     "late_lotion": Recipe("full precision, LOTION", {"schedule": (("plain", 0.6), ("lotion", 0.4))}, BOTH),
     "late_start": Recipe(
@@ -102,5 +103,5 @@ def rows() -> dict[str, tuple[str, str]]:
 def label_of(row: str) -> str:
     """What the table calls a row."""
     name, rounding = rows()[row]
-    ends = {"nearest": "", "gptq": " + GPTQ", "two_sided": " + two-sided rounding"}
+    ends = {"nearest": "", "gptq": " + GPTQ", "two_sided": " + two-sided rounding", "descent": " + descent"}
     return RECIPES[name].label + ends[rounding]

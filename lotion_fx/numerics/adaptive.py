@@ -19,11 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lotion_fx.numerics.descent import descend
 from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.grids import Grid
 from lotion_fx.numerics.rounding import compute_dtype, from_blocks, rtn, scale, to_blocks
 
-METHODS = ("two_sided", "gptq", "nearest")
+METHODS = ("descent", "two_sided", "gptq", "nearest")
 DAMPING_COLUMNS, DAMPING_ROWS = 0.01, 0.05
 """What is added to the diagonals of A and B, in shares of their mean."""
 TILE = 32  # rows and columns whose errors are handed on one by one; beyond, by products of matrices
@@ -84,10 +85,12 @@ def adaptive(
         fmt, axis: the format, and the dimension that its blocks run along, which products sum over.
         shape: [G, R, C] that ``w`` is seen in, row-major; ``axis`` lies in R or in C.
         curvature: of that view.
-        method: ``"two_sided"``; ``"gptq"``, which takes the curvature along ``axis`` alone; ``"nearest"``.
+        method: ``"two_sided"``; ``"descent"``, which goes on from there, see `descent`; ``"gptq"``, which takes the
+            curvature along ``axis`` alone; ``"nearest"``.
 
     Returns:
-        Of nearest, gptq and two_sided, as far as ``method``, the one that costs least. A fixed point of ``rtn``.
+        Of nearest, gptq, two_sided and descent, as far as ``method``, the one that costs least. A fixed point of
+        ``rtn``.
 
     Raises:
         ValueError: the format has no fixed points, as some codebooks without the negative of their largest level.
@@ -101,15 +104,18 @@ def adaptive(
     tried: dict[str, Curvature] = {}
     if method != "nearest" and inputs is not None:
         tried["gptq"] = Curvature(None, inputs)
-        if method == "two_sided" and outputs is not None:
-            tried["two_sided"] = Curvature(outputs, inputs)
+        if method != "gptq" and outputs is not None:
+            tried |= {
+                name: Curvature(outputs, inputs) for name in ("two_sided", "descent")[: 1 + (method == "descent")]
+            }
     problem = _problem(w, fmt, axis, shape)
     if along_rows:
         problem = _Problem(*(part.mT for part in problem))
+    solved = problem.w
     for name, taken in tried.items():
-        solved = _solve(problem, fmt.grid, taken)
-        solved = solved.mT if along_rows else solved
-        values = fixed_point(solved.reshape(w.shape).to(w.dtype), fmt, axis)
+        solved = _descended(solved, problem, fmt.grid, taken) if name == "descent" else _solve(problem, fmt.grid, taken)
+        turned = solved.mT if along_rows else solved
+        values = fixed_point(turned.reshape(w.shape).to(w.dtype), fmt, axis)
         found = cost(latent - values.reshape(shape), curvature)
         if found < best.cost:
             best = Rounded(values, name, found, least)
@@ -183,6 +189,21 @@ def _solve(problem: _Problem, grid: Grid, curvature: Curvature) -> Tensor:
     return _gathered(out, along.argsort(-1), -1)
 
 
+def _descended(solved: Tensor, problem: _Problem, grid: Grid, curvature: Curvature) -> Tensor:
+    """What `_solve` gave, [G, R, C], and then `descend` made of it in the same damped curvature."""
+    assert curvature.rows is not None and curvature.columns is not None
+    rows, columns = _damped(curvature.rows, DAMPING_ROWS), _damped(curvature.columns, DAMPING_COLUMNS)
+    return descend(solved, *problem, grid, rows, columns)
+
+
+def _damped(h: Tensor, damping: float) -> Tensor:
+    """[G, N, N] with so many shares of the mean diagonal added; the identity where no data reached a group."""
+    h = h.double()
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1)[:, None]
+    return h + torch.diag_embed(torch.where(mean > 0, damping * mean, 1.0).expand_as(diagonal))
+
+
 def _gathered(x: Tensor, order: Tensor, dim: int) -> Tensor:
     index = order[:, None, :] if dim == -1 else order[:, :, None]
     return x.gather(dim, index.expand_as(x))
@@ -193,14 +214,8 @@ def _hand_on(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
     Source: ``h = L D L^T`` in ascending order of its diagonal, turned around.
     """
-    h = h.double()
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
-    order = diagonal.argsort(-1)
-    h = _gathered(_gathered(h, order, -1), order, -2)
-    mean = diagonal.mean(-1)[:, None]
-    # A group that no data reached has no curvature: any factor does, the identity is one.
-    shift = torch.where(mean > 0, damping * mean, 1.0)
-    lower = torch.linalg.cholesky(h + torch.diag_embed(shift.expand_as(diagonal)))
+    order = h.double().diagonal(dim1=-2, dim2=-1).argsort(-1)
+    lower = torch.linalg.cholesky(_gathered(_gathered(_damped(h, damping), order, -1), order, -2))
     unit = lower / lower.diagonal(dim1=-2, dim2=-1)[:, None, :]
     return unit.flip(-1, -2), order.flip(-1)
 

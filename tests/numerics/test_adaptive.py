@@ -1,12 +1,14 @@
 """Adaptive rounding against its recursion written out, element by element, in NumPy."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lotion_fx.deploy.weights import QuantizedWeight
-from lotion_fx.numerics.adaptive import TILE, Curvature, adaptive, fixed_point
+from lotion_fx.numerics.adaptive import METHODS, TILE, Curvature, adaptive, fixed_point
 from lotion_fx.numerics.formats import Format, codebook, resolve
 from lotion_fx.numerics.rounding import rtn, scale
 
@@ -99,15 +101,15 @@ def test_is_the_recursion(fmt: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_costs_no_more_than_gptq_and_nearest(fmt: str) -> None:
+def test_each_method_costs_no_more_than_the_next(fmt: str) -> None:
     for seed in range(14):  # with 15 formats, 210 layers
         w, curvature = layer(3 + seed, 29 - seed, seed, groups=1 + seed % 2)
-        made = [adaptive(w, resolve(fmt), -1, tuple(w.shape), curvature, m) for m in ("two_sided", "gptq", "nearest")]  # type: ignore
+        made = [adaptive(w, resolve(fmt), -1, tuple(w.shape), curvature, method) for method in METHODS]  # type: ignore
         costs = [cost(w, each.values, curvature) for each in made]
-        assert costs[0] <= costs[1] * (1 + 1e-9) and costs[1] <= costs[2] * (1 + 1e-9)
-        assert costs[2] == pytest.approx(cost(w, rtn(w, resolve(fmt)), curvature), rel=1e-4)
+        assert all(a <= b * (1 + 1e-9) for a, b in pairwise(costs))
+        assert costs[-1] == pytest.approx(cost(w, rtn(w, resolve(fmt)), curvature), rel=1e-4)
         for each, found in zip(made, costs, strict=True):
-            assert each.cost == pytest.approx(found, rel=1e-6) and each.nearest == pytest.approx(costs[2], rel=1e-6)
+            assert each.cost == pytest.approx(found, rel=1e-6) and each.nearest == pytest.approx(costs[-1], rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -117,7 +119,7 @@ def test_what_is_rounded_stays_as_it_is(fmt: str, dtype: torch.dtype) -> None:
     w, curvature = layer(9, 70, 5)
     w = (w * torch.logspace(-3, 1, 9)[:, None]).to(dtype)
     w[0, 2] = w[0, 2:3] * 0
-    for method in ("two_sided", "gptq", "nearest"):
+    for method in METHODS:
         made = adaptive(w[0], resolve(fmt), 1, (1, 9, 70), curvature, method).values  # type: ignore[arg-type]
         assert made.dtype == dtype and torch.equal(rtn(made, resolve(fmt)), made)
         assert torch.equal(QuantizedWeight.of(made, resolve(fmt), 1).dequantize(), made)
@@ -125,22 +127,23 @@ def test_what_is_rounded_stays_as_it_is(fmt: str, dtype: torch.dtype) -> None:
             assert made[2].eq(0).all()
 
 
-@pytest.mark.parametrize("method", ["two_sided", "gptq"])
+@pytest.mark.parametrize("method", ["descent", "two_sided", "gptq"])
 def test_blocks_along_the_rows_are_the_transposed_weight(method: str) -> None:
     w, curvature = layer(20, 33, 1)
     fmt = resolve("int4/8")
     down = adaptive(w[0], fmt, 0, (1, 20, 33), curvature, method)  # type: ignore[arg-type]
     along = adaptive(w[0].T.contiguous(), fmt, 1, (1, 33, 20), Curvature(*reversed(curvature)), method)  # type: ignore
-    assert method != "two_sided" or down.method == "two_sided"
+    assert method == "gptq" or down.method == method
     assert torch.equal(down.values, along.values.T)
 
 
-def test_groups_are_apart() -> None:
+@pytest.mark.parametrize("method", ["descent", "two_sided"])
+def test_groups_are_apart(method: str) -> None:
     w, curvature = layer(6, 16, 2, groups=3)
-    made = adaptive(w, resolve("int3/8"), -1, (3, 6, 16), curvature).values
+    made = adaptive(w, resolve("int3/8"), -1, (3, 6, 16), curvature, method).values
     for g in range(3):
         own = Curvature(*(m[g : g + 1] for m in curvature))  # type: ignore[index]
-        assert torch.equal(made[g], adaptive(w[g], resolve("int3/8"), -1, (1, 6, 16), own).values)
+        assert torch.equal(made[g], adaptive(w[g], resolve("int3/8"), -1, (1, 6, 16), own, method).values)
 
 
 def test_a_group_that_no_data_reached_is_rounded_to_nearest() -> None:
