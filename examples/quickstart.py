@@ -59,8 +59,8 @@ LABELS = {
     "adaptive": "LOTION for round_",
 }
 # Rounded to nearest each method is a row; these are rows more, by `lotion_fx.round_`.
-ROUNDINGS = {"ptq": ("gptq", "two_sided"), "adaptive": ("two_sided",)}
-ROUNDING_LABELS = {"gptq": "+ GPTQ", "two_sided": "+ two-sided rounding"}
+ROUNDINGS = {"ptq": ("gptq", "descent"), "adaptive": ("descent",)}
+ROUNDING_LABELS = {"gptq": "+ GPTQ", "descent": "+ round_"}
 DEFAULT_METHODS = "ptq,ste_scale,ste_from_fp,lotion,lotion_finish,adaptive"
 QUICK_METHODS = "ptq,ste_scale,lotion_finish"
 

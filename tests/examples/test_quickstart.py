@@ -96,14 +96,14 @@ def test_table_pairs_each_seed_with_its_full_precision():
         rows += [
             Row("full_precision", "fp32", seed, full, None, full, 10.0),
             Row("ptq", "nvfp4", seed, full + 0.2 + 0.02 * seed, 1.9, full, 10.0),
-            Row("ptq+two_sided", "nvfp4", seed, full + 0.1, None, full, 14.0),
+            Row("ptq+descent", "nvfp4", seed, full + 0.1, None, full, 14.0),
             Row("lotion", "nvfp4", seed, full + 0.105, 1.71, 1.7, 12.0),
         ]
     full, ptq, rounded, lotion = ([cell.strip() for cell in re.split(r"  +", line)] for line in
                                   quickstart.table(rows).splitlines()[2:])  # fmt: skip
     assert full == ["full precision", "1.750", "1.750", "10"]
     assert ptq == ["PTQ", "1.960", "0.2100 ± 0.0100", "1.900", "1.750", "0%", "10"]
-    assert rounded == ["PTQ + two-sided rounding", "1.850", "0.1000 ± 0.0000", "1.750", "52%", "14"]
+    assert rounded == ["PTQ + round_", "1.850", "0.1000 ± 0.0000", "1.750", "52%", "14"]
     assert lotion == ["LOTION", "1.855", "0.1050 ± 0.0000", "1.710", "1.700", "50%", "12"]
 
 
@@ -137,7 +137,7 @@ def test_quick_run_writes_rows_and_curves(tmp_path):
     result = CliRunner().invoke(build(), arguments, catch_exceptions=False)
     assert result.exit_code == 0
     written = json.loads(result.stdout)
-    rounded = ["ptq", "ptq+gptq", "ptq+two_sided", "ste_scale", "lotion_finish"]
+    rounded = ["ptq", "ptq+gptq", "ptq+descent", "ste_scale", "lotion_finish"]
     assert [row["method"] for row in written] == ["full_precision", *rounded]
     assert set(written[0]) == {"method", "fmt", "seed", "loss", "rr", "latent", "seconds"}
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["latent"]) for row in written)
