@@ -254,7 +254,8 @@ def deployed(method: str, kind: str, name: str, fmt: str, seed: int, steps: int)
     model = train(kind, loss, steps, seed, fmt=fmt, **options).eval()
     if method in ROUNDED:
         seen = itertools.islice(batches(kind, 20_000 + seed), ROUNDED[method])
-        lotion_fx.round_(model, [(batch[0], batch) for batch in seen], lambda out, batch: loss(lambda _: out, batch))
+        given = [(batch[0], batch) for batch in seen]
+        lotion_fx.round_(model, given, lambda out, batch: loss(lambda _: out, batch), method="descent")
     held_out = batches(kind, 10_000 + seed, rows=512)
     with torch.no_grad():
         return statistics.fmean(float(loss(model, next(held_out))) for _ in range(4))
