@@ -233,9 +233,13 @@ class Weight:
 
     def _held(self) -> list[Tensor]:
         """The tensor that each owner holds now, sharded or not."""
-        modules = [(ref(), attribute) for ref, attribute in self.owners]  # no generator: asked many times a step
-        held = [private.parameters_of(module).get(attribute) for module, attribute in modules if module is not None]
-        return [tensor for tensor in held if isinstance(tensor, Tensor)]
+        held = []
+        for ref, attribute in self.owners:  # plainly: it is asked many times a step
+            module = ref()
+            tensor = None if module is None else private.parameters_of(module).get(attribute)
+            if isinstance(tensor, Tensor):
+                held.append(tensor)
+        return held
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is this weight at this moment: one unless it is sharded or tied."""

@@ -168,8 +168,9 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def regions_of(model: LM, how: str | None) -> list[nn.Module] | None:
-    return {None: None, "blocks": [*model.blocks], "blocks and head": [*model.blocks, model.head]}[how]
+def regions_of(model: LM, how: str | None) -> list[nn.Module] | str | None:
+    blocks = [*model.blocks]
+    return {None: None, "blocks": blocks, "blocks and head": [*blocks, model.head], "found": "blocks"}[how]
 
 
 def single(

@@ -35,7 +35,10 @@ SLOW = {
     "fsdp full": job("fsdp", curvature="full"),
     "fsdp fisher": job("fsdp", curvature="fisher"),
     "fsdp blocks": job("fsdp", regions="blocks"),
+    "fsdp found blocks": job("fsdp", regions="found"),
     "fsdp whole": job("fsdp", regions=None),
+    "ddp refresh": job("ddp", refresh=2),
+    "fsdp refresh": job("fsdp", refresh=2),
     "fsdp odd": job("fsdp", kind="odd"),
     "fsdp odd full": job("fsdp", kind="odd", curvature="full", before=False),
     "fsdp flipped": job("fsdp", kind="flipped"),  # shards cut blocks
@@ -87,11 +90,12 @@ def launched(group: int) -> dict[str, list[dict]]:
 
 
 @functools.cache
-def single(kind, fmt, inner, curvature, loss, regions):
+def single(kind, fmt, inner, curvature, loss, regions, refresh):
     torch._dynamo.reset()
     # Means of its own parts in one process: these are its micro-batches.
     parts = 2 if loss == "mean of means" else 1
-    return distributed_worker.single(kind, regions, fmt, loss, parts, inner=inner, curvature=curvature)
+    options = {"inner": inner, "curvature": curvature, "refresh": refresh}
+    return distributed_worker.single(kind, regions, fmt, loss, parts, **options)
 
 
 def ranks_and_reference(name):
@@ -102,7 +106,7 @@ def ranks_and_reference(name):
     options = GROUPS[group][name][1]
     chosen = (options[key] for key in ("kind", "fmt", "inner", "curvature", "loss"))
     # FSDP's hooks on the root break its graph: without regions the blocks and the head are compiled by themselves.
-    return *ranks, single(*chosen, options.get("regions") or "blocks and head")
+    return *ranks, single(*chosen, options.get("regions") or "blocks and head", options.get("refresh"))
 
 
 def assert_close(mine, theirs, tolerance):
