@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
-from lotion_fx.examples.options import Json, in_a_folder, known_format, print_rows, start
+from lotion_fx.examples.options import Json, ReportTo, in_a_folder, known_format, print_rows, start
+from lotion_fx.examples.reproduce.page import Report
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
@@ -120,8 +121,8 @@ def best(rows: list[Minimum]) -> tuple[Minimum, Minimum]:
     )
 
 
-def table(rows: list[Minimum]) -> str:
-    """One line a minimum; the global ones are marked."""
+def cells(rows: list[Minimum]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and one line a minimum; the global ones are marked."""
     quantized, smoothed = best(rows)
     lines = [
         [f"{row.w:.4f}", f"{row.quantized:.4f}", f"{row.smoothed:.4f}",
@@ -129,7 +130,12 @@ def table(rows: list[Minimum]) -> str:
          ("global" if row is smoothed else "local") if row.of_smoothed else ""]
         for row in rows
     ]  # fmt: skip
-    headers = ["weight", "quantized loss", "smoothed loss", "minimum of quantized", "minimum of smoothed"]
+    return ["weight", "quantized loss", "smoothed loss", "minimum of quantized", "minimum of smoothed"], lines
+
+
+def table(rows: list[Minimum]) -> str:
+    """`cells` as text."""
+    headers, lines = cells(rows)
     return tabulate(lines, headers, disable_numparse=True, colalign=("right", "right", "right", "left", "left"))
 
 
@@ -141,7 +147,7 @@ def verdict(rows: list[Minimum]) -> str:
     return f"The global minima differ: weight {quantized.w:.4f} quantized, {smoothed.w:.4f} smoothed."
 
 
-def plot(found: Curves, rows: list[Minimum], fmt: Format, law: NoiseLaw, path: Path) -> None:
+def plot(found: Curves, rows: list[Minimum], fmt: Format, law: NoiseLaw, path: Path) -> Figure:
     """Losses above, slopes below."""
     figure = Figure(figsize=(8, 7), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -171,6 +177,7 @@ def plot(found: Curves, rows: list[Minimum], fmt: Format, law: NoiseLaw, path: P
     above.legend(fontsize=8, ncols=2, loc="upper center")
     below.legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=150)
+    return figure
 
 
 # ------------------------------------------------------------------ command line
@@ -192,6 +199,7 @@ def main(
     fmt: Annotated[str, typer.Option(callback=_shared_scale, help="Number format of the weight.")] = "int4",
     noise: Annotated[str, typer.Option(callback=_known_noise, help="Noise law that smooths the loss.")] = "randomized",
     plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = PLOT,
+    report_to: ReportTo = None,
     as_json: Json = False,
 ) -> None:
     """Draw a quantized loss of one weight, the smoothed loss, its slope and the minima of both.
@@ -203,8 +211,16 @@ def main(
     found = curves(resolve(fmt), resolve_noise(noise))
     rows = minima(found)
     typer.echo(table(rows) + "\n\n" + verdict(rows), err=as_json)
-    plot(found, rows, resolve(fmt), resolve_noise(noise), plot_to)
+    figure = plot(found, rows, resolve(fmt), resolve_noise(noise), plot_to)
     typer.echo(f"curves: {plot_to}", err=as_json)
+    if report_to is not None:
+        command = f"lotion-fx reproduce landscape --fmt {fmt} --noise {noise}"
+        told = {"format": fmt, "noise": noise, "the block's other weight": AMAX}
+        report = Report("A quantized loss of one weight, and the smoothed one", verdict(rows), command, told, ())
+        report.table(*cells(rows), "The local minima of both losses")
+        report.figure(figure, "Quantized, the loss is flat between jumps; its expectation under random rounding is not")
+        report.write(report_to)
+        typer.echo(f"report: {report_to}", err=as_json)
     if as_json:
         print_rows(rows)
 

@@ -51,6 +51,11 @@ def in_a_folder(path: Path | None) -> Path | None:
     return path
 
 
+ReportTo = Annotated[
+    Path | None, typer.Option("--report", callback=in_a_folder, help="Write one HTML page: tables, curves, versions.")
+]
+
+
 def print_rows(rows: Iterable[Any]) -> None:
     """Dataclasses as a list of JSON objects, on stdout."""
     typer.echo(json.dumps([asdict(row) for row in rows], indent=1))

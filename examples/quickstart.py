@@ -26,14 +26,13 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from matplotlib.figure import Figure
-from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import lotion_fx
 from lotion_fx.examples.forking import Checkpoint, after_plain
-from lotion_fx.examples.options import Json, in_a_folder, known_format, print_rows, some_of, start
+from lotion_fx.examples.options import Json, ReportTo, in_a_folder, known_format, print_rows, some_of, start
+from lotion_fx.examples.quickstart_results import Curve, Row, label_of, plot, table, write_page
 
 FORK = 0.6  # the share of the training after which methods that begin by plain training go on from one checkpoint
 
@@ -48,19 +47,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lotion_finish": {"method": "lotion", "finish": 0.4},
     "adaptive": {"noise": "adaptive", "schedule": (("plain", FORK), ("lotion", 1 - FORK))},
 }
-LABELS = {
-    "full_precision": "full precision",
-    "ptq": "PTQ",
-    "ste": "STE",
-    "ste_scale": "STE, scale differentiated",
-    "ste_from_fp": "full precision, then STE",
-    "lotion": "LOTION",
-    "lotion_finish": "LOTION with finish",
-    "adaptive": "LOTION for round_",
-}
 # Rounded to nearest each method is a row; these are rows more, by `lotion_fx.round_`.
 ROUNDINGS = {"ptq": ("gptq", "descent"), "adaptive": ("descent",)}
-ROUNDING_LABELS = {"gptq": "+ GPTQ", "descent": "+ round_"}
 DEFAULT_METHODS = "ptq,ste_scale,ste_from_fp,lotion,lotion_finish,adaptive"
 QUICK_METHODS = "ptq,ste_scale,lotion_finish"
 
@@ -167,28 +155,6 @@ def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------ training and evaluation
-@dataclass
-class Row:
-    """One row of one seed: validation losses in nats per byte.
-
-    Args:
-        method: with "+" and the rounding where that is not to nearest.
-        loss: at the weights one would deploy.
-        rr: at randomly rounded ones; None of what is rounded adaptively, and of full precision.
-        latent: at the latent ones.
-        seconds: of training and rounding, compilation included.
-    """
-
-    method: str
-    fmt: str
-    seed: int
-    loss: float
-    rr: float | None
-    latent: float
-    seconds: float
-
-
-Curve = list[tuple[int, float]]  # (step, validation loss at RTN weights)
 
 
 @torch.no_grad()
@@ -296,7 +262,7 @@ class Bench:
             fork.resume(optimizer, model.parameters())
         curve = [point for point in plain.curve if point[0] <= begin] if plain else []
         checkpoint = None
-        label = f"{LABELS[method]}, seed {seed}"
+        label = f"{label_of(method)}, seed {seed}"
         with tqdm(total=self.steps, initial=begin, desc=label, leave=False, disable=None) as bar:
 
             def after_step(step: int) -> None:
@@ -335,60 +301,6 @@ class Bench:
         return evaluate(model, self.held_out), seconds
 
 
-# ------------------------------------------------------------------ results
-def gap_recovered(loss: float, ptq: float, full: float) -> float:
-    """Share of the loss that PTQ adds to full precision which a method does not lose; nan where PTQ adds none."""
-    return (ptq - loss) / (ptq - full) if ptq > full else math.nan
-
-
-def spread(values: list[float]) -> str:
-    """Mean, and its standard error when there is more than one value."""
-    mean = f"{statistics.fmean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else mean
-
-
-def label_of(method: str) -> str:
-    name, _, rounding = method.partition("+")
-    return f"{LABELS[name]} {ROUNDING_LABELS[rounding]}" if rounding else LABELS[name]
-
-
-def table(rows: list[Row]) -> str:
-    """One line a method, over its seeds. What is added to full precision is paired, seed by seed."""
-
-    def column(method: str, name: str) -> dict[int, float]:
-        found = {row.seed: getattr(row, name) for row in rows if row.method == method}
-        return {seed: value for seed, value in found.items() if value is not None}
-
-    def mean(values: dict[int, float]) -> str:
-        return f"{statistics.fmean(values.values()):.3f}" if values else ""
-
-    lines, full = [], column("full_precision", "loss")
-    means = [statistics.fmean(column(method, "loss").values()) for method in ("ptq", "full_precision")]
-    for method in dict.fromkeys(row.method for row in rows):
-        loss = column(method, "loss")
-        line = [label_of(method), mean(loss), "", mean(column(method, "rr")), mean(column(method, "latent")), ""]
-        if method != "full_precision":
-            line[2] = spread([loss[seed] - full[seed] for seed in loss])
-            share = gap_recovered(statistics.fmean(loss.values()), *means)  # of means: one seed's gap can be noise
-            line[-1] = "" if math.isnan(share) else f"{share:.0%}"
-        lines.append([*line, f"{statistics.fmean(column(method, 'seconds').values()):.0f}"])
-    headers = ["method", "loss", "above full precision", "RR loss", "latent loss", "PTQ gap recovered", "seconds"]
-    return tabulate(lines, headers, disable_numparse=True, colalign=("left", *["right"] * 6))
-
-
-def plot(curves: dict[str, list[Curve]], full_precision: float, fmt: str, path: Path) -> None:
-    """Validation loss against step, averaged over the seeds; the second half of training, where the methods part."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for method, runs in curves.items():
-        points = [(run[0][0], statistics.fmean(loss for _, loss in run)) for run in zip(*runs, strict=True)]
-        axes.plot(*zip(*points[len(points) // 2 :], strict=True), label=LABELS[method])
-    axes.axhline(full_precision, color="black", linestyle="--", label="full precision, at the end")
-    axes.set(xlabel="step", ylabel=f"validation loss at {fmt} RTN weights, nats per byte")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 # ------------------------------------------------------------------ command line
 known_methods = some_of("method", METHODS)
 
@@ -404,6 +316,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, windows and methods, no C++ compiled.")] = False,
     as_json: Json = False,
     plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = PLOT,
+    report_to: ReportTo = None,
 ) -> None:
     """Train a small GPT on the Python library's own source by several quantization methods and compare them.
 
@@ -436,8 +349,14 @@ def main(
     say("\n" + table(rows))
     if quick:
         say("A quick run shows that everything works; it is too short to rank the methods.")
-    plot(curves, statistics.fmean(row.loss for row in rows if row.method == "full_precision"), fmt, plot_to)
+    full_precision = statistics.fmean(row.loss for row in rows if row.method == "full_precision")
+    figure = plot(curves, full_precision, fmt, plot_to)
     say(f"curves: {plot_to}")
+    if report_to is not None:
+        command = f"lotion-fx quickstart --fmt {fmt} --seeds {seeds} --steps {steps} --methods {','.join(chosen)}"
+        told = {"format": fmt, "steps": steps, "methods": ", ".join(names), "inner": inner}
+        write_page(rows, figure, told, command + " --quick" * quick, report_to)
+        say(f"report: {report_to}")
     if as_json:
         print_rows(rows)
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lotion_fx
-from lotion_fx.examples.options import Json, in_a_folder, print_rows, some_of
+from lotion_fx.examples.options import Json, ReportTo, in_a_folder, print_rows, some_of
+from lotion_fx.examples.reproduce.page import Report
 
 # The arguments of `lotion_fx.transform`, and what the table calls the method. "Exact": the loss that the model returns
 # becomes its expectation, variances and all. "Second order": the term enters at the optimizer's step, with the diagonal
@@ -44,6 +45,11 @@ LABELS = {
     "lotion_second": "LOTION, second order",
 }
 FORMAT = "int4/tensor"  # the paper's INT4: one scale for a whole weight
+SUMMARY = (
+    "Every method trains the same model on its population loss, without sampling noise, from the same starts, at the "
+    "best of the same learning rates. What differs is what it does about rounding."
+)
+ROUNDINGS = "at weights rounded to nearest (RTN), which are deployed; rounded at random (RR); as they are (latent)"
 SELECTION_SEEDS = 2  # the grid is run on the first of the seeds
 EVALS = 25  # points on a curve
 DRAWS = 8  # randomized roundings averaged
@@ -158,8 +164,9 @@ def spread(values: list[float]) -> str:
     return f"{mean:.{max(0, places)}f}" + (f" ± {error:.{max(0, places)}f}" if len(values) > 1 else "")
 
 
-def table(rows: list[Row]) -> str:
-    """One line a method, over its seeds; the last column is paired by seed, which cancels what the target does."""
+def cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and one line a method, over its seeds; the last column is paired by seed, which cancels what the target
+    does."""
     by_method: dict[str, dict[int, Row]] = {}
     for row in rows:
         by_method.setdefault(row.method, {})[row.seed] = row
@@ -173,10 +180,16 @@ def table(rows: list[Row]) -> str:
         lines.append([LABELS[method], f"{next(iter(runs.values())).lr:g}", *columns, above])
     headers = ["method", "best lr", "RTN loss", "RR loss", "latent loss"]
     headers.append(f"RTN above {LABELS[reference]}" if reference else "")
+    return headers, lines
+
+
+def table(rows: list[Row]) -> str:
+    """`cells` as text."""
+    headers, lines = cells(rows)
     return tabulate(lines, headers, disable_numparse=True, colalign=("left", *["right"] * 5))
 
 
-def plot(curves: dict[str, list[Curve]], title: str, path: Path) -> None:
+def plot(curves: dict[str, list[Curve]], title: str, path: Path) -> Figure:
     """Loss at RTN weights against step, averaged over the seeds."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -186,6 +199,7 @@ def plot(curves: dict[str, list[Curve]], title: str, path: Path) -> None:
     axes.set(xlabel="step", ylabel=f"population loss at {FORMAT} RTN weights", yscale="log", title=title)
     axes.legend()
     figure.savefig(path, dpi=150)
+    return figure
 
 
 # ------------------------------------------------------------------ command line
@@ -203,6 +217,7 @@ def command(bed: Testbed) -> Callable[..., None]:
         quick: Annotated[bool, typer.Option("--quick", help="A smoke run, too short to rank the methods.")] = False,
         as_json: Json = False,
         plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = picture,
+        report_to: ReportTo = None,
     ) -> None:
         torch.set_num_threads(1)  # so small a model gains nothing from more, and suffers from them on a busy machine
         seeds, steps = seeds or (2 if quick else 5), steps or (20 if quick else bed.steps)
@@ -212,8 +227,16 @@ def command(bed: Testbed) -> Callable[..., None]:
         say("\n" + table(rows))
         if quick:
             say("A quick run shows that everything works; it is too short to rank the methods.")
-        plot(curves, bed.about, plot_to)
+        figure = plot(curves, bed.about, plot_to)
         say(f"curves: {plot_to}")
+        if report_to is not None:
+            told = {"format": FORMAT, "methods": methods, "learning rates": lrs, "steps": steps}
+            again = f"{command} --methods {methods} --steps {steps} --seeds {seeds}"
+            report = Report(bed.about, SUMMARY, again, told, range(seeds))
+            report.table(*cells(rows), f"Population loss, {ROUNDINGS}; mean and standard error over the seeds")
+            report.figure(figure, f"While training, {ROUNDINGS.split(';')[0]}; mean over the seeds: lower is better")
+            report.write(report_to)
+            say(f"report: {report_to}")
         if as_json:
             print_rows(rows)
 

@@ -54,10 +54,13 @@ def test_verdict_tells_a_difference():
 def test_command(tmp_path):
     plot = tmp_path / "landscape.png"
     arguments = ["reproduce", "landscape", "--fmt", "fp4", "--noise", "smoothstep", "--plot", str(plot), "--json"]
+    arguments += ["--report", f"{tmp_path}/landscape.html"]
     result = CliRunner().invoke(build(), arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "The global minima agree" in result.stderr
     assert plot.read_bytes()[1:4] == b"PNG"
+    page = (tmp_path / "landscape.html").read_text()
+    assert "The global minima agree" in page and "reproduce landscape --fmt fp4 --noise smoothstep" in page
     assert set(json.loads(result.stdout)[0]) == {"w", "quantized", "smoothed", "of_quantized", "of_smoothed"}
 
 

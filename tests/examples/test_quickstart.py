@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lotion_fx.cli import build
 from lotion_fx.examples import quickstart
-from lotion_fx.examples.quickstart import Row
+from lotion_fx.examples.quickstart_results import Row, gap_recovered, plot, table
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
@@ -83,10 +83,10 @@ def test_model_is_causal():
 
 
 def test_gap_recovered():
-    assert quickstart.gap_recovered(loss=1.7, ptq=1.8, full=1.6) == pytest.approx(0.5)
-    assert quickstart.gap_recovered(loss=1.8, ptq=1.8, full=1.6) == 0
-    assert quickstart.gap_recovered(loss=1.9, ptq=1.8, full=1.6) < 0
-    assert math.isnan(quickstart.gap_recovered(loss=1.7, ptq=1.6, full=1.6))
+    assert gap_recovered(loss=1.7, ptq=1.8, full=1.6) == pytest.approx(0.5)
+    assert gap_recovered(loss=1.8, ptq=1.8, full=1.6) == 0
+    assert gap_recovered(loss=1.9, ptq=1.8, full=1.6) < 0
+    assert math.isnan(gap_recovered(loss=1.7, ptq=1.6, full=1.6))
 
 
 def test_table_pairs_each_seed_with_its_full_precision():
@@ -100,7 +100,7 @@ def test_table_pairs_each_seed_with_its_full_precision():
             Row("lotion", "nvfp4", seed, full + 0.105, 1.71, 1.7, 12.0),
         ]
     full, ptq, rounded, lotion = ([cell.strip() for cell in re.split(r"  +", line)] for line in
-                                  quickstart.table(rows).splitlines()[2:])  # fmt: skip
+                                  table(rows).splitlines()[2:])  # fmt: skip
     assert full == ["full precision", "1.750", "1.750", "10"]
     assert ptq == ["PTQ", "1.960", "0.2100 ± 0.0100", "1.900", "1.750", "0%", "10"]
     assert rounded == ["PTQ + round_", "1.850", "0.1000 ± 0.0000", "1.750", "52%", "14"]
@@ -109,7 +109,7 @@ def test_table_pairs_each_seed_with_its_full_precision():
 
 def test_a_table_of_one_seed_has_no_errors():
     rows = [Row("full_precision", "fp32", 0, 1.6, None, 1.6, 10.0), Row("ptq", "nvfp4", 0, 1.8, 1.9, 1.6, 10.0)]
-    assert "0.2000" in quickstart.table(rows) and "±" not in quickstart.table(rows)
+    assert "0.2000" in table(rows) and "±" not in table(rows)
 
 
 def test_batches_for_rounding_are_of_the_training_s_size():
@@ -126,14 +126,24 @@ def test_batches_for_rounding_are_of_the_training_s_size():
 
 def test_plot(tmp_path):
     curve = [(step, 3.0 - step / 100) for step in range(10, 130, 10)]
-    quickstart.plot({"ptq": [curve], "lotion": [curve, curve]}, 1.5, "nvfp4", tmp_path / "curves.png")
+    plot({"ptq": [curve], "lotion": [curve, curve]}, 1.5, "nvfp4", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
 
 
 @pytest.mark.slow
 def test_quick_run_writes_rows_and_curves(tmp_path):
     curves = tmp_path / "curves.png"
-    arguments = ["quickstart", "--quick", "--steps", "30", "--json", "--plot", str(curves)]
+    arguments = [
+        "quickstart",
+        "--quick",
+        "--steps",
+        "30",
+        "--json",
+        "--plot",
+        str(curves),
+        "--report",
+        f"{tmp_path}/page.html",
+    ]
     result = CliRunner().invoke(build(), arguments, catch_exceptions=False)
     assert result.exit_code == 0
     written = json.loads(result.stdout)
@@ -142,3 +152,5 @@ def test_quick_run_writes_rows_and_curves(tmp_path):
     assert set(written[0]) == {"method", "fmt", "seed", "loss", "rr", "latent", "seconds"}
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["latent"]) for row in written)
     assert curves.exists()
+    page = (tmp_path / "page.html").read_text()
+    assert "PTQ + round_" in page and "lotion-fx quickstart --fmt nvfp4 --seeds 1 --steps 30" in page

@@ -149,6 +149,7 @@ def test_quick_run_writes_rows_and_curves(command, tmp_path):
     curves = tmp_path / "curves.png"
     methods = ",".join(testbed.METHODS)
     arguments = ["reproduce", command, "--quick", "--methods", methods, "--json", "--plot", str(curves)]
+    arguments += ["--report", f"{tmp_path}/page.html"]
     result = CliRunner().invoke(build(), arguments, catch_exceptions=False)
     assert result.exit_code == 0
     written = json.loads(result.stdout)
@@ -157,6 +158,8 @@ def test_quick_run_writes_rows_and_curves(command, tmp_path):
     assert all(math.isfinite(row["rtn"]) and math.isfinite(row["rr"]) for row in written)
     assert "too short to rank" in result.stderr
     assert curves.exists()
+    page = (tmp_path / "page.html").read_text()
+    assert all(label in page for label in testbed.LABELS.values()) and f"lotion-fx reproduce {command}" in page
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -90,7 +90,7 @@ def launched(group: int) -> dict[str, list[dict]]:
 
 
 @functools.cache
-def single(kind, fmt, inner, curvature, loss, regions, refresh):
+def single(kind, fmt, inner, curvature, loss, regions, refresh=None):
     torch._dynamo.reset()
     # Means of its own parts in one process: these are its micro-batches.
     parts = 2 if loss == "mean of means" else 1
