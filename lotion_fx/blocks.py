@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from torch import nn
 
 BLOCKS = "blocks"
+MANY = 4
+"""Alike blocks from which on a user who waits for their graph is told of ``regions="blocks"``."""
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -47,8 +49,17 @@ def _within(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
+def depth(model: nn.Module) -> int:
+    """How many alike blocks the longest of a model's lists has."""
+    return max(map(_alike, model.modules()), default=0)
+
+
 def _repeats(module: nn.Module) -> bool:
+    return _alike(module) > 1
+
+
+def _alike(module: nn.Module) -> int:
     if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-        return False
+        return 0
     classes = Counter(type(member) for member in module if any(True for _ in member.children()))
-    return max(classes.values(), default=0) > 1
+    return max(classes.values(), default=0)

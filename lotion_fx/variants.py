@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lotion_fx import passes, private
 from lotion_fx.announcing import announcer
+from lotion_fx.blocks import BLOCKS, MANY, depth
 from lotion_fx.carried import standing_now
 from lotion_fx.compiling import compile_graph, fake_gain, fake_probe
 from lotion_fx.passes.attach.attach import Plan
@@ -181,7 +182,10 @@ class Variants:
         """The graph, for a message."""
         later = {tally.phase.name for weight in self.taught if (tally := weight.smoothing.tally).is_later_phase}
         phase = f" of phase {min(later)!r}" if plans and later else ""
-        return f"a graph{phase} of {len(self.gm.graph.nodes)} operations with inner={self.backend.inner!r}"
+        wholes = [weight.smoothing.model() for weight in list(self.taught)[:1] if weight.smoothing.is_whole]
+        known = next((model for model in wholes if model is not None and depth(model) >= MANY), None)
+        hint = f" (regions={BLOCKS!r} compiles one of its {depth(known)} alike blocks)" if known is not None else ""
+        return f"a graph{phase} of {len(self.gm.graph.nodes)} operations with inner={self.backend.inner!r}{hint}"
 
     def rehearsal(self) -> Iterator[Mapping[int, Plan]]:
         """Compiles every variant once more, after giving its plans, for whoever watches the passes.

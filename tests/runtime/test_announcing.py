@@ -56,3 +56,14 @@ def test_a_model_announces_its_graphs(finishing, monkeypatch, caplog):
     else:
         model(torch.randn(4, 20))
         assert not said(caplog)  # it is compiled
+
+
+@pytest.mark.parametrize("regions", [None, "blocks"])
+def test_who_waits_for_many_alike_blocks_is_told_of_regions(regions, monkeypatch, caplog):
+    torch.compiler.reset()
+    monkeypatch.setattr(announcing, "PATIENCE", 0.0)
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU()) for _ in range(5)))
+    lotion_fx.transform(model, "int4/8", inner="aot_eager", regions=regions)
+    model(torch.randn(4, 8))
+    assert said(caplog)
+    assert ("regions='blocks' compiles one of its 5 alike blocks" in said(caplog)[0]) == (regions is None)
