@@ -21,12 +21,13 @@ from lotion_fx.estimate import quantized_in
 from lotion_fx.kept_weights import KeptWeights
 from lotion_fx.likelihood import LABELS, LIKELIHOODS, named, output_in, sampled_loss
 from lotion_fx.loss_graph import LossFunction, LossGraph, listed, loss_graph
-from lotion_fx.numerics.adaptive import METHODS, Curvature, Rounded, adaptive, fixed_point
+from lotion_fx.numerics.adaptive import METHODS, Curvature, Rounded, adaptive, cost, fixed_point
 from lotion_fx.numerics.formats import Format
 from lotion_fx.passes.attach.attach import LATENT, Plan
 from lotion_fx.passes.attach.probe import SIDE, Code, Header, Layout
 from lotion_fx.progress import with_a_bar
-from lotion_fx.scalars import check_number
+from lotion_fx.refining import Known, refined
+from lotion_fx.scalars import check_count, check_number
 from lotion_fx.state import Weight, names_of
 
 GIB = 2.0**30
@@ -84,6 +85,7 @@ def round_(
     *,
     method: str = "two_sided",
     likelihood: Any = None,
+    rounds: int = 0,
     memory: float = 4.0,
     folder: str | Path | None = None,
 ) -> AdaptiveRounding:
@@ -109,6 +111,9 @@ def round_(
         likelihood: None, or what the model's output parametrizes, as under ``transform(curvature="ggn")``, whose models
             have it already. Then gradients are those at labels that the model draws itself, four a batch: for losses
             that have nearly vanished, as where a model is its own teacher, and whose gradients say nothing.
+        rounds: of changing codes once more, by the gradient that the batches' loss has at the rounded weights, see
+            `refining`. Each is a pass over the batches more (and two besides), and is undone where their loss grows;
+            they end where it is as low as it was. For many batches, some 16 or more: few are soon learned by heart.
         memory: GiB that curvatures may take at a time; more weights than fit are done in turns, each of which passes
             over the batches again.
         folder: where finished weights are kept until all are done, so that a call that was interrupted goes on from
@@ -125,6 +130,7 @@ def round_(
     if method not in METHODS:
         raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}")
     check_number("memory", memory, lambda x: x > 0, "a number of GiB above 0")
+    check_count("rounds", rounds, 0, "the number of rounds, 0 or more")
     names, given = names_of(model), listed(batches)
     told = None if likelihood is None else named(likelihood)
     told = told or next(iter(names)).smoothing.settings.likelihood
@@ -133,18 +139,33 @@ def round_(
     selected = {name: weight for weight, name in names.items() if weight.selected}
     latent = {name: _checked(name, weight) for name, weight in selected.items()}
     kept = KeptWeights(folder, f"{method} {told}", given)
-    done = {name: known for name in in_loss if (known := kept.load(name, selected[name], latent[name])) is not None}
+    done = {name: found for name in in_loss if (found := kept.load(name, selected[name], latent[name])) is not None}
     why: dict[str, str] = {}
-    for turn in _turns({n: w for n, w in in_loss.items() if n not in done and method != "nearest"}, memory * GIB / 4):
+    known: dict[str, Known] = {}
+    to_do = {n: w for n, w in in_loss.items() if (rounds or n not in done) and method != "nearest"}
+    turns = list(_turns(to_do, memory * GIB / 4))
+    if rounds and len(turns) > 1:
+        raise ValueError(
+            f"rounds={rounds}: they need the curvatures of all weights at a time, which take "
+            f"{sum(_layout(weight).payload for weight in to_do.values()) * 4 / GIB:.3g} GiB, and memory={memory}; "
+            "raise memory, or leave rounds out"
+        )
+    for turn in turns:
         curvatures = _curvatures(graphs, turn, told, why)
         for name, curvature in with_a_bar("rounding weights", curvatures.items(), len(curvatures)):
             weight = turn[name]
-            done[name] = adaptive(latent[name], *_format(weight), weight.layout.factors, curvature, method)
-            kept.save(name, weight, latent[name], done[name])
+            if name not in done:
+                done[name] = adaptive(latent[name], *_format(weight), weight.layout.factors, curvature, method)
+                kept.save(name, weight, latent[name], done[name])
+            if rounds and None not in curvature:
+                known[name] = Known(latent[name], *_format(weight), weight.layout.factors, curvature)
     for name, weight in selected.items():
         if name not in done:
             why.setdefault(name, "the loss does not depend on it")
             done[name] = Rounded(fixed_point(latent[name], *_format(weight)), "nearest", math.nan, math.nan)
+    if known:
+        values = refined(graphs, known, {name: done[name].values for name in in_loss}, rounds)
+        done |= {name: _changed(done[name], each, values[name]) for name, each in known.items()}
     losses = _losses(graphs, in_loss, done)
     _warn(losses, method, told)
     for name, rounded in done.items():
@@ -171,6 +192,12 @@ def _warn(losses: tuple[float, float, float], method: str, likelihood: str | Non
             f"likelihood='gaussian' or another of {', '.join(LIKELIHOODS)}, and labels are drawn from it",
             stacklevel=3,
         )
+
+
+def _changed(rounded: Rounded, known: Known, values: Tensor) -> Rounded:
+    """What became of a weight in the rounds."""
+    error = (known.latent - values).reshape(known.shape)
+    return rounded._replace(values=values, cost=cost(error, known.curvature))
 
 
 def _checked(name: str, weight: Weight) -> Tensor:

@@ -99,7 +99,7 @@ def adaptive(
     latent = w.reshape(shape).double()
     least = cost(latent - nearest.reshape(shape), curvature)
     best = Rounded(nearest, "nearest", least, least)
-    along_rows = math.prod(w.shape[: axis % w.dim() + 1]) <= shape[0] * shape[1]
+    along_rows = _runs_along_rows(w, axis, shape)
     inputs, outputs = (curvature.rows, curvature.columns) if along_rows else (curvature.columns, curvature.rows)
     tried: dict[str, Curvature] = {}
     if method != "nearest" and inputs is not None:
@@ -108,9 +108,7 @@ def adaptive(
             tried |= {
                 name: Curvature(outputs, inputs) for name in ("two_sided", "descent")[: 1 + (method == "descent")]
             }
-    problem = _problem(w, fmt, axis, shape)
-    if along_rows:
-        problem = _Problem(*(part.mT for part in problem))
+    problem = _problem(w, fmt, axis, shape, along_rows)
     solved = problem.w
     for name, taken in tried.items():
         solved = _descended(solved, problem, fmt.grid, taken) if name == "descent" else _solve(problem, fmt.grid, taken)
@@ -120,6 +118,57 @@ def adaptive(
         if found < best.cost:
             best = Rounded(values, name, found, least)
     return best
+
+
+@torch.no_grad()
+def stepped(
+    w: Tensor,
+    values: Tensor,
+    fmt: Format,
+    axis: int,
+    shape: tuple[int, int, int],
+    curvature: Curvature,
+    gradient: Tensor,
+    stiffness: float,
+) -> Tensor:
+    """Codes changed, from a rounded weight on, by the gradient that the loss has there.
+
+    The loss is taken as ``<gradient, D> + stiffness / 2 tr(B D A D^T)``, ``D`` the change, and `descend` goes down it.
+
+    Args:
+        w: the weight itself, which tells scales and what may be changed, as `adaptive` takes it.
+        values: as it is rounded.
+        fmt, axis, shape, curvature: as `adaptive` takes them, both sides of the curvature known.
+        gradient: of the loss by the weight, at ``values``.
+
+    Returns:
+        A fixed point of ``rtn``, ``w``'s shape and dtype.
+    """
+    turned = _runs_along_rows(w, axis, shape)
+    problem = _problem(w, fmt, axis, shape, turned)
+    now, slope = (x.reshape(shape).double() for x in (values, -gradient / stiffness))
+    rows, columns = curvature
+    if turned:
+        now, slope, rows, columns = now.mT, slope.mT, columns, rows
+    assert rows is not None and columns is not None
+    rows, columns = _damped(rows, DAMPING_ROWS), _damped(columns, DAMPING_COLUMNS)
+    offset = slope - rows @ (problem.w - now) @ columns
+    solved = descend(now, *problem, fmt.grid, rows, columns, offset)
+    return fixed_point((solved.mT if turned else solved).reshape(w.shape).to(w.dtype), fmt, axis)
+
+
+@torch.no_grad()
+def stiffness(error: Tensor, curvature: Curvature, change: Tensor) -> float:
+    """What ``B (x) A`` is to be multiplied by to be the loss's second derivative: ``|change| / |B E A|``.
+
+    Args:
+        error: E, [G, R, C].
+        change: of the loss's gradient over that error, [G, R, C]. Part of it has another direction than ``B E A``,
+            so that this is an upper bound rather than a fit.
+    """
+    assert curvature.rows is not None and curvature.columns is not None
+    predicted = curvature.rows.double() @ error.double() @ curvature.columns.double()
+    return float(change.double().norm() / predicted.norm())
 
 
 def fixed_point(w: Tensor, fmt: Format, axis: int) -> Tensor:
@@ -148,7 +197,12 @@ class _Problem(NamedTuple):
     high: Tensor
 
 
-def _problem(w: Tensor, fmt: Format, axis: int, shape: tuple[int, int, int]) -> _Problem:
+def _runs_along_rows(w: Tensor, axis: int, shape: tuple[int, int, int]) -> bool:
+    """Whether ``axis`` lies in R; then all is done on the turned matrix."""
+    return math.prod(w.shape[: axis % w.dim() + 1]) <= shape[0] * shape[1]
+
+
+def _problem(w: Tensor, fmt: Format, axis: int, shape: tuple[int, int, int], turned: bool) -> _Problem:
     blocks = to_blocks(w, fmt, axis).to(compute_dtype(w))
     amax = blocks.abs().amax(-1, keepdim=True)
     s = scale(w, fmt, axis)
@@ -158,7 +212,8 @@ def _problem(w: Tensor, fmt: Format, axis: int, shape: tuple[int, int, int]) -> 
     high = torch.where(amax == 0, 0.0, torch.where(is_largest & (blocks < 0), -keep, last))
     low = torch.where(amax == 0, 0.0, torch.where(is_largest & (blocks > 0), keep, -last))
     parts = (blocks, s.expand_as(blocks), low, high)
-    return _Problem(*(from_blocks(part, fmt, axis, w.shape).reshape(shape).double() for part in parts))
+    seen = [from_blocks(part, fmt, axis, w.shape).reshape(shape).double() for part in parts]
+    return _Problem(*(part.mT if turned else part for part in seen))
 
 
 def _least_that_keeps(fmt: Format) -> float:

@@ -24,7 +24,15 @@ LEAST = 1e-6  # what a change must save, in shares of the mean cost of an elemen
 
 @torch.no_grad()
 def descend(
-    values: Tensor, w: Tensor, scale: Tensor, low: Tensor, high: Tensor, grid: Grid, rows: Tensor, columns: Tensor
+    values: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    high: Tensor,
+    grid: Grid,
+    rows: Tensor,
+    columns: Tensor,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Goes down from a rounded weight to one that costs less.
 
@@ -35,6 +43,7 @@ def descend(
         low, high: the levels that each element may be put to.
         grid: of the levels.
         rows, columns: B [G, R, R] and A [G, C, C], positive semidefinite.
+        offset: what half the cost's slope is besides ``B E A``, [G, R, C]; None for nothing.
 
     Returns:
         The weight as it is rounded then, [G, R, C].
@@ -50,13 +59,14 @@ def descend(
     for _ in range(SWEEPS):
         for begin in range(0, w.shape[-1], PANEL):
             panel = slice(begin, begin + PANEL)
+            slope = rows @ (error @ columns[..., panel])
             _settle(
                 at[..., panel],
                 (lowest[..., panel], highest[..., panel]),
                 levels,
                 scale[..., panel],
                 error[..., panel],
-                rows @ (error @ columns[..., panel]),
+                slope if offset is None else slope + offset[..., panel],
                 rows,
                 columns[:, panel, panel],
                 LEAST * mean[:, None],

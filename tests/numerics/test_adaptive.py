@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lotion_fx.deploy.weights import QuantizedWeight
-from lotion_fx.numerics.adaptive import METHODS, TILE, Curvature, adaptive, fixed_point
+from lotion_fx.numerics.adaptive import METHODS, TILE, Curvature, adaptive, fixed_point, stepped, stiffness
 from lotion_fx.numerics.formats import Format, codebook, resolve
 from lotion_fx.numerics.rounding import rtn, scale
 
@@ -157,3 +157,24 @@ def test_a_format_that_keeps_nothing_is_refused() -> None:
     fmt = codebook([-2.0, 0.0, 1.0], block=4, name="lopsided")
     with pytest.raises(ValueError, match=r"fmt='lopsided'.*changes when it is rounded again.*symmetric levels"):
         fixed_point(torch.tensor([[1.0, 0.9, 0.8, 0.1]]), fmt, -1)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_step_by_the_curvature_s_own_gradient_is_descent(axis: int) -> None:
+    """Where the loss is the curvature's cost, the gradient at the rounded weights tells nothing new."""
+    w, (rows, columns) = layer(24, 40, 6)
+    assert rows is not None and columns is not None
+    rows += 0.05 * rows.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(24)  # so much is added to the sides once more,
+    columns += 0.01 * columns.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(40)  # which moves the outcome a little
+    fmt, shape, curvature = resolve("int3/8"), (1, 24, 40), Curvature(rows, columns)
+    values = adaptive(w[0], fmt, axis, shape, curvature).values
+    error = (w[0] - values).double()
+    unit = 1e-3
+    gradient = -unit * rows[0] @ error @ columns[0]
+    assert stiffness(error[None], curvature, gradient[None]) == pytest.approx(unit, rel=1e-6)
+    made = stepped(w[0], values, fmt, axis, shape, curvature, gradient, unit)
+    assert torch.equal(rtn(made, fmt, axis), made)
+    costs = [cost(w, each, curvature) for each in (values, made)]
+    assert costs[1] < 0.97 * costs[0]
+    still = stepped(w[0], values, fmt, axis, shape, curvature, torch.zeros_like(gradient), unit)
+    assert torch.equal(still, values)  # no gradient, no change

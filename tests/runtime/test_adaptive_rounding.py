@@ -68,6 +68,23 @@ def test_the_loss_suffers_less(method: Any) -> None:
     assert losses[0] < losses[1]
 
 
+def test_rounds_lower_the_batches_loss_and_keep_fixed_points() -> None:
+    given, losses = batches(8), []
+    for rounds in (0, 1, 4):
+        model = trained("int2")
+        goal = sum(float(loss_of(model(x), y).detach()) for x, y in given) / len(given)
+        done = lotion_fx.round_(model, given, loss_of, method="descent", rounds=rounds)
+        losses.append(done.rounded)
+        for name, weight in lotion_fx.quantized(model).items():
+            assert torch.equal(weight.dequantize(), model.get_parameter(name)), name
+    assert losses[0] > losses[1] >= losses[2] and losses[2] - goal < 0.8 * (losses[0] - goal)
+
+
+def test_rounds_need_all_curvatures_at_a_time() -> None:
+    with pytest.raises(ValueError, match=r"rounds=2: they need the curvatures of all weights .* memory=1e-06; raise"):
+        lotion_fx.round_(trained(steps=2), batches(2), loss_of, rounds=2, memory=1e-6)
+
+
 def test_where_it_does_not_help_it_says_so() -> None:
     """The gradients of a loss that has vanished say little of its curvature."""
     model = trained("int2")
@@ -272,6 +289,7 @@ def test_bad_arguments() -> None:
         (ValueError, "method='best': expected one of descent, two_sided, gptq, nearest", {"method": "best"}),
         (ValueError, "likelihood='normal': expected one of categorical, bernoulli, gaussian", {"likelihood": "normal"}),
         (ValueError, "memory=0: expected a number of GiB above 0", {"memory": 0}),
+        (ValueError, "rounds=-1: expected the number of rounds, 0 or more", {"rounds": -1}),
         (ValueError, "batches: expected at least one batch", {"batches": []}),
         (TypeError, "of a single one, \\[batch\\]", {"batches": given[0][0]}),
         (ValueError, "batch: expected \\(inputs, targets\\)", {"batches": [given[0][0]]}),
