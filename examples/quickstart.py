@@ -97,10 +97,10 @@ def spread_windows(text: Tensor, count: int = WINDOWS) -> Tensor:
     return windows(text, torch.linspace(0, len(text) - CONTEXT - 1, count).long())
 
 
-def calibration(text: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
+def calibration(text: Tensor, seed: int, count: int = CALIBRATION) -> list[tuple[Tensor, Tensor]]:
     """Batches for adaptive rounding, (inputs, targets), of the training's own size."""
     draw = torch.Generator().manual_seed(5000 + seed)
-    starts = torch.randint(len(text) - CONTEXT, (CALIBRATION, BATCH), generator=draw)
+    starts = torch.randint(len(text) - CONTEXT, (count, BATCH), generator=draw)
     return [(batch[:, :-1], batch[:, 1:]) for batch in (windows(text, at) for at in starts)]
 
 

@@ -90,9 +90,9 @@ class Text:
             model, seed, self.steps, text, after_step, optimizer=optimizer, begin=begin, loss_of=loss_of
         )
 
-    def calibration(self, seed: int) -> list[tuple[Tensor, Tensor]]:
+    def calibration(self, seed: int, count: int = quickstart.CALIBRATION) -> list[tuple[Tensor, Tensor]]:
         """Batches of the training text that a rounding sees, (inputs, targets)."""
-        return quickstart.calibration(self._text[0], seed)
+        return quickstart.calibration(self._text[0], seed, count)
 
     def evaluate(self, model: nn.Module) -> float:
         """Mean loss over the held-out windows, nats per byte, in ``eval()``."""

@@ -105,9 +105,9 @@ def adaptive(
     if method != "nearest" and inputs is not None:
         tried["gptq"] = Curvature(None, inputs)
         if method != "gptq" and outputs is not None:
-            tried |= {
-                name: Curvature(outputs, inputs) for name in ("two_sided", "descent")[: 1 + (method == "descent")]
-            }
+            tried["two_sided"] = Curvature(outputs, inputs)
+            if method == "descent":
+                tried["descent"] = tried["two_sided"]
     problem = _problem(w, fmt, axis, shape, along_rows)
     solved = problem.w
     for name, taken in tried.items():

@@ -19,6 +19,7 @@ from lotion_fx.numerics.grids import Grid
 PANEL = 32  # columns
 SWEEPS = 2  # over all panels
 TOGETHER = (PANEL, 4, 1)  # changes, one a column: as many as keep half of what each alone would save
+MOST = 16  # rounds of changes in a panel, for each of its elements: more would be rounding errors, back and forth
 LEAST = 1e-6  # what a change must save, in shares of the mean cost of an element
 
 
@@ -93,7 +94,7 @@ def _settle(
     """
     own = rows.diagonal(dim1=-2, dim2=-1)[:, :, None] * columns.diagonal(dim1=-2, dim2=-1)[:, None, :]
     up, down = _steps(at, ends, levels, scale)
-    while True:
+    for _ in range(MOST * at[0].numel()):
         gain_up, gain_down = (d * (2 * slope + d * own) for d in (up, down))
         best, row = torch.minimum(gain_up, gain_down).min(1, keepdim=True)  # in each column
         wanted = best < -least

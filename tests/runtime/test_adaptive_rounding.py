@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lotion_fx
-from lotion_fx import adaptive_rounding
+from lotion_fx import adaptive_rounding, refining
 from lotion_fx.numerics.adaptive import Curvature, adaptive
 from lotion_fx.numerics.formats import resolve
 
@@ -78,6 +78,12 @@ def test_rounds_lower_the_batches_loss_and_keep_fixed_points() -> None:
         for name, weight in lotion_fx.quantized(model).items():
             assert torch.equal(weight.dequantize(), model.get_parameter(name)), name
     assert losses[0] > losses[1] >= losses[2] and losses[2] - goal < 0.8 * (losses[0] - goal)
+
+
+def test_a_round_that_raises_the_loss_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refining, "CAREFUL", 1e-9)  # codes go wherever the gradient points
+    done = [lotion_fx.round_(trained("int4"), batches(8), loss_of, rounds=rounds) for rounds in (0, 1)]
+    assert done[0].rounded == done[1].rounded
 
 
 def test_rounds_need_all_curvatures_at_a_time() -> None:
