@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lotion_fx
+from accuracy.recipes import MANY, ROUNDS
 from accuracy.setting import Setting
 
 
@@ -33,8 +34,9 @@ def rounded(
     model = lotion_fx.transform(holding(setting, state), fmt, method="ptq", inner="aot_eager").eval()
     began = time.perf_counter()
     if rounding != "nearest":
-        known = setting.likelihood
-        lotion_fx.round_(model, setting.calibration(seed), setting.loss, method=rounding, likelihood=known)
+        told = {"method": "descent", "rounds": ROUNDS} if rounding == "rounds" else {"method": rounding}
+        batches = setting.calibration(seed, MANY) if rounding == "rounds" else setting.calibration(seed)
+        lotion_fx.round_(model, batches, setting.loss, likelihood=setting.likelihood, **told)
         model.eval()
     return model, time.perf_counter() - began
 

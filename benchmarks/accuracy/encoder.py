@@ -139,10 +139,11 @@ class Encoder:
             after_step(step)
         return time.perf_counter() - began
 
-    def calibration(self, seed: int) -> list[tuple[Tensor, Tensor]]:
+    def calibration(self, seed: int, count: int = ROUNDING[0]) -> list[tuple[Tensor, Tensor]]:
         windows, known, *_ = self._data
         draw = torch.Generator().manual_seed(2000 + seed)
-        return [(windows[at], known[at]) for at in torch.randint(len(windows), ROUNDING, generator=draw)]
+        chosen = torch.randint(len(windows), (count, ROUNDING[1]), generator=draw)
+        return [(windows[at], known[at]) for at in chosen]
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:

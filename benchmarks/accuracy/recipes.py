@@ -9,8 +9,11 @@ from typing import Any
 from lotion_fx.examples.forking import after_plain
 from lotion_fx.examples.runlog import fingerprint
 
-ROUNDINGS = ("nearest", "gptq", "two_sided", "descent")
-"""What `lotion_fx.round_` is told; "nearest" is what a model in ``eval()`` runs at without it."""
+ROUNDINGS = ("nearest", "gptq", "two_sided", "descent", "rounds")
+"""What `lotion_fx.round_` is told: a method; or "rounds", descent and then `ROUNDS` on `MANY` batches. "nearest" is what a
+model in ``eval()`` runs at without it."""
+
+ROUNDS, MANY = 4, 32
 
 REVISION = 1
 """Of what no recipe says: raise it where a change of the code changes what every run measures."""
@@ -65,7 +68,7 @@ class Recipe:
 
 
 BOTH = ("nearest", "two_sided")
-ALL = (*BOTH, "descent")
+ALL = (*BOTH, "descent", "rounds")
 STE_FROM_FP = {"schedule": (("plain", 0.6), ("ste_scale", 0.4))}
 
 RECIPES: dict[str, Recipe] = {
@@ -103,5 +106,5 @@ def rows() -> dict[str, tuple[str, str]]:
 def label_of(row: str) -> str:
     """What the table calls a row."""
     name, rounding = rows()[row]
-    ends = {"nearest": "", "gptq": " + GPTQ", "two_sided": " + two-sided rounding", "descent": " + descent"}
+    ends = {"nearest": "", "gptq": " + GPTQ", "two_sided": " + two-sided rounding", "descent": " + descent", "rounds": " + rounds"}
     return RECIPES[name].label + ends[rounding]

@@ -63,7 +63,7 @@ class Setting(Protocol):
             teacher: whose outputs the steps after ``taught_from`` learn in place of the targets.
         """
 
-    def calibration(self, seed: int) -> list[tuple[Tensor, Tensor]]:
+    def calibration(self, seed: int, count: int = ...) -> list[tuple[Tensor, Tensor]]:
         """Training batches that a rounding sees, (inputs, targets)."""
 
     def evaluate(self, model: nn.Module) -> float:
