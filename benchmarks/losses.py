@@ -214,22 +214,28 @@ def train(kind: str, loss: Loss, count: int, seed: int, rate: float = 3e-3, **op
 
 def size(args: argparse.Namespace) -> None:
     rows = []
-    for kind in args.nets:
-        for name in args.losses:
-            for curvature in args.curvatures:
-                start = time.perf_counter()
-                model = train(kind, LOSSES[name], args.steps, 0, fmt=args.formats[0], curvature=curvature)
-                report = lotion_fx.report(model)
-                measured, error = increase(model, LOSSES[name], batches(kind, 12345), args.rounds)
-                ratio = report.term / measured if measured else math.nan
-                size, size_error = report.size or (math.nan, math.nan)
-                rows.append(
-                    [kind, name, curvature, f"{report.term:.3g} ± {report.term * size_error / size:.1g}",
-                     f"{measured:.3g} ± {error:.1g}", f"{ratio:.2f} ± {ratio * error / abs(measured):.1g}",
-                     f"{size:.3g} ± {size_error:.1g}"]
-                )  # fmt: skip
-                print(" | ".join(map(str, rows[-1])), f"| {time.perf_counter() - start:.0f} s", flush=True)
-    print(tabulate(rows, ["net", "loss", "curvature", "term", "measured", "ratio", "size"], disable_numparse=True))
+    for kind, name, curvature in itertools.product(args.nets, args.losses, args.curvatures):
+        start, ratios, told, terms, increases = time.perf_counter(), [], [], [], []
+        for seed in range(args.seeds):
+            model = train(kind, LOSSES[name], args.steps, seed, fmt=args.formats[0], curvature=curvature)
+            report = lotion_fx.report(model)
+            measured, _ = increase(model, LOSSES[name], batches(kind, 12345 + seed), args.rounds)
+            size, error = report.size or (math.nan, math.nan)
+            terms.append(report.term)
+            increases.append(measured)
+            told.append(error / size)
+            ratios.append(math.log(report.term / measured) if measured > 0 else math.nan)
+        known = [ratio for ratio in ratios if not math.isnan(ratio)]
+        center = math.exp(statistics.fmean(known)) if known else math.nan
+        error = center * statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+        rows.append(
+            [kind, name, curvature, f"{statistics.fmean(terms):.3g}", f"{statistics.fmean(increases):.3g}",
+             f"{center:.2f} ± {error:.2f}" + (f" ({len(known)})" if len(known) < args.seeds else ""),
+             f"{statistics.fmean(told):.0%}"]
+        )  # fmt: skip
+        print(" | ".join(map(str, rows[-1])), f"| {time.perf_counter() - start:.0f} s", flush=True)
+    headers = ["net", "loss", "curvature", "term", "measured", "ratio", "error of one"]
+    print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -6,13 +6,13 @@ weights w + eps, rounded at random about their mean w,
 
     1/2 eps . grad L(w + eps)        has the mean        1/2 E[eps' H eps] = E L(w + eps) - L(w)        to second order
 
-for any loss whatever, and the gradient is itself an unbiased one of the smoothed loss. So a few early steps and then
-one in `EVERY` have their forwards at such weights; the gradient that arrives at the optimizer tells the rest. What it
-holds of the loss's slope at w has mean zero and most of the spread: the optimizer's first moment, where it keeps one,
-is taken out as far as it agrees. `gain` holds what is believed after each of them: of the whole term, and of each
-weight's share in it.
+for any loss whatever. So a few early steps and then one in `EVERY` have their forwards at such weights; the gradient
+that arrives at the optimizer tells the rest. What it holds of the loss's slope at w has mean zero and most of the
+spread: the optimizer's first moment, where it keeps one, is taken out as far as it agrees, and eps is scaled to show
+beside what remains (`SEEN`). `gain` holds what is believed after each of them: of the whole term, and of each weight's
+share in it.
 
-From such a step's first forward until its optimizer steps, the parameters *hold* the rounded values, so that all that
+From such a step's first forward until its optimizer steps, the parameters *hold* the noisy values, so that all that
 reads them computes with the same ones: recomputation, a head applied outside of the model, other compilers, shards.
 They hold their own values again before anything else looks: a step, a forward in `eval()` or without gradients, a
 `state_dict`, a function of this package.
@@ -45,11 +45,17 @@ FIRST = 2
 
 EVERY = 200
 """From then on the next measurement comes after as many steps as there were so far, for a training changes fastest at
-its beginning, and in the long run after so many. Where the count of loss terms was right so far, up to a factor of
-`RIGHT`, it comes after `SELDOM` times as many. A step at randomly rounded weights is one by which a training hardly
-gets on: of its last 240 steps, 19 without an update cost the quickstart's model .011 nats."""
+its beginning, and in the long run after so many."""
 
-SELDOM, RIGHT = 3, 2.0
+SEEN = 6.0
+"""A measuring step has as much noise as makes the increase so many standard deviations of what hides it. That is the
+slope on one batch: of noise k times as large the increase is k^2 times as large, and seen k times as well. Noise that
+shows more disturbs the step more: 61 measurements in 600 steps cost the quickstart's model .013 nats where they were
+seen fourfold, nothing that two seeds show where twofold; of few, as there are, good ones follow a size that moves."""
+
+WIDEST, LEAST, CHANGE = 0.5, 0.25, 4.0
+"""But no wider than so much of the weights, beyond which the increase is not of second order, unless rounding is; no
+narrower than so much of rounding's noise; and no further than this factor from one measurement to the next."""
 
 DOUBT = 4.0
 """By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
@@ -67,6 +73,7 @@ class Held:
         version: of the parameter when it came to hold them.
         seed: by which they were drawn.
         amax: the absmax of the whole weight, where it is needed of a shard; else None.
+        amplitude: of the noise, in units of that of randomized rounding.
         is_back: whether it has its own again.
     """
 
@@ -74,12 +81,17 @@ class Held:
     version: int
     seed: int
     amax: Tensor | None
+    amplitude: float
     is_back: bool = False
 
-    def rounded(self, weight: Weight, parameter: Tensor, own: Tensor) -> Tensor:
+    def noisy(self, weight: Weight, parameter: Tensor, own: Tensor) -> Tensor:
         """The values that a parameter comes to hold, given its own on this rank."""
         uniform = uniforms(self.seed, index_of(parameter))
-        return weight.quantizer.rr(own, uniform=uniform, amax_tensor=self.amax)
+        rounded = weight.quantizer.rr(own, uniform=uniform, amax_tensor=self.amax)
+        if self.amplitude == 1:
+            return rounded
+        mean = weight.quantizer.mean(own)
+        return mean + self.amplitude * (rounded - mean)
 
 
 class Measuring:
@@ -94,11 +106,12 @@ class Measuring:
         begun: steps that were to measure so far.
         draws: those of them that told something.
         next_at: the step of the next one.
+        amplitude: of its noise, in units of that of randomized rounding.
     """
 
     def __init__(self, weights: Sequence[Weight], *, is_on: bool) -> None:
         self.weights, self.is_on = weights, is_on
-        self.begun, self.draws, self.next_at = 0, 0, 1
+        self.begun, self.draws, self.next_at, self.amplitude = 0, 0, 1, 1.0
         self._is_told = False
         self._residuals: Tensor | None = None
         self._common, self._own = Gains(1), _own_gains(0)
@@ -155,16 +168,13 @@ class Measuring:
             if _can_be_measured(weight) and (parameter := weight.master) is not None:
                 local, amax = local_of(parameter), shared_amax(weight.quantizer, parameter)
                 known = _seed(steps, place), amax[0] if amax else None
-                held = Held(local.clone(), private.version_of(local), *known)
+                held = Held(local.clone(), private.version_of(local), *known, self.amplitude)
                 self._held[weight] = held
-                local.data.copy_(held.rounded(weight, parameter, held.own))
+                local.data.copy_(held.noisy(weight, parameter, held.own))
 
     def _pause(self, steps: int) -> int:
         """Steps to the next measurement."""
-        if self.begun < FIRST:
-            return 1
-        is_right = self.draws > 0 and 1 / RIGHT < float(self._common.mean) < RIGHT
-        return min(max(steps * (SELDOM if is_right else 1), 1), EVERY)
+        return 1 if self.begun < FIRST else min(max(steps, 1), EVERY)
 
     def put_back(self, weights: Iterable[Weight] | None = None) -> None:
         """Parameters hold their own values again: of these weights, or of all.
@@ -180,7 +190,7 @@ class Measuring:
             if private.version_of(local) == held.version:
                 local.data.copy_(own)
             else:  # someone has moved it meanwhile: the move stays, and tells nothing
-                local.data.add_(own - held.rounded(weight, parameter, own))
+                local.data.add_(own - held.noisy(weight, parameter, own))
                 del self._held[weight]
 
     # ------------------------------------------------------------------------------------------------------- observing
@@ -243,19 +253,21 @@ class Measuring:
         """One measurement of these weights.
 
         Args:
-            sums: float64 [weights, 6] of eps g, eps m, sigma^2 g^2, sigma^2 g m, sigma^2 m^2 and sigma^2 h, with the
-                gradient g, what is known of the slope m, and the curvature h.
+            sums: float64 [weights, 8] of eps g, eps m, sigma^2 g^2, sigma^2 g m, sigma^2 m^2, sigma^2 h, sigma^2 and
+                w^2, with the gradient g, what is known of the slope m, and the curvature h.
         """
-        eps_g, eps_m, gg, gm, mm, predicted = sums.cpu().unbind(1)
+        eps_g, eps_m, gg, gm, mm, predicted, spread, energy = sums.cpu().unbind(1)
         agrees = torch.where(mm > 0, gm / mm, 0.0)
         measured = 0.5 * (eps_g - agrees * eps_m)
         variance = 0.25 * (gg - agrees * gm).clamp(min=0)
         predicted = 0.5 * predicted
         if not bool((predicted.sum() > 0) & sums.isfinite().all()):
+            self.amplitude = 1.0  # if it was that
             return
         self.draws += not self._is_told  # an optimizer for each weight tells it in parts
         self._is_told = True
         self._common.observe(measured.sum()[None], predicted.sum()[None], variance.sum()[None])
+        self._adjust(float(predicted.sum() / variance.sum().sqrt()), float((energy.sum() / spread.sum()).sqrt()))
         self._align()
         places = {weight: place for place, weight in enumerate(self.weights)}
         at, common = torch.tensor([places[weight] for weight in weights]), float(self._common.mean)
@@ -265,6 +277,20 @@ class Measuring:
         own = self._own.mean
         own = own * (predicted.sum() / (own[at] * predicted).sum())  # together they are the whole
         self._factors = {weight: _rounded(common * float(own[place])) for weight, place in places.items()}
+
+    def _adjust(self, predicted: float, widest: float) -> None:
+        """Chooses the noise's amplitude of the next measurement, a power of two.
+
+        Args:
+            predicted: increase of this one by the counted term, in standard deviations of what hides it.
+            widest: the weights over this one's noise, root mean squares.
+        """
+        now, seen = self.amplitude, float(self._common.mean) * predicted
+        if not (seen > 0 and math.isfinite(widest)):
+            return
+        wanted = now * min(max(SEEN / seen, 1 / CHANGE), CHANGE)
+        widest_yet = max(now * WIDEST * widest, 1.0)
+        self.amplitude = 2.0 ** round(math.log2(max(min(wanted, widest_yet), LEAST)))
 
     def _align(self) -> None:
         """The beliefs of weights stand in their order: a model may get and lose some."""
@@ -284,6 +310,7 @@ class Measuring:
             "begun": self.begun,
             "draws": self.draws,
             "next_at": self.next_at,
+            "amplitude": self.amplitude,
             "told": self._packed(),
         }
 
@@ -299,7 +326,8 @@ class Measuring:
         self.put_back()
         self._held.clear()
         self.is_on, self.begun, self.draws = saved["is_on"], saved["begun"], saved["draws"]
-        self.next_at, self._factors, self._order, self._own = saved["next_at"], {}, [], _own_gains(0)
+        self.next_at, self.amplitude = saved["next_at"], saved.get("amplitude", 1.0)
+        self._factors, self._order, self._own = {}, [], _own_gains(0)
         values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)
         count, each = len(self.weights), len(self._own.logs)
         common, own = values[: len(self._common.logs)], values[len(self._common.logs) :]
@@ -320,9 +348,10 @@ class Measuring:
 def _sums(
     weight: Weight, parameter: Tensor, held: Held, grad: Tensor, slope: Tensor | None, h: Tensor | None
 ) -> Tensor:
-    """What one weight adds to a measurement, float64 [6]: see `Measuring._learn`."""
+    """What one weight adds to a measurement, float64 [8]: see `Measuring._learn`."""
     local, quantizer = local_of(parameter), weight.quantizer
-    noise, variance = (held.own - quantizer.mean(local)).float(), quantizer.variance(local).float()
+    noise = (held.own - quantizer.mean(local)).float()
+    variance = held.amplitude**2 * quantizer.variance(local).float()
     slope = torch.zeros_like(grad) if slope is None or slope.shape != grad.shape else slope
     products = (
         noise * grad,
@@ -331,6 +360,8 @@ def _sums(
         variance * grad * slope,
         variance * slope.square(),
         variance.new_zeros(()) if h is None else variance * h.view(variance.shape),
+        variance,
+        local.float().square(),
     )
     return torch.stack([product.sum(dtype=torch.float64) for product in products])
 

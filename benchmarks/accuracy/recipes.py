@@ -10,10 +10,11 @@ from lotion_fx.examples.forking import after_plain
 from lotion_fx.examples.runlog import fingerprint
 
 ROUNDINGS = ("nearest", "gptq", "two_sided", "descent", "rounds")
-"""What `lotion_fx.round_` is told: a method; or "rounds", descent and then `ROUNDS` on `MANY` batches. "nearest" is what a
-model in ``eval()`` runs at without it."""
+"""What `lotion_fx.round_` is told: a method, or "rounds", descent and rounds after it; "nearest" is what a model in
+``eval()`` runs at without it."""
 
 ROUNDS, MANY = 4, 32
+"""How many rounds, and the batches that they see: 224 passes forward and backward, where the others see a few."""
 
 REVISION = 1
 """Of what no recipe says: raise it where a change of the code changes what every run measures."""
@@ -106,5 +107,6 @@ def rows() -> dict[str, tuple[str, str]]:
 def label_of(row: str) -> str:
     """What the table calls a row."""
     name, rounding = rows()[row]
-    ends = {"nearest": "", "gptq": " + GPTQ", "two_sided": " + two-sided rounding", "descent": " + descent", "rounds": " + rounds"}
-    return RECIPES[name].label + ends[rounding]
+    said = {"gptq": "GPTQ", "two_sided": "two-sided rounding"}
+    end = "" if rounding == "nearest" else f" + {said.get(rounding, rounding)}"
+    return RECIPES[name].label + end

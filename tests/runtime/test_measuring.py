@@ -14,7 +14,7 @@ from torch import nn
 
 import lotion_fx
 from benchmarks.losses import LOSSES, batches, increase, train
-from lotion_fx.measuring import EVERY, FIRST, uniforms
+from lotion_fx.measuring import CHANGE, EVERY, FIRST, LEAST, SEEN, uniforms
 from lotion_fx.numerics import rounding
 from lotion_fx.state import registry, smoothings_of
 from tests.models import LM, MLP, counted, ids, lm_loss
@@ -41,7 +41,8 @@ def trained(steps=3, rate=0.0, make=LM, fmt="int4", **options):
 # ----------------------------------------------------------------------------------------------------- what is measured
 
 
-def test_the_measurement_is_unbiased():
+@pytest.mark.parametrize("amplitude", [0.5, 1.0, 2.0])
+def test_the_measurement_is_unbiased(amplitude):
     """The mean of many is the increase of the loss, which roundings of the whole model tell."""
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(64, 8)
@@ -51,8 +52,9 @@ def test_the_measurement_is_unbiased():
     optimizer = torch.optim.SGD(model.parameters(), 0.0, momentum=0.9)
     found, measuring = [], measuring_of(model)
     observe = measuring._common.observe
-    measuring._common.observe = lambda *told: (found.append(told[0].item()), observe(*told))
-    measuring._pause = lambda steps: 1
+    measuring._common.observe = lambda *told: (found.append(told[0].item() / amplitude**2), observe(*told))
+    measuring._adjust = lambda *_: None
+    measuring._pause, measuring.amplitude = lambda steps: 1, amplitude
     for _ in range(200):
         one_step(model, optimizer, lambda m: F.mse_loss(m(x), target))
     measured = torch.tensor(found)
@@ -199,21 +201,33 @@ def test_measurements_become_rare():
     assert measuring_of(model).next_at == 10_000 + EVERY
 
 
-@pytest.mark.parametrize("size, following", [(1.0, [8, 32, 128, 328, 528]), (9.0, [4, 8, 16, 32, 64, 128, 256, 456])])
-def test_what_was_counted_right_is_measured_seldom(size, following):
-    model, _ = trained(0, make=MLP)
-    measuring = measuring_of(model)
-    measuring.begun, measuring.draws = FIRST, 1
-    for _ in range(40):
-        measuring._common.observe(torch.tensor([size]), torch.tensor([1.0]), torch.tensor([1e-4]))
-    at = measuring.next_at = FIRST
-    found = []
-    while at < following[-1]:
-        measuring.put_back()
+def test_the_next_measurement_comes_after_as_many_steps_as_there_were():
+    measuring = measuring_of(trained(0, make=MLP)[0])
+    measuring.begun, at, found = FIRST, FIRST, []
+    while at < 600:
         measuring.hold(at)
-        measuring.put_back()
         found.append(at := measuring.next_at)
-    assert found == following
+    assert found == [4, 8, 16, 32, 64, 128, 256, 456, 656]
+
+
+@pytest.mark.parametrize(
+    "now, seen, widest, then",
+    [
+        (1.0, SEEN, 100.0, 1.0),  # as it should be
+        (1.0, SEEN / 2, 100.0, 2.0),
+        (1.0, SEEN / 100, 100.0, CHANGE),  # not further at once
+        (4.0, SEEN / 4, 1.0, 2.0),  # half as wide as the weights
+        (2.0, SEEN / 4, 0.25, 1.0),  # rounding itself is wider
+        (4.0, SEEN * 2, 100.0, 2.0),
+        (0.5, SEEN * 100, 100.0, LEAST),
+        (2.0, 0.0, 100.0, 2.0),  # nothing was predicted
+    ],
+)
+def test_noise_is_scaled_until_the_increase_shows(now, seen, widest, then):
+    measuring = measuring_of(trained(0, make=MLP)[0])
+    measuring.amplitude, size = now, float(measuring._common.mean)
+    measuring._adjust(seen / size, widest)
+    assert measuring.amplitude == then
 
 
 @pytest.mark.parametrize("options", [{"calibrate": False}, {"method": "ste"}, {"strength": 0.0}])
