@@ -9,8 +9,8 @@ weights w + eps, rounded at random about their mean w,
 for any loss whatever. So a few early steps and then one in `EVERY` have their forwards at such weights; the gradient
 that arrives at the optimizer tells the rest. What it holds of the loss's slope at w has mean zero and most of the
 spread: the optimizer's first moment, where it keeps one, is taken out as far as it agrees, and eps is scaled to show
-beside what remains (`SEEN`). `gain` holds what is believed after each of them: of the whole term, and of each weight's
-share in it.
+beside what remains (`LITTLE`). `gain` holds what is believed after each of them: of the whole term, and of each
+weight's share in it.
 
 From such a step's first forward until its optimizer steps, the parameters *hold* the noisy values, so that all that
 reads them computes with the same ones: recomputation, a head applied outside of the model, other compilers, shards.
@@ -47,15 +47,14 @@ EVERY = 200
 """From then on the next measurement comes after as many steps as there were so far, for a training changes fastest at
 its beginning, and in the long run after so many."""
 
-SEEN = 6.0
-"""A measuring step has as much noise as makes the increase so many standard deviations of what hides it. That is the
-slope on one batch: of noise k times as large the increase is k^2 times as large, and seen k times as well. Noise that
-shows more disturbs the step more: 61 measurements in 600 steps cost the quickstart's model .013 nats where they were
-seen fourfold, nothing that two seeds show where twofold; of few, as there are, good ones follow a size that moves."""
+LITTLE, MUCH = 2.0, 6.0
+"""How many standard deviations of what hides it an increase is to show at least, and at most. That is the slope on one
+batch: of noise k times as large the increase is k^2 times as large, and shows k times as much. Where rounding's own
+noise shows it between these two, the noise is that; larger noise disturbs the step more, and the optimizer's moments."""
 
 WIDEST, LEAST, CHANGE = 0.5, 0.25, 4.0
-"""But no wider than so much of the weights, beyond which the increase is not of second order, unless rounding is; no
-narrower than so much of rounding's noise; and no further than this factor from one measurement to the next."""
+"""But noise is no wider than so much of the weights, beyond which the increase is not of second order, unless rounding
+is; no narrower than so much of rounding's; and no further than this factor from one measurement to the next."""
 
 DOUBT = 4.0
 """By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
@@ -288,9 +287,10 @@ class Measuring:
         now, seen = self.amplitude, float(self._common.mean) * predicted
         if not (seen > 0 and math.isfinite(widest)):
             return
-        wanted = now * min(max(SEEN / seen, 1 / CHANGE), CHANGE)
-        widest_yet = max(now * WIDEST * widest, 1.0)
-        self.amplitude = 2.0 ** round(math.log2(max(min(wanted, widest_yet), LEAST)))
+        shown = seen / now  # by rounding's own noise
+        wanted = LITTLE / shown if shown < LITTLE else min(MUCH / shown, 1.0)
+        wanted = min(max(wanted, now / CHANGE, LEAST), now * CHANGE, max(now * WIDEST * widest, 1.0))
+        self.amplitude = 2.0 ** round(math.log2(wanted))
 
     def _align(self) -> None:
         """The beliefs of weights stand in their order: a model may get and lose some."""

@@ -99,7 +99,7 @@ def transform(
         likelihood: for ``"ggn"``, what the output parametrizes: ``"categorical"`` (the default), ``"bernoulli"``,
             ``"gaussian"``, or the loss itself, such as ``F.mse_loss``; see `likelihood`.
         calibrate: measures the size of the term, whatever the loss: the forwards of a few early steps, then of one in
-            two hundred, run at randomly rounded weights, and log the loss there. False takes it as counted, which is
+            two hundred, run at randomly moved weights, and log the loss there. False takes it as counted, which is
             right for a mean over independent likelihood terms.
         refresh: one optimizer step of so many gathers curvature, which rests in between; by default each of the first
             1000 with a term, then one of 4, for which the graphs are compiled anew. For ``"ggn"`` by default each.

@@ -14,7 +14,7 @@ from torch import nn
 
 import lotion_fx
 from benchmarks.losses import LOSSES, batches, increase, train
-from lotion_fx.measuring import CHANGE, EVERY, FIRST, LEAST, SEEN, uniforms
+from lotion_fx.measuring import CHANGE, EVERY, FIRST, LEAST, LITTLE, MUCH, uniforms
 from lotion_fx.numerics import rounding
 from lotion_fx.state import registry, smoothings_of
 from tests.models import LM, MLP, counted, ids, lm_loss
@@ -213,13 +213,15 @@ def test_the_next_measurement_comes_after_as_many_steps_as_there_were():
 @pytest.mark.parametrize(
     "now, seen, widest, then",
     [
-        (1.0, SEEN, 100.0, 1.0),  # as it should be
-        (1.0, SEEN / 2, 100.0, 2.0),
-        (1.0, SEEN / 100, 100.0, CHANGE),  # not further at once
-        (4.0, SEEN / 4, 1.0, 2.0),  # half as wide as the weights
-        (2.0, SEEN / 4, 0.25, 1.0),  # rounding itself is wider
-        (4.0, SEEN * 2, 100.0, 2.0),
-        (0.5, SEEN * 100, 100.0, LEAST),
+        (1.0, LITTLE, 100.0, 1.0),  # as it should be
+        (1.0, MUCH, 100.0, 1.0),
+        (1.0, LITTLE / 2, 100.0, 2.0),
+        (1.0, LITTLE / 100, 100.0, CHANGE),  # not further at once
+        (4.0, LITTLE / 4, 1.0, 2.0),  # half as wide as the weights
+        (2.0, LITTLE / 4, 0.25, 1.0),  # rounding itself is wider
+        (4.0, LITTLE * 8, 100.0, 1.0),  # rounding itself shows
+        (1.0, MUCH * 2, 100.0, 0.5),
+        (0.5, MUCH * 100, 100.0, LEAST),
         (2.0, 0.0, 100.0, 2.0),  # nothing was predicted
     ],
 )
