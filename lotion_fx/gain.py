@@ -18,7 +18,7 @@ REACH, STEP = 46.0, 0.05
 PRIOR = 0.25
 """How far from 1 the factor is expected before anything was observed."""
 
-WALK = 0.1
+WALK = 0.03
 """How far it walks from one observation to the next."""
 
 DEGREES = 8.0

@@ -50,7 +50,7 @@ its beginning, and in the long run after so many."""
 LITTLE, MUCH = 2.0, 6.0
 """How many standard deviations of what hides it an increase is to show at least, and at most. That is the slope on one
 batch: of noise k times as large the increase is k^2 times as large, and shows k times as much. Where rounding's own
-noise shows it between these two, the noise is that; larger noise disturbs the step more, and the optimizer's moments."""
+noise shows it between these two, the noise is that; larger noise disturbs the step, and the optimizer's moments."""
 
 WIDEST, LEAST, CHANGE = 0.5, 0.25, 4.0
 """But noise is no wider than so much of the weights, beyond which the increase is not of second order, unless rounding
