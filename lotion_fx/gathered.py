@@ -23,7 +23,7 @@ class Gathered:
         last_step: of the model, that was the last with a gradient; None if there was none since it was loaded.
         last_forward: of the model, before that step.
         has_optimizer: whether an optimizer that stepped holds it.
-        gradient: address and version of the weight's ``.grad`` when the last backward pass ended; None without one.
+        has_gradient: whether the weight had a ``.grad`` when the last backward pass of the step under way ended.
     """
 
     probe: Tensor | None = None
@@ -37,7 +37,7 @@ class Gathered:
     last_step: int | None = None
     last_forward: int = 0
     has_optimizer: bool = False
-    gradient: tuple[int, int] | None = None
+    has_gradient: bool = False
 
     def drop_probe(self) -> None:
         """Forgets what the probe gathered."""

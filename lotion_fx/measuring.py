@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from lotion_fx import private, private_ranks
 from lotion_fx.gain import Gains
+from lotion_fx.numerics.uniforms import uniforms
 from lotion_fx.passes.attach.sharded import is_cut
 from lotion_fx.shards import index_of, local_of, shared_amax
 
@@ -114,6 +115,7 @@ class Measuring:
         self._is_told = False
         self._residuals: Tensor | None = None
         self._common, self._own = Gains(1), _own_gains(0)
+        self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
         self._order: list[Weight] = []  # of the rows of `_own`
         self._factors: dict[Weight, float] = {}
         self._held: dict[Weight, Held] = {}
@@ -228,7 +230,7 @@ class Measuring:
         pending: Tensor | None,
         loss_count: Tensor | None,
         curvature_of: Callable[[Weight, Tensor], Tensor | None],
-    ) -> None:
+    ) -> set[Weight]:
         """An optimizer is about to step, and the gradients are the loss's own still.
 
         Args:
@@ -236,6 +238,9 @@ class Measuring:
             pending: the loss scale that is still in the gradients.
             loss_count: T of the step on this rank.
             curvature_of: h over this rank's part of a weight, without this step's.
+
+        Returns:
+            The weights that had noise: what the step gathered of their curvature is that at other weights.
         """
         held = {weight: self._held.pop(weight, None) for weight, _ in pairs}
         moments = _moments(optimizer, [parameter for _, parameter in pairs])
@@ -246,14 +251,20 @@ class Measuring:
             sums.append(_sums(weight, p, h, _gradient(p, pending), slope, curvature))
         if sums:
             self._expect(loss_count)
-            self._learn([weight for weight, _, _ in told], _over_shards(torch.stack(sums), [p for _, p, _ in told]))
+            self._learn(
+                [weight for weight, _, _ in told],
+                _over_shards(torch.stack(sums), [p for _, p, _ in told]),
+                told[0][2].amplitude,
+            )
+        return {weight for weight, _, _ in told}
 
-    def _learn(self, weights: Sequence[Weight], sums: Tensor) -> None:
-        """One measurement of these weights.
+    def _learn(self, weights: Sequence[Weight], sums: Tensor, amplitude: float) -> None:
+        """One measurement of these weights; where each optimizer steps a few, of them and those before.
 
         Args:
             sums: float64 [weights, 8] of eps g, eps m, sigma^2 g^2, sigma^2 g m, sigma^2 m^2, sigma^2 h, sigma^2 and
                 w^2, with the gradient g, what is known of the slope m, and the curvature h.
+            amplitude: of the noise.
         """
         eps_g, eps_m, gg, gm, mm, predicted, spread, energy = sums.cpu().unbind(1)
         agrees = torch.where(mm > 0, gm / mm, 0.0)
@@ -263,10 +274,15 @@ class Measuring:
         if not bool((predicted.sum() > 0) & sums.isfinite().all()):
             self.amplitude = 1.0  # if it was that
             return
-        self.draws += not self._is_told  # an optimizer for each weight tells it in parts
-        self._is_told = True
-        self._common.observe(measured.sum()[None], predicted.sum()[None], variance.sum()[None])
-        self._adjust(float(predicted.sum() / variance.sum().sqrt()), float((energy.sum() / spread.sum()).sqrt()))
+        if not self._is_told:
+            self.draws, self._is_told = self.draws + 1, True
+            self._whole, self._before = torch.zeros_like(self._whole), self._common.density
+        self._whole += torch.stack([measured, predicted, variance, spread, energy]).sum(1)
+        self._common.restore(self._before)
+        self._common.observe(*self._whole[:3, None])
+        _, predicted_whole, variance_whole, spread_whole, energy_whole = self._whole
+        shown, widest = predicted_whole / variance_whole.sqrt(), (energy_whole / spread_whole).sqrt()
+        self._adjust(amplitude, float(shown), float(widest))
         self._align()
         places = {weight: place for place, weight in enumerate(self.weights)}
         at, common = torch.tensor([places[weight] for weight in weights]), float(self._common.mean)
@@ -277,14 +293,15 @@ class Measuring:
         own = own * (predicted.sum() / (own[at] * predicted).sum())  # together they are the whole
         self._factors = {weight: _rounded(common * float(own[place])) for weight, place in places.items()}
 
-    def _adjust(self, predicted: float, widest: float) -> None:
+    def _adjust(self, now: float, predicted: float, widest: float) -> None:
         """Chooses the noise's amplitude of the next measurement, a power of two.
 
         Args:
-            predicted: increase of this one by the counted term, in standard deviations of what hides it.
-            widest: the weights over this one's noise, root mean squares.
+            now: the one of this measurement.
+            predicted: its increase by the counted term, in standard deviations of what hides it.
+            widest: the weights over its noise, root mean squares.
         """
-        now, seen = self.amplitude, float(self._common.mean) * predicted
+        seen = float(self._common.mean) * predicted
         if not (seen > 0 and math.isfinite(widest)):
             return
         shown = seen / now  # by rounding's own noise
@@ -364,18 +381,6 @@ def _sums(
         local.float().square(),
     )
     return torch.stack([product.sum(dtype=torch.float64) for product in products])
-
-
-def uniforms(seed: int, index: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), float32 with 24 bits, told by the seed and each element's place alone.
-
-    So that shards draw what the whole weight would. Source: Steele et al., "Fast splittable pseudorandom number
-    generators", OOPSLA 2014 (its mixing function, variant 13 of Stafford's).
-    """
-    x = index * -0x61C8864680B583EB + (seed * 0x2545F4914F6CDD1D + 0x1234567) % (1 << 63)
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return ((x >> 40) & 0xFFFFFF).float() * 2.0**-24
 
 
 def _rounded(x: float) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lotion_fx import private, private_ranks
+from lotion_fx import private_ranks
 from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import Layout
@@ -26,12 +26,6 @@ from lotion_fx.passes.attach.probe import Layout
 def local_of(tensor: Tensor) -> Tensor:
     """A tensor's values on this rank, detached: the local shard of a DTensor, else the tensor."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def identity_of(tensor: Tensor) -> tuple[int, int]:
-    """Changes where this rank's part of a tensor is written, or another tensor is put in its place."""
-    local = local_of(tensor)
-    return local.data_ptr(), private.version_of(local)
 
 
 def sample(grad: Tensor, count: int = 32) -> Tensor:

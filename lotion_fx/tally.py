@@ -28,7 +28,7 @@ from lotion_fx.passes.attach.attach import STE
 from lotion_fx.passes.attach.probe import Header
 from lotion_fx.schedule import PHASES, Phase
 from lotion_fx.settings import Settings
-from lotion_fx.shards import identity_of, local_of, sample
+from lotion_fx.shards import local_of, sample
 
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
@@ -312,12 +312,12 @@ class Tally:
         self.last_checked, kept = backward, []
         for weight in self.weights:
             gathered, master = weight.gathered, weight.master
-            if gathered.gradient is None or master is None or gathered.probe is None or gathered.probe.grad is None:
+            if not gathered.has_gradient or master is None or gathered.probe is None or gathered.probe.grad is None:
                 continue
             if master.grad is None:
                 gathered.drop_probe()
                 self._dropped()
-            elif gathered.gradient != identity_of(master.grad):  # zeroed in place, or scaled
+            else:  # zeroed in place perhaps, which counts as no change through `.data`
                 kept.append(local_of(master.grad).any())
                 gathered.probe.grad *= kept[-1]
                 gathered.loss_count = None if gathered.loss_count is None else gathered.loss_count * kept[-1]
@@ -348,9 +348,9 @@ class Tally:
         for weight in self.weights:
             master = weight.master
             grad = None if master is None or not weight.selected else master.grad
-            weight.gathered.gradient = None if grad is None else identity_of(grad)
-            if master is not None and master.grad is not None and not weight.is_analytic and weight.selected:
-                self.gradients[weight] = sample(master.grad).clone()
+            weight.gathered.has_gradient = grad is not None
+            if grad is not None and not weight.is_analytic:
+                self.gradients[weight] = sample(grad).clone()
         if not self.term_steps and by_hand.is_alone(self):
             held = ((weight, weight.master) for weight in self.weights if weight.selected)
             grads = ((weight, master.grad) for weight, master in held if master is not None)
@@ -400,7 +400,7 @@ class Tally:
         for weight in weights:
             gathered = weight.gathered
             gathered.drop_probe()
-            gathered.steps, gathered.gradient = gathered.steps + counts, None
+            gathered.steps, gathered.has_gradient = gathered.steps + counts, False
             gathered.in_objective = gathered.in_loss = False
             self.gradients.pop(weight, None)
         self.is_closed = True

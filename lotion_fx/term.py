@@ -33,6 +33,10 @@ weight, see `update`."""
 STRONG = 4.0
 """A strength above this may make the term outweigh the loss, and is kept within bounds."""
 
+WIDE, COARSE = 128, 2
+"""Where more weights than this share a scale, or levels have no more bits than this, terms outgrow the loss in a second
+moment that holds their squares, at any strength: the largest weight, which is the scale, has those of all in it."""
+
 _PROVISIONAL = (None, Code.UNREACHED, Code.UNRESOLVED)  # another graph may yet show more
 _UNCOUNTED = "nothing counted the loss terms of this step, which scale the term, so they are taken as 1"
 Pairs = Sequence[tuple[Weight, Tensor]]  # each with the parameter that the optimizer steps
@@ -116,6 +120,7 @@ class Step:
         self.ranks = {w: Ranks.of(p, self.tally.mesh) for w, p in pairs if isinstance(p, DTensor)}
         self.group = self.tally.group or next((ranks.batch for ranks in self.ranks.values() if ranks.batch), None)
         self.device = pairs[0][1].device
+        self.noisy: set[Weight] = set()
 
     def run(self) -> None:
         """Moves every weight's curvature, and adds its term or hands it over."""
@@ -123,7 +128,7 @@ class Step:
             if isinstance(moment := self._moment_of(parameter), Tensor):
                 weight.curvature.moment = local_of(moment)
         tally = self.tally
-        tally.measuring.observe(self.pairs, self.optimizer, self.pending, tally.loss_count, curvature_of)
+        self.noisy = tally.measuring.observe(self.pairs, self.optimizer, self.pending, tally.loss_count, curvature_of)
         shrunk = self._shrunk()
         factors = self._factors(shrunk)
         vectors = self._payloads(factors)
@@ -165,10 +170,10 @@ class Step:
 
     def _bound(self, total: Tensor) -> tuple[str, Tensor]:
         """By what terms are kept small, and what that is to be divided by. T is ``total``."""
+        if self.settings.reads_moment:
+            return (MOMENT if self.settings.strength > STRONG else ""), total.sqrt()
         if self.settings.strength <= STRONG:
             return "", total
-        if self.settings.reads_moment:
-            return MOMENT, total.sqrt()
         rates = [group["lr"] for group in self.optimizer.param_groups if "dampening" in group]  # as SGD alone has
         rate = max((float(rate) for rate in rates), default=0.0)
         return (SIZE, torch.full_like(total, max(rate, 1e-30))) if rates else ("", total)
@@ -242,7 +247,7 @@ class Step:
         vector = weight.gathered.probe.grad if weight.gathered.probe is not None else None
         if not self.tally.resting and weight.curvature.code in _PROVISIONAL:
             weight.curvature.code = self._code(vector)
-        if self.tally.resting and self._rests(weight):
+        if self._rests(weight):
             return None
         if weight.is_analytic and (vector is not None or self.group is not None):
             # A rank whose batch did not use the weight has seen no position of it.
@@ -254,10 +259,12 @@ class Step:
         return None
 
     def _rests(self, weight: Weight) -> bool:
-        """Whether a weight keeps its curvature in a step that gathers none.
+        """Whether a weight keeps its curvature: in a step that gathers none, or none at the weight's own value.
 
         Passes of their own, which is all that ``"ggn"`` saves, tell nothing of squared gradients.
         """
+        if not self.tally.resting:
+            return weight in self.noisy
         return weight.is_analytic or weight.curvature.code is None or not self.settings.samples_labels
 
     def _code(self, vector: Tensor | None) -> Code:
@@ -324,7 +331,7 @@ class Step:
         known, (values, grad, part, held_of) = weight.curvature, held
         vector, *amax = given
         payload = [] if vector is None else [vector]
-        is_kept = known.code in (None, Code.ANALYTIC) or (self.tally.resting and self._rests(weight))
+        is_kept = known.code in (None, Code.ANALYTIC) or self._rests(weight)
         source = VECTOR if payload else KEPT if is_kept else FISHER
         state = known.ema
         if self.settings.reads_moment:
@@ -340,7 +347,11 @@ class Step:
         assert state is not None
         shared = [x for x in amax if x is not None]
         args = [values, grad, state, *payload, *shared, factors.row, factors.gradient, gain, factors.limit]
-        return Spec.of(weight, source, part, factors.bounded, args), args
+        return Spec.of(weight, source, part, self._bound_of(weight, factors), args), args
+
+    def _bound_of(self, weight: Weight, factors: Factors) -> str:
+        """By what one weight's term is kept small."""
+        return MOMENT if self.settings.reads_moment and _feeds_itself(weight) else factors.bounded
 
     def _moment_of(self, parameter: Tensor) -> Any:
         """The optimizer's second moment, if it has one."""
@@ -363,7 +374,11 @@ class Step:
     def _is_taken(self, weight: Weight, parameter: Tensor, moment: Any, factors: Factors, gain: Tensor) -> bool:
         """Hands the term to an optimizer that makes it in its own pass, if it can; True if so."""
         optimizer, has_moment = self.optimizer, isinstance(moment, Tensor)
-        if not isinstance(optimizer, TakesTerms) or factors.bounded or not (has_moment or weight.curvature.ema is None):
+        if (
+            not isinstance(optimizer, TakesTerms)
+            or self._bound_of(weight, factors)
+            or not (has_moment or weight.curvature.ema is None)
+        ):
             return False
         if not optimizer.can_take(parameter, weight):
             return False
@@ -372,6 +387,14 @@ class Step:
         optimizer.terms[parameter] = Term(weight, *pair, gain)
         weight.curvature.ema = None
         return True
+
+
+def _feeds_itself(weight: Weight) -> bool:
+    """Whether a term of moderate strength that is made of a second moment may grow by what it adds to it."""
+    assert weight.master is not None
+    fmt, shape = weight.quantizer.format, weight.master.shape
+    shared = {"tensor": shape.numel(), "channel": shape[weight.quantizer.axis]}
+    return fmt.grid.bits <= COARSE or (fmt.block if isinstance(fmt.block, int) else shared[fmt.block]) > WIDE
 
 
 def _summed(group: Any, vectors: dict[Weight, Tensor]) -> dict[Weight, Tensor]:

@@ -14,8 +14,9 @@ from torch import nn
 
 import lotion_fx
 from benchmarks.losses import LOSSES, batches, increase, train
-from lotion_fx.measuring import CHANGE, EVERY, FIRST, LEAST, LITTLE, MUCH, uniforms
+from lotion_fx.measuring import CHANGE, EVERY, FIRST, LEAST, LITTLE, MUCH
 from lotion_fx.numerics import rounding
+from lotion_fx.numerics.uniforms import uniforms
 from lotion_fx.state import registry, smoothings_of
 from tests.models import LM, MLP, counted, ids, lm_loss
 from tests.runtime.steps import one_step
@@ -167,6 +168,39 @@ def test_a_validation_amid_micro_batches_spoils_the_measurement_alone():
     assert measuring_of(model).draws == 1
 
 
+def test_curvature_at_noisy_weights_is_left_out():
+    model, optimizer = trained(FIRST)
+    weights = [weight for weight in measuring_of(model).weights if weight.curvature.ema is not None]
+    before, seen = [weight.curvature.ema.clone() for weight in weights], []
+    for step in (FIRST, FIRST + 1):
+        begun = measuring_of(model).begun
+        one_step(model, optimizer, lambda m: lm_loss(m, ids(seed=5)))
+        after = [weight.curvature.ema.clone() for weight in weights]
+        same = [torch.equal(one, other) for one, other in zip(before, after, strict=True)]
+        assert same == [measuring_of(model).begun > begun] * len(weights), step
+        before, seen = after, [*seen, same[0]]
+    assert True in seen and False in seen
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_optimizer_for_each_weight_measures_as_one_does(momentum):
+    told = []
+    for apart in (False, True):
+        torch.manual_seed(0)
+        model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+        parameters = list(model.parameters())
+        groups = [[parameter] for parameter in parameters] if apart else [parameters]
+        optimizers = [torch.optim.SGD(group, 0.0, momentum=momentum) for group in groups]
+        for step in range(6):
+            lm_loss(model, ids(seed=step)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        measuring = measuring_of(model)
+        told.append((measuring.draws, measuring.amplitude, *measuring.common))
+    assert told[0] == pytest.approx(told[1], rel=1e-5) and told[0][0] > FIRST
+
+
 def test_a_skipped_step_is_measured_with_the_next():
     model, optimizer = trained(1)
     own = model.head.weight.detach().clone()
@@ -227,8 +261,9 @@ def test_the_next_measurement_comes_after_as_many_steps_as_there_were():
 )
 def test_noise_is_scaled_until_the_increase_shows(now, seen, widest, then):
     measuring = measuring_of(trained(0, make=MLP)[0])
-    measuring.amplitude, size = now, float(measuring._common.mean)
-    measuring._adjust(seen / size, widest)
+    size = float(measuring._common.mean)
+    measuring.amplitude = now
+    measuring._adjust(now, seen / size, widest)
     assert measuring.amplitude == then
 
 
@@ -329,6 +364,21 @@ def test_no_strength_ends_in_nan(curvature, optimizer):
         for _ in range(30):
             one_step(model, steps, lambda m, x=x, y=y, r=reduction: F.cross_entropy(m(x), y, reduction=r))
         assert all(p.isfinite().all() for p in model.parameters()), (reduction, strength)
+
+
+@pytest.mark.parametrize("fmt", ["int2/tensor", "int3/tensor", "int2/channel", "int2"])
+def test_the_terms_of_many_weights_under_one_scale_do_not_feed_themselves(fmt):
+    """The largest weight's gradient has the terms of all; its square enters the moment that its own term is made of."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 64), nn.GELU(), nn.Linear(64, 10))
+    model = lotion_fx.transform(net, fmt, inner="aot_eager", curvature="fisher")
+    x, y = torch.randn(2048, 256), torch.randint(0, 10, (2048,))
+    steps = torch.optim.Adam(model.parameters(), 5e-3)
+    for step in range(100):
+        rows = slice(step * 128 % 2048, step * 128 % 2048 + 128)
+        one_step(model, steps, lambda m, rows=rows: F.cross_entropy(m(x[rows]), y[rows]))
+    largest = max(float(steps.state[p]["exp_avg_sq"].max()) for p in model.parameters())
+    assert largest < 1 and all(p.isfinite().all() for p in model.parameters())
 
 
 def test_counted_models_tell_their_count():
