@@ -23,7 +23,6 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,9 +33,9 @@ from torch.distributed.tensor import DTensor
 
 from lotion_fx import private, private_ranks
 from lotion_fx.gain import Gains
-from lotion_fx.numerics.uniforms import uniforms
+from lotion_fx.held import Held
 from lotion_fx.passes.attach.sharded import is_cut
-from lotion_fx.shards import index_of, local_of, shared_amax
+from lotion_fx.shards import local_of, shared_amax
 
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
@@ -62,36 +61,6 @@ DOUBT = 4.0
 
 _MOMENTS = ("exp_avg", "momentum_buffer")
 _OWN_REACH, _OWN_STEP, _OWN_PRIOR = math.log(8.0), 0.1, 0.25  # of one weight's factor beside the common one
-
-
-@dataclass
-class Held:
-    """A parameter that holds other values for the step under way.
-
-    Args:
-        own: its own values while it holds rounded ones; afterwards the rounded ones.
-        version: of the parameter when it came to hold them.
-        seed: by which they were drawn.
-        amax: the absmax of the whole weight, where it is needed of a shard; else None.
-        amplitude: of the noise, in units of that of randomized rounding.
-        is_back: whether it has its own again.
-    """
-
-    own: Tensor
-    version: int
-    seed: int
-    amax: Tensor | None
-    amplitude: float
-    is_back: bool = False
-
-    def noisy(self, weight: Weight, parameter: Tensor, own: Tensor) -> Tensor:
-        """The values that a parameter comes to hold, given its own on this rank."""
-        uniform = uniforms(self.seed, index_of(parameter))
-        rounded = weight.quantizer.rr(own, uniform=uniform, amax_tensor=self.amax)
-        if self.amplitude == 1:
-            return rounded
-        mean = weight.quantizer.mean(own)
-        return mean + self.amplitude * (rounded - mean)
 
 
 class Measuring:
@@ -201,26 +170,37 @@ class Measuring:
         """Whether parameters hold rounded values for a measurement under way."""
         return any(not held.is_back for held in self._held.values())
 
-    def residuals_arrived(self, norms: Tensor, energies: Tensor) -> None:
+    def residuals_arrived(self, norms: Tensor, energies: Tensor, likely: Tensor) -> None:
         """The gradients of a model's outputs arrived in a backward pass that measures.
 
         Args:
             norms, energies: 0-d, the sum over rows of the gradient's norm and of its square.
+            likely: 0-d, the sum of the square over the weight of the row's loss, nan where that is not told.
         """
-        now = torch.stack([norms, energies]).double()
+        now = torch.stack([norms, energies, likely]).double()
         self._residuals = now if self._residuals is None else self._residuals + now
 
-    def _expect(self, loss_count: Tensor | None) -> None:
+    def _expect(self, loss_count: Tensor | None, loss_scale: Tensor | None, group: Any, device: torch.device) -> None:
         """Before anything was measured: what the size may be expected to be.
 
-        Residuals of a likelihood are about 1 in size, so that their weights in the loss show in their gradients: of a
-        sum these are of size 1, of a mean over T of size 1/T. Where they contradict the count, they are believed.
+        Where every row's loss is a likelihood's of some weight, that is known. Else its residuals are taken to be
+        about 1 in size, so that their weights in the loss show in their gradients: of a sum these are of size 1, of a
+        mean over T of size 1/T. Where such a guess contradicts the count, it is believed.
         """
-        if self._residuals is None or self.begun > 1 or loss_count is None:
+        if self.begun > 1:
             return
-        norms, energies = self._residuals.tolist()
-        ratio = norms / (energies * max(float(loss_count), 1.0)) if energies > 0 else 1.0
-        if not 1 / DOUBT < ratio < DOUBT and math.isfinite(ratio):
+        seen = torch.zeros(4, dtype=torch.float64, device=device)
+        if self._residuals is not None and loss_count is not None:
+            seen[:3], seen[3] = self._residuals, loss_count
+        ranks = 1 if group is None else dist.get_world_size(group)
+        if group is not None:
+            dist.all_reduce(seen, group=group)
+        norms, energies, likely, terms = seen.tolist()
+        is_known = math.isfinite(likely)
+        scale = 1.0 if loss_scale is None else float(loss_scale)  # in the gradients of outputs
+        by_count = energies * terms / scale
+        ratio = ranks * (likely if is_known else norms) / by_count if by_count > 0 else 1.0
+        if math.isfinite(ratio) and ratio > 0 and (is_known or not 1 / DOUBT < ratio < DOUBT):
             self._common.shift(math.log(ratio))
 
     def observe(
@@ -228,7 +208,9 @@ class Measuring:
         pairs: Sequence[tuple[Weight, Tensor]],
         optimizer: torch.optim.Optimizer,
         pending: Tensor | None,
+        loss_scale: Tensor | None,
         loss_count: Tensor | None,
+        group: Any,
         curvature_of: Callable[[Weight, Tensor], Tensor | None],
     ) -> set[Weight]:
         """An optimizer is about to step, and the gradients are the loss's own still.
@@ -236,7 +218,9 @@ class Measuring:
         Args:
             pairs: its weights, with their parameters, which have a ``.grad`` and hold their own values.
             pending: the loss scale that is still in the gradients.
+            loss_scale: the one that backward saw.
             loss_count: T of the step on this rank.
+            group: of ranks, over which gradients are averaged; None of one alone.
             curvature_of: h over this rank's part of a weight, without this step's.
 
         Returns:
@@ -250,7 +234,7 @@ class Measuring:
             slope, curvature = moments.get(p), curvature_of(weight, p)
             sums.append(_sums(weight, p, h, _gradient(p, pending), slope, curvature))
         if sums:
-            self._expect(loss_count)
+            self._expect(loss_count, loss_scale, group, told[0][1].device)
             self._learn(
                 [weight for weight, _, _ in told],
                 _over_shards(torch.stack(sums), [p for _, p, _ in told]),

@@ -128,7 +128,8 @@ class Step:
             if isinstance(moment := self._moment_of(parameter), Tensor):
                 weight.curvature.moment = local_of(moment)
         tally = self.tally
-        self.noisy = tally.measuring.observe(self.pairs, self.optimizer, self.pending, tally.loss_count, curvature_of)
+        known = self.pending, self.loss_scale, tally.loss_count, self.group
+        self.noisy = tally.measuring.observe(self.pairs, self.optimizer, *known, curvature_of)
         shrunk = self._shrunk()
         factors = self._factors(shrunk)
         vectors = self._payloads(factors)

@@ -1,0 +1,44 @@
+"""A parameter that holds noisy values for a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lotion_fx.numerics.uniforms import uniforms
+from lotion_fx.shards import index_of
+
+if TYPE_CHECKING:
+    from lotion_fx.state import Weight
+
+
+@dataclass
+class Held:
+    """A parameter that holds other values for the step under way.
+
+    Args:
+        own: its own values while it holds rounded ones; afterwards the rounded ones.
+        version: of the parameter when it came to hold them.
+        seed: by which they were drawn.
+        amax: the absmax of the whole weight, where it is needed of a shard; else None.
+        amplitude: of the noise, in units of that of randomized rounding.
+        is_back: whether it has its own again.
+    """
+
+    own: Tensor
+    version: int
+    seed: int
+    amax: Tensor | None
+    amplitude: float
+    is_back: bool = False
+
+    def noisy(self, weight: Weight, parameter: Tensor, own: Tensor) -> Tensor:
+        """The values that a parameter comes to hold, given its own on this rank."""
+        uniform = uniforms(self.seed, index_of(parameter))
+        rounded = weight.quantizer.rr(own, uniform=uniform, amax_tensor=self.amax)
+        if self.amplitude == 1:
+            return rounded
+        mean = weight.quantizer.mean(own)
+        return mean + self.amplitude * (rounded - mean)

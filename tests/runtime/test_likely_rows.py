@@ -1,0 +1,100 @@
+"""What gradients at a model's output tell of its loss: against the weights that a loss was made with.
+
+Broken once and seen red: a likelihood seen in any gradient, rows without weight counted, the loss scale left in.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lotion_fx
+from lotion_fx.rows import energy_by_likelihood
+from tests.models import LM, ids, lm_loss
+from tests.runtime.steps import one_step
+
+torch.manual_seed(0)
+FLAT, IMAGES, TEXT = torch.randn(40, 7), torch.randn(5, 7, 4, 3), torch.randn(4, 9, 7)
+LABELS, MAP = torch.randint(0, 7, (40,)), torch.randint(0, 7, (5, 4, 3))
+WEIGHTS = torch.rand(40).where(torch.rand(40) > 0.3, 0.0)
+CLASSES = torch.rand(7) + 0.1
+
+LIKELY = {  # the loss, and the weight of each row's negative log likelihood in it
+    "mean": (FLAT, lambda z: F.cross_entropy(z, LABELS), torch.full((40,), 1 / 40)),
+    "sum": (FLAT, lambda z: F.cross_entropy(z, LABELS, reduction="sum"), torch.ones(40)),
+    "weights": (FLAT, lambda z: (WEIGHTS * F.cross_entropy(z, LABELS, reduction="none")).sum(), WEIGHTS),
+    "classes": (FLAT, lambda z: F.cross_entropy(z, LABELS, CLASSES), CLASSES[LABELS] / CLASSES[LABELS].sum()),
+    "ignored": (
+        FLAT,
+        lambda z: F.cross_entropy(z, LABELS.where(LABELS > 1, -100)),
+        (LABELS > 1) / (LABELS > 1).sum(),
+    ),
+    "images": (IMAGES, lambda z: 3 * F.cross_entropy(z, MAP), torch.full((5, 1, 4, 3), 3 / 60)),
+    "text": (TEXT, lambda z: F.cross_entropy(z.flatten(0, 1), LABELS[:36]), torch.full((4, 9), 1 / 36)),
+    "bits": (FLAT, lambda z: F.binary_cross_entropy_with_logits(z, (FLAT > 1).float()), torch.full((40,), 1 / 280)),
+    "sum of bits": (
+        FLAT[:, 0],
+        lambda z: F.binary_cross_entropy_with_logits(z, LABELS.gt(3).float(), reduction="sum"),
+        torch.ones(40),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LIKELY)
+def test_a_likelihood_shows_what_each_row_weighs(name, dtype):
+    output, loss, weights = LIKELY[name]
+    z = output.to(dtype).requires_grad_()
+    grad = torch.autograd.grad(loss(z.float()), z)[0]
+    weights = weights[..., None] if weights.dim() < grad.dim() else weights
+    expected = torch.where(weights > 0, grad.float().square() / weights, 0.0).sum()
+    torch.testing.assert_close(
+        energy_by_likelihood(z.detach(), grad), expected, rtol=1e-4 if z.dtype == torch.float32 else 0.02, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: F.mse_loss(z, FLAT.flip(0)),
+        lambda z: F.cross_entropy(z, FLAT.softmax(1).flip(0)),
+        lambda z: F.huber_loss(z, FLAT.flip(0)),
+        lambda z: F.cross_entropy(z, LABELS) + z.square().mean(),
+        lambda z: F.cross_entropy(z / 2, LABELS),
+        lambda z: F.cross_entropy(z, LABELS, label_smoothing=0.2),
+        lambda z: F.multi_margin_loss(z, LABELS),
+    ],
+)
+def test_others_show_nothing(loss):
+    z = FLAT.clone().requires_grad_()
+    assert energy_by_likelihood(z.detach(), torch.autograd.grad(loss(z), z)[0]).isnan()
+
+
+def terms(loss, steps=(2, 6), scaler=None):
+    """The term after so many steps of a loss, at weights that stay."""
+    torch.manual_seed(0)
+    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    optimizer, found = torch.optim.SGD(model.parameters(), 0.0), []
+    for step in range(max(steps)):
+        if scaler is None:
+            one_step(model, optimizer, loss)
+        else:
+            scaler.scale(loss(model)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        if step + 1 in steps:
+            found.append(lotion_fx.report(model).term)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("scale", [0.33, 3.0])
+def test_a_multiple_of_a_loss_has_a_multiple_of_its_term_from_the_second_step_on(scale):
+    """A factor that is nearer to 1 than a guess by the size of residuals can tell."""
+    plain = terms(lambda m: lm_loss(m, ids(seed=1)))
+    torch.testing.assert_close(terms(lambda m: scale * lm_loss(m, ids(seed=1))), scale * plain, rtol=0.02, atol=0)
+
+
+def test_a_loss_scale_is_no_part_of_the_loss():
+    plain = terms(lambda m: lm_loss(m, ids(seed=1)))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    torch.testing.assert_close(terms(lambda m: lm_loss(m, ids(seed=1)), scaler=scaler), plain, rtol=1e-4, atol=0)
