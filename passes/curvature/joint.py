@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lotion_fx.passes.curvature.contraction import bound
 from lotion_fx.passes.ops import (
     ADDING,
     CONTRACTIONS,
@@ -26,6 +27,8 @@ from lotion_fx.passes.ops import (
 from lotion_fx.private import tree_leaves
 
 aten = torch.ops.aten
+
+_MAXIMUM = 2  # of `torch.nn.functional.embedding_bag`'s modes
 
 
 def root(node: fx.Node) -> fx.Node:
@@ -117,8 +120,7 @@ class JointGraph:
             node = pending.pop()
             if node not in shadow:
                 shadow.add(node)
-                stops = CONTRACTIONS | GATHERS
-                pending += [user for user in node.users if user not in self.backward and user.target not in stops]
+                pending += [user for user in node.users if user not in self.backward and not _ends(user)]
         return shadow
 
     def _hands_on(self, node: fx.Node, user: fx.Node, uses: Uses) -> bool:
@@ -153,6 +155,16 @@ class JointGraph:
                 uses.spread.add(user)
             return user in uses.spread
         return user.target not in CONTRACTIONS
+
+
+def _ends(user: fx.Node) -> bool:
+    """Whether what an op makes of a weight is no longer the weight: a product, or rows that it read.
+
+    What a bag of rows tells its backward pass beside their sum depends on indices alone, unless it is their maximum.
+    """
+    if user.target is aten._embedding_bag.default:
+        return bound(user)[4] != _MAXIMUM
+    return user.target in CONTRACTIONS | GATHERS
 
 
 def _takes_gathered(node: fx.Node, user: fx.Node, stack: bool) -> bool:

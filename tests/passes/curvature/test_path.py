@@ -308,6 +308,11 @@ def test_equals_the_sum_of_squares_written_out(name: str, table: str) -> None:
     assert_equals_the_sum(CASES[name], table)
 
 
+def rows(x: Tensor) -> Tensor:
+    """Two bags of rows of five."""
+    return x[:2].abs().long().clamp(max=4)
+
+
 NOT_LINEAR: dict[str, tuple[Callable[..., Tensor], Code, str | None]] = {
     "w @ w": (lambda w, x: x @ (w @ w), Code.NONLINEAR, "mm"),
     "w * w": (lambda w, x: x @ (w * w), Code.NONLINEAR, "mul"),
@@ -325,6 +330,9 @@ NOT_LINEAR: dict[str, tuple[Callable[..., Tensor], Code, str | None]] = {
     "cumsum": (lambda w, x: x @ w.cumsum(0), Code.NOT_A_CONTRACTION, "cumsum"),
     "sorted": (lambda w, x: x @ w.sort(0).values, Code.NONLINEAR, None),
     "no positions": (lambda w, x: w + x[:5], Code.NONLINEAR, None),
+    "bags": (lambda w, x: F.embedding_bag(rows(x), w, mode="sum"), Code.NOT_A_CONTRACTION, None),
+    "bags' means": (lambda w, x: F.embedding_bag(rows(x), w, mode="mean"), Code.NOT_A_CONTRACTION, None),
+    "bags' maxima": (lambda w, x: F.embedding_bag(rows(x), w, mode="max"), Code.NONLINEAR, None),
 }
 
 
