@@ -121,6 +121,11 @@ def results_of(op: Any) -> int:
     return len(op._schema.returns)
 
 
+def taken_apart(op: OpOverload) -> Callable[..., Any] | None:
+    """What Inductor runs in an operator's place, a function of ATen ops; None where it keeps the operator."""
+    return select_decomp_table().get(op)
+
+
 # --- what Dynamo knows of a graph's inputs ---
 
 

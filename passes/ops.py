@@ -152,7 +152,7 @@ OPS: tuple[Op, ...] = (
     Op(aten.index, "Tensor", **_GATHER, **_PLACED, dims=dims.index),
     Op(aten._unsafe_index, "Tensor", **_GATHER, dims=dims.index),
     Op(aten.index_select, **_GATHER, dims=dims.same),
-    Op(aten.gather, **_GATHER),
+    Op(aten.gather, **_GATHER, dims=dims.same),
     Op(aten.index_put, **_PART, **_REDUCED, through=(0, 2)),
     Op(aten._unsafe_index_put, **_REDUCED, through=(0, 2)),
     Op(aten._unsafe_masked_index_put_accumulate, **_REDUCED, through=(0, 3)),

@@ -33,7 +33,11 @@ class Operand(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """One op that meets a weight with something, see `passes.attach.usage.Use`."""
+    """One op that meets a weight with something, see `passes.attach.usage.Use`.
+
+    Of a product ``summed`` are the weight's dimensions that it sums over, ``free`` those that its result still has,
+    beside any batch; None where the op's rule does not say.
+    """
 
     kind: str
     op: str
@@ -42,6 +46,7 @@ class Meeting(NamedTuple):
     own: bool = True
     stacked: bool = False
     groups: int = 0
+    free: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class Call:
     @property
     def packet(self) -> Any:
         return functional(self.func.overloadpacket)
+
+    @property
+    def out_of_place(self) -> Any:
+        """The same overload of `packet`, the op itself where there is none."""
+        return getattr(self.packet, str(self.func).rpartition(".")[2], self.func)
 
     @property
     def name(self) -> str:
@@ -96,6 +106,7 @@ class Call:
             if not part.scaled or (data and part.is_matrix(summed, free)):
                 kind = CONTRACTION if data else INNER
                 held, stacked = part.held_at(summed), part.dims is not None and len(part.dims) > 2
+                more["free"] = part.held_at(free)
                 self.record(weight, Meeting(kind, self.name, part, held, stacked=stacked, **more))
 
 

@@ -113,7 +113,8 @@ def reduction(call: Call) -> Value:
         for weight, part in operand.value.parts.items():
             free = [dim for dim in range(rank) if dim not in summed]
             if part.outer and part.dims is not None and part.is_matrix(summed, free):
-                call.record(weight, Meeting(CONTRACTION, call.name, part, part.long(part.held_at(summed))))
+                held = part.long(part.held_at(summed))
+                call.record(weight, Meeting(CONTRACTION, call.name, part, held, free=part.held_at(free)))
         return DATA
 
     def change(part: Part) -> Part | None:

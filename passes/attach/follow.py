@@ -2,7 +2,8 @@
 
 A rule takes a `Call` and gives the value of its results; where the op meets data with a weight, it says how by
 ``call.meets``. An op without a rule of its own is a rearrangement, elementwise, or opaque: what an opaque op makes of
-weights alone still holds them, in no known arrangement, and where one takes data with a weight, it is a product.
+weights alone still holds them, arranged as the compiler's own ops in its place tell, if there are such, and where one
+takes data with a weight, it is a product.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from lotion_fx.passes.attach.call import EMBEDDING, LOOKUP, PLACED, Call
 from lotion_fx.passes.attach.elementwise import elementwise, normalization, reduction
+from lotion_fx.passes.attach.placement import INDEXED, placement
 from lotion_fx.passes.attach.products import attention, contraction, convolution, opaque, transform, weight_norm
+from lotion_fx.passes.attach.strides import Box, seen
 from lotion_fx.passes.attach.values import CONSTANT, DATA, Part, Value, lost, merged, placed
 from lotion_fx.passes.ops import CONTRACTED, REARRANGED
 
@@ -29,6 +32,12 @@ def followed(call: Call) -> list[Value]:
     """The value of each result."""
     made = _rule(call)(call)
     return made if isinstance(made, list) else [made] * len(call.shapes)
+
+
+def is_unknown(call: Call) -> bool:
+    """Whether no rule tells where an op puts the weights that it is given, no data being among its operands."""
+    held = any(part.dims is not None for operand in call.operands for part in operand.value.parts.values())
+    return held and not call.data and _rule(call) in (opaque, normalization)
 
 
 def _rule(call: Call) -> Rule:
@@ -91,7 +100,7 @@ def gather(call: Call) -> Value:
     if by_data:
         call.meets(LOOKUP, [first])
     dims = REARRANGED.get(call.packet)
-    if dims is None:
+    if dims is None or (call.data and call.packet is aten.gather):  # each entry by an index of its own: no matrices
         return DATA if call.data else first.value.map(lost)
     made = placed(first.value, dims, call.args, first.shape, call.shape)
     made = made.map(lambda part: _gathered(part, call) if by_data else part)
@@ -133,14 +142,19 @@ def join(call: Call) -> Value:
     return merged([operand.value.map(change) for operand in call.operands])
 
 
-def placement(call: Call) -> Value:
-    """Values put into places of another tensor."""
+def pair(call: Call) -> Value:
+    """Two real tensors as one, elementwise."""
+    return opaque(call) if call.data else elementwise(call)
+
+
+def strided(call: Call) -> Value:
+    """Elements by their places in memory."""
     if call.data:
-        call.meets(PLACED, call.operands)
-        return DATA
-    same = all(operand.shape == call.shape for operand in call.operands)
-    values = [operand.value for operand in call.operands]
-    return merged(values if same else [value.map(lost) for value in values])
+        return opaque(call)
+    (first,) = call.at(0)
+    base = Box.of(first.tensor)
+    view = Box(call.shape, tuple(call.args[2]), base.offset if call.args[3] is None else call.args[3])
+    return first.value.map(lambda part: seen(part, view, base))
 
 
 RULES: dict[Any, Rule] = {
@@ -153,6 +167,8 @@ RULES: dict[Any, Rule] = {
     aten.cat: join,
     aten.stack: join,
     aten._prelu_kernel: elementwise,
+    aten.complex: pair,
+    aten.as_strided: strided,
     aten.randn: _random,
     aten.rand: _random,
     aten.normal: _random,
@@ -164,7 +180,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.sum, aten.mean), reduction),
     **dict.fromkeys((aten.index, aten._unsafe_index, aten.index_select, aten.gather, aten.take), gather),
     **dict.fromkeys((aten.grid_sampler_2d, aten.grid_sampler_3d, aten.masked_select), sampled),
-    **dict.fromkeys((aten.index_put, aten._unsafe_index_put, aten.index_copy, aten.index_add, aten.copy), placement),
+    **dict.fromkeys((*INDEXED, aten.index_copy, aten.index_add, aten.copy), placement),
     **dict.fromkeys((aten.scatter, aten.scatter_add, aten.slice_scatter, aten.select_scatter), placement),
     **dict.fromkeys((aten.masked_scatter, aten.diagonal_scatter, aten.scatter_reduce), placement),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,10 +31,11 @@ from lotion_fx.passes.attach.call import (
     Meeting,
     Operand,
 )
-from lotion_fx.passes.attach.follow import followed
+from lotion_fx.passes.attach.follow import followed, is_unknown
+from lotion_fx.passes.attach.strides import Box, written
 from lotion_fx.passes.attach.values import CONSTANT, DATA, Part, Value, merged, whole
 from lotion_fx.passes.registered import settle
-from lotion_fx.private import OpOverload, TorchDispatchMode, arguments_of, source_of, tree_leaves
+from lotion_fx.private import OpOverload, TorchDispatchMode, arguments_of, source_of, taken_apart, tree_leaves
 from lotion_fx.private_ranks import identity_of
 
 __all__ = ["CONTRACTION", "ELEMENTWISE", "EMBEDDING", "INNER", "PRODUCT", "SUM", "Use", "weight_uses", "why_not_of"]
@@ -131,6 +132,7 @@ class _Tracker(TorchDispatchMode):
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], weights: Collection[int]) -> None:
         super().__init__()
         self.inside = False  # a region that is walked
+        self.apart: list[Any] = []  # the ops that are being taken apart: not the graph's own
         self.met: dict[int, list[Meeting]] = {index: [] for index in weights}
         self.values: dict[int, Value] = {}
         self.alive: list[Any] = list(inputs)  # ids stay unique while the tensors live
@@ -168,7 +170,9 @@ class _Tracker(TorchDispatchMode):
         if not results:
             return
         call = Call(func, bound, operands, [tuple(t.shape) for t in results], self._meet)
-        if any(operand.value.parts for operand in operands) or not call.data:
+        if is_unknown(call):
+            made = self._arranged(followed(call), self._taken_apart(call, args, kwargs))
+        elif any(operand.value.parts for operand in operands) or not call.data:
             made = followed(call)
         else:
             made = [DATA] * len(results)
@@ -176,6 +180,37 @@ class _Tracker(TorchDispatchMode):
             self._becomes(tensor, value)
         for tensor in tree_leaves(written):
             self._seen_through(tensor)
+
+    def _taken_apart(self, call: Call, args: Any, kwargs: Any) -> list[Tensor]:
+        """What an op gives by the ops that the compiler would run for it, each followed; nothing if it keeps the op."""
+        apart = taken_apart(call.out_of_place)
+        if apart is None or call.packet in self.apart:
+            return []
+        self.apart.append(call.packet)
+        try:
+            with self:
+                out = apart(*args, **kwargs)
+        except Exception:  # not these arguments: as unknown as an op that nobody takes apart
+            return []
+        finally:
+            self.apart.pop()
+        return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+
+    def _arranged(self, unknown: list[Value], same: Sequence[Tensor]) -> list[Value]:
+        """Values of no known arrangement, in that of tensors of the same meaning."""
+        if len(same) != len(unknown):
+            return unknown
+        parts = [self.values.get(identity_of(t), CONSTANT).parts for t in same]
+        return [
+            Value(
+                value.data,
+                {
+                    weight: replace(part, dims=known[weight].dims if weight in known else None)
+                    for weight, part in value.parts.items()
+                },
+            )
+            for value, known in zip(unknown, parts, strict=True)
+        ]
 
     def _becomes(self, tensor: Tensor, value: Value) -> None:
         self.alive.append(tensor)
@@ -189,11 +224,14 @@ class _Tracker(TorchDispatchMode):
         """What is written into a view is in its base too."""
         base = getattr(tensor, "_base", None)
         if base is not None:
-            held = self.values.get(identity_of(base), CONSTANT)
-            self._becomes(base, merged([held, self.values[identity_of(tensor)].map(_anywhere)]))
+            held, view = self.values.get(identity_of(base), CONSTANT), self.values[identity_of(tensor)]
+            alike = tensor.dtype == base.dtype  # else strides count other units
+            view = view.map(lambda part: written(part, Box.of(tensor), Box.of(base)) if alike else _anywhere(part))
+            self._becomes(base, merged([held, view]))
 
     def _meet(self, weight: int, meeting: Meeting) -> None:
-        self.met[weight].append(meeting)
+        if not self.apart:
+            self.met[weight].append(meeting)
 
     # ------------------------------------------------------------------------------------------- higher-order operators
 
@@ -270,12 +308,29 @@ def _is_last(meeting: Meeting) -> bool:
 def _use(meeting: Meeting) -> Use:
     part, shape = meeting.part, meeting.part.shape
     held = part.long(meeting.summed) or meeting.summed
-    axis = next(iter(held)) if len(held) == 1 else None
+    axis = _axis(held, meeting.free if meeting.kind == CONTRACTION else None)  # a norm by parts fixes none
     if meeting.groups:
         return Use(meeting.kind, meeting.op, axis, meeting.groups, shape[0] // meeting.groups)
     if meeting.kind in (EMBEDDING, ELEMENTWISE) and shape:
         axis = len(shape) - 1
+    if len(held) > 1 and axis is not None:
+        return Use(meeting.kind, meeting.op, axis, 1, _rows(shape, held))
     return Use(meeting.kind, meeting.op, axis, *factor(shape, axis, batched=meeting.stacked))
+
+
+def _rows(shape: tuple[int, ...], summed: frozenset[int]) -> int:
+    """Rows where several dimensions are summed over: all of these, or all others, where they stand side by side."""
+    last = len(shape) - len(summed)
+    if summed == set(range(len(summed))):
+        return math.prod(shape[: len(summed)])
+    return math.prod(shape[:last]) if min(summed) == last else shape[0]
+
+
+def _axis(summed: frozenset[int], free: frozenset[int] | None) -> int | None:
+    """The one dimension that is summed over; of several, as heads and features are, the last that does not stay too."""
+    if len(summed) == 1:
+        return next(iter(summed))
+    return max(summed - free, default=None) if free is not None else None
 
 
 def factor(shape: tuple[int, ...], axis: int | None, *, batched: bool = False) -> tuple[int, int]:

@@ -96,7 +96,7 @@ CASES |= {
     "kron": (lambda w, x: x @ torch.kron(w, torch.eye(2)), (3, 7), CONTRACTION, 0, (1, 3)),
     "symmetric": (lambda w, x: x @ (w + w.T), (6, 6), CONTRACTION, None, (1, 6)),
     "matrix_exp": (lambda w, x: x @ torch.matrix_exp(w), (6, 6), CONTRACTION, None, (1, 6)),
-    "written into zeros": (lambda w, x: x @ put(w), (6, 7), CONTRACTION, None, (1, 6)),
+    "written into zeros": (lambda w, x: x @ put(w), (6, 7), CONTRACTION, 0, (1, 6)),
     "dropped connections": (lambda w, x: F.linear(x, F.dropout(w, 0.5)), (7, 6), CONTRACTION, 1, (1, 7)),
     "columns permuted": (
         lambda w, x: F.linear(x, w[:, torch.tensor([1, 0, 2, 5, 4, 3])]), (7, 6), CONTRACTION, 1, (1, 7),
