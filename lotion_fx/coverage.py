@@ -17,6 +17,7 @@ from lotion_fx.passes.attach.probe import Code
 from lotion_fx.shards import local_of
 from lotion_fx.state import Weight, names_of, registry, smoothings_of
 from lotion_fx.unhooked import tell
+from lotion_fx.unseen import axis_told
 from lotion_fx.update import term_of
 
 
@@ -30,9 +31,10 @@ class Row:
         format: the format's name, None in full precision.
         estimator: ``"analytic"``, ``"ggn"`` (analytic, at labels of the model's own), ``"fisher"``; ``"exact"`` or
             ``"second order"`` with the loss in the graph, see `expected_loss`; or None (no term).
-        reason: why ``"fisher"``, or why not quantized; of a moment stream, its approximations.
+        reason: why ``"fisher"``, or why not quantized; of a moment stream, its approximations; and why the block axis
+            is not known, where it is not.
         uses: the ops that meet data with it.
-        block_axis: the dimension its blocks run along.
+        block_axis: the dimension its blocks run along; where that is assumed, ``reason`` says so, and why.
         sqnr: signal to quantization noise of rounding to nearest, in dB.
         term: its part of the expected-loss term, at the present curvature; None in a moment stream, where
             `expected_loss` tells it.
@@ -187,9 +189,23 @@ def _row(name: str, weight: Weight, term: torch.Tensor | None, total: float) -> 
     share = part / total if part is not None and total > 0 else None
     has_run = weight.uses is not None or weight.smoothing.tally.forwards > 0
     axis = weight.axis if has_run else None  # a graph may still tell another
+    reason = "; ".join(filter(None, [reason, _assumed(weight) if has_run else ""]))
     return Row(
         name, weight.shape, weight.quantizer.format.name, estimator, reason, uses, axis, _sqnr(weight), part, share
     )
+
+
+def _assumed(weight: Weight) -> str:
+    """That blocks run along the last dimension for want of a better, why, and what helps; empty where it is known."""
+    use, block = weight.contraction, weight.quantizer.format.block
+    single = sum(length > 1 for length in weight.shape) < 2
+    known = use is not None and (use.axis is not None or not use.is_product)
+    owners = [(ref(), attribute) for ref, attribute in weight.owners]
+    if block == "tensor" or single or known or axis_told(owners, weight.shape) is not None:
+        return ""
+    why = "no graph shows what sums over it" if use is None else f"{use.op} sums over no one dimension that is known"
+    teach = ", or teach lotion_fx the op by register_contraction" if use is not None and "." in use.op else ""
+    return f"blocks along dimension {weight.axis} by assumption: {why}; keep the one that is summed over last{teach}"
 
 
 def _estimator(weight: Weight) -> tuple[str | None, str]:

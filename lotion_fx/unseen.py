@@ -47,7 +47,13 @@ def is_told_by_module(owners: Iterable[Owner]) -> bool:
 
 def axis_unseen(owners: Iterable[Owner], shape: Sequence[int]) -> int:
     """The dimension that the weight's module sums over; the last one of a module that nobody knows."""
-    last = len(shape) - 1
+    told = axis_told(owners, shape)
+    return len(shape) - 1 if told is None else told
+
+
+def axis_told(owners: Iterable[Owner], shape: Sequence[int]) -> int | None:
+    """The dimension that the weight's module sums over, None of a module that nobody knows."""
+    last, owners = len(shape) - 1, list(owners)
     for module, _ in owners:
         kind = type(module).__name__
         if kind == "Conv1D" and len(shape) == 2:  # of transformers: [in, out]
@@ -56,9 +62,9 @@ def axis_unseen(owners: Iterable[Owner], shape: Sequence[int]) -> int:
             return 0 if module.in_channels > module.groups else last
         if isinstance(module, _CONVOLUTIONS) or (kind == "ParametrizationList" and len(shape) > 2):
             return 1 if shape[1] > 1 else last  # a depthwise kernel sums over its window alone
-        if len(shape) == 3 and getattr(module, "is_transposed", False) is True:  # transformers' experts: [E, in, out]
-            return 1
-    return last
+        if len(shape) == 3 and hasattr(module, "is_transposed"):  # transformers' experts: [E, in, out], or [E, out, in]
+            return 1 if module.is_transposed is True else last
+    return last if is_told_by_module(owners) else None
 
 
 def _is_gain(module: Any, attribute: str) -> bool:

@@ -110,3 +110,61 @@ def test_frozen_and_added_parameters_are_named():
 def test_a_model_that_was_not_transformed():
     with pytest.raises(ValueError, match="not under lotion_fx"):
         lotion_fx.report(LM())
+
+
+class Turned(nn.Module):
+    """``x @ op(w)``, then a layer that is known."""
+
+    def __init__(self, op, *shape):
+        super().__init__()
+        self.op, self.w, self.head = op, nn.Parameter(torch.randn(*shape) / 8), nn.Linear(shape[-1], 3)
+
+    def forward(self, x):
+        return self.head(self.op(x, self.w).tanh())
+
+
+def row_of_turned(op, *shape, fmt="int4", curvature="factored"):
+    torch._dynamo.reset()
+    model = lotion_fx.transform(Turned(op, *shape), fmt, inner="aot_eager", curvature=curvature)
+    model(torch.randn(5, 32)).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    report = lotion_fx.report(model)
+    assert report["head.weight"].reason == ""
+    return report["w"]
+
+
+@pytest.mark.parametrize("curvature", ["factored", "full"])
+def test_of_joined_heads_the_last_summed_dimension_is_the_axis(curvature):
+    def out_projection(x, w):
+        return torch.einsum("bhd,hdo->bo", x.view(-1, 4, 8), w)
+
+    row = row_of_turned(out_projection, 4, 8, 24, curvature=curvature)
+    assert (row.block_axis, row.estimator, row.reason) == (1, "analytic", "")
+
+
+def test_an_axis_that_nothing_tells_is_called_assumed():
+    mixed = row_of_turned(lambda x, w: x @ torch.matrix_exp(w), 32, 32)
+    assert mixed.block_axis == 1 and "blocks along dimension 1 by assumption: mm sums over no one" in mixed.reason
+    assert "register_contraction" not in mixed.reason
+    assert "assumption" not in row_of_turned(lambda x, w: x @ torch.matrix_exp(w), 32, 32, fmt="int8/tensor").reason
+    assert "assumption" not in row_of_turned(lambda x, w: x @ w, 32, 24).reason
+    custom = row_of_turned(torch.ops.coverage.product, 32, 32)
+    assert "coverage.product sums over no one" in custom.reason and "register_contraction" in custom.reason
+
+
+@torch.library.custom_op("coverage::product", mutates_args=())
+def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x @ w
+
+
+product.register_fake(lambda x, w: x.new_empty(x.shape[0], w.shape[1]))
+product.register_autograd(
+    lambda ctx, grad: (grad @ ctx.saved_tensors[1].mT, ctx.saved_tensors[0].mT @ grad),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*no compiled graph.*")
+def test_so_is_that_of_a_weight_that_no_graph_shows():
+    row = row_of_turned(torch.compiler.disable(lambda x, w: x @ w), 32, 24)
+    assert row.block_axis == 1 and "by assumption: no graph shows what sums over it" in row.reason

@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import lotion_fx
 from lotion_fx.state import registry
-from lotion_fx.unseen import axis_unseen, why_not_unseen
+from lotion_fx.unseen import axis_told, axis_unseen, why_not_unseen
 
 
 class Net(nn.Module):
@@ -85,9 +85,12 @@ def test_operands_of_products_are_in_whatever_their_shape():
 
 def test_the_axis_is_the_module_s():
     stack = nn.Module()
-    assert axis_unseen([(stack, "w")], (4, 32, 64)) == 2
+    assert axis_unseen([(stack, "w")], (4, 32, 64)) == 2 and axis_told([(stack, "w")], (4, 32, 64)) is None
     stack.is_transposed = True
     assert axis_unseen([(stack, "w")], (4, 32, 64)) == 1
+    stack.is_transposed = False
+    assert axis_told([(stack, "w")], (4, 32, 64)) == 2
+    assert axis_told([(nn.Linear(4, 8), "weight")], (8, 4)) == 1
     assert axis_unseen([(nn.GRU(8, 4), "weight_hh_l0")], (12, 4)) == 1
     assert axis_unseen([(nn.Conv2d(6, 9, 3, groups=3), "weight")], (9, 2, 3, 3)) == 1
     assert axis_unseen([(nn.ConvTranspose1d(6, 6, 3, groups=6), "weight")], (6, 1, 3)) == 2
