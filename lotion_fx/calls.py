@@ -14,6 +14,7 @@ from torch import nn
 from lotion_fx import private, unhooked
 from lotion_fx.announcing import announcer
 from lotion_fx.carried import MADE_ITSELF, all_standing_in
+from lotion_fx.holders import tell_of_views
 from lotion_fx.rows import count_rows, watch_residuals
 from lotion_fx.state import Smoothing
 
@@ -76,6 +77,7 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
                 return private.plain_call(model)(*args, **kwargs)
         with all_standing_in(smoothing):
             out = call(*args, **kwargs)
+        tell_of_views(smoothing, model)
         count_rows(out, tally)
         if tally.measuring.is_holding:
             watch_residuals(out, tally)

@@ -6,13 +6,17 @@ in Python (recurrent modules, which Dynamo skips; what a graph break or an exhau
 rounded weights stand in its parameters' places, and their expected-loss term takes the Fisher form at the step.
 
 Around a call of the model itself the same happens to all weights at once, for a module may read another's weight: in
-`eval()` to every weight, at values that are rounded once a version; in training to those that no graph was seen to use.
+`eval()` to every weight, at values that are rounded once a version; in training to those that no graph was seen to use,
+and to all as soon as the model's own forward runs in Python, as it does around a graph break.
+
+A graph that takes the parameter itself meanwhile, out of a list or a closure, is given what stands in its place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
 from lotion_fx.deployed import as_parameter, deployed, forget, forget_changed, linked, rounded, smoothed
+from lotion_fx.holders import tell_of_holders
 from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.attach import LATENT, MEAN, RR, STE, STE_SCALE
 from lotion_fx.state import Smoothing, Weight, registry
@@ -36,6 +41,7 @@ MADE_ITSELF = (
 _entered: weakref.WeakKeyDictionary[nn.Module, list[contextlib.ExitStack]] = weakref.WeakKeyDictionary()
 
 
+_correcting = threading.Lock()  # threads may serve one model
 _tracers = 0  # how many are tracing a model now, all of whose rounded weights are in place
 
 
@@ -52,11 +58,13 @@ class StandIn(NamedTuple):
         value: the rounded weight.
         parameter: whose place it takes.
         quantizer: by which it was rounded.
+        until_taken: a graph that takes it takes the parameter instead, and rounds that itself.
     """
 
     value: Tensor
     parameter: Tensor
     quantizer: Quantizer
+    until_taken: bool
 
 
 class Before:
@@ -191,7 +199,7 @@ def _enter(before: Before, module: nn.Module) -> None:
     stack = contextlib.ExitStack()
     if before.model is not None:
         _call_again(before, module)
-        stack.enter_context(all_standing_in(before.model))
+        stack.enter_context(_run_in_python(before.model, module))
     else:
         if not all(weight.smoothing.is_running for weight in before.weights.values()):
             forget_changed(before.weights.values())
@@ -228,7 +236,27 @@ def _call_again(before: Before, model: nn.Module) -> None:
 
 def all_standing_in(smoothing: Smoothing) -> contextlib.AbstractContextManager[None]:
     """Around a call of a model: rounded weights stand in for all those that graphs do not round themselves."""
-    return smoothing.called(lambda: standing_in(_left_to_python(smoothing), sharded_apart=True))
+    return smoothing.called(
+        lambda: standing_in(_left_to_python(smoothing), sharded_apart=True, until_taken=not _is_broken(smoothing))
+    )
+
+
+@contextlib.contextmanager
+def _run_in_python(smoothing: Smoothing, model: nn.Module) -> Iterator[None]:
+    """Around a model's own forward where Python runs it, which may read any weight before a graph does."""
+    with all_standing_in(smoothing):
+        if not private.tracer():
+            smoothing.tally.graph_ran(in_python=True)
+        is_broken = _is_broken(smoothing)
+        weights = [w for w in smoothing.weights if w.selected and (is_broken or w.uses is None)]
+        with standing_in(weights, sharded_apart=True, until_taken=not is_broken):
+            tell_of_holders(smoothing, model)
+            yield
+
+
+def _is_broken(smoothing: Smoothing) -> bool:
+    """Whether Python runs between graphs of a model that was to be one; between regions it runs by design."""
+    return smoothing.tally.has_breaks and smoothing.is_whole
 
 
 def _left_to_python(smoothing: Smoothing) -> list[Weight]:
@@ -237,29 +265,25 @@ def _left_to_python(smoothing: Smoothing) -> list[Weight]:
     resting = set(at_rest)
     forget(weight for weight in weights if weight.training and weight not in resting)
     forget_changed(at_rest)
-    if smoothing.tally.forwards <= 1:  # until graphs have told how the others are used, these are left to them
-        unknown = [weight for weight in at_rest if not weight.is_known_operand]
-        if not (tracer := private.tracer()):
-            return [weight for weight in at_rest if weight not in unknown]
-        if unknown:
-            weight = unknown[0]
-            warnings.warn(
-                f"{tracer} of a model that never ran: {weight.name!r} is rounded in blocks along its dimension "
-                f"{weight.axis}, which a run may correct; call the model once before, in eval()",
-                stacklevel=2,
-            )
-        return at_rest
+    unknown = [] if smoothing.tally.forwards > 1 else [w for w in at_rest if not w.is_known_operand]
+    if unknown and (tracer := private.tracer()):
+        warnings.warn(
+            f"{tracer} of a model that never ran: {unknown[0].name!r} is rounded in blocks along its dimension "
+            f"{unknown[0].axis}, which a run may correct; call the model once before, in eval()",
+            stacklevel=2,
+        )
     # In training graphs round faster; but where Python runs between them, it may read any weight.
-    broken = smoothing.tally.has_breaks and smoothing.is_whole
-    return [*at_rest, *(w for w in weights if (broken or w.uses is None) and w not in resting)]
+    is_broken = _is_broken(smoothing)
+    return [*at_rest, *(w for w in weights if (is_broken or w.uses is None) and w not in resting)]
 
 
 @contextlib.contextmanager
-def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False) -> Iterator[None]:
+def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False, until_taken: bool = False) -> Iterator[None]:
     """Inside, rounded weights stand in their owners' places.
 
     Args:
         sharded_apart: sharded weights are left to graphs, instead of refused.
+        until_taken: graphs round those in training themselves.
 
     Raises:
         ValueError: the weight is sharded, or what traces the call cannot differentiate its rounding.
@@ -270,14 +294,19 @@ def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False) -> It
     try:
         _tracers += bool(tracer)
         for weight in weights:
+            if weight.standing is not None:
+                if not until_taken and weight.standing.until_taken:
+                    weight.standing = weight.standing._replace(until_taken=False)
+                continue
             parameter = weight.parameter()
-            if weight.standing is not None or parameter is None or weight.mode == LATENT or not weight.selected:
+            if parameter is None or weight.mode == LATENT or not weight.selected:
                 continue
             if isinstance(parameter, DTensor):
                 if sharded_apart:
                     continue
                 raise ValueError(f"no compiled graph contains {weight.name!r}, and it is sharded: put it into regions=")
-            weight.standing = StandIn(_value(weight, parameter, tracer), parameter, weight.quantizer)
+            value, taken = _value(weight, parameter, tracer), until_taken and not _at_rest(weight)
+            weight.standing = StandIn(value, parameter, weight.quantizer, taken)
             standing.append(weight)
             _place(weight, parameter, weight.standing.value)
         yield
@@ -289,13 +318,39 @@ def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False) -> It
             _place(weight, stood.value, stood.parameter)
 
 
-def standing_now(weight: Weight) -> Tensor:
-    """What is to stand in for a weight: made again where a graph has just told how the weight is blocked or used."""
+def taken_now(weight: Weight) -> Tensor:
+    """What a graph is to take for a weight that has a stand-in: the parameter, where it rounds that itself.
+
+    The stand-in is made again where a graph has just told how the weight is blocked or used.
+    """
     stood = weight.standing
     assert stood is not None
-    if not weight.selected:
-        return stood.parameter
-    return stood.value if weight.quantizer == stood.quantizer else _value(weight, stood.parameter, private.tracer())
+    if not _is_right(weight, stood):
+        with _correcting:
+            stood = weight.standing or stood
+            if not _is_right(weight, stood):
+                stood = weight.standing = _corrected(weight, stood)
+    return stood.parameter if stood.until_taken else stood.value
+
+
+def _is_right(weight: Weight, stood: StandIn) -> bool:
+    """Whether what stands in for a weight is what it is rounded to, by what graphs have told so far."""
+    return weight.quantizer == stood.quantizer if weight.selected else stood.value is stood.parameter
+
+
+def _corrected(weight: Weight, stood: StandIn) -> StandIn:
+    """Puts in a weight's place what it is rounded to by what graphs have told, the parameter where it is not."""
+    value = _value(weight, stood.parameter, private.tracer()) if weight.selected else stood.parameter
+    _place(weight, stood.value, value)
+    if _is_broken(weight.smoothing) and "corrected" not in weight.smoothing.said:
+        weight.smoothing.said.add("corrected")
+        how = f"in blocks along dimension {weight.axis}" if weight.selected else "not at all"
+        warnings.warn(
+            f"{weight.name!r} is rounded {how}, as a graph has told only now: where Python has read it before in this "
+            f"call, outside of graphs, that was in blocks along dimension {stood.quantizer.axis}; call the model again",
+            stacklevel=2,
+        )
+    return stood._replace(value=value, quantizer=weight.quantizer)
 
 
 def _place(weight: Weight, old: Tensor, new: Tensor) -> None:
@@ -315,7 +370,10 @@ def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:
     """What stands in for a parameter, its gradient passed on to it, where `private.tracer` is this."""
     mode = weight.mode
     if not tracer and not _at_rest(weight):
-        return as_parameter(smoothed(weight, parameter, mode), parameter)
+        made = as_parameter(smoothed(weight, parameter, mode), parameter)
+        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            made.requires_grad_(parameter.requires_grad)  # graphs are guarded by it
+        return made
     if mode in (STE_SCALE, MEAN):
         raise ValueError(
             f"{tracer} cannot trace the rounding of {weight.name!r} in this mode of training; call eval(), or use "

@@ -322,9 +322,11 @@ def unhook(module: nn.Module) -> None:
 
 
 def needs_frame(module: nn.Module) -> bool:
-    """Whether a module's call, compiled by itself, stays in Python: a forward of torch's own, or our hooks alone."""
-    hooks: set[Any] = {*module._forward_pre_hooks, *module._forward_hooks}
-    return hooks == {_HOOK} or bool(trace_rules.check(module.forward))
+    """Whether a module's call, compiled by itself, stays in Python: a forward of torch's own, or our hooks.
+
+    With hooks of others too it need not; but then one of ours, and not the rest, would be in a graph that breaks.
+    """
+    return _HOOK in module._forward_pre_hooks or bool(trace_rules.check(module.forward))
 
 
 def plain_call(module: nn.Module) -> Callable[..., Any]:
@@ -375,6 +377,12 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 def parameters_of(module: nn.Module) -> dict[str, Any]:
     """A module's own parameters by attribute, each a tensor or None; of a ScriptModule, a copy of that dictionary."""
     return dict(module._parameters.items()) if isinstance(module, torch.jit.ScriptModule) else module._parameters
+
+
+def put_into(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes but for its parameters, buffers, modules and torch's own."""
+    own = {*vars(nn.Module()), "_flat_weights"}
+    return {name: value for name, value in vars(module).items() if name not in own}
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:

@@ -242,8 +242,9 @@ class Weight:
         return held
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that is this weight at this moment: one unless it is sharded or tied."""
-        return self._held() if self.shard is None else [self.shard, *self._held()]
+        """Every tensor that is this weight at this moment: one unless it is sharded, tied, or has a stand-in."""
+        apart = self.shard if self.standing is None else self.standing.parameter  # one that is sharded has none
+        return self._held() if apart is None else [apart, *self._held()]
 
     def parameter(self) -> Tensor | None:
         """The tensor that the first owner holds now (sharded or not), None if it is gone."""
@@ -269,7 +270,7 @@ class Weight:
 
     def is_now(self, tensor: Tensor) -> bool:
         """Whether this tensor is the weight at this moment."""
-        return tensor is self.shard or any(each is tensor for each in self._held())
+        return any(each is tensor for each in self.tensors())
 
     @property
     def training(self) -> bool:
@@ -361,7 +362,7 @@ class Weight:
             with_grad: whether autograd records.
             requires_grad: whether the weight does.
         """
-        mode = self.mode if self.standing is None else LATENT
+        mode = self.mode if self.standing is None or self.standing.until_taken else LATENT
         probing = with_grad and requires_grad and self.training and self.smoothing.tally.probes
         if (mode, probing) not in self._plans:
             self._plans[mode, probing] = self._planned(mode, probing) if self.selected else None

@@ -50,7 +50,7 @@ class Tally:
         backwards: backward passes since the last step.
         dropped: how often gradients were dropped since then, no step having taken them.
         graphs: that rounded weights in the forward under way.
-        has_breaks: whether a forward ran several of them.
+        has_breaks: whether a forward ran several of them, or Python ran it.
         counted_in_graph: whether a joint graph of the forward under way counts T.
         loss_count: T of the step under way, over all its backward passes.
         is_used: whether an optimizer took that T; then the next backward pass begins a new one.
@@ -237,10 +237,10 @@ class Tally:
         self.forwards += 1
         self.graphs = 0
 
-    def graph_ran(self) -> None:
-        """One of the graphs that round weights ran; a second one in a forward has Python before it."""
+    def graph_ran(self, *, in_python: bool = False) -> None:
+        """One of the graphs that round weights ran, a second one with Python before it; or all are run by Python."""
         self.graphs += 1
-        self.has_breaks |= self.graphs > 1
+        self.has_breaks |= in_python or self.graphs > 1
 
     def runs_in(self, group: Any) -> None:
         """The forward under way is that of a DistributedDataParallel over this group; None of no such module."""

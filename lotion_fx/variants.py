@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from lotion_fx import passes, private
 from lotion_fx.announcing import announcer
 from lotion_fx.blocks import BLOCKS, MANY, depth
-from lotion_fx.carried import standing_now
+from lotion_fx.carried import taken_now
 from lotion_fx.compiling import compile_graph, fake_gain, fake_probe
 from lotion_fx.passes.attach.attach import Plan
 from lotion_fx.passes.attach.usage import Use, weight_uses
@@ -147,13 +147,13 @@ class Variants:
         return plans, weights
 
     def _with_stand_ins(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments, each stand-in as it is to be now that this graph has told how its weight is used."""
+        """The arguments, each weight that has a stand-in as this graph is to take it, whatever holds it."""
         changed = {
             index: now
             for index in self.candidates
             if (weight := registry[args[index]]) is not None
             and weight.standing is not None
-            and (now := standing_now(weight)) is not args[index]
+            and (now := taken_now(weight)) is not args[index]
         }
         return tuple(changed.get(index, x) for index, x in enumerate(args)) if changed else args
 
