@@ -64,9 +64,15 @@ def _held_of(weights: Iterable[Weight], model: nn.Module) -> Iterator[tuple[Weig
 def held_apart(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a model's modules hold otherwise than as parameters, each with where."""
     for path, module in model.named_modules():
-        for name, value in [*private.put_into(module).items(), *private.buffers_of(module).items()]:
+        for name, value in [*_put_into(module).items(), *private.buffers_of(module).items()]:
             for tensor in _tensors(value, _DEPTH):
                 yield f"{path}.{name}".removeprefix("."), tensor
+
+
+def _put_into(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes but for its parameters, buffers, modules and torch's own."""
+    own = {*vars(nn.Module()), "_flat_weights"}
+    return {name: value for name, value in vars(module).items() if name not in own}
 
 
 def _tensors(value: Any, depth: int) -> Iterator[Tensor]:

@@ -379,12 +379,6 @@ def parameters_of(module: nn.Module) -> dict[str, Any]:
     return dict(module._parameters.items()) if isinstance(module, torch.jit.ScriptModule) else module._parameters
 
 
-def put_into(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes but for its parameters, buffers, modules and torch's own."""
-    own = {*vars(nn.Module()), "_flat_weights"}
-    return {name: value for name, value in vars(module).items() if name not in own}
-
-
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """A module's own buffers by attribute; of a ScriptModule, a copy of that dictionary."""
     return dict(module._buffers.items()) if isinstance(module, torch.jit.ScriptModule) else module._buffers
