@@ -3,7 +3,7 @@
     python benchmarks/measuring.py [--format int4/tensor] [--seeds 12] [--first 0] [--steps 600]
 
 The quickstart's byte-level GPT, trained by LOTION; held-out loss at the latent weights and at those rounded to nearest,
-less that of the same training without measuring (``calibrate=False``), nats per byte: mean and standard error over seeds.
+less that of the same training without measuring (``calibrate=False``), nats per byte: mean and standard error.
 "apart" measures nothing either and starts from weights moved by 1e-4 of themselves: what runs differ by for no reason.
 "measured" takes the size it finds, "measured, unused" the counted one, so that the steps at noisy weights alone differ.
 """

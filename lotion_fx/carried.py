@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
+from lotion_fx.announcing import LOG
 from lotion_fx.deployed import as_parameter, deployed, forget, forget_changed, linked, rounded, smoothed
 from lotion_fx.holders import tell_of_holders
 from lotion_fx.numerics.quantizer import Quantizer
@@ -345,10 +346,10 @@ def _corrected(weight: Weight, stood: StandIn) -> StandIn:
     if _is_broken(weight.smoothing) and "corrected" not in weight.smoothing.said:
         weight.smoothing.said.add("corrected")
         how = f"in blocks along dimension {weight.axis}" if weight.selected else "not at all"
-        warnings.warn(
-            f"{weight.name!r} is rounded {how}, as a graph has told only now: where Python has read it before in this "
-            f"call, outside of graphs, that was in blocks along dimension {stood.quantizer.axis}; call the model again",
-            stacklevel=2,
+        LOG.info(  # no warning, for nobody knows whether Python has read it
+            "%r is rounded %s, as a graph has told only now: where Python has read it before in this call, outside of "
+            "graphs, that was in blocks along dimension %d; call the model again",
+            *(weight.name, how, stood.quantizer.axis),
         )
     return stood._replace(value=value, quantizer=weight.quantizer)
 

@@ -8,6 +8,7 @@ factors instead (`TakesTerms`). Source: LOTION, arXiv 2510.08757, and docs/objec
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -248,7 +249,7 @@ class Step:
         vector = weight.gathered.probe.grad if weight.gathered.probe is not None else None
         if not self.tally.resting and weight.curvature.code in _PROVISIONAL:
             weight.curvature.code = self._code(vector)
-        if self._rests(weight):
+        if self.tally.resting and self._rests(weight):
             return None
         if weight.is_analytic and (vector is not None or self.group is not None):
             # A rank whose batch did not use the weight has seen no position of it.
@@ -260,12 +261,10 @@ class Step:
         return None
 
     def _rests(self, weight: Weight) -> bool:
-        """Whether a weight keeps its curvature: in a step that gathers none, or none at the weight's own value.
+        """Whether a weight keeps its curvature in a step that gathers none.
 
         Passes of their own, which is all that ``"ggn"`` saves, tell nothing of squared gradients.
         """
-        if not self.tally.resting:
-            return weight in self.noisy
         return weight.is_analytic or weight.curvature.code is None or not self.settings.samples_labels
 
     def _code(self, vector: Tensor | None) -> Code:
@@ -332,7 +331,7 @@ class Step:
         known, (values, grad, part, held_of) = weight.curvature, held
         vector, *amax = given
         payload = [] if vector is None else [vector]
-        is_kept = known.code in (None, Code.ANALYTIC) or self._rests(weight)
+        is_kept = known.code in (None, Code.ANALYTIC) or (self.tally.resting and self._rests(weight))
         source = VECTOR if payload else KEPT if is_kept else FISHER
         state = known.ema
         if self.settings.reads_moment:
@@ -346,6 +345,8 @@ class Step:
         if source != MOMENT and (state is None or state.numel() != part.layout.payload + 1):
             state = known.ema = torch.zeros(part.layout.payload + 1, dtype=torch.float32, device=values.device)
         assert state is not None
+        if weight in self.noisy and source != MOMENT:  # curvature at other weights, and what is not finite teaches none
+            factors = replace(factors, row=factors.row * math.nan, gradient=factors.gradient * math.nan)
         shared = [x for x in amax if x is not None]
         args = [values, grad, state, *payload, *shared, factors.row, factors.gradient, gain, factors.limit]
         return Spec.of(weight, source, part, self._bound_of(weight, factors), args), args
