@@ -306,7 +306,9 @@ def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False, until
                 if sharded_apart:
                     continue
                 raise ValueError(f"no compiled graph contains {weight.name!r}, and it is sharded: put it into regions=")
-            value, taken = _value(weight, parameter, tracer), until_taken and not _at_rest(weight)
+            taken = until_taken and not _at_rest(weight)
+            with _own_numbers(parameter, apart=taken and weight.mode == RR):
+                value = _value(weight, parameter, tracer)
             weight.standing = StandIn(value, parameter, weight.quantizer, taken)
             standing.append(weight)
             _place(weight, parameter, weight.standing.value)
@@ -317,6 +319,13 @@ def standing_in(weights: Iterable[Weight], *, sharded_apart: bool = False, until
             stood, weight.standing = weight.standing, None
             assert stood is not None
             _place(weight, stood.value, stood.parameter)
+
+
+def _own_numbers(parameter: Tensor, *, apart: bool) -> contextlib.AbstractContextManager[None]:
+    """Inside, if apart, random numbers are drawn that come again: those of the graph that is to take the parameter."""
+    kind = parameter.device.type
+    elsewhere: dict[str, Any] = {} if kind == "cpu" else {"device_type": kind}
+    return torch.random.fork_rng([] if kind == "cpu" else [parameter.device], enabled=apart, **elsewhere)
 
 
 def taken_now(weight: Weight) -> Tensor:

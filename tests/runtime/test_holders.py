@@ -220,6 +220,25 @@ def test_nothing_stands_in_where_graphs_round_all():
     assert seen[-1] is model.w and registry[model.w].standing is None
 
 
+def test_a_graph_s_random_numbers_are_those_that_come_next():
+    """What stands in until a graph takes the weight draws apart from them."""
+
+    class Sole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(16, 32))
+
+        def forward(self, x):
+            return F.linear(x, self.w)
+
+    model = lotion_fx.transform(Sole(), "int4", inner="aot_eager", method="rr")
+    x = torch.randn(8, 32)
+    torch.manual_seed(3)
+    first = model(x)
+    torch.manual_seed(3)
+    assert torch.equal(model(x), first)
+
+
 class ReadBothWays(Base):
     """Python reads rows of a weight that a graph sums over columns afterwards."""
 
