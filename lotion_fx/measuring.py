@@ -224,7 +224,7 @@ class Measuring:
             curvature_of: h over this rank's part of a weight, without this step's.
 
         Returns:
-            The weights that had noise: what the step gathered of their curvature is that at other weights.
+            The weights whose noise was wider than rounding's: what the step gathered is curvature elsewhere.
         """
         held = {weight: self._held.pop(weight, None) for weight, _ in pairs}
         moments = _moments(optimizer, [parameter for _, parameter in pairs])
@@ -240,7 +240,7 @@ class Measuring:
                 _over_shards(torch.stack(sums), [p for _, p, _ in told]),
                 told[0][2].amplitude,
             )
-        return {weight for weight, _, _ in told}
+        return {weight for weight, _, h in told if h.amplitude > 1}
 
     def _learn(self, weights: Sequence[Weight], sums: Tensor, amplitude: float) -> None:
         """One measurement of these weights; where each optimizer steps a few, of them and those before.

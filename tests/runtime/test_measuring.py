@@ -173,7 +173,7 @@ def test_curvature_at_noisy_weights_is_left_out():
     weights = [weight for weight in measuring_of(model).weights if weight.curvature.ema is not None]
     before, seen = [weight.curvature.ema.clone() for weight in weights], []
     for step in (FIRST, FIRST + 1):
-        begun = measuring_of(model).begun
+        begun, measuring_of(model).amplitude = measuring_of(model).begun, 4.0
         one_step(model, optimizer, lambda m: lm_loss(m, ids(seed=5)))
         after = [weight.curvature.ema.clone() for weight in weights]
         same = [torch.equal(one, other) for one, other in zip(before, after, strict=True)]
