@@ -192,6 +192,7 @@ class Measuring:
         seen = torch.zeros(4, dtype=torch.float64, device=device)
         if self._residuals is not None and loss_count is not None:
             seen[:3], seen[3] = self._residuals, loss_count
+        self._residuals = None  # told once, however many optimizers step
         ranks = 1 if group is None else dist.get_world_size(group)
         if group is not None:
             dist.all_reduce(seen, group=group)

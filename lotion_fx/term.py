@@ -393,9 +393,8 @@ class Step:
 
 def _feeds_itself(weight: Weight) -> bool:
     """Whether a term of moderate strength that is made of a second moment may grow by what it adds to it."""
-    assert weight.master is not None
-    fmt, shape = weight.quantizer.format, weight.master.shape
-    shared = {"tensor": shape.numel(), "channel": shape[weight.quantizer.axis]}
+    fmt, shape = weight.quantizer.format, weight.shape
+    shared = {"tensor": math.prod(shape), "channel": shape[weight.quantizer.axis]}
     return fmt.grid.bits <= COARSE or (fmt.block if isinstance(fmt.block, int) else shared[fmt.block]) > WIDE
 
 

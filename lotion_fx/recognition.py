@@ -1,0 +1,64 @@
+"""Which losses show in the gradient at a model's output, and with which weight.
+
+Where an output z has the gradient ``c (softmax(z) - e_y)`` in each row, the row's loss is c times a cross entropy,
+whatever reduced it; where ``c (sigmoid(z) - y)``, with y 0 or 1, it is c times a binary one. The Gauss-Newton part of
+the row's curvature is then 1 / c times the square of its gradient, in the mean over labels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+ROWS = 256
+"""So many rows of an output are looked at, evenly spaced: logits are the largest tensors there are."""
+
+ALIKE = 0.03
+"""How far a gradient may be from a likelihood's, relatively: half precision."""
+
+
+def inverse_weight(output: Tensor, grad: Tensor) -> Tensor:
+    """The mean over rows of 1 / c, by the square of their gradient; float32, 0-d, nan where it does not show.
+
+    Args:
+        output: logits, of classes in the last dimension or in the second, or each of its own.
+        grad: the loss's gradient there, of the same shape; of either, any floating dtype.
+    """
+    found = grad.new_full((), torch.nan, dtype=torch.float32) if grad.is_floating_point() else torch.tensor(torch.nan)
+    if isinstance(output, DTensor) or output.is_nested or not output.is_floating_point() or not output.numel():
+        return found
+    for dim in dict.fromkeys((output.dim() - 1, 1)) if output.dim() > 1 else ():
+        found = torch.where(found.isnan(), _of_categories(_some(output, dim), _some(grad, dim)), found)
+    return torch.where(found.isnan(), _of_bits(_some(output, -1), _some(grad, -1)), found)
+
+
+def _some(x: Tensor, dim: int) -> Tensor:
+    """Float32 [rows, n] of a tensor with rows along one dimension; of a vector, its elements as rows of one."""
+    rows = x.movedim(dim, -1).reshape(-1, x.shape[dim]) if x.dim() > 1 else x[:, None]
+    return rows[:: max(1, len(rows) // ROWS)].float()
+
+
+def _of_categories(z: Tensor, g: Tensor) -> Tensor:
+    """The mean of 1 / c if each row of [rows, classes] is ``c (softmax(z) - e_y)``, else nan."""
+    if z.shape[1] < 2:
+        return z.new_full((), torch.nan)
+    direction = z.softmax(1).scatter_add(1, g.argmin(1, keepdim=True), torch.full_like(z, -1.0))
+    c = (g * direction).sum(1) / direction.square().sum(1)
+    return _mean(c, g - c[:, None] * direction, g)
+
+
+def _of_bits(z: Tensor, g: Tensor) -> Tensor:
+    """1 / c if each element that has a gradient is ``c (sigmoid(z) - y)``, with y 0 or 1 and one c; else nan."""
+    direction = torch.where(g != 0, z.sigmoid() - g.lt(0).float(), 0.0).reshape(1, -1)
+    c = (g.reshape(1, -1) * direction).sum(1) / direction.square().sum(1)
+    return _mean(c, g.reshape(1, -1) - c[:, None] * direction, g.reshape(1, -1))
+
+
+def _mean(c: Tensor, rest: Tensor, g: Tensor) -> Tensor:
+    """The mean of 1 / c [rows] by the energy of g [rows, n]; nan where the rest [rows, n] is more than rounding."""
+    energy = g.square().sum(1)
+    seen = energy > 0
+    mean = torch.where(seen, energy / c, 0.0).sum() / energy.sum()
+    holds = (rest.square().sum(1) <= ALIKE**2 * energy).all() & (~seen | (c > 0)).all()
+    return torch.where(holds & mean.isfinite(), mean, torch.nan)
