@@ -17,6 +17,7 @@ from lotion_fx.carried import MADE_ITSELF, all_standing_in
 from lotion_fx.holders import tell_of_views
 from lotion_fx.rows import count_rows, watch_residuals
 from lotion_fx.state import Smoothing
+from lotion_fx.uses import learn_in_python
 
 
 class CompiledCalls:
@@ -77,6 +78,7 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
                 return private.plain_call(model)(*args, **kwargs)
         with all_standing_in(smoothing):
             out = call(*args, **kwargs)
+        learn_in_python(smoothing, model, args, kwargs)
         tell_of_views(smoothing, model)
         count_rows(out, tally)
         if tally.measuring.is_holding:

@@ -249,7 +249,7 @@ def _run_in_python(smoothing: Smoothing, model: nn.Module) -> Iterator[None]:
         if not private.tracer():
             smoothing.tally.graph_ran(in_python=True)
         is_broken = _is_broken(smoothing)
-        weights = [w for w in smoothing.weights if w.selected and (is_broken or w.uses is None)]
+        weights = [w for w in smoothing.weights if w.selected and (is_broken or not w.is_in_graphs)]
         with standing_in(weights, sharded_apart=True, until_taken=not is_broken):
             tell_of_holders(smoothing, model)
             yield
@@ -275,7 +275,7 @@ def _left_to_python(smoothing: Smoothing) -> list[Weight]:
         )
     # In training graphs round faster; but where Python runs between them, it may read any weight.
     is_broken = _is_broken(smoothing)
-    return [*at_rest, *(w for w in weights if (is_broken or w.uses is None) and w not in resting)]
+    return [*at_rest, *(w for w in weights if (is_broken or not w.is_in_graphs) and w not in resting)]
 
 
 @contextlib.contextmanager

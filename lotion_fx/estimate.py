@@ -21,12 +21,12 @@ from lotion_fx import private
 from lotion_fx.joint_form import curvatures_of
 from lotion_fx.loss_graph import LossFunction, LossGraph, grad_mode_kept, loss_graph
 from lotion_fx.passes.attach.attach import MEAN, smooth, variance
-from lotion_fx.passes.attach.usage import weight_uses
 from lotion_fx.passes.moments import random_tensor
 from lotion_fx.passes.moments.certificate import EXACT, SECOND_ORDER, Certificate, analyse
 from lotion_fx.passes.moments.interpret import interpret
 from lotion_fx.passes.moments.random_tensor import Note, Random
 from lotion_fx.state import Weight, names_of
+from lotion_fx.uses import learn_uses
 
 # Gauss-Legendre nodes and weights on [0, 1]: exact for losses that are polynomials of degree 8 in the variances.
 _NODES = (0.06943184420297371, 0.33000947820757187, 0.6699905217924281, 0.9305681557970262)
@@ -173,12 +173,9 @@ def quantized_in(graph: LossGraph, names: Mapping[Weight, str]) -> dict[str, Wei
     Raises:
         ValueError: there is none.
     """
-    at = {name: index for index, name in enumerate(graph.parameters)}
-    with grad_mode_kept(), private.faked(graph.inputs({})) as fakes:
-        new = {at[name]: weight for weight, name in names.items() if weight.uses is None and name in at}
-        for index, uses in weight_uses(graph.gm, fakes, list(new)).items():
-            new[index].learn(uses)
-    weights = {name: weight for weight, name in names.items() if weight.selected and name in at}
+    with grad_mode_kept():
+        learn_uses(graph.gm, list(graph.parameters), graph.inputs({}), names)
+    weights = {name: weight for weight, name in names.items() if weight.selected and name in graph.parameters}
     if not weights:
         raise ValueError("model: no weight of it is quantized, so nothing is random; see lotion_fx.report(model)")
     return weights

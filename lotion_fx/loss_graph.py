@@ -72,19 +72,10 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
     loss_fn = None if isinstance(loss_fn, str) and loss_fn == "model" else loss_fn
     if loss_fn is not None:
         check_loss(loss_fn, where_returned="None")
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
     if loss_fn is not None:
         pair(batch)
-    leaves, spec = tree_flatten(batch)
 
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-    def run(params: dict[str, Tensor], data: list[Tensor]) -> list[Tensor]:
-        def functional(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(model, params, args, kwargs)
-
-        values = iter(data)
-        given = tree_unflatten([next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+    def losses(functional: Callable[..., Any], given: Any) -> list[Tensor]:
         if loss_fn is None:
             out = called(functional, given)
             return [loss_of(out), *_prediction(out)]
@@ -92,13 +83,46 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
         out = called(functional, inputs)
         return [scalar(loss_fn(out, targets), "loss_fn"), *_prediction(out)]
 
+    return LossGraph(*_traced(model, batch, losses))
+
+
+def forward_graph(model: nn.Module, args: Any, kwargs: Any) -> tuple[fx.GraphModule, dict[str, Tensor], list[Any]]:
+    """Traces a forward in ``eval()`` mode, which returns all tensors that the model does.
+
+    Returns:
+        The graph, the model's parameters by name in the order of its first placeholders, and all its inputs.
+    """
+
+    def outputs(functional: Callable[..., Any], given: Any) -> list[Tensor]:
+        return [leaf for leaf in tree_flatten(functional(*given[0], **given[1]))[0] if isinstance(leaf, Tensor)]
+
+    gm, parameters, data = _traced(model, (args, kwargs), outputs)
+    return gm, parameters, [*parameters.values(), *data]
+
+
+def _traced(
+    model: nn.Module, given: Any, outputs: Callable[[Callable[..., Any], Any], list[Tensor]]
+) -> tuple[fx.GraphModule, dict[str, Tensor], tuple[Tensor, ...]]:
+    """The graph of what is made of a model and what it is given, its parameters, and the given tensors."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    leaves, spec = tree_flatten(given)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def run(params: dict[str, Tensor], data: list[Tensor]) -> list[Tensor]:
+        def functional(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(model, params, args, kwargs)
+
+        values = iter(data)
+        filled = tree_unflatten([next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        return outputs(functional, filled)
+
     with as_evaluated(model):
         gm = private.trace(run, ({name: p.detach() for name, p in parameters.items()}, tensors))
     for node in gm.graph.find_nodes(op="get_attr"):  # a buffer that the graph changes is not the model's
         value = getattr(gm, node.target)
         if isinstance(value, Tensor):
             setattr(gm, node.target, value.detach().clone())
-    return LossGraph(gm, parameters, tuple(tensors))
+    return gm, parameters, tuple(tensors)
 
 
 def listed(batches: Any) -> list[Any]:

@@ -166,7 +166,7 @@ class Weight:
         forced: it was asked for by name, so no use of it can deselect it.
         shape: as the model holds it.
         shard: the sharded parameter that the optimizer steps, which the owner does not hold at all times; else None.
-        uses: what the graphs do with it; None until a graph was seen.
+        uses, is_in_graphs: what is done with it, None until a graph was seen; whether compiled graphs round it.
         gathered: since the last step.
         curvature: over the steps.
         gains: of the strength, in a moment stream and in the joint-graph form.
@@ -183,6 +183,7 @@ class Weight:
     shape: tuple[int, ...]
     shard: Tensor | None
     uses: list[Use] | None = None
+    is_in_graphs: bool = False
     gathered: Gathered = field(default_factory=Gathered)
     curvature: Curvature = field(default_factory=Curvature)
     gains: tuple[float, float] = (1.0, 1.0)
@@ -248,8 +249,7 @@ class Weight:
 
     def parameter(self) -> Tensor | None:
         """The tensor that the first owner holds now (sharded or not), None if it is gone."""
-        held = self._held()
-        return held[0] if held else None
+        return next(iter(self._held()), None)
 
     @property
     def master(self) -> Tensor | None:
@@ -278,8 +278,9 @@ class Weight:
 
     # ------------------------------------------------------------------------------------------- what graphs say of it
 
-    def learn(self, uses: Sequence[Use]) -> None:
-        """Adds the uses that one more graph makes of this weight."""
+    def learn(self, uses: Sequence[Use], *, in_graph: bool = False) -> None:
+        """Adds uses that were found of this weight, ``in_graph``: by one that rounds it itself."""
+        self.is_in_graphs |= in_graph
         if self.uses is None or any(use not in self.uses for use in uses):
             self.uses = list(dict.fromkeys([*(self.uses or []), *uses]))
             self._plans.clear()

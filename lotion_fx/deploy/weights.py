@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -117,7 +118,14 @@ def quantized(model: nn.Module) -> dict[str, QuantizedWeight]:
         raise ValueError(
             "model: no weight of it is rounded, so there is nothing to deploy; print(lotion_fx.report(model)) says why"
         )
-    return {name: _quantized(name, weight) for name, weight in with_a_bar("packing", names.items(), len(names))}
+    found = {name: _quantized(name, weight) for name, weight in with_a_bar("packing", names.items(), len(names))}
+    if assumed := [name for name, weight in names.items() if not weight.is_known_operand]:
+        warnings.warn(
+            f"{assumed[0]!r} is blocked along dimension {names[assumed[0]].axis} by assumption, as it was in training "
+            "and eval(): no graph shows what sums over it; print(lotion_fx.report(model)) says of which others too",
+            stacklevel=3,
+        )
+    return found
 
 
 @torch.no_grad()
@@ -139,7 +147,7 @@ def checked_values(name: str, weight: Weight) -> Tensor:
     Raises:
         ValueError: its blocks' dimension is not known yet, or it has no values, or some that are no finite numbers.
     """
-    if not weight.is_known_operand:
+    if not weight.is_known_operand and not weight.smoothing.tally.forwards:
         raise ValueError(
             f"model: along which dimension {name!r} is blocked, no forward has told yet; call the model once, in eval()"
         )
