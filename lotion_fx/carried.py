@@ -116,6 +116,7 @@ class Before:
 
     def __reduce__(self) -> Any:
         smoothing = self.model or next(iter(self.weights.values())).smoothing
+        smoothing.tally.measuring.put_back()  # torch.save writes values after all that it has met
         return Unpickled, (smoothing.said,)
 
 
@@ -175,6 +176,7 @@ def carry(model: nn.Module, smoothing: Smoothing) -> None:
             before.call = known.call
         if known is None:
             module.register_state_dict_pre_hook(_before_saving)
+            module.register_load_state_dict_pre_hook(_before_loading)
         private.hook_forward(module, before, _after)
 
 
@@ -182,6 +184,11 @@ def _before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     """What is saved are the weights' own values."""
     for weight in registry.owned.get(module, {}).values():
         weight.smoothing.tally.measuring.put_back()
+
+
+def _before_loading(module: nn.Module, state: Any, prefix: str, *rest: Any) -> None:
+    """What is loaded replaces the weights' own values."""
+    _before_saving(module, prefix, False)
 
 
 @torch.compiler.disable

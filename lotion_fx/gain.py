@@ -55,7 +55,8 @@ class Gains:
         self.density = moved / moved.sum(1, keepdim=True)
 
     def observe(self, measured: Tensor, predicted: Tensor, variance: Tensor) -> None:
-        """One observation of each factor; one whose prediction is not positive, or that is not finite, is left out.
+        """One observation of each factor. Left out are those that are not finite, whose prediction is not positive, and
+        those without noise, of a weight that had no part in the loss.
 
         Args:
             measured, predicted, variance: float64 [count], all in the loss's units, the last squared.
@@ -63,6 +64,7 @@ class Gains:
         told = (predicted > 0) & measured.isfinite() & predicted.isfinite() & variance.isfinite()
         expected = predicted[:, None] * self.logs.exp()
         noise = (variance + (MODEL_ERROR * measured).square())[:, None]
+        told &= noise[:, 0] > 0
         z2 = (measured[:, None] - expected).square() / noise
         likelihood = -0.5 * (DEGREES + 1) * (z2 / DEGREES).log1p()
         likelihood = (likelihood - likelihood.amax(1, keepdim=True)).exp()

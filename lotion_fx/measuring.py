@@ -12,30 +12,30 @@ spread: the optimizer's first moment, where it keeps one, is taken out as far as
 beside what remains (`LITTLE`). `gain` holds what is believed after each of them: of the whole term, and of each
 weight's share in it.
 
-From such a step's first forward until its optimizer steps, the parameters *hold* the noisy values, so that all that
+From such a step's first forward until an optimizer steps, the parameters *hold* the noisy values, so that all that
 reads them computes with the same ones: recomputation, a head applied outside of the model, other compilers, shards.
-They hold their own values again before anything else looks: a step, a forward in `eval()` or without gradients, a
-`state_dict`, a function of this package.
+They hold their own values again before anything else looks: a step, of any model's optimizer, or one that a GradScaler
+skips; a forward in `eval()` or without gradients; a `state_dict`, loading one, a pickle, a function of this package.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from lotion_fx import private, private_ranks
+from lotion_fx import private
 from lotion_fx.gain import Gains
 from lotion_fx.held import Held
+from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.passes.attach.sharded import is_cut
-from lotion_fx.shards import local_of, shared_amax
+from lotion_fx.shards import local_of, over_shards, shared_amax
 
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
@@ -59,8 +59,29 @@ is; no narrower than so much of rounding's; and no further than this factor from
 DOUBT = 4.0
 """By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
 
-_MOMENTS = ("exp_avg", "momentum_buffer")
 _OWN_REACH, _OWN_STEP, _OWN_PRIOR = math.log(8.0), 0.1, 0.25  # of one weight's factor beside the common one
+
+
+_holding: weakref.WeakSet[Measuring] = weakref.WeakSet()
+
+
+def optimizer_comes(optimizer: Any, own: Collection[Measuring]) -> None:
+    """An optimizer is about to step: no model's parameters are noisy from here on, for it and what follows to read.
+
+    One that steps inside a backward pass leaves alone what the rest of the pass needs.
+
+    Args:
+        own: of the models that have weights among its parameters. What others were measuring begins anew.
+    """
+    if _holding and private.current_backward() == -1:
+        for measuring in list(_holding):
+            measuring.put_back() if measuring in own else measuring.interrupted()
+
+
+def all_put_back() -> None:
+    """No model's parameters are noisy any more."""
+    for measuring in list(_holding):
+        measuring.put_back()
 
 
 class Measuring:
@@ -81,7 +102,7 @@ class Measuring:
     def __init__(self, weights: Sequence[Weight], *, is_on: bool) -> None:
         self.weights, self.is_on = weights, is_on
         self.begun, self.draws, self.next_at, self.amplitude = 0, 0, 1, 1.0
-        self._is_told = False
+        self._is_told, self._since = False, 0
         self._residuals: Tensor | None = None
         self._common, self._own = Gains(1), _own_gains(0)
         self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
@@ -132,8 +153,9 @@ class Measuring:
         if not self.is_on or steps < self.next_at:
             return
         self.put_back()
+        _holding.add(self)
         self.begun += 1
-        self.next_at, self._is_told, self._residuals = steps + self._pause(steps), False, None
+        self.next_at, self._is_told, self._residuals, self._since = steps + self._pause(steps), False, None, steps
         for place, weight in enumerate(self.weights):
             if _can_be_measured(weight) and (parameter := weight.master) is not None:
                 local, amax = local_of(parameter), shared_amax(weight.quantizer, parameter)
@@ -151,6 +173,8 @@ class Measuring:
 
         Not counted as a change in place, for a backward pass may be to come.
         """
+        if weights is None:
+            _holding.discard(self)
         for weight in list(self._held) if weights is None else weights:
             held, parameter = self._held.get(weight), weight.master
             if held is None or held.is_back or parameter is None:
@@ -162,6 +186,13 @@ class Measuring:
             else:  # someone has moved it meanwhile: the move stays, and tells nothing
                 local.data.add_(own - held.noisy(weight, parameter, own))
                 del self._held[weight]
+
+    def interrupted(self) -> None:
+        """No step of these parameters tells what was being measured; it begins anew with the next forward."""
+        self.put_back()
+        if self._held and not self._is_told:
+            self._held.clear()
+            self.begun, self.next_at = self.begun - 1, self._since
 
     # ------------------------------------------------------------------------------------------------------- observing
 
@@ -228,17 +259,18 @@ class Measuring:
             The weights whose noise was wider than rounding's: what the step gathered is curvature elsewhere.
         """
         held = {weight: self._held.pop(weight, None) for weight, _ in pairs}
-        moments = _moments(optimizer, [parameter for _, parameter in pairs])
+        moments = first_moments(optimizer, [parameter for _, parameter in pairs])
+        signs = {parameter: -1.0 for parameter in ascending(optimizer)}
         told = [(weight, p, h) for weight, p in pairs if (h := held[weight]) is not None]
         sums = []
         for weight, p, h in told:
             slope, curvature = moments.get(p), curvature_of(weight, p)
-            sums.append(_sums(weight, p, h, _gradient(p, pending), slope, curvature))
+            sums.append(_sums(weight, p, h, signs.get(p, 1.0) * _gradient(p, pending), slope, curvature))
         if sums:
             self._expect(loss_count, loss_scale, group, told[0][1].device)
             self._learn(
                 [weight for weight, _, _ in told],
-                _over_shards(torch.stack(sums), [p for _, p, _ in told]),
+                over_shards(torch.stack(sums), [p for _, p, _ in told]),
                 told[0][2].amplitude,
             )
         return {weight for weight, _, h in told if h.amplitude > 1}
@@ -256,7 +288,7 @@ class Measuring:
         measured = 0.5 * (eps_g - agrees * eps_m)
         variance = 0.25 * (gg - agrees * gm).clamp(min=0)
         predicted = 0.5 * predicted
-        if not bool((predicted.sum() > 0) & sums.isfinite().all()):
+        if not bool((predicted.sum() > 0) & (variance.sum() > 0) & sums.isfinite().all()):
             self.amplitude = 1.0  # if it was that
             return
         if not self._is_told:
@@ -390,42 +422,8 @@ def _can_be_measured(weight: Weight) -> bool:
     return has_curvature and not is_cut(weight.quantizer, parameter)  # of which no rank could round its own part
 
 
-def _moments(optimizer: Any, parameters: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """The optimizer's moving averages of gradients, float32, if it keeps one of each of these parameters.
-
-    None where it lacks one: an optimizer whose state is divided among ranks would tell each rank something else.
-    """
-    states = optimizer.state, getattr(getattr(optimizer, "optim", None), "state", {})
-    found = {}
-    for parameter in parameters:
-        known = [state.get(parameter, {}).get(name) for state in states for name in _MOMENTS]
-        moment = next((moment for moment in known if isinstance(moment, Tensor)), None)
-        if moment is None or moment.shape != parameter.shape:
-            return {}
-        found[parameter] = local_of(moment).float()
-    return found
-
-
 def _gradient(parameter: Tensor, pending: Tensor | None) -> Tensor:
     """This rank's part of a gradient in float32, without the loss scale."""
     assert parameter.grad is not None
     grad = local_of(parameter.grad).float()
     return grad if pending is None else grad / pending.to(grad.device)
-
-
-def _over_shards(sums: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The sums [parameters, n] over all ranks, of those parameters that are sharded."""
-    meshes = dict.fromkeys(parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor))
-    for mesh in meshes:
-        copies = torch.tensor([_copies(parameter, mesh) for parameter in parameters], device=sums.device)
-        total = sums / copies[:, None].clamp(min=1)
-        dist.all_reduce(total, group=private_ranks.mesh_group(mesh, range(mesh.ndim)))
-        sums = torch.where(copies[:, None] > 0, total, sums)
-    return sums
-
-
-def _copies(parameter: Tensor, mesh: DeviceMesh) -> int:
-    """How many ranks of a mesh hold the same part of a parameter; 0 of one that is not sharded over it."""
-    if not isinstance(parameter, DTensor) or parameter.device_mesh != mesh:
-        return 0
-    return math.prod(mesh.size(dim) for dim, kind in enumerate(parameter.placements) if kind.is_replicate())

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lotion_fx import private, riding
 from lotion_fx.by_hand import warn_of_reduction
+from lotion_fx.measuring import all_put_back, optimizer_comes
 from lotion_fx.missing import has_curvature, look_for_missing
 from lotion_fx.pull import pull
 from lotion_fx.scalars import shown
@@ -29,7 +30,7 @@ def install() -> None:
     global _handles
     if not _handles:
         _handles = [register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)]
-        private.watch_grad_scaler()
+        private.watch_grad_scaler(all_put_back)
     riding.take_in_waiting()
 
 
@@ -150,6 +151,7 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
     mine: dict[Smoothing, list[tuple[Weight, Tensor]]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     held = [(p, weight) for p, weight in zip(parameters, registry.find(parameters), strict=True) if weight is not None]
+    optimizer_comes(optimizer, {weight.smoothing.tally.measuring for _, weight in held})
     riding.before_step(optimizer, held)
     if held and _is_rehearsal(optimizer, [weight for _, weight in held]):
         _rehearsing.add(optimizer)

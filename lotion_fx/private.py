@@ -411,7 +411,7 @@ def take_grad_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
     return _grad_scales.pop(optimizer, None)
 
 
-def watch_grad_scaler() -> None:
+def watch_grad_scaler(then: Callable[[], None]) -> None:
     """Makes `torch.amp.GradScaler.unscale_` note the scale: nothing public tells it to an optimizer's hook."""
     original = torch.amp.GradScaler.unscale_
     if getattr(original, "_lotion_fx", False):
@@ -421,6 +421,7 @@ def watch_grad_scaler() -> None:
         if self.is_enabled() and self._scale is not None:
             _grad_scales[optimizer] = self._scale.clone()
         original(self, optimizer)
+        then()  # for it may skip the step
 
     unscale_._lotion_fx = True  # type: ignore[attr-defined]
     torch.amp.GradScaler.unscale_ = unscale_  # type: ignore[method-assign]

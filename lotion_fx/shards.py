@@ -8,6 +8,7 @@ each with its own shard: their graphs see a `DTensor`, and by this they are told
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,3 +104,21 @@ def shared_amax(quantizer: Quantizer, parameter: Tensor) -> list[Tensor]:
     amax = local.abs().amax().float() if local.numel() else torch.zeros((), dtype=torch.float32, device=local.device)
     dist.all_reduce(amax, dist.ReduceOp.MAX, group=private_ranks.mesh_group(mesh, range(mesh.ndim)))
     return [amax]
+
+
+def over_shards(sums: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The sums [parameters, n] over all ranks, of those parameters that are sharded."""
+    meshes = dict.fromkeys(parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor))
+    for mesh in meshes:
+        copies = torch.tensor([_copies(parameter, mesh) for parameter in parameters], device=sums.device)
+        total = sums / copies[:, None].clamp(min=1)
+        dist.all_reduce(total, group=private_ranks.mesh_group(mesh, range(mesh.ndim)))
+        sums = torch.where(copies[:, None] > 0, total, sums)
+    return sums
+
+
+def _copies(parameter: Tensor, mesh: DeviceMesh) -> int:
+    """How many ranks of a mesh hold the same part of a parameter; 0 of one that is not sharded over it."""
+    if not isinstance(parameter, DTensor) or parameter.device_mesh != mesh:
+        return 0
+    return math.prod(mesh.size(dim) for dim, kind in enumerate(parameter.placements) if kind.is_replicate())

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
+from lotion_fx.optimizers import ascending
 from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import HEADER, Code, Header
 from lotion_fx.passes.attach.sharded import gathered, is_cut
@@ -163,7 +164,11 @@ class Step:
         moment = None
         if self.tally.clip2 is not None:
             moment = _ratio(total, self._on(self.tally.clip2))
-        strengths = [0.0 if w.gathered.in_objective else self.tally.strength_of(w) for w, _ in self.pairs]
+        rising = ascending(self.optimizer)
+        strengths = [
+            0.0 if w.gathered.in_objective else self.tally.strength_of(w) * (-1.0 if p in rising else 1.0)
+            for w, p in self.pairs
+        ]
         pending = torch.ones_like(total) if self.pending is None else self._on(self.pending).float()
         gains = torch.tensor(strengths, dtype=torch.float32, device=self.device) * pending
         bounded, unit = self._bound(total)
