@@ -62,6 +62,7 @@ class CoverageReport:
         size: measured over counted size of the term and its standard error, see `transform`'s ``calibrate``; None
             where nothing was measured, and the count stands.
         measurements: how many steps it comes from.
+        unmeasured: why the count stands though the size was to be measured; else empty.
         phase: of the training, see `transform`'s ``schedule``.
         next_phase: the phase to come and the step that it begins with, where 0 is the first; None in the last.
         steps: optimizer steps so far.
@@ -70,6 +71,7 @@ class CoverageReport:
     rows: tuple[Row, ...]
     size: tuple[float, float] | None = None
     measurements: int = 0
+    unmeasured: str = ""
     phase: str = "lotion"
     next_phase: tuple[str, int] | None = None
     steps: int = 0
@@ -98,6 +100,7 @@ class CoverageReport:
             "term": self.term,
             "size": self.size,
             "measurements": self.measurements,
+            "unmeasured": self.unmeasured,
             "phase": self.phase,
             "next_phase": self.next_phase,
             "steps": self.steps,
@@ -127,6 +130,8 @@ class CoverageReport:
         if self.size is not None:
             error = abs(self.term) * self.size[1] / self.size[0]
             foot += f" ± {error:.1g}, measured in {self.measurements} steps as {self.size[0]:.3g} times the count"
+        elif self.unmeasured:
+            foot += f", as counted: {self.unmeasured}"
         foot += f"\nphase {self.phase!r}, after {self.steps} steps"
         if self.next_phase is not None:
             foot += "; {!r} begins after {}".format(*self.next_phase)
@@ -173,6 +178,7 @@ def report(model: nn.Module) -> CoverageReport:
         tuple(rows.values()),
         size=tally.measuring.common,
         measurements=tally.measuring.draws,
+        unmeasured=tally.measuring.why_not if tally.phase.has_term else "",
         phase=tally.phase.name,
         next_phase=tally.next_phase,
         steps=tally.steps,

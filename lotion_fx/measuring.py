@@ -59,6 +59,7 @@ is; no narrower than so much of rounding's; and no further than this factor from
 DOUBT = 4.0
 """By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
 
+NOTHING_TOLD = "none of {} measurements told anything: do weights change between forward and step?"
 _OWN_REACH, _OWN_STEP, _OWN_PRIOR = math.log(8.0), 0.1, 0.25  # of one weight's factor beside the common one
 
 
@@ -102,7 +103,7 @@ class Measuring:
     def __init__(self, weights: Sequence[Weight], *, is_on: bool) -> None:
         self.weights, self.is_on = weights, is_on
         self.begun, self.draws, self.next_at, self.amplitude = 0, 0, 1, 1.0
-        self._is_told, self._since = False, 0
+        self._is_told, self._since, self._left_off = False, 0, ""
         self._residuals: Tensor | None = None
         self._common, self._own = Gains(1), _own_gains(0)
         self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
@@ -130,10 +131,17 @@ class Measuring:
         """Measured over counted size of the whole term, and its standard error; None before any measurement."""
         return (float(self._common.mean), float(self._common.error)) if self.draws else None
 
-    def leave_off(self) -> None:
+    @property
+    def why_not(self) -> str:
+        """Why the term has its counted size, where it was to be measured; empty if it was, or was not to be."""
+        if self.draws or self._left_off:
+            return "" if self.draws else self._left_off
+        return NOTHING_TOLD.format(self.begun) if self.is_on and self.begun > FIRST else ""
+
+    def leave_off(self, why: str = "") -> None:
         """Nothing is measured any more; what was, holds."""
         self.put_back()
-        self.is_on = False
+        self.is_on, self._left_off = False, why
 
     def forget(self) -> None:
         """Nothing is measured any more, and nothing that was holds."""

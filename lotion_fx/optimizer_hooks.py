@@ -34,6 +34,7 @@ def install() -> None:
     riding.take_in_waiting()
 
 
+_ONCE = ("torch.optim.", "lotion_fx.optim")
 _handles: list[Any] = []
 _stepping: list[torch.optim.Optimizer] = []  # one may step another inside its own step: ZeroRedundancyOptimizer does
 _rehearsing: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # taking a step that is none
@@ -84,7 +85,8 @@ class _WithTerm:
         self.closure, self.optimizer, self.calls = closure, optimizer, 0
 
     def __call__(self) -> Any:
-        _has_closure(self.optimizer)
+        if self.calls or not _calls_once(self.optimizer):
+            _compares(self.optimizer)
         with torch.enable_grad():
             loss = self.closure()
         _done.clear()
@@ -93,11 +95,17 @@ class _WithTerm:
         return loss
 
 
-def _has_closure(optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer compares the losses of several forwards in a step: they are all to be at the weights themselves."""
+def _calls_once(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is known to call its closure once, before anything else, as torch's own do but for one."""
+    step = inspect.unwrap(type(optimizer).step)
+    return step.__module__.startswith(_ONCE) and not isinstance(optimizer, torch.optim.LBFGS)
+
+
+def _compares(optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer may compare the losses of several forwards in a step: all are to be at the weights themselves."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for smoothing in {weight.smoothing for weight in registry.find(parameters) if weight is not None}:
-        smoothing.tally.measuring.leave_off()
+        smoothing.tally.measuring.leave_off(f"{type(optimizer).__name__} may call a closure several times a step")
 
 
 def apply_term(parameters: Iterable[Tensor]) -> None:

@@ -187,3 +187,87 @@ def test_to_maximize_is_to_minimize_the_negative(make, curvature, calibrate):
     assert (size is None) == (size_up is None) == (not calibrate)
     if calibrate:
         assert size == pytest.approx(size_up, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- closures
+
+
+class Careful(torch.optim.SGD):
+    """Evaluates its closure twice."""
+
+    def step(self, closure):
+        closure()
+        return super().step(closure)
+
+
+class Sharpness(torch.optim.SGD):
+    """Sharpness-aware minimization as it is often written: weights move between two passes."""
+
+    def first(self):
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(0.01 * parameter.grad)
+                self.state[parameter]["moved"] = 0.01 * parameter.grad
+
+    def second(self):
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.sub_(self.state[parameter]["moved"])
+        self.step()
+
+
+def run_with_closures(model, optimizer, steps=6):
+    for i in range(steps):
+
+        def closure(i=i):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(data(i)), data(i + 50))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_closure_that_is_called_once_a_step_is_measured_as_a_step_without_is(make):
+    """Lightning steps so, automatically and by hand."""
+    found = []
+    for closures in (True, False):
+        model = smoothed()
+        optimizer = make(model.parameters(), 1e-3)
+        if closures:
+            run_with_closures(model, optimizer)
+        else:
+            for i in range(6):
+                step(model, optimizer, i, lambda out, i=i: F.mse_loss(out, data(i + 50)))
+        found.append((values(model), lotion_fx.report(model).size))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1] is not None
+
+
+@pytest.mark.parametrize("make", [Careful, lambda p, lr: torch.optim.LBFGS(p, lr, max_iter=2)])
+def test_the_report_says_that_an_optimizer_compares_losses(make):
+    model = smoothed()
+    run_with_closures(model, make(model.parameters(), 1e-3))
+    told = lotion_fx.report(model)
+    assert told.size is None and "may call a closure several times" in told.unmeasured
+    assert f"as counted: {told.unmeasured}" in str(told) and told.to_dict()["unmeasured"] == told.unmeasured
+
+
+def test_the_report_says_that_no_measurement_told_anything():
+    model = smoothed()
+    optimizer = Sharpness(model.parameters(), 1e-3)
+    for i in range(9):
+        for move in (optimizer.first, optimizer.second):
+            optimizer.zero_grad()
+            F.mse_loss(model(data(i)), data(i + 50)).backward()
+            move()
+    told = lotion_fx.report(model)
+    assert told.size is None and "measurements told anything: do weights change" in told.unmeasured
+
+
+@pytest.mark.parametrize("options", [{"calibrate": False}, {"method": "ste"}, {}])
+def test_otherwise_it_says_nothing(options):
+    model = smoothed(**options)
+    run_with_closures(model, torch.optim.SGD(model.parameters(), 1e-3))
+    told = lotion_fx.report(model)
+    assert told.unmeasured == "" and "as counted" not in str(told)
