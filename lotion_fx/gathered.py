@@ -20,7 +20,7 @@ class Gathered:
         in_objective: the term came in through `penalty`, and its backward ran.
         in_loss: the loss of the step under way holds the term, with this certificate.
         steps: optimizer steps with a gradient so far.
-        last_step: of the model, that was the last with a gradient; None if there was none since it was loaded.
+        last_step: of the model, that was the last with a gradient; None if there was none.
         last_forward: of the model, before that step.
         has_optimizer: whether an optimizer that stepped holds it.
         has_gradient: whether the weight had a ``.grad`` when the last backward pass of the step under way ended.
@@ -45,10 +45,10 @@ class Gathered:
         if self.probe is not None:
             self.probe.grad = None
 
-    def restore(self, steps: int) -> None:
-        """Stands at a step boundary, after so many steps."""
+    def restore(self, steps: int, last_step: int | None) -> None:
+        """Stands at a step boundary, after so many steps, the last of which was that one of the model's."""
         self.drop_probe()
-        self.steps, self.last_step, self.bound_in, self.last_forward = steps, None, -1, 0
+        self.steps, self.last_step, self.bound_in, self.last_forward = steps, last_step, -1, 0
 
     def entered_loss(self, certificate: Certificate) -> None:
         """A graph whose loss holds the term runs."""

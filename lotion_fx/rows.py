@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch.distributed.tensor import DTensor
 from lotion_fx.private import tree_leaves
 from lotion_fx.recognition import inverse_weight
 from lotion_fx.tally import Tally
+
+if TYPE_CHECKING:
+    from lotion_fx.state import Weight
 
 
 def count_rows(out: Any, tally: Tally) -> None:
@@ -25,10 +28,16 @@ def count_rows(out: Any, tally: Tally) -> None:
     if tally.counted_in_graph or not tally.has_term or not tally.needs_loss_count or not torch.is_grad_enabled():
         return
     leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim()]
-    if leaves:
+    if leaves and any(_learns(weight) for weight in tally.weights):
         leaf = next((leaf for leaf in leaves if leaf.dim() > 1), leaves[0])
         every = torch.full((), leaf.shape[: leaf.dim() - 1 or 1].numel(), dtype=torch.float32, device=leaf.device)
         leaf.register_hook(lambda grad: tally.rows_counted(_rows(grad, every)))
+
+
+def _learns(weight: Weight) -> bool:
+    """Whether a weight is trained, and not merely something before it, as a generator is through a frozen critic."""
+    parameter = weight.master
+    return weight.selected and parameter is not None and parameter.requires_grad
 
 
 def watch_residuals(out: Any, tally: Tally) -> None:

@@ -41,6 +41,7 @@ def saved_of(weight: Weight) -> dict[str, Any]:
         "ema": weight.curvature.ema,
         "code": None if weight.curvature.code is None else int(weight.curvature.code),
         "steps": weight.gathered.steps,
+        "last_step": weight.gathered.last_step,
         "gains": list(weight.gains),
         "format": None if weight.format is None else weight.format.name,
         "shard": _shard(weight),
@@ -115,4 +116,4 @@ def restore(weight: Weight, saved: Mapping[str, Any]) -> None:
     weight.curvature.ema = None if saved["ema"] is None else saved["ema"].to(device, copy=True)
     weight.curvature.code = None if saved["code"] is None else Code(saved["code"])
     weight.gains = tuple(saved["gains"])
-    weight.gathered.restore(saved["steps"])
+    weight.gathered.restore(saved["steps"], saved.get("last_step"))

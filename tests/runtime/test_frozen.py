@@ -91,3 +91,55 @@ def test_adapters_stay_in_full_precision_unless_they_are_asked_for():
     assert rows["lora_A"].format is None and "adapter" in rows["lora_B.weight"].reason
     asked = lotion_fx.transform(copy.deepcopy(Adapted()), "int4", only={"lora_*": "int8"}, inner="eager")
     assert lotion_fx.report(asked)["lora_B.weight"].format == "int8"
+
+
+class Adversaries(nn.Module):
+    """A generator and a critic in turns; the critic is frozen in the generator's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.generator = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+        self.critic = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+        for part in (self.generator, self.critic):
+            lotion_fx.transform(part, "int4", inner="aot_eager", strength=3.0)
+        self.optimizers = [torch.optim.Adam(part.parameters(), 1e-2) for part in (self.generator, self.critic)]
+
+    def step(self, i):
+        z = torch.randn(12, 8, generator=torch.Generator().manual_seed(i))
+        self.critic.requires_grad_(False)
+        self.optimizers[0].zero_grad()
+        self.critic(self.generator(z)).square().mean().backward()
+        self.optimizers[0].step()
+        self.critic.requires_grad_(True)
+        self.optimizers[1].zero_grad()
+        fake, real = self.critic(self.generator(z).detach()), self.critic(z)
+        (F.softplus(fake).mean() + F.softplus(-real).mean()).backward()
+        self.optimizers[1].step()
+
+    def saved(self):
+        return copy.deepcopy([self.state_dict(), *(optimizer.state_dict() for optimizer in self.optimizers)])
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_a_resumed_pair_of_adversaries_is_bit_identical(at):
+    whole = Adversaries()
+    for i in range(7):
+        whole.step(i)
+        if i + 1 == at:
+            model, *optimizers = whole.saved()
+    resumed = Adversaries()
+    resumed.load_state_dict(model)
+    for optimizer, state in zip(resumed.optimizers, optimizers, strict=True):
+        optimizer.load_state_dict(state)
+    for i in range(at, 7):
+        resumed.step(i)
+    for mine, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_what_passes_through_a_frozen_model_is_not_counted_as_its_loss():
+    pair = Adversaries()
+    for i in range(4):
+        pair.step(i)
+    assert lotion_fx.state_dict(pair.critic)["phases"][0]["terms"] == 24  # 12 made and 12 real rows
