@@ -61,12 +61,12 @@ def _held_of(weights: Iterable[Weight], model: nn.Module) -> Iterator[tuple[Weig
             yield weight, where, tensor
 
 
-def held_apart(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a model's modules hold otherwise than as parameters, each with where."""
+def held_apart(model: nn.Module, kind: type[Any] = Tensor) -> Iterator[tuple[str, Any]]:
+    """The tensors, or modules, that a model's modules hold otherwise than as parameters or modules; each with where."""
     for path, module in model.named_modules():
         for name, value in [*_put_into(module).items(), *private.buffers_of(module).items()]:
-            for tensor in _tensors(value, _DEPTH):
-                yield f"{path}.{name}".removeprefix("."), tensor
+            for found in _of_kind(kind, value, _DEPTH):
+                yield f"{path}.{name}".removeprefix("."), found
 
 
 def _put_into(module: nn.Module) -> dict[str, Any]:
@@ -75,12 +75,12 @@ def _put_into(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in own}
 
 
-def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
+def _of_kind(kind: type[Any], value: Any, depth: int) -> Iterator[Any]:
+    if isinstance(value, kind):
         yield value
     elif depth:
         for each in _inside(value):
-            yield from _tensors(each, depth - 1)
+            yield from _of_kind(kind, each, depth - 1)
 
 
 def _inside(value: Any) -> Iterable[Any]:

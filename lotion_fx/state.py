@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
 from lotion_fx.gathered import Gathered
+from lotion_fx.names import plain_name
 from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.passes.attach.attach import LATENT, MEAN, STE, Plan
@@ -445,6 +446,5 @@ def names_of(model: nn.Module) -> dict[Weight, str]:
     names: dict[Weight, str] = {}
     for prefix, module in model.named_modules():
         for attribute, weight in registry.owned.get(module, {}).items():
-            name = f"{prefix}.{attribute}".removeprefix(".").replace("_orig_mod.", "")
-            names.setdefault(weight, name)
+            names.setdefault(weight, plain_name(f"{prefix}.{attribute}".removeprefix(".")))
     return names

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from lotion_fx import private
 from lotion_fx.deploy.packed_model import refuse_packed
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
+from lotion_fx.names import plain_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class Content:
         others: dict[str, Tensor] = {}
         tied: dict[str, str] = {}
         for key, value in model.state_dict(keep_vars=True).items():
-            name = key.replace("_orig_mod.", "")
+            name = plain_name(key)
             if not isinstance(value, Tensor):
                 raise ValueError(
                     f"model: its state_dict has {name!r} of type {type(value).__name__}; only tensors can be exported"

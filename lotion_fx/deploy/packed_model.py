@@ -11,11 +11,13 @@ buffers of floats that it finds. A module keeps its class, under a subclass in w
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lotion_fx import private
 from lotion_fx.deploy.weights import DTYPES, QuantizedWeight, quantized
+from lotion_fx.holders import held_apart
 from lotion_fx.kernels.cpu_linear import cpu_linear, cpu_values
 from lotion_fx.kernels.packed import in_pairs
+from lotion_fx.names import plain_name
 from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.state import names_of
 
@@ -61,15 +65,19 @@ def quantize(model: nn.Module) -> nn.Module:
                 "model that was transformed alike"
             )
     packed = quantized(model)
-    memo: dict[int, Any] = {id(hook): "removed" for m in model.modules() if (hook := private.before_of(m)) is not None}
+    memo = _Memo((id(hook), "removed") for m in model.modules() if (hook := private.before_of(m)) is not None)
     held: list[tuple[nn.Module, str, PackedWeight]] = []
+    given: dict[str, _Given] = {}
     for weight, name in names.items():
         if name in packed:
             parameter = weight.parameter()
             assert parameter is not None  # `quantized` has read it
             made = PackedWeight(packed[name], parameter.stride())
-            held += [(module, key, made) for ref, key in weight.owners if (module := ref()) is not None]
-            memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            owners = [(module, key) for ref, key in weight.owners if (module := ref()) is not None]
+            held += [(*owner, made) for owner in owners]
+            nothing = torch.full((), math.nan, dtype=parameter.dtype).expand(parameter.shape)  # no memory yet
+            memo[id(parameter)] = nn.Parameter(nothing, requires_grad=False)
+            given[name] = _Given(parameter, memo[id(parameter)], made, [module for module, _ in owners])
     copied: nn.Module = copy.deepcopy(model, memo)
     for module in copied.modules():
         private.unhook(module)
@@ -77,7 +85,59 @@ def quantize(model: nn.Module) -> nn.Module:
     for module, attribute, made in held:
         if id(module) in memo:  # an owner may be outside of the model
             _hold(memo[id(module)], attribute, made)
+    _fill_elsewhere(given, memo)
+    _tell_of_shared(model, copied, given)
     return copied.eval().requires_grad_(False)
+
+
+class _Memo(dict[int, Any]):
+    """`copy.deepcopy`'s, that counts how often each entry was asked for."""
+
+    def __init__(self, entries: Iterable[tuple[int, Any]]) -> None:
+        super().__init__(entries)
+        self.asked: Counter[int] = Counter()
+
+    def get(self, key: int, default: Any = None) -> Any:
+        self.asked[key] += 1
+        return super().get(key, default)
+
+
+class _Given(NamedTuple):
+    """What a copy has for a parameter: its place, until `_hold` takes that, the packed weight, and who owned it."""
+
+    parameter: Tensor
+    place: nn.Parameter
+    packed: PackedWeight
+    owners: list[nn.Module]
+
+
+def _fill_elsewhere(given: Mapping[str, _Given], memo: _Memo) -> None:
+    """What else of a copied model holds a weight, a list for one, has it dense."""
+    for name, each in given.items():
+        # Recurrent modules hold theirs in a list, too.
+        own = sum(1 + isinstance(module, nn.RNNBase) for module in each.owners if id(module) in memo)
+        if memo.asked[id(each.parameter)] > own:
+            torch.utils.swap_tensors(each.place, nn.Parameter(each.packed(), requires_grad=False))
+            warnings.warn(
+                f"lotion_fx.quantize: something besides its module holds {name!r} too, and has it dense, at its "
+                "rounded values; read it as its module's attribute to have it packed",
+                stacklevel=3,
+            )
+
+
+def _tell_of_shared(model: nn.Module, copied: nn.Module, given: Mapping[str, _Given]) -> None:
+    """Says which function that holds a weight, or what has one, a copied model has in common with the model."""
+    parameters = {id(each.parameter) for each in given.values()}
+    modules = {id(module) for module in model.modules()}
+    for kind, originals in ((Tensor, parameters), (nn.Module, modules)):
+        for where, found in held_apart(copied, kind):
+            if id(found) in originals:
+                warnings.warn(
+                    f"lotion_fx.quantize: the function {where!r} of the model holds a weight or a module of it, and a "
+                    "copy shares functions: there it computes with full-precision weights; make it a method",
+                    stacklevel=3,
+                )
+                return
 
 
 def refuse_packed(model: nn.Module) -> None:
@@ -99,7 +159,7 @@ def hold(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
         for attribute, parameter in private.parameters_of(module).items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((module, attribute))
-    parameters = dict(model.named_parameters())
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     for name, weight in weights.items():
         made = PackedWeight(weight, parameters[name].stride())
         for module, attribute in owners[id(parameters[name])]:

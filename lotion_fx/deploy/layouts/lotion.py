@@ -24,6 +24,7 @@ from lotion_fx.deploy.weights import DTYPES, QuantizedWeight
 from lotion_fx.deploy.writing import MARK
 from lotion_fx.kernels.packed import in_pairs
 from lotion_fx.loss_graph import called
+from lotion_fx.names import plain_name
 from lotion_fx.numerics.formats import Format
 
 FILE = "model.safetensors"
@@ -139,7 +140,8 @@ def fill(
     """
     dense: dict[str, Tensor] = {name: weight.dequantize().contiguous() for name, weight in weights.items()} | others
     dense |= {name: dense[known] for name, known in tied.items()}
-    held = model.state_dict()
+    keys = {plain_name(key): key for key in model.state_dict()}
+    held = {plain_name(key): tensor for key, tensor in model.state_dict().items()}
     wrong = [f"it has no {name!r}" for name in held.keys() - dense.keys()]
     wrong += [f"{name!r} is not in the model" for name in dense.keys() - held.keys()]
     for name in held.keys() & dense.keys():
@@ -148,9 +150,18 @@ def fill(
     if wrong:  # told before anything of the model is changed
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ValueError(f"model: the export does not fit this {type(model).__name__}: {min(wrong)}{more}")
-    devices = {name: tensor.device for name, tensor in held.items() if not tensor.is_meta}
-    model.load_state_dict({name: t.to(devices.get(name, t.device)) for name, t in dense.items()}, assign=True)
-    for name, known in tied.items():  # names that were one tensor are one again
-        owner, _, attribute = name.rpartition(".")
-        first, _, other = known.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, getattr(model.get_submodule(first), other))
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    assigned = {}
+    for name, tensor in dense.items():
+        known, parameter = held[name], parameters.get(name)
+        if not known.is_meta and known.dtype == tensor.dtype:
+            known.copy_(tensor)  # for whatever else holds it: a list, a closure
+        elif not known.is_meta and parameter is not None:
+            parameter.data = tensor.to(known.device)
+        else:
+            assigned[keys[name]] = tensor if known.is_meta else tensor.to(known.device)
+    model.load_state_dict(assigned, assign=True, strict=False)
+    for name, other in tied.items():  # names that were one tensor are one again
+        owner, _, attribute = keys[name].rpartition(".")
+        first, _, source = keys[other].rpartition(".")
+        setattr(model.get_submodule(owner), attribute, getattr(model.get_submodule(first), source))
