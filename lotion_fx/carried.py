@@ -76,6 +76,7 @@ class Before:
         model: the transformed model that the module is; None for a part of one.
 
     Attributes:
+        is_copy: whether the module is to become the owner of its weights yet.
         call: what calling that model runs.
     """
 

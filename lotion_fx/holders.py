@@ -7,6 +7,7 @@ and takes it out of a list or a closure is not; nor is anybody who takes a view 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lotion_fx import private
 from lotion_fx.passes.attach.attach import LATENT
-from lotion_fx.state import Smoothing, Weight
+from lotion_fx.state import Smoothing, Weight, registry
 
 _DEPTH = 4  # of lists in lists
 
@@ -49,6 +50,29 @@ def tell_of_views(smoothing: Smoothing, model: nn.Module) -> None:
                 stacklevel=2,
             )
             return
+
+
+def tell_of_methods(module: nn.Module) -> None:
+    """Says once whose method, called past the module itself, reads a weight of its own that nothing stands in for.
+
+    Args:
+        module: that such a method, if there is one on the stack, calls.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        code, names = frame.f_code, frame.f_locals
+        caller, frame = names.get(code.co_varnames[0]) if code.co_argcount else None, frame.f_back
+        owned = registry.owned.get(caller, {}) if isinstance(caller, nn.Module) and caller is not module else {}
+        for weight in owned.values():
+            read = weight.selected and weight.standing is None and weight.mode != LATENT
+            if read and "methods" not in weight.smoothing.said:
+                weight.smoothing.said.add("methods")
+                warnings.warn(
+                    f"a method of {type(caller).__name__} runs though the module itself was not called: there "
+                    f"{weight.name!r} is not rounded, and only modules that the method calls are; call the module, "
+                    "whose forward may choose the method",
+                    stacklevel=2,
+                )
 
 
 def _held_of(weights: Iterable[Weight], model: nn.Module) -> Iterator[tuple[Weight, str, Tensor]]:

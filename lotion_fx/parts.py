@@ -16,6 +16,7 @@ from torch import nn
 
 from lotion_fx import private
 from lotion_fx.calls import CompiledCalls, outermost
+from lotion_fx.holders import tell_of_methods
 from lotion_fx.sampling import sample_first
 from lotion_fx.state import Smoothing, registry
 
@@ -53,6 +54,7 @@ def _call(part: nn.Module, smoothing: Smoothing, compiled_call: CompiledCalls) -
         if within or private.tracer() or private.is_traced_by_fx() or smoothing.model() is None:
             return private.plain_call(part)(*args, **kwargs)
         if not made:
+            tell_of_methods(part)
             made.append(_compiled(part, smoothing, compiled_call))
         return made[0](*args, **kwargs)
 

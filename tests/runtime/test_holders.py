@@ -3,6 +3,7 @@ are, or says which weight is not. The oracle is the plain model, rounded by hand
 
 import copy
 import functools
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -316,3 +317,40 @@ def test_all_is_in_its_place_afterwards(make):
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert {name: parameter._version for name, parameter in model.named_parameters()} == versions
     torch.testing.assert_close(copy.deepcopy(model)(X), model(X))
+
+
+class Coder(nn.Module):
+    """Its methods read a parameter of its own, and call a module."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.inner = nn.Parameter(torch.randn(32, 16)), nn.Linear(16, 8)
+
+    def encode(self, x):
+        return self.inner(x @ self.e)
+
+    def forward(self, x):
+        return self.encode(x)
+
+
+@pytest.mark.parametrize("call", [Coder.encode, Coder.forward])
+@pytest.mark.parametrize("method, trains", [("lotion", False), ("ste", True)])
+def test_a_method_called_past_its_module_is_told_of(call, method, trains):
+    model = lotion_fx.transform(Coder(), "int4", method=method, inner="aot_eager").train(trains)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "a method of")
+        model(X)  # and what forward calls is no such method
+    with pytest.warns(UserWarning, match=r"a method of Coder runs .* there 'e' is not rounded"):
+        call(model, X)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "a method of")
+        call(model, X)  # once
+
+
+def test_a_part_that_is_called_itself_is_none():
+    model = lotion_fx.transform(nn.Sequential(Coder(), nn.Linear(8, 4)), "int4", inner="aot_eager").eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "a method of")
+        model[0](X)
+        model[1](torch.randn(3, 8))
