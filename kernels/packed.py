@@ -34,12 +34,17 @@ def in_pairs(fmt: Format) -> bool:
     return fmt.grid.bits <= 4
 
 
+def cuts_bytes(fmt: Format) -> str:
+    """Why codes of a format cannot be packed, two in a byte; empty if they can."""
+    if in_pairs(fmt) and isinstance(fmt.block, int) and fmt.block % 2:
+        return f"two codes of a byte would lie in two blocks of {fmt.block}; use an even block"
+    return ""
+
+
 def check_format(fmt: Format) -> None:
     """Raises `ValueError` where two codes of a byte would lie in two blocks, or the format's name is not its own."""
-    if in_pairs(fmt) and isinstance(fmt.block, int) and fmt.block % 2:
-        raise ValueError(
-            f"fmt={fmt.name!r}: two codes of a byte would lie in two blocks of {fmt.block}; use an even block"
-        )
+    if cut := cuts_bytes(fmt):
+        raise ValueError(f"fmt={fmt.name!r}: {cut}")
     if resolve(fmt.name) != fmt:
         raise ValueError(f"fmt={fmt.name!r}: another format has this name; register_format yours under its own")
 

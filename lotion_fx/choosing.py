@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import EllipsisType
@@ -13,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lotion_fx import private
+from lotion_fx.kernels.packed import cuts_bytes
 from lotion_fx.numerics.formats import Format, register_format, resolve
 from lotion_fx.state import Smoothing, Weight
 
@@ -103,10 +106,10 @@ def weights_for(
             given, excluded = None, "fewer than two dimensions" if given is not None else excluded
         if given is not None and not forced and _is_adapter(place):
             given, excluded = None, _ADAPTER
-        if place.is_scripted:
+        if (given is not None or place.is_scripted) and (why := _impossible(place)):
             if forced and isinstance(keys[-1], str):
-                raise ValueError(f"only: {keys[-1]!r} asks for {given} of {place.names[0]!r}, which is {_SCRIPTED}")
-            given, excluded, forced = None, _SCRIPTED, False
+                raise ValueError(f"only: {keys[-1]!r} asks for {given} of {place.names[0]!r}, which is {why}")
+            given, excluded, forced = None, why, False
         yield Weight.owned_by(
             place.owners,
             place.parameter,
@@ -116,6 +119,21 @@ def weights_for(
             excluded=excluded if given is None else "",
             forced=forced,
         )
+
+
+def _impossible(place: Place) -> str:
+    """Why a parameter cannot be rounded at all; empty if it can."""
+    if place.is_scripted:
+        return _SCRIPTED
+    if not isinstance(place.parameter, UninitializedParameter) and not place.parameter.numel():
+        return "empty"
+    for module, attribute in place.owners:
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and attribute == "weight":
+            if module.max_norm is not None:
+                return f"of an {type(module).__name__} with max_norm, whose forward writes into it"
+            if module.sparse:
+                return f"of an {type(module).__name__} with sparse gradients, which no compiled graph makes"
+    return ""
 
 
 def _is_adapter(place: Place) -> bool:
@@ -129,6 +147,8 @@ def _is_adapter(place: Place) -> bool:
 def known_format(fmt: str | Format) -> Format:
     """A format that its own name resolves to: graphs hold formats by name."""
     found = resolve(fmt)
+    if cut := cuts_bytes(found):
+        warnings.warn(f"fmt={found.name!r}: it trains, but `quantize` and `export` refuse it: {cut}", stacklevel=4)
     try:
         if resolve(found.name) == found:
             return found

@@ -79,6 +79,9 @@ RECIPES: dict[str, Recipe] = {
     "lsq": Recipe("full precision, then LSQ", {"schedule": (("plain", 0.6), ("lsq", 0.4))}, rival=True, learned=True),
     "lotion": Recipe("LOTION", {"method": "lotion"}, BOTH),
     "lotion_finish": Recipe("LOTION with finish", {"method": "lotion", "finish": 0.4}, BOTH),
+    "lotion_ste": Recipe(
+        "LOTION, then STE", {"calibrate": False, "schedule": (("lotion", 0.7), ("ste_scale", 0.3))}, ("nearest",)
+    ),
     "late_adaptive": Recipe(
         "full precision, then LOTION for `round_`",
         {"noise": "adaptive", "calibrate": False, "schedule": (("plain", 0.6), ("lotion", 0.4))},

@@ -203,3 +203,45 @@ def test_script_modules_that_cannot_be_left_out():
         lotion_fx.transform(nn.Sequential(scripted, nn.Linear(7, 7)), only={"0.weight": "int8"})
     with pytest.raises(ValueError, match="no parameter is left"):
         lotion_fx.transform(nn.Sequential(scripted))
+
+
+# ----------------------------------------------------------------------------------------------- what cannot be rounded
+
+
+class Odd(nn.Module):
+    """A table that its own forward writes into, or whose gradient is sparse, and a parameter of no elements."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.table, self.nothing = nn.Embedding(20, 16, **options), nn.Parameter(torch.randn(0, 16))
+        self.head = nn.Linear(16, 20)
+
+    def forward(self, i):
+        h = self.table(i)
+        return self.head(h) + (h @ self.nothing.t()).sum(1, keepdim=True)
+
+
+ODD = {"max_norm": ({"max_norm": 1.0}, "with max_norm, whose forward writes"), "sparse": ({"sparse": True}, "sparse")}
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("options, why", ODD.values(), ids=ODD)
+def test_what_cannot_be_rounded_is_left_out_with_its_reason(options, why, trains):
+    model = lotion_fx.transform(Odd(**options), "int4", inner="aot_eager", only=lotion_fx.preset("all")).train(trains)
+    out = model(torch.arange(4))
+    if trains:
+        out.square().mean().backward()
+    report = lotion_fx.report(model)
+    assert why in report["table.weight"].reason and report["nothing"].reason == "empty"
+    assert report["table.weight"].format is None and report["head.weight"].format == "int4"
+
+
+@pytest.mark.parametrize("options, why", ODD.values(), ids=ODD)
+def test_asked_for_by_name_it_is_refused(options, why):
+    with pytest.raises(ValueError, match=f"'table.weight' asks for .*int4.* of 'table.weight', which is of .*{why}"):
+        lotion_fx.transform(Odd(**options), "int4", only={"table.weight": "int4"})
+
+
+def test_a_format_that_cannot_be_deployed_says_so_at_once():
+    with pytest.warns(UserWarning, match="fmt='int4/5': it trains, but .*two codes of a byte.*use an even block"):
+        lotion_fx.transform(MLP(), "int4/5", inner="aot_eager")

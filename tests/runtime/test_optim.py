@@ -279,7 +279,7 @@ def test_what_the_pass_cannot_take_has_its_term_from_the_hook(settings, on_cpu):
 REFUSED = {
     "one scale for a channel": {"fmt": "int4/channel"},
     "one scale for a tensor": {"fmt": "int4/tensor"},
-    "blocks of no power of two": {"fmt": "int4/5"},
+    "blocks of no power of two": {"fmt": "int4/6"},
     "amsgrad": {"amsgrad": True},
     "foreach": {"foreach": True},
     "fused=False": {"fused": False},
