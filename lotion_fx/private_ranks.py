@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -30,6 +31,13 @@ def mesh_group(mesh: DeviceMesh, dims: Sequence[int]) -> Any:
 def identity_of(tensor: Tensor) -> int:
     """An id that a `DTensor` has in common with the tensor it was made of, and with what is made of it on this rank."""
     return id(tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
+
+
+def storage_of(tensor: Any) -> int:
+    """An id that tensors share which hold the same values, on this rank; 0 of what has no storage."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        return 0
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()._cdata
 
 
 def local_spans(parameter: DTensor) -> tuple[tuple[int, int], ...]:

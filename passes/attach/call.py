@@ -14,7 +14,7 @@ from lotion_fx.passes.attach.values import Part, Value
 aten = torch.ops.aten
 
 CONTRACTION, INNER, PRODUCT = "contraction", "inner contraction", "product"
-EMBEDDING, LOOKUP, PLACED = "embedding", "lookup", "placed"
+EMBEDDING, LOOKUP, PLACED, OVERWRITTEN = "embedding", "lookup", "placed", "overwritten"
 SUM, ELEMENTWISE, SCALE, INPUT = "sum", "elementwise", "scale", "input"
 PRODUCTS = frozenset({CONTRACTION, INNER, PRODUCT})
 """The kinds of use by which a weight is in; see `passes.attach.usage.Use`."""

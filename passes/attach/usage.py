@@ -22,6 +22,7 @@ from lotion_fx.passes.attach.call import (
     INNER,
     INPUT,
     LOOKUP,
+    OVERWRITTEN,
     PLACED,
     PRODUCT,
     PRODUCTS,
@@ -36,7 +37,7 @@ from lotion_fx.passes.attach.strides import Box, written
 from lotion_fx.passes.attach.values import CONSTANT, DATA, Part, Value, merged, whole
 from lotion_fx.passes.registered import settle
 from lotion_fx.private import OpOverload, TorchDispatchMode, arguments_of, source_of, taken_apart, tree_leaves
-from lotion_fx.private_ranks import identity_of
+from lotion_fx.private_ranks import identity_of, storage_of
 
 __all__ = ["CONTRACTION", "ELEMENTWISE", "EMBEDDING", "INNER", "PRODUCT", "SUM", "Use", "weight_uses", "why_not_of"]
 
@@ -50,6 +51,7 @@ class Use:
             that sums over nobody knows what. Of these the weight is an operand. Of the others it is not: its rows are
             chosen (``"embedding"``, ``"lookup"``), it stands among activations (``"placed"``, ``"input"``), it is added
             to them (``"sum"``) or multiplies them (``"elementwise"``), or multiplies another weight (``"scale"``).
+            ``"overwritten"``: a graph that has it in a product changes its values as well.
         op: the ATen op, ``"mm"``.
         axis: the weight's own dimension that is summed over; None where the op sums over none, or several.
         groups: leading groups of the weight that never mix: a convolution's groups, a stack's members.
@@ -84,6 +86,8 @@ _UNUSED = "reaches no contraction: unused"
 def why_not_of(uses: Sequence[Use]) -> str:
     """Why a weight that is used so is left alone; empty where a product takes it."""
     kinds = {use.kind for use in uses}
+    if OVERWRITTEN in kinds:
+        return "its model's own forward writes into it, which would be lost in its rounded values"
     if EMBEDDING in kinds:
         return "embedding, tied to a contraction" if kinds & PRODUCTS else "embedding"
     if kinds & PRODUCTS:
@@ -135,10 +139,13 @@ class _Tracker(TorchDispatchMode):
         self.apart: list[Any] = []  # the ops that are being taken apart: not the graph's own
         self.met: dict[int, list[Meeting]] = {index: [] for index in weights}
         self.values: dict[int, Value] = {}
+        self.storages: dict[int, int] = {}  # of the weights
+        self.overwritten: dict[int, str] = {}
         self.alive: list[Any] = list(inputs)  # ids stay unique while the tensors live
         for index, (node, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
             if index in self.met:
                 self.values[identity_of(x)] = Value(parts={index: whole(x.shape)})
+                self.storages[storage_of(x)] = index
             elif isinstance(x, Tensor) and not (isinstance(x, torch.nn.Parameter) or _is_buffer(node)):
                 self.values.setdefault(identity_of(x), DATA)
 
@@ -180,6 +187,8 @@ class _Tracker(TorchDispatchMode):
             self._becomes(tensor, value)
         for tensor in tree_leaves(written):
             self._seen_through(tensor)
+            if (index := self.storages.get(storage_of(tensor))) is not None:
+                self.overwritten.setdefault(index, call.name)
 
     def _taken_apart(self, call: Call, args: Any, kwargs: Any) -> list[Tensor]:
         """What an op gives by the ops that the compiler would run for it, each followed; nothing if it keeps the op."""
@@ -274,7 +283,10 @@ class _Tracker(TorchDispatchMode):
 
     def uses_of(self, index: int) -> list[Use]:
         """A weight's uses, those first that tell its axis best."""
-        return list(dict.fromkeys(_use(meeting) for meeting in sorted(self.met[index], key=_rank)))
+        uses = list(dict.fromkeys(_use(meeting) for meeting in sorted(self.met[index], key=_rank)))
+        if index in self.overwritten and any(use.is_product for use in uses):  # else the graph is an optimizer's step
+            uses.append(Use(OVERWRITTEN, self.overwritten[index], None, 1, 1))
+        return uses
 
 
 _WALKED = {"cond", "while_loop", "invoke_subgraph", "wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast"}

@@ -143,3 +143,46 @@ def test_what_passes_through_a_frozen_model_is_not_counted_as_its_loss():
     for i in range(4):
         pair.step(i)
     assert lotion_fx.state_dict(pair.critic)["phases"][0]["terms"] == 24  # 12 made and 12 real rows
+
+
+class Momentum(nn.Module):
+    """An encoder, and its moving average, which the forward itself moves."""
+
+    def __init__(self, write):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.write = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8)), write
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
+
+    def forward(self, x):
+        out = self.query(x)
+        with torch.no_grad():
+            for mine, theirs in zip(self.key.parameters(), self.query.parameters(), strict=True):
+                self.write(mine, theirs)
+            known = self.key(x)
+        return out @ known.T
+
+
+WRITES = {
+    "copy_": lambda mine, theirs: mine.copy_(mine * 0.9 + theirs * 0.1),
+    "in place": lambda mine, theirs: mine.mul_(0.9).add_(theirs, alpha=0.1),
+    "data": lambda mine, theirs: mine.data.mul_(0.9).add_(theirs.data, alpha=0.1),
+    "view": lambda mine, theirs: mine.view(-1).lerp_(theirs.reshape(-1), 0.1),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_a_forward_writes_into_a_weight_is_not_lost(write):
+    model, x = Momentum(write), torch.randn(12, 16)
+    lotion_fx.transform(model, "int4", inner="aot_eager", calibrate=False)
+    wanted = [parameter.clone() for parameter in model.key.parameters()]
+    optimizer = torch.optim.SGD(model.query.parameters(), 0.5)
+    for _ in range(4):
+        wanted = [a * 0.9 + b.detach() * 0.1 for a, b in zip(wanted, model.query.parameters(), strict=True)]
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.arange(12)).backward()
+        optimizer.step()
+        torch.testing.assert_close([parameter.detach() for parameter in model.key.parameters()], wanted)
+    report = lotion_fx.report(model)
+    assert report["key.0.weight"].format is None and "forward writes into it" in report["key.0.weight"].reason
+    assert report["query.0.weight"].estimator == "analytic"
