@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lotion_fx.numerics.adaptive import Rounded
 from lotion_fx.private import tree_leaves
+from lotion_fx.scalars import shown
 from lotion_fx.state import Weight
 
 
@@ -27,6 +28,8 @@ class KeptWeights:
     """
 
     def __init__(self, folder: str | Path | None, method: str, batches: Sequence[Any]) -> None:
+        if folder is not None and not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"folder={shown(folder)}: expected the path of a folder, or None to keep nothing")
         self.folder = None if folder is None else Path(folder)
         self._common = hashlib.sha256(method.encode())
         if self.folder is not None:

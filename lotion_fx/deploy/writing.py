@@ -31,16 +31,25 @@ def replaced(path: str | os.PathLike[str], *, is_folder: bool) -> Iterator[Path]
 
     Raises:
         ValueError: something else is there, which must not be lost.
-        OSError: it cannot be written.
+        OSError: it cannot be written; says what ``path`` was.
     """
     target = Path(path).expanduser().resolve()
     _check(target, is_folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _clean(target)
     place = target.parent / f".{target.name}.lotion_fx-{os.getpid()}-{secrets.token_hex(4)}"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clean(target)
         if is_folder:
             place.mkdir()
+        else:
+            place.touch()
+            place.unlink()
+    except OSError as error:
+        why = (
+            f"path={str(target)!r}: nothing can be written there ({error.strerror}); name a place in a writable folder"
+        )
+        raise OSError(error.errno, why) from error
+    try:
         yield place
         _flush(place)
         _check(target, is_folder)

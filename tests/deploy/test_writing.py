@@ -127,3 +127,12 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
         write(tmp_path / "model", "fast")
         assert "slow" in Path(place, MARK).read_text()
     assert read(tmp_path / "model") == "slow"
+
+
+@pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
+def test_where_nothing_can_be_written_the_path_is_named(tmp_path, is_folder):
+    (tmp_path / "file").write_text("no folder")
+    target = tmp_path / "file" / "model"
+    with pytest.raises(OSError, match=r"path='.*model': nothing can be written there .*writable folder"):
+        write(target, "new", is_folder)
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "no folder"

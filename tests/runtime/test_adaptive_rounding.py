@@ -309,3 +309,8 @@ def test_bad_arguments() -> None:
         model.get_parameter("head.weight")[0, 0] = torch.nan
     with pytest.raises(ValueError, match="'head.weight' has values that are no finite numbers"):
         lotion_fx.round_(model, given, loss_of)
+
+
+def test_a_folder_that_is_no_path_is_refused():
+    with pytest.raises(TypeError, match="folder=3: expected the path of a folder, or None"):
+        lotion_fx.round_(trained(), batches(), loss_of, folder=3)
