@@ -103,7 +103,7 @@ class Measuring:
     def __init__(self, weights: Sequence[Weight], *, is_on: bool) -> None:
         self.weights, self.is_on = weights, is_on
         self.begun, self.draws, self.next_at, self.amplitude = 0, 0, 1, 1.0
-        self._is_told, self._since, self._left_off = False, 0, ""
+        self._is_told, self._is_interrupted, self._since, self._left_off = False, False, 0, ""
         self._residuals: Tensor | None = None
         self._common, self._own = Gains(1), _own_gains(0)
         self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
@@ -156,6 +156,8 @@ class Measuring:
         Args:
             steps: optimizer steps since the term first came.
         """
+        self.begun, self.next_at = self._counts()
+        self._is_interrupted = False
         # Of what is back already, part of this step's gradient will not be that at the rounded values.
         self._held = {weight: held for weight, held in self._held.items() if not held.is_back}
         if not self.is_on or steps < self.next_at:
@@ -171,6 +173,11 @@ class Measuring:
                 held = Held(local.clone(), private.version_of(local), *known, self.amplitude)
                 self._held[weight] = held
                 local.data.copy_(held.noisy(weight, parameter, held.own))
+
+    def _counts(self) -> tuple[int, int]:
+        """`begun` and `next_at` as the next forward finds them: what was interrupted and never told does not count."""
+        begins_anew = self._is_interrupted and self._held and not self._is_told
+        return (self.begun - 1, self._since) if begins_anew else (self.begun, self.next_at)
 
     def _pause(self, steps: int) -> int:
         """Steps to the next measurement."""
@@ -196,11 +203,9 @@ class Measuring:
                 del self._held[weight]
 
     def interrupted(self) -> None:
-        """No step of these parameters tells what was being measured; it begins anew with the next forward."""
+        """Another model's optimizer steps: what is being measured begins anew if a forward comes before this one's."""
         self.put_back()
-        if self._held and not self._is_told:
-            self._held.clear()
-            self.begun, self.next_at = self.begun - 1, self._since
+        self._is_interrupted = True
 
     # ------------------------------------------------------------------------------------------------------- observing
 
@@ -347,11 +352,12 @@ class Measuring:
 
     def saved(self) -> dict[str, Any]:
         """What `restore` takes, in the order of the weights."""
+        begun, next_at = self._counts()
         return {
             "is_on": self.is_on,
-            "begun": self.begun,
+            "begun": begun,
             "draws": self.draws,
-            "next_at": self.next_at,
+            "next_at": next_at,
             "amplitude": self.amplitude,
             "told": self._packed(),
         }
@@ -367,6 +373,7 @@ class Measuring:
         """Stands where `saved` was called; of other weights than now only what holds for all is taken."""
         self.put_back()
         self._held.clear()
+        self._is_interrupted = False
         self.is_on, self.begun, self.draws = saved["is_on"], saved["begun"], saved["draws"]
         self.next_at, self.amplitude = saved["next_at"], saved.get("amplitude", 1.0)
         self._factors, self._order, self._own = {}, [], _own_gains(0)

@@ -71,6 +71,7 @@ WHY = {
     "torch.nn.parallel.DistributedDataParallel._get_active_ddp_module": "whose processes share the forward under way",
     "torch.distributed.tensor._utils.compute_local_shape_and_global_offset": "which part of a weight this rank holds",
     "torch.distributed.tensor.DTensor._local_tensor": "a value is followed from one of a rank's own into it and back",
+    "torch.UntypedStorage._cdata": "which weight an op in place writes into, by a view or under another name",
     "torch.distributed.device_mesh.DeviceMesh._flatten": "one process group for a mesh of several dimensions",
     # Emitting for a GPU that is not there: `kernels/emit`.
     "torch._functorch.config": "backward is compiled at once; `triton_op`s stay whole until they are on the device",

@@ -104,6 +104,26 @@ def test_an_optimizer_of_another_model_finds_no_noise():
     assert lotion_fx.report(critic).size is not None  # it is measured all the same, in its own steps
 
 
+def test_two_models_that_step_one_after_the_other_are_measured_as_alone():
+    """Both losses go backward before either optimizer steps."""
+
+    def trained(seeds):
+        models = [smoothed(seed) for seed in seeds]
+        optimizers = [torch.optim.Adam(model.parameters(), 1e-3) for model in models]
+        for i in range(6):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                optimizer.zero_grad()
+                F.mse_loss(model(data(i)), data(i + 50)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        return models
+
+    for together, seed in zip(trained([1, 2]), [1, 2], strict=True):
+        (alone,) = trained([seed])
+        assert torch.equal(values(together), values(alone))
+        assert lotion_fx.report(together).size == lotion_fx.report(alone).size is not None
+
+
 def test_layers_in_no_optimizer_are_not_left_noisy():
     model = smoothed()
     step(model, torch.optim.Adam(model.parameters(), 1e-3), 0)
