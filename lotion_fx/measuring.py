@@ -134,9 +134,9 @@ class Measuring:
     @property
     def why_not(self) -> str:
         """Why the term has its counted size, where it was to be measured; empty if it was, or was not to be."""
-        if self.draws or self._left_off:
-            return "" if self.draws else self._left_off
-        return NOTHING_TOLD.format(self.begun) if self.is_on and self.begun > FIRST else ""
+        if self.draws:
+            return ""
+        return NOTHING_TOLD.format(self.begun) if self.is_on and self.begun > FIRST else self._left_off
 
     def leave_off(self, why: str = "") -> None:
         """Nothing is measured any more; what was, holds."""

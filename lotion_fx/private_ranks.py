@@ -33,10 +33,10 @@ def identity_of(tensor: Tensor) -> int:
     return id(tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
 
 
-def storage_of(tensor: Any) -> int:
-    """An id that tensors share which hold the same values, on this rank; 0 of what has no storage."""
+def storage_of(tensor: Any) -> int | None:
+    """An id that tensors share which hold the same values, on this rank; None of what has no storage."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-        return 0
+        return None
     return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()._cdata
 
 

@@ -137,9 +137,8 @@ class Variants:
                 continue
             if index not in self.taught.setdefault(weight, set()):
                 if index in self.uses:
-                    weight.learn(
-                        self.uses[index], in_graph=True
-                    )  # one that shares another's graph is used as the other is
+                    # One that shares another's graph is used as the other is.
+                    weight.learn(self.uses[index], in_graph=True)
                 if isinstance(args[index], DTensor):
                     weight.smoothing.tally.is_divided_over(args[index].device_mesh)
                 self.taught[weight].add(index)

@@ -139,7 +139,7 @@ class _Tracker(TorchDispatchMode):
         self.apart: list[Any] = []  # the ops that are being taken apart: not the graph's own
         self.met: dict[int, list[Meeting]] = {index: [] for index in weights}
         self.values: dict[int, Value] = {}
-        self.storages: dict[int, int] = {}  # of the weights
+        self.storages: dict[int | None, int] = {}  # of the weights
         self.overwritten: dict[int, str] = {}
         self.alive: list[Any] = list(inputs)  # ids stay unique while the tensors live
         for index, (node, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
@@ -187,7 +187,8 @@ class _Tracker(TorchDispatchMode):
             self._becomes(tensor, value)
         for tensor in tree_leaves(written):
             self._seen_through(tensor)
-            if (index := self.storages.get(storage_of(tensor))) is not None:
+            place = storage_of(tensor)
+            if place is not None and (index := self.storages.get(place)) is not None:
                 self.overwritten.setdefault(index, call.name)
 
     def _taken_apart(self, call: Call, args: Any, kwargs: Any) -> list[Tensor]:
