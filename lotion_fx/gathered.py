@@ -20,6 +20,7 @@ class Gathered:
         in_objective: the term came in through `penalty`, and its backward ran.
         in_loss: the loss of the step under way holds the term, with this certificate.
         steps: optimizer steps with a gradient so far.
+        moment_steps: that its optimizer's second moment averages: the optimizer's own count, if that is a tensor.
         last_step: of the model, that was the last with a gradient; None if there was none.
         last_forward: of the model, before that step.
         has_optimizer: whether an optimizer that stepped holds it.
@@ -34,6 +35,7 @@ class Gathered:
     in_loss: bool = False
     certificate: Certificate | None = None
     steps: int = 0
+    moment_steps: Tensor | float = 0.0
     last_step: int | None = None
     last_forward: int = 0
     has_optimizer: bool = False
@@ -49,6 +51,10 @@ class Gathered:
         """Stands at a step boundary, after so many steps, the last of which was that one of the model's."""
         self.drop_probe()
         self.steps, self.last_step, self.bound_in, self.last_forward = steps, last_step, -1, 0
+
+    def moment_has(self, steps: Tensor | float) -> None:
+        """The optimizer's second moment averages so many steps."""
+        self.moment_steps = steps
 
     def entered_loss(self, certificate: Certificate) -> None:
         """A graph whose loss holds the term runs."""

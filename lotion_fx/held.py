@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lotion_fx.numerics.uniforms import uniforms
-from lotion_fx.shards import index_of
+from lotion_fx.shards import index_of, local_of
 
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
@@ -42,3 +43,38 @@ class Held:
             return rounded
         mean = weight.quantizer.mean(own)
         return mean + self.amplitude * (rounded - mean)
+
+
+def sums_of(
+    weight: Weight, parameter: Tensor, held: Held, grad: Tensor, slope: Tensor | None, h: Tensor | None
+) -> Tensor:
+    """What one weight adds to a measurement, float64 [8]: see `Measuring`."""
+    local, quantizer = local_of(parameter), weight.quantizer
+    noise = (held.own - quantizer.mean(local)).float()
+    variance = held.amplitude**2 * quantizer.variance(local).float()
+    slope = torch.zeros_like(grad) if slope is None or slope.shape != grad.shape else slope
+    products = (
+        noise * grad,
+        noise * slope,
+        variance * grad.square(),
+        variance * grad * slope,
+        variance * slope.square(),
+        variance.new_zeros(()) if h is None else variance * h.view(variance.shape),
+        variance,
+        local.float().square(),
+    )
+    return torch.stack([product.sum(dtype=torch.float64) for product in products])
+
+
+def gradient_of(parameter: Tensor, pending: Tensor | None) -> Tensor:
+    """This rank's part of a gradient in float32, without the loss scale."""
+    assert parameter.grad is not None
+    grad = local_of(parameter.grad).float()
+    return grad if pending is None else grad / pending.to(grad.device)
+
+
+def counted_of(weight: Weight, parameter: Tensor, h: Tensor | None) -> Tensor:
+    """One weight's ``1/2 sum_i h_i sigma_i^2``, float64 [1]; 0 where it has no curvature."""
+    variance = weight.quantizer.variance(local_of(parameter)).float()
+    product = variance.new_zeros(()) if h is None else variance * h.view(variance.shape)
+    return 0.5 * product.sum(dtype=torch.float64).view(1)

@@ -31,8 +31,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lotion_fx import private
-from lotion_fx.gain import Gains
-from lotion_fx.held import Held
+from lotion_fx.gain import Gain, Gains, Predictions
+from lotion_fx.held import Held, counted_of, gradient_of, sums_of
 from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.passes.attach.sharded import is_cut
 from lotion_fx.shards import local_of, over_shards, shared_amax
@@ -55,6 +55,9 @@ noise shows it between these two, the noise is that; larger noise disturbs the s
 WIDEST, LEAST, CHANGE = 0.5, 0.25, 4.0
 """But noise is no wider than so much of the weights, beyond which the increase is not of second order, unless rounding
 is; no narrower than so much of rounding's; and no further than this factor from one measurement to the next."""
+
+LOOKS = 8
+"""From one measurement to the next the counted term is looked at so often, for what the loss does may not follow it."""
 
 DOUBT = 4.0
 """By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
@@ -105,10 +108,12 @@ class Measuring:
         self.begun, self.draws, self.next_at, self.amplitude = 0, 0, 1, 1.0
         self._is_told, self._is_interrupted, self._since, self._left_off = False, False, 0, ""
         self._residuals: Tensor | None = None
-        self._common, self._own = Gains(1), _own_gains(0)
+        self._common, self._own = Gain(), _own_gains(0)
         self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
         self._order: list[Weight] = []  # of the rows of `_own`
         self._factors: dict[Weight, float] = {}
+        self._counted = Predictions()  # of each weight's term
+        self._to_look_at: set[Weight] = set()
         self._held: dict[Weight, Held] = {}
 
     # ----------------------------------------------------------------------------------------------------- the outcome
@@ -160,6 +165,9 @@ class Measuring:
         self._is_interrupted = False
         # Of what is back already, part of this step's gradient will not be that at the rounded values.
         self._held = {weight: held for weight, held in self._held.items() if not held.is_back}
+        looks, gap = steps - self._since, max(self.next_at - self._since, 1)
+        is_due = self.draws and LOOKS * looks // gap > LOOKS * (looks - 1) // gap
+        self._to_look_at = set(self.weights) if is_due else set()
         if not self.is_on or steps < self.next_at:
             return
         self.put_back()
@@ -278,14 +286,14 @@ class Measuring:
         sums = []
         for weight, p, h in told:
             slope, curvature = moments.get(p), curvature_of(weight, p)
-            sums.append(_sums(weight, p, h, signs.get(p, 1.0) * _gradient(p, pending), slope, curvature))
+            sums.append(sums_of(weight, p, h, signs.get(p, 1.0) * gradient_of(p, pending), slope, curvature))
         if sums:
             self._expect(loss_count, loss_scale, group, told[0][1].device)
-            self._learn(
-                [weight for weight, _, _ in told],
-                over_shards(torch.stack(sums), [p for _, p, _ in told]),
-                told[0][2].amplitude,
-            )
+            whole = over_shards(torch.stack(sums), [p for _, p, _ in told])
+            self._learn([weight for weight, _, _ in told], whole, told[0][2].amplitude)
+        elif seen := [pair for pair in pairs if pair[0] in self._to_look_at]:
+            counted = [counted_of(weight, p, curvature_of(weight, p)) for weight, p in seen]
+            self._look_at([w for w, _ in seen], over_shards(torch.stack(counted), [p for _, p in seen])[:, 0].tolist())
         return {weight for weight, _, h in told if h.amplitude > 1}
 
     def _learn(self, weights: Sequence[Weight], sums: Tensor, amplitude: float) -> None:
@@ -307,9 +315,11 @@ class Measuring:
         if not self._is_told:
             self.draws, self._is_told = self.draws + 1, True
             self._whole, self._before = torch.zeros_like(self._whole), self._common.density
-        self._whole += torch.stack([measured, predicted, variance, spread, energy]).sum(1)
         self._common.restore(self._before)
-        self._common.observe(*self._whole[:3, None])
+        self._common.follow(self._counted.told(zip(weights, (predicted / amplitude**2).tolist(), strict=True)))
+        self._before = self._common.density
+        self._whole += torch.stack([measured, predicted, variance, spread, energy]).sum(1)
+        self._common.observe(*self._whole[:3])
         _, predicted_whole, variance_whole, spread_whole, energy_whole = self._whole
         shown, widest = predicted_whole / variance_whole.sqrt(), (energy_whole / spread_whole).sqrt()
         self._adjust(amplitude, float(shown), float(widest))
@@ -322,6 +332,14 @@ class Measuring:
         own = self._own.mean
         own = own * (predicted.sum() / (own[at] * predicted).sum())  # together they are the whole
         self._factors = {weight: _rounded(common * float(own[place])) for weight, place in places.items()}
+
+    def _look_at(self, weights: Sequence[Weight], counted: Sequence[float]) -> None:
+        """Between two measurements, these weights' terms by the count."""
+        before = float(self._common.mean)
+        self._common.follow(self._counted.told(zip(weights, counted, strict=True)))
+        moved = float(self._common.mean) / before
+        self._factors = {weight: _rounded(moved * factor) for weight, factor in self._factors.items()}
+        self._to_look_at -= set(weights)
 
     def _adjust(self, now: float, predicted: float, widest: float) -> None:
         """Chooses the noise's amplitude of the next measurement, a power of two.
@@ -359,13 +377,16 @@ class Measuring:
             "draws": self.draws,
             "next_at": next_at,
             "amplitude": self.amplitude,
+            "since": self._since,
+            "fallen": self._counted.fallen,
             "told": self._packed(),
         }
 
     def _packed(self) -> str:
         """What is believed, as text whose length the number of weights tells."""
         self._align()
-        factors = torch.tensor([self.size(weight) for weight in self.weights], dtype=torch.float64)
+        each = [[self.size(weight), *self._counted.known.get(weight, (0.0, 0.0))] for weight in self.weights]
+        factors = torch.tensor(each, dtype=torch.float64).flatten()
         values = torch.cat([self._common.density.flatten(), self._own.density.flatten(), factors])
         return base64.b64encode(values.numpy().tobytes()).decode()
 
@@ -375,44 +396,26 @@ class Measuring:
         self._held.clear()
         self._is_interrupted = False
         self.is_on, self.begun, self.draws = saved["is_on"], saved["begun"], saved["draws"]
-        self.next_at, self.amplitude = saved["next_at"], saved.get("amplitude", 1.0)
-        self._factors, self._order, self._own = {}, [], _own_gains(0)
+        self.next_at, self._since, self.amplitude = saved["next_at"], saved["since"], saved["amplitude"]
+        self._factors, self._counted, self._order, self._own = {}, Predictions(), [], _own_gains(0)
+        self._counted.fallen = saved["fallen"]
         values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)
-        count, each = len(self.weights), len(self._own.logs)
-        common, own = values[: len(self._common.logs)], values[len(self._common.logs) :]
-        self._common.restore(common)
-        if len(own) == count * (each + 1):
-            self._own.restore(own[: count * each])
+        count, each, common = len(self.weights), len(self._own.logs), self._common.density.numel()
+        self._common.restore(values[:common])
+        if len(values) == common + count * (each + 3):
+            own, factors = values[common:].split([count * each, count * 3])
+            self._own.restore(own)
             self._order = list(self.weights)
-            self._factors = dict(zip(self.weights, own[count * each :].tolist(), strict=True)) if self.draws else {}
+            told = dict(zip(self.weights, factors.view(-1, 3).tolist(), strict=True))
+            self._factors = {weight: size for weight, (size, *_) in told.items()} if self.draws else {}
+            self._counted.known = {weight: (base, now) for weight, (_, base, now) in told.items() if now > 0}
 
     def copied(self, memo: Mapping[int, Any]) -> None:
-        """The model is being copied, and what was copied of it so far has its own values."""
+        """The model is copied, and what was copied of it so far gets its own values."""
         for weight, held in self._held.items():
             if not held.is_back and (copied := memo.get(id(weight.master))) is not None:
                 local_of(copied).data.copy_(held.own)
         self.put_back()
-
-
-def _sums(
-    weight: Weight, parameter: Tensor, held: Held, grad: Tensor, slope: Tensor | None, h: Tensor | None
-) -> Tensor:
-    """What one weight adds to a measurement, float64 [8]: see `Measuring._learn`."""
-    local, quantizer = local_of(parameter), weight.quantizer
-    noise = (held.own - quantizer.mean(local)).float()
-    variance = held.amplitude**2 * quantizer.variance(local).float()
-    slope = torch.zeros_like(grad) if slope is None or slope.shape != grad.shape else slope
-    products = (
-        noise * grad,
-        noise * slope,
-        variance * grad.square(),
-        variance * grad * slope,
-        variance * slope.square(),
-        variance.new_zeros(()) if h is None else variance * h.view(variance.shape),
-        variance,
-        local.float().square(),
-    )
-    return torch.stack([product.sum(dtype=torch.float64) for product in products])
 
 
 def _rounded(x: float) -> float:
@@ -435,10 +438,3 @@ def _can_be_measured(weight: Weight) -> bool:
         return False
     has_curvature = weight.curvature.ema is not None or weight.smoothing.settings.reads_moment
     return has_curvature and not is_cut(weight.quantizer, parameter)  # of which no rank could round its own part
-
-
-def _gradient(parameter: Tensor, pending: Tensor | None) -> Tensor:
-    """This rank's part of a gradient in float32, without the loss scale."""
-    assert parameter.grad is not None
-    grad = local_of(parameter.grad).float()
-    return grad if pending is None else grad / pending.to(grad.device)

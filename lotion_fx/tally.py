@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lotion_fx import by_hand, private, private_ranks
+from lotion_fx.clipping import Clipping
 from lotion_fx.measuring import Measuring
 from lotion_fx.passes.attach.attach import STE
 from lotion_fx.passes.attach.probe import Header
@@ -62,7 +63,7 @@ class Tally:
         mesh: that tensor parallelism divides weights over, as graphs see them.
         watched: a weight with a few elements of its first gradient as backward left it, see `by_hand`.
         last_loss_count: T of the last step, over all ranks.
-        clip2: moving average of the squared clipping factor, as Adam averages squared gradients.
+        clipping: what optimizers' second moments hold of it.
         step_of_forwards: the step that forwards are part of, which begins with the first after an optimizer's step.
         is_closed: whether an optimizer stepped since the last forward.
         last_pass: the step, so counted, of the last curvature pass of ``"ggn"``.
@@ -95,7 +96,7 @@ class Tally:
     mesh: Any = None
     watched: tuple[Weight, Tensor] | None = None
     last_loss_count: Tensor | None = None
-    clip2: Tensor | None = None
+    clipping: Clipping = field(default_factory=Clipping)
     step_of_forwards: int = 0
     is_closed: bool = False
     last_pass: int | None = None
@@ -379,12 +380,9 @@ class Tally:
             decay: of that average.
             before: how many steps it had before this one.
         """
-        if self.is_used:  # another optimizer's step told it
-            return
-        assert self.last_loss_count is not None
-        now = torch.as_tensor(clip, dtype=torch.float32, device=self.last_loss_count.device) ** 2
-        known = 1 - decay**before if self.clip2 is None else self.clip2  # of steps that nobody saw: not clipped
-        self.clip2 = decay * known + (1 - decay) * now
+        if not self.is_used:  # else another optimizer's step told it
+            assert self.last_loss_count is not None
+            self.clipping.told(torch.as_tensor(clip, device=self.last_loss_count.device), decay, before)
 
     def took_in(self) -> None:
         """An optimizer's step has its term."""
@@ -422,7 +420,7 @@ class Tally:
             "chosen": self.chosen,
             "curvature": self.settings.curvature,
             "terms": self.last_loss_count,
-            "clip2": self.clip2,
+            "clipping": self.clipping.saved(),
             "calibrated": self.calibrated,
             "turn": self.step_of_forwards + self.is_closed,
             "forwards": self.forwards,
@@ -436,7 +434,8 @@ class Tally:
         self.steps = self.reached = saved["steps"]
         before = "finish" if saved.get("finish_term") else "ste_scale"  # states of before knew two phases
         self.chosen = saved.get("chosen", before if saved.get("finishing") else None)
-        self.last_loss_count, self.clip2, self.calibrated = saved["terms"], saved["clip2"], saved["calibrated"]
+        self.last_loss_count, self.calibrated = saved["terms"], saved["calibrated"]
+        self.clipping = Clipping.restored(saved.get("clipping"))
         self.step_of_forwards, self.is_closed, self.last_pass = saved["turn"], False, None
         if saved.get("size") is not None:  # states of before had none
             self.measuring.restore(saved["size"])

@@ -81,7 +81,7 @@ class Factors:
     Args:
         row: T over the squared loss scale: of payloads, which are made of gradients as backward saw them.
         gradient: T over the squared factor by which ``.grad`` was scaled or clipped: of squares of it.
-        moment: of the optimizer's second moment; None where the optimizer's state was loaded without ours.
+        total: T of the step, over all ranks.
         gains: of each weight's term.
         limit: of a term, over what ``bounded`` says, see `update`.
         bounded: by what terms are kept small.
@@ -89,7 +89,7 @@ class Factors:
 
     row: Tensor
     gradient: Tensor
-    moment: Tensor | None
+    total: Tensor
     gains: tuple[Tensor, ...]
     limit: Tensor
     bounded: str
@@ -123,12 +123,14 @@ class Step:
         self.group = self.tally.group or next((ranks.batch for ranks in self.ranks.values() if ranks.batch), None)
         self.device = pairs[0][1].device
         self.noisy: set[Weight] = set()
+        self.moment_factors: dict[Tensor | float, Tensor] = {}
 
     def run(self) -> None:
         """Moves every weight's curvature, and adds its term or hands it over."""
         for weight, parameter in self.pairs if self.settings.reads_moment else ():
             if isinstance(moment := self._moment_of(parameter), Tensor):
                 weight.curvature.moment = local_of(moment)
+                weight.gathered.moment_has(self._steps_before(parameter))
         tally = self.tally
         known = self.pending, self.loss_scale, tally.loss_count, self.group
         self.noisy = tally.measuring.observe(self.pairs, self.optimizer, *known, curvature_of)
@@ -150,6 +152,9 @@ class Step:
             scale, first = self.loss_scale if self.pending is None else None, self.pairs[0][1]
             clip = shrunk if scale is None else shrunk * self._on(scale)
             self.tally.clipped(clip, self._decay(first), self._steps_before(first))
+            for weight, parameter in self.pairs:
+                if not isinstance(steps := self._steps_before(parameter), Tensor):  # of its own, which will count
+                    weight.gathered.moment_has(steps + 1)
         self.tally.took_in()
 
     # --------------------------------------------------------------------------------------------------------- factors
@@ -161,9 +166,6 @@ class Step:
         row = (total / scale**2).float()
         if self.settings.samples_labels:  # of the pass's own loss, which nothing scaled
             row = torch.full_like(row, 1 / self.tally.draws)
-        moment = None
-        if self.tally.clip2 is not None:
-            moment = _ratio(total, self._on(self.tally.clip2))
         rising = ascending(self.optimizer)
         strengths = [
             0.0 if w.gathered.in_objective else self.tally.strength_of(w) * (-1.0 if p in rising else 1.0)
@@ -173,7 +175,7 @@ class Step:
         gains = torch.tensor(strengths, dtype=torch.float32, device=self.device) * pending
         bounded, unit = self._bound(total)
         limit = BOUND * pending / unit
-        return Factors(row, (total / (scale * shrunk) ** 2).float(), moment, gains.unbind(), limit, bounded)
+        return Factors(row, (total / (scale * shrunk) ** 2).float(), total, gains.unbind(), limit, bounded)
 
     def _bound(self, total: Tensor) -> tuple[str, Tensor]:
         """By what terms are kept small, and what that is to be divided by. T is ``total``."""
@@ -344,9 +346,9 @@ class Step:
             if self._is_taken(weight, parameter, moment, factors, gain):
                 return None
             if isinstance(moment, Tensor):  # no state of our own then
-                known.ema, known.moment = None, local_of(moment)
+                known.ema = None
                 source, payload, state = MOMENT, [held_of(moment)], values.new_zeros(0)
-                factors = replace(factors, gradient=self._moment_factor(parameter, factors))
+                factors = replace(factors, gradient=self._moment_factor(weight, factors))
         if source != MOMENT and (state is None or state.numel() != part.layout.payload + 1):
             state = known.ema = torch.zeros(part.layout.payload + 1, dtype=torch.float32, device=values.device)
         assert state is not None
@@ -364,19 +366,15 @@ class Step:
         """The optimizer's second moment, if it has one."""
         return self.optimizer.state.get(parameter, {}).get("exp_avg_sq")
 
-    def _moment_factor(self, parameter: Tensor, factors: Factors) -> Tensor:
-        """Curvature over the optimizer's second moment.
-
-        That moment is of clipped gradients: over the same average of squared clipping factors it is a weighted mean of
-        unclipped squares, and no bias is left to correct. Where nothing is known of that average, it is taken from the
-        count of the optimizer's steps, as if none had been clipped.
-        """
-        if factors.moment is not None:
-            return factors.moment
-        count = torch.as_tensor(self._steps_before(parameter), dtype=torch.float32)
-        clip2 = (1 - self._decay(parameter) ** count).to(local_of(parameter).device)
-        assert self.tally.last_loss_count is not None
-        return _ratio(self.tally.last_loss_count, clip2)
+    def _moment_factor(self, weight: Weight, factors: Factors) -> Tensor:
+        """Curvature over the optimizer's second moment, 0-d: weights of as many steps have the same."""
+        steps = weight.gathered.moment_steps
+        key = (
+            steps if isinstance(steps, Tensor) and steps.device.type != "cpu" else float(steps)
+        )  # no wait for a device
+        if key not in self.moment_factors:
+            self.moment_factors[key] = self.tally.clipping.over_moment(factors.total, key)
+        return self.moment_factors[key]
 
     def _is_taken(self, weight: Weight, parameter: Tensor, moment: Any, factors: Factors, gain: Tensor) -> bool:
         """Hands the term to an optimizer that makes it in its own pass, if it can; True if so."""
@@ -390,7 +388,7 @@ class Step:
         if not optimizer.can_take(parameter, weight):
             return False
         zero = torch.zeros_like(factors.gradient)
-        pair = (self._moment_factor(parameter, factors), zero) if has_moment else (zero, factors.gradient)
+        pair = (self._moment_factor(weight, factors), zero) if has_moment else (zero, factors.gradient)
         optimizer.terms[parameter] = Term(weight, *pair, gain)
         weight.curvature.ema = None
         return True
@@ -422,7 +420,3 @@ def _settle(parameter: Tensor) -> None:
 def _grad(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None  # the hook passes on no parameter without one
     return parameter.grad
-
-
-def _ratio(total: Tensor, part: Tensor) -> Tensor:
-    return torch.where(part > 0, total / part, torch.zeros_like(total))

@@ -238,8 +238,8 @@ def term_of(weight: Weight) -> Tensor | None:
 def curvature_of(weight: Weight, parameter: Tensor) -> Tensor | None:
     """h over this rank's part of a weight, float32; None before its first step."""
     known, tally = weight.curvature, weight.smoothing.tally
-    if known.moment is not None and tally.last_loss_count is not None and tally.clip2 is not None:
-        return known.moment.float() * (tally.last_loss_count / tally.clip2)
+    if known.moment is not None and tally.last_loss_count is not None:
+        return known.moment.float() * tally.clipping.over_moment(tally.last_loss_count, weight.gathered.moment_steps)
     return None if known.ema is None else dense(known.ema, stored(weight, parameter))
 
 

@@ -64,7 +64,7 @@ def size_where(which, curvature):
     """The size that is found where in two of the early steps nothing flows."""
     model = smoothed(curvature=curvature)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for i in range(8):
+    for i in range(20):
         optimizer.zero_grad()
         out = model(data(i))
         loss = which(model, out) if which and i in (1, 2) else F.mse_loss(out, data(i + 50))
@@ -78,7 +78,7 @@ def size_where(which, curvature):
 @pytest.mark.parametrize("curvature", ["factored", "fisher"])
 @pytest.mark.parametrize("which", [nothing_flows, nothing_flows_into_one])
 def test_a_gradient_of_zero_in_a_measuring_step_tells_nothing(which, curvature):
-    assert 1 / 4 < size_where(which, curvature) / size_where(None, curvature) < 4
+    assert 1 / 2 < size_where(which, curvature) / size_where(None, curvature) < 2
 
 
 def test_an_observation_without_noise_is_none():
