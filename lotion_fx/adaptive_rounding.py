@@ -107,7 +107,7 @@ def round_(
         method: ``"two_sided"`` (the errors of a weight's rows and columns), ``"gptq"`` (of the dimension that products
             sum over, as GPTQ), ``"nearest"``, or ``"descent"``: two-sided, and then codes changed one by one as long as
             that lowers the cost, which takes some three times as long and is the best of them. A weight takes the
-            cheapest of those up to this one.
+            cheapest of those up to this one; all are rounded to nearest where the batches' loss is lower so.
         likelihood: None, or what the model's output parametrizes, as under ``transform(curvature="ggn")``, whose models
             have it already. Then gradients are those at labels that the model draws itself, four a batch: for losses
             that have nearly vanished, as where a model is its own teacher, and whose gradients say nothing.
@@ -145,11 +145,7 @@ def round_(
     to_do = {n: w for n, w in in_loss.items() if (rounds or n not in done) and method != "nearest"}
     turns = list(_turns(to_do, memory * GIB / 4))
     if rounds and len(turns) > 1:
-        raise ValueError(
-            f"rounds={rounds}: they need the curvatures of all weights at a time, which take "
-            f"{sum(_layout(weight).payload for weight in to_do.values()) * 4 / GIB:.3g} GiB, and memory={memory}; "
-            "raise memory, or leave rounds out"
-        )
+        raise ValueError(_no_room(rounds, to_do.values(), memory))
     for turn in turns:
         curvatures = _curvatures(graphs, turn, told, why)
         for name, curvature in with_a_bar("rounding weights", curvatures.items(), len(curvatures)):
@@ -163,11 +159,16 @@ def round_(
         if name not in done:
             why.setdefault(name, "the loss does not depend on it")
             done[name] = Rounded(fixed_point(latent[name], *_format(weight)), "nearest", math.nan, math.nan)
-    if known:
-        values = refined(graphs, known, {name: done[name].values for name in in_loss}, rounds)
-        done |= {name: _changed(done[name], each, values[name]) for name, each in known.items()}
     losses = _losses(graphs, in_loss, done)
     _warn(losses, method, told)
+    if is_worse := losses[2] > losses[1]:  # trained at rounded weights, or gradients that tell nothing
+        done = {name: _nearest(rounded, latent[name], selected[name]) for name, rounded in done.items()}
+        why = dict.fromkeys(done, f"by {method!r} the batches' loss is {losses[2]:.4g}") | why
+    if known:
+        values = refined(graphs, known, {name: done[name].values for name in in_loss}, rounds, to_latent=not is_worse)
+        done |= {name: _changed(done[name], each, values[name]) for name, each in known.items()}
+    if known or is_worse:
+        losses = _losses(graphs, in_loss, done)
     for name, rounded in done.items():
         latent[name].copy_(rounded.values)
     kept.clear(list(selected))
@@ -180,9 +181,10 @@ def _warn(losses: tuple[float, float, float], method: str, likelihood: str | Non
     latent, nearest, rounded = losses
     if rounded > nearest:
         warnings.warn(
-            f"round_: the batches' loss of {rounded:.4g} is above the {nearest:.4g} of rounding to nearest. If the "
-            "loss has nearly vanished or rounding costs very much, its gradients say little of what rounding costs; "
-            "more batches, of data that the model does not fit as well, may help, or likelihood=, or method='nearest'",
+            f"round_: the batches' loss of {rounded:.4g} is above the {nearest:.4g} of rounding to nearest, which is "
+            "taken instead. A model trained at rounded weights has learned to live with those; else, if the loss has "
+            "nearly vanished or rounding costs very much, its gradients say little of what rounding costs, and more "
+            "batches, of data that the model does not fit as well, may help, or likelihood=",
             stacklevel=3,
         )
     elif likelihood is None and method != "nearest" and abs(latent) < 0.01 * abs(nearest):
@@ -192,6 +194,18 @@ def _warn(losses: tuple[float, float, float], method: str, likelihood: str | Non
             f"likelihood='gaussian' or another of {', '.join(LIKELIHOODS)}, and labels are drawn from it",
             stacklevel=3,
         )
+
+
+def _no_room(rounds: int, weights: Iterable[Weight], memory: float) -> str:
+    return (
+        f"rounds={rounds}: they need the curvatures of all weights at a time, which take "
+        f"{sum(_layout(weight).payload for weight in weights) * 4 / GIB:.3g} GiB, and memory={memory}; "
+        "raise memory, or leave rounds out"
+    )
+
+
+def _nearest(rounded: Rounded, latent: Tensor, weight: Weight) -> Rounded:
+    return rounded._replace(values=fixed_point(latent, *_format(weight)), method="nearest", cost=rounded.nearest)
 
 
 def _changed(rounded: Rounded, known: Known, values: Tensor) -> Rounded:

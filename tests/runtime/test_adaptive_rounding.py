@@ -1,6 +1,7 @@
 """`round_`: whole models, what it refuses, and that what it made is what is deployed, wherever it goes."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,41 @@ def test_rounds_need_all_curvatures_at_a_time() -> None:
         lotion_fx.round_(trained(steps=2), batches(2), loss_of, rounds=2, memory=1e-6)
 
 
-def test_where_it_does_not_help_it_says_so() -> None:
+def test_where_it_does_not_help_it_says_so_and_rounds_to_nearest() -> None:
     """The gradients of a loss that has vanished say little of its curvature."""
     model = trained("int2")
     x, _ = batches(1)[0]
     easy = model(x)[0].argmax(1)
-    with pytest.warns(UserWarning, match=r"round_: .* is above .* of rounding to nearest"):
-        lotion_fx.round_(model, [(x, easy)], lambda out, y: loss_of((50 * out[0], out[1]), y))
+    near = {name: weight.dequantize() for name, weight in lotion_fx.quantized(model).items()}
+    with pytest.warns(UserWarning, match=r"round_: .* is above .* of rounding to nearest, which is taken"):
+        done = lotion_fx.round_(model, [(x, easy)], lambda out, y: loss_of((50 * out[0], out[1]), y))
+    assert {w.method for w in done.weights} == {"nearest"} and done.rounded == pytest.approx(done.nearest, rel=1e-6)
+    assert any("by 'two_sided' the batches' loss is" in w.why for w in done.weights)
+    for name, values in near.items():
+        torch.testing.assert_close(model.get_parameter(name), values)
+
+
+def test_what_was_trained_at_rounded_weights_is_never_worse_and_rounds_go_on_from_there() -> None:
+    torch.manual_seed(0)
+    given = batches(8)
+
+    def at_rounded_weights() -> nn.Module:
+        torch.manual_seed(0)
+        model = lotion_fx.transform(Net(), "int2", method="ste_scale", inner="aot_eager")
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        for _ in range(40):
+            for x, y in given:
+                optimizer.zero_grad()
+                loss_of(model(x), y).backward()
+                optimizer.step()
+        return model.eval()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        alone, further = (
+            lotion_fx.round_(at_rounded_weights(), given, loss_of, method="descent", rounds=k) for k in (0, 4)
+        )
+    assert alone.rounded <= alone.nearest and further.rounded < alone.rounded
 
 
 def own_outputs(model: nn.Module, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
