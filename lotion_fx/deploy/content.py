@@ -104,7 +104,8 @@ def plain_copy(model: nn.Module, weights: dict[str, QuantizedWeight]) -> nn.Modu
 
 def without_hooks(model: nn.Module) -> nn.Module:
     """A copy that carries none of our hooks and calls nothing compiled, at its own weights."""
-    made = copy.deepcopy(model)
+    with torch.no_grad():  # of which a ScriptModule would make part of its copy's parameters
+        made = copy.deepcopy(model)
     for module in made.modules():
         private.unhook(module)
         private.replace_call(module, None)

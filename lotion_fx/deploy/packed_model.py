@@ -78,7 +78,8 @@ def quantize(model: nn.Module) -> nn.Module:
             nothing = torch.full((), math.nan, dtype=parameter.dtype).expand(parameter.shape)  # no memory yet
             memo[id(parameter)] = nn.Parameter(nothing, requires_grad=False)
             given[name] = _Given(parameter, memo[id(parameter)], made, [module for module, _ in owners])
-    copied: nn.Module = copy.deepcopy(model, memo)
+    with torch.no_grad():  # of which a ScriptModule would make part of its copy's parameters
+        copied: nn.Module = copy.deepcopy(model, memo)
     for module in copied.modules():
         private.unhook(module)
         private.replace_call(module, None)  # recurrent modules keep theirs in a copy

@@ -302,3 +302,26 @@ def test_what_a_container_owns_itself_stays_dense_and_is_told():
     with pytest.warns(UserWarning, match="'mixing' of a OwnList of its own stays dense"):
         packed = lotion_fx.quantize(model)
     assert len(packed) == 1 and torch.equal(packed(x), expected)
+
+
+class Scripted(nn.Module):
+    """A part of it is scripted, which no pass rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 8)
+        self.scripted = torch.jit.script(nn.Linear(32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.scripted(torch.relu(self.first(x)))))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_part_stays_as_it_is(tmp_path):
+    x = torch.randn(4, 32)
+    model = transformed(Scripted(), "int4/bf16", x)
+    packed = lotion_fx.quantize(model)
+    torch.testing.assert_close(packed(x), model(x))
+    assert torch.equal(packed.scripted.weight, model.scripted.weight) and model.scripted.weight.requires_grad
+    lotion_fx.export(model, tmp_path, layout="lotion")
+    assert lotion_fx.verify(tmp_path, model, x)
