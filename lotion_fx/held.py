@@ -48,7 +48,7 @@ class Held:
 def sums_of(
     weight: Weight, parameter: Tensor, held: Held, grad: Tensor, slope: Tensor | None, h: Tensor | None
 ) -> Tensor:
-    """What one weight adds to a measurement, float64 [8]: see `Measuring`."""
+    """What one weight adds to a measurement, float64 [9]: see `Measuring`."""
     local, quantizer = local_of(parameter), weight.quantizer
     noise = (held.own - quantizer.mean(local)).float()
     variance = held.amplitude**2 * quantizer.variance(local).float()
@@ -62,6 +62,7 @@ def sums_of(
         variance.new_zeros(()) if h is None else variance * h.view(variance.shape),
         variance,
         local.float().square(),
+        variance.new_zeros(()) if h is None else h,
     )
     return torch.stack([product.sum(dtype=torch.float64) for product in products])
 
@@ -71,10 +72,3 @@ def gradient_of(parameter: Tensor, pending: Tensor | None) -> Tensor:
     assert parameter.grad is not None
     grad = local_of(parameter.grad).float()
     return grad if pending is None else grad / pending.to(grad.device)
-
-
-def counted_of(weight: Weight, parameter: Tensor, h: Tensor | None) -> Tensor:
-    """One weight's ``1/2 sum_i h_i sigma_i^2``, float64 [1]; 0 where it has no curvature."""
-    variance = weight.quantizer.variance(local_of(parameter)).float()
-    product = variance.new_zeros(()) if h is None else variance * h.view(variance.shape)
-    return 0.5 * product.sum(dtype=torch.float64).view(1)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lotion_fx import private
 from lotion_fx.gain import Gain, Gains, Predictions
-from lotion_fx.held import Held, counted_of, gradient_of, sums_of
+from lotion_fx.held import Held, gradient_of, sums_of
 from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.passes.attach.sharded import is_cut
 from lotion_fx.shards import local_of, over_shards, shared_amax
@@ -57,7 +57,7 @@ WIDEST, LEAST, CHANGE = 0.5, 0.25, 4.0
 is; no narrower than so much of rounding's; and no further than this factor from one measurement to the next."""
 
 LOOKS = 8
-"""From one measurement to the next the counted term is looked at so often, for what the loss does may not follow it."""
+"""From one measurement to the next curvature's sum is looked at so often: what the loss does may not follow it."""
 
 DOUBT = 4.0
 """By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
@@ -112,7 +112,7 @@ class Measuring:
         self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
         self._order: list[Weight] = []  # of the rows of `_own`
         self._factors: dict[Weight, float] = {}
-        self._counted = Predictions()  # of each weight's term
+        self._curvatures = Predictions()  # the sum of each weight's
         self._to_look_at: set[Weight] = set()
         self._held: dict[Weight, Held] = {}
 
@@ -265,6 +265,7 @@ class Measuring:
         loss_count: Tensor | None,
         group: Any,
         curvature_of: Callable[[Weight, Tensor], Tensor | None],
+        total_of: Callable[[Weight, Tensor], Tensor],
     ) -> set[Weight]:
         """An optimizer is about to step, and the gradients are the loss's own still.
 
@@ -275,6 +276,7 @@ class Measuring:
             loss_count: T of the step on this rank.
             group: of ranks, over which gradients are averaged; None of one alone.
             curvature_of: h over this rank's part of a weight, without this step's.
+            total_of: its sum, float64 [1].
 
         Returns:
             The weights whose noise was wider than rounding's: what the step gathered is curvature elsewhere.
@@ -292,19 +294,19 @@ class Measuring:
             whole = over_shards(torch.stack(sums), [p for _, p, _ in told])
             self._learn([weight for weight, _, _ in told], whole, told[0][2].amplitude)
         elif seen := [pair for pair in pairs if pair[0] in self._to_look_at]:
-            counted = [counted_of(weight, p, curvature_of(weight, p)) for weight, p in seen]
-            self._look_at([w for w, _ in seen], over_shards(torch.stack(counted), [p for _, p in seen])[:, 0].tolist())
+            curvatures = over_shards(torch.stack([total_of(weight, p) for weight, p in seen]), [p for _, p in seen])
+            self._look_at([weight for weight, _ in seen], curvatures[:, 0].tolist())
         return {weight for weight, _, h in told if h.amplitude > 1}
 
     def _learn(self, weights: Sequence[Weight], sums: Tensor, amplitude: float) -> None:
         """One measurement of these weights; where each optimizer steps a few, of them and those before.
 
         Args:
-            sums: float64 [weights, 8] of eps g, eps m, sigma^2 g^2, sigma^2 g m, sigma^2 m^2, sigma^2 h, sigma^2 and
-                w^2, with the gradient g, what is known of the slope m, and the curvature h.
+            sums: float64 [weights, 9] of eps g, eps m, sigma^2 g^2, sigma^2 g m, sigma^2 m^2, sigma^2 h, sigma^2, w^2
+                and h, with the gradient g, what is known of the slope m, and the curvature h.
             amplitude: of the noise.
         """
-        eps_g, eps_m, gg, gm, mm, predicted, spread, energy = sums.cpu().unbind(1)
+        eps_g, eps_m, gg, gm, mm, predicted, spread, energy, total = sums.cpu().unbind(1)
         agrees = torch.where(mm > 0, gm / mm, 0.0)
         measured = 0.5 * (eps_g - agrees * eps_m)
         variance = 0.25 * (gg - agrees * gm).clamp(min=0)
@@ -316,7 +318,7 @@ class Measuring:
             self.draws, self._is_told = self.draws + 1, True
             self._whole, self._before = torch.zeros_like(self._whole), self._common.density
         self._common.restore(self._before)
-        self._common.follow(self._counted.told(zip(weights, (predicted / amplitude**2).tolist(), strict=True)))
+        self._common.follow(self._curvatures.told(zip(weights, total.tolist(), strict=True)))
         self._before = self._common.density
         self._whole += torch.stack([measured, predicted, variance, spread, energy]).sum(1)
         self._common.observe(*self._whole[:3])
@@ -333,10 +335,10 @@ class Measuring:
         own = own * (predicted.sum() / (own[at] * predicted).sum())  # together they are the whole
         self._factors = {weight: _rounded(common * float(own[place])) for weight, place in places.items()}
 
-    def _look_at(self, weights: Sequence[Weight], counted: Sequence[float]) -> None:
-        """Between two measurements, these weights' terms by the count."""
+    def _look_at(self, weights: Sequence[Weight], curvatures: Sequence[float]) -> None:
+        """Between two measurements, the sum of each of these weights' curvature."""
         before = float(self._common.mean)
-        self._common.follow(self._counted.told(zip(weights, counted, strict=True)))
+        self._common.follow(self._curvatures.told(zip(weights, curvatures, strict=True)))
         moved = float(self._common.mean) / before
         self._factors = {weight: _rounded(moved * factor) for weight, factor in self._factors.items()}
         self._to_look_at -= set(weights)
@@ -378,14 +380,14 @@ class Measuring:
             "next_at": next_at,
             "amplitude": self.amplitude,
             "since": self._since,
-            "fallen": self._counted.fallen,
+            "fallen": self._curvatures.fallen,
             "told": self._packed(),
         }
 
     def _packed(self) -> str:
         """What is believed, as text whose length the number of weights tells."""
         self._align()
-        each = [[self.size(weight), *self._counted.known.get(weight, (0.0, 0.0))] for weight in self.weights]
+        each = [[self.size(weight), *self._curvatures.known.get(weight, (0.0, 0.0))] for weight in self.weights]
         factors = torch.tensor(each, dtype=torch.float64).flatten()
         values = torch.cat([self._common.density.flatten(), self._own.density.flatten(), factors])
         return base64.b64encode(values.numpy().tobytes()).decode()
@@ -397,8 +399,8 @@ class Measuring:
         self._is_interrupted = False
         self.is_on, self.begun, self.draws = saved["is_on"], saved["begun"], saved["draws"]
         self.next_at, self._since, self.amplitude = saved["next_at"], saved["since"], saved["amplitude"]
-        self._factors, self._counted, self._order, self._own = {}, Predictions(), [], _own_gains(0)
-        self._counted.fallen = saved["fallen"]
+        self._factors, self._curvatures, self._order, self._own = {}, Predictions(), [], _own_gains(0)
+        self._curvatures.fallen = saved["fallen"]
         values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)
         count, each, common = len(self.weights), len(self._own.logs), self._common.density.numel()
         self._common.restore(values[:common])
@@ -408,7 +410,7 @@ class Measuring:
             self._order = list(self.weights)
             told = dict(zip(self.weights, factors.view(-1, 3).tolist(), strict=True))
             self._factors = {weight: size for weight, (size, *_) in told.items()} if self.draws else {}
-            self._counted.known = {weight: (base, now) for weight, (_, base, now) in told.items() if now > 0}
+            self._curvatures.known = {weight: (base, now) for weight, (_, base, now) in told.items() if now > 0}
 
     def copied(self, memo: Mapping[int, Any]) -> None:
         """The model is copied, and what was copied of it so far gets its own values."""

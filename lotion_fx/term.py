@@ -26,7 +26,7 @@ from lotion_fx.passes.attach.probe import HEADER, Code, Header
 from lotion_fx.passes.attach.sharded import gathered, is_cut
 from lotion_fx.shards import Ranks, local_of, part_of, sample, shared_amax
 from lotion_fx.state import Smoothing, Weight
-from lotion_fx.update import FISHER, KEPT, MOMENT, SIZE, VECTOR, Spec, curvature_of, stored, update
+from lotion_fx.update import FISHER, KEPT, MOMENT, SIZE, VECTOR, Spec, curvature_of, stored, total_of, update
 
 BOUND = 0.5
 """How large a term may be beside the root of a second moment that holds its squares too, and a step of it beside a
@@ -133,7 +133,7 @@ class Step:
                 weight.gathered.moment_has(self._steps_before(parameter))
         tally = self.tally
         known = self.pending, self.loss_scale, tally.loss_count, self.group
-        self.noisy = tally.measuring.observe(self.pairs, self.optimizer, *known, curvature_of)
+        self.noisy = tally.measuring.observe(self.pairs, self.optimizer, *known, curvature_of, total_of)
         shrunk = self._shrunk()
         factors = self._factors(shrunk)
         vectors = self._payloads(factors)

@@ -243,6 +243,17 @@ def curvature_of(weight: Weight, parameter: Tensor) -> Tensor | None:
     return None if known.ema is None else dense(known.ema, stored(weight, parameter))
 
 
+def total_of(weight: Weight, parameter: Tensor) -> Tensor:
+    """The sum of `curvature_of`, float64 [1], without making it where it is factored; 0 before the first step."""
+    state, part = weight.curvature.ema, stored(weight, parameter)
+    if state is not None and part.layout.kind == "factored" and part.is_whole:
+        rows, cols = factors(state, part.layout)
+        return (rows.sum(1, dtype=torch.float64) * cols.sum(1, dtype=torch.float64)).sum().view(1)
+    h = curvature_of(weight, parameter)
+    h = torch.zeros((), device=parameter.device) if h is None else h
+    return h.sum(dtype=torch.float64).view(1)
+
+
 def stored(weight: Weight, parameter: Tensor) -> Part:
     """The part that this rank's shard is of what a weight's state is of: the whole weight, or the shard itself."""
     if not weight.smoothing.settings.reads_moment:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import lotion_fx
+from lotion_fx.state import registry
+from lotion_fx.update import curvature_of, total_of
 from tests.models import LM, MLP, counted, ids, lm_loss
 from tests.runtime.steps import Recorder, one_step
 
@@ -52,3 +54,34 @@ def test_an_overflowing_step_teaches_nothing(kind):
     before = lotion_fx.penalty(model)
     one_step(model, optimizer, lambda m: m(torch.randn(4, 20)).square().mean() * 1e25)
     assert before > 0 and torch.equal(lotion_fx.penalty(model), before)
+
+
+@pytest.mark.parametrize("kind", ["factored", "full", "fisher"])
+def test_the_sum_of_a_curvature_is_its_elements(kind):
+    net = torch.nn.Sequential(torch.nn.Conv1d(8, 12, 3, groups=2), torch.nn.Flatten(), torch.nn.Linear(24, 5))
+    model = counted(net, "int4", curvature=kind, inner="aot_eager")
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    parameters = [p for p in model.parameters() if p.dim() > 1]
+    assert all(float(total_of(registry[p], p)) == 0 for p in parameters)
+    for _ in range(3):
+        one_step(model, optimizer, lambda m: m(torch.randn(16, 8, 4)).square().mean())
+    for p in parameters:
+        expected = curvature_of(registry[p], p).sum(dtype=torch.float64)
+        assert expected > 0
+        torch.testing.assert_close(total_of(registry[p], p)[0], expected, rtol=1e-5, atol=0.0)
+
+
+def test_between_two_measurements_the_size_moves_against_curvature_that_falls():
+    """Squares whose residuals shrink: the loss's curvature stays, and so does the term with it."""
+    torch.manual_seed(0)
+    model = lotion_fx.transform(torch.nn.Linear(16, 8), "int4", inner="aot_eager")
+    measuring = registry[model.weight].smoothing.tally.measuring
+    optimizer, x = torch.optim.Adam(model.parameters(), 0.0), torch.randn(256, 16)
+    sizes, noise = [], torch.randn(256, 8)
+    with torch.no_grad():
+        target = x @ model.weight.T + model.bias
+    for step in range(60):
+        one_step(model, optimizer, lambda m, s=step: (m(x) - target - 0.8**s * noise).square().mean())
+        sizes.append(measuring.size(registry[model.weight]))
+    starts = [step for step in range(8, 60) if sizes[step] > 1.05 * sizes[step - 1]]
+    assert len(starts) > 12  # it is measured at 8, 16 and 32 alone
