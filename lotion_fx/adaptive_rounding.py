@@ -161,7 +161,9 @@ def round_(
             done[name] = Rounded(fixed_point(latent[name], *_format(weight)), "nearest", math.nan, math.nan)
     losses = _losses(graphs, in_loss, done)
     _warn(losses, method, told)
-    if is_worse := losses[2] > losses[1]:  # trained at rounded weights, or gradients that tell nothing
+    if (
+        is_worse := method != "nearest" and losses[2] > losses[1]
+    ):  # trained at rounded weights, or gradients that tell nothing
         done = {name: _nearest(rounded, latent[name], selected[name]) for name, rounded in done.items()}
         why = dict.fromkeys(done, f"by {method!r} the batches' loss is {losses[2]:.4g}") | why
     if known:
@@ -179,7 +181,7 @@ def round_(
 def _warn(losses: tuple[float, float, float], method: str, likelihood: str | None) -> None:
     """Says so where the gradients cannot tell what rounding costs, or did not."""
     latent, nearest, rounded = losses
-    if rounded > nearest:
+    if method != "nearest" and rounded > nearest:
         warnings.warn(
             f"round_: the batches' loss of {rounded:.4g} is above the {nearest:.4g} of rounding to nearest, which is "
             "taken instead. A model trained at rounded weights has learned to live with those; else, if the loss has "

@@ -18,12 +18,10 @@ class Clipping:
     Args:
         mean: of the squares, 0-d float32, its bias corrected; None before the first step.
         mass: the weight of the steps that are in it: 1 less what bias is left.
-        decay: of the average.
     """
 
     mean: Tensor | None = None
     mass: float = 0.0
-    decay: float = 0.999
 
     def told(self, factor: Tensor, decay: float, before: Tensor | float) -> None:
         """One more step's factor, 0-d.
@@ -35,16 +33,19 @@ class Clipping:
         squared = factor.float().square()
         if self.mean is None:
             self.mean, self.mass = torch.ones_like(squared), 1 - decay ** float(before)
-        old, self.decay = decay * self.mass, decay
-        self.mass = old + 1 - decay
+        self.mass = decay * self.mass + 1 - decay
         self.mean = self.mean.to(squared.device).lerp(squared, (1 - decay) / self.mass)
 
-    def over_moment(self, count: Tensor, steps: Tensor | float) -> Tensor:
-        """What a second moment of so many steps is multiplied by for the mean square of unclipped gradients, ``count``
-        times; 0 where it has none yet, 0-d.
+    def over_moment(self, count: Tensor, steps: Tensor | float, decay: float) -> Tensor:
+        """By what a second moment is multiplied for ``count`` times the mean square of unclipped gradients, 0-d.
+
+        Args:
+            count: 0-d.
+            steps: that the moment averages; without any the factor is 0.
+            decay: of its average.
         """
         taken = torch.as_tensor(steps, dtype=torch.float32, device=count.device)
-        share = -torch.expm1(taken * math.log(max(self.decay, 1e-30)))  # 1 - decay ** steps, to the last bits
+        share = -torch.expm1(taken * math.log(max(decay, 1e-30)))  # 1 - decay ** steps, to the last bits
         share = share if self.mean is None else share * self.mean.to(count.device)
         return torch.where(share > 0, count / share, 0.0)
 

@@ -21,6 +21,7 @@ class Gathered:
         in_loss: the loss of the step under way holds the term, with this certificate.
         steps: optimizer steps with a gradient so far.
         moment_steps: that its optimizer's second moment averages: the optimizer's own count, if that is a tensor.
+        moment_decay: of that average.
         last_step: of the model, that was the last with a gradient; None if there was none.
         last_forward: of the model, before that step.
         has_optimizer: whether an optimizer that stepped holds it.
@@ -36,6 +37,7 @@ class Gathered:
     certificate: Certificate | None = None
     steps: int = 0
     moment_steps: Tensor | float = 0.0
+    moment_decay: float = 0.999
     last_step: int | None = None
     last_forward: int = 0
     has_optimizer: bool = False
@@ -52,9 +54,9 @@ class Gathered:
         self.drop_probe()
         self.steps, self.last_step, self.bound_in, self.last_forward = steps, last_step, -1, 0
 
-    def moment_has(self, steps: Tensor | float) -> None:
-        """The optimizer's second moment averages so many steps."""
-        self.moment_steps = steps
+    def moment_has(self, steps: Tensor | float, decay: float) -> None:
+        """The optimizer's second moment averages so many steps, and forgets by so much at each."""
+        self.moment_steps, self.moment_decay = steps, decay
 
     def entered_loss(self, certificate: Certificate) -> None:
         """A graph whose loss holds the term runs."""

@@ -398,9 +398,12 @@ class Measuring:
         self._held.clear()
         self._is_interrupted = False
         self.is_on, self.begun, self.draws = saved["is_on"], saved["begun"], saved["draws"]
-        self.next_at, self._since, self.amplitude = saved["next_at"], saved["since"], saved["amplitude"]
+        self.next_at, self.amplitude = saved["next_at"], saved["amplitude"]
         self._factors, self._curvatures, self._order, self._own = {}, Predictions(), [], _own_gains(0)
-        self._curvatures.fallen = saved["fallen"]
+        if "fallen" not in saved:  # of before: beliefs had another form, and all is measured anew
+            self.begun = self.draws = 0
+            return
+        self._since, self._curvatures.fallen = saved["since"], saved["fallen"]
         values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)
         count, each, common = len(self.weights), len(self._own.logs), self._common.density.numel()
         self._common.restore(values[:common])

@@ -123,14 +123,15 @@ class Step:
         self.group = self.tally.group or next((ranks.batch for ranks in self.ranks.values() if ranks.batch), None)
         self.device = pairs[0][1].device
         self.noisy: set[Weight] = set()
-        self.moment_factors: dict[Tensor | float, Tensor] = {}
+        self.groups: dict[Tensor, dict[str, Any]] = {}
+        self.moment_factors: dict[tuple[Tensor | float, float], Tensor] = {}
 
     def run(self) -> None:
         """Moves every weight's curvature, and adds its term or hands it over."""
         for weight, parameter in self.pairs if self.settings.reads_moment else ():
             if isinstance(moment := self._moment_of(parameter), Tensor):
                 weight.curvature.moment = local_of(moment)
-                weight.gathered.moment_has(self._steps_before(parameter))
+                weight.gathered.moment_has(self._steps_before(weight, parameter), self._decay(parameter))
         tally = self.tally
         known = self.pending, self.loss_scale, tally.loss_count, self.group
         self.noisy = tally.measuring.observe(self.pairs, self.optimizer, *known, curvature_of, total_of)
@@ -149,12 +150,12 @@ class Step:
                 jobs.append(job)
         update(self.settings.inner, jobs)
         if self.settings.reads_moment:
-            scale, first = self.loss_scale if self.pending is None else None, self.pairs[0][1]
+            scale = self.loss_scale if self.pending is None else None
             clip = shrunk if scale is None else shrunk * self._on(scale)
-            self.tally.clipped(clip, self._decay(first), self._steps_before(first))
+            self.tally.clipped(clip, self._decay(self.pairs[0][1]), self._steps_before(*self.pairs[0]))
             for weight, parameter in self.pairs:
-                if not isinstance(steps := self._steps_before(parameter), Tensor):  # of its own, which will count
-                    weight.gathered.moment_has(steps + 1)
+                if not isinstance(steps := self._steps_before(weight, parameter), Tensor):  # which will count by itself
+                    weight.gathered.moment_has(steps + 1, self._decay(parameter))
         self.tally.took_in()
 
     # --------------------------------------------------------------------------------------------------------- factors
@@ -222,14 +223,22 @@ class Step:
         dist.all_reduce(value, group=self.group)
         return value
 
+    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
+        if not self.groups:
+            self.groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        return self.groups[parameter]
+
     def _decay(self, parameter: Tensor) -> float:
         """Of the optimizer's moving average of squared gradients."""
-        group = next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
-        return group.get("betas", (0.0, 0.999))[1]
+        decay: float = self._group_of(parameter).get("betas", (0.0, 0.999))[1]
+        return decay
 
-    def _steps_before(self, parameter: Tensor) -> Tensor | float:
-        """How many steps the optimizer has taken."""
-        return self.optimizer.state.get(parameter, {}).get("step", 0)
+    def _steps_before(self, weight: Weight, parameter: Tensor) -> Tensor | float:
+        """How many steps the optimizer has taken, by its own count for the parameter or the group, else by ours."""
+        own = self.optimizer.state.get(parameter, {}).get("step", self._group_of(parameter).get("step"))
+        if own is None:
+            return weight.gathered.steps if isinstance(self._moment_of(parameter), Tensor) else 0
+        return own
 
     def _shrunk(self) -> Tensor | float:
         """By what factor the gradients shrank since the backward pass, the loss scale included.
@@ -369,11 +378,11 @@ class Step:
     def _moment_factor(self, weight: Weight, factors: Factors) -> Tensor:
         """Curvature over the optimizer's second moment, 0-d: weights of as many steps have the same."""
         steps = weight.gathered.moment_steps
-        key = (
-            steps if isinstance(steps, Tensor) and steps.device.type != "cpu" else float(steps)
-        )  # no wait for a device
+        if not isinstance(steps, Tensor) or steps.device.type == "cpu":  # else it is not waited for
+            steps = float(steps)
+        key = steps, weight.gathered.moment_decay
         if key not in self.moment_factors:
-            self.moment_factors[key] = self.tally.clipping.over_moment(factors.total, key)
+            self.moment_factors[key] = self.tally.clipping.over_moment(factors.total, *key)
         return self.moment_factors[key]
 
     def _is_taken(self, weight: Weight, parameter: Tensor, moment: Any, factors: Factors, gain: Tensor) -> bool:

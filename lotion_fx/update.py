@@ -239,7 +239,8 @@ def curvature_of(weight: Weight, parameter: Tensor) -> Tensor | None:
     """h over this rank's part of a weight, float32; None before its first step."""
     known, tally = weight.curvature, weight.smoothing.tally
     if known.moment is not None and tally.last_loss_count is not None:
-        return known.moment.float() * tally.clipping.over_moment(tally.last_loss_count, weight.gathered.moment_steps)
+        steps, decay = weight.gathered.moment_steps, weight.gathered.moment_decay
+        return known.moment.float() * tally.clipping.over_moment(tally.last_loss_count, steps, decay)
     return None if known.ema is None else dense(known.ema, stored(weight, parameter))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
-from lotion_fx.deploy.packed_model import refuse_packed
+from lotion_fx.deploy.packed_model import refuse_packed, without_hooks
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
 from lotion_fx.names import plain_name
 
@@ -100,16 +99,6 @@ def plain_copy(model: nn.Module, weights: dict[str, QuantizedWeight]) -> nn.Modu
         for name, weight in weights.items():
             parameters[name].copy_(weight.dequantize())
     return made.requires_grad_(False)
-
-
-def without_hooks(model: nn.Module) -> nn.Module:
-    """A copy that carries none of our hooks and calls nothing compiled, at its own weights."""
-    with torch.no_grad():  # of which a ScriptModule would make part of its copy's parameters
-        made = copy.deepcopy(model)
-    for module in made.modules():
-        private.unhook(module)
-        private.replace_call(module, None)
-    return made
 
 
 def first_tensor(out: Any) -> Tensor:

@@ -78,17 +78,27 @@ def quantize(model: nn.Module) -> nn.Module:
             nothing = torch.full((), math.nan, dtype=parameter.dtype).expand(parameter.shape)  # no memory yet
             memo[id(parameter)] = nn.Parameter(nothing, requires_grad=False)
             given[name] = _Given(parameter, memo[id(parameter)], made, [module for module, _ in owners])
-    with torch.no_grad():  # of which a ScriptModule would make part of its copy's parameters
-        copied: nn.Module = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        private.unhook(module)
-        private.replace_call(module, None)  # recurrent modules keep theirs in a copy
+    copied = without_hooks(model, memo)
     for module, attribute, made in held:
         if id(module) in memo:  # an owner may be outside of the model
             _hold(memo[id(module)], attribute, made)
     _fill_elsewhere(given, memo)
     _tell_of_shared(model, copied, given)
     return copied.eval().requires_grad_(False)
+
+
+def without_hooks(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy that carries none of our hooks and calls nothing compiled, at its own weights.
+
+    Args:
+        memo: as `copy.deepcopy` takes it.
+    """
+    with torch.no_grad():  # of which a ScriptModule would make part of its copy's parameters
+        made: nn.Module = copy.deepcopy(model, memo)
+    for module in made.modules():
+        private.unhook(module)
+        private.replace_call(module, None)  # recurrent modules keep theirs in a copy
+    return made
 
 
 class _Memo(dict[int, Any]):

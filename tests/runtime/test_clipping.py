@@ -21,11 +21,11 @@ def test_unclipped_squares_are_recovered_from_a_moment_of_clipped_ones(unseen):
         moment = decay * moment + (1 - decay) * square * float(factor) ** 2
         if step >= unseen:
             clipping.told(factor, decay, step)
-    assert float(clipping.over_moment(torch.tensor(3.0), 40)) * moment == pytest.approx(3.0 * square, rel=1e-5)
+    assert float(clipping.over_moment(torch.tensor(3.0), 40, decay)) * moment == pytest.approx(3.0 * square, rel=1e-5)
 
 
 def test_a_moment_without_steps_tells_nothing():
-    assert float(Clipping().over_moment(torch.tensor(3.0), 0)) == 0.0
+    assert float(Clipping().over_moment(torch.tensor(3.0), 0, 0.9)) == 0.0
 
 
 def test_what_is_saved_goes_on():
@@ -88,3 +88,47 @@ def test_fisher_curvature_of_a_loaded_optimizer_counts_its_steps(tmp_path):
         trained(each, by, 5, first=20)
     assert torch.equal(curvature(model), curvature(resumed))
     assert lotion_fx.report(model).term == lotion_fx.report(resumed).term
+
+
+class Uncounted(torch.optim.Optimizer):
+    """Adam's second moment, without a count of steps, as that of some optimizers that are not torch's."""
+
+    def __init__(self, params, lr, betas):
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                moment = self.state[p].setdefault("exp_avg_sq", torch.zeros_like(p))
+                moment.lerp_(p.grad.square(), 1 - group["betas"][1])
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.9)])
+def test_fisher_curvature_needs_no_count_of_the_optimizers(betas):
+    found = []
+    for make in (torch.optim.Adam, Uncounted):
+        model = fisher()
+        trained(model, make(model.parameters(), 0.0, betas=betas), 6)
+        found.append(curvature(model))
+    assert found[0] > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0.0)
+
+
+def test_an_optimizer_loaded_without_our_state_has_its_own_decay():
+    """The first step already: the moment of 20 steps at beta2 = .9 is nearly whole."""
+    terms = []
+    for betas in ((0.9, 0.9), (0.9, 0.999)):
+        model = fisher()
+        optimizer = torch.optim.Adam(model.parameters(), 0.0, betas=betas)
+        trained(model, optimizer, 20)
+        state = optimizer.state_dict()
+        for each in state["state"].values():
+            each.pop("lotion_fx", None)
+        fresh = fisher()
+        other = torch.optim.Adam(fresh.parameters(), 0.0, betas=betas)
+        other.load_state_dict(state)
+        with pytest.warns(UserWarning, match="holds nothing of lotion_fx"):
+            trained(fresh, other, 1, first=20)
+        terms.append(curvature(fresh) / curvature(model))
+    assert all(0.5 < float(ratio) < 2 for ratio in terms), terms

@@ -417,6 +417,18 @@ def test_a_state_of_other_weights_tells_the_common_size_alone():
     assert measuring.size(registry[other.up.weight]) == measuring.common[0]
 
 
+def test_a_state_of_before_is_measured_anew():
+    model, _ = trained(5)
+    saved = {name: value for name, value in measuring_of(model).saved().items() if name not in ("fallen", "since")}
+    other, _ = trained(4)
+    optimizer, measuring = torch.optim.Adam(other.parameters(), 0.0), measuring_of(other)
+    measuring.restore(saved)
+    assert measuring.draws == 0 and measuring.size(registry[other.head.weight]) == 1.0
+    measuring.next_at = 0
+    run(other, optimizer, 2)
+    assert measuring.draws > 0
+
+
 def test_own_calibration_stands_after_a_resume():
     model, _ = trained(3, rate=1e-3)
     lotion_fx.calibrate(model, [(ids(), ids().flatten())], lambda out, y: F.cross_entropy(out.flatten(0, 1), y))

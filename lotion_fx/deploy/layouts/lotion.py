@@ -18,8 +18,9 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from lotion_fx.deploy import huggingface, manifest
-from lotion_fx.deploy.content import Content, first_tensor, without_hooks
+from lotion_fx.deploy.content import Content, first_tensor
 from lotion_fx.deploy.layout import Layout
+from lotion_fx.deploy.packed_model import without_hooks
 from lotion_fx.deploy.weights import DTYPES, QuantizedWeight
 from lotion_fx.deploy.writing import MARK
 from lotion_fx.kernels.packed import in_pairs
