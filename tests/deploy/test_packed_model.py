@@ -316,7 +316,7 @@ class Scripted(nn.Module):
         return self.last(torch.relu(self.scripted(torch.relu(self.first(x)))))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_a_scripted_part_stays_as_it_is(tmp_path):
     x = torch.randn(4, 32)
     model = transformed(Scripted(), "int4/bf16", x)
