@@ -216,7 +216,7 @@ def size(args: argparse.Namespace) -> None:
     rows = []
     for kind, name, curvature in itertools.product(args.nets, args.losses, args.curvatures):
         start, ratios, told, terms, increases = time.perf_counter(), [], [], [], []
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             model = train(kind, LOSSES[name], args.steps, seed, fmt=args.formats[0], curvature=curvature)
             report = lotion_fx.report(model)
             measured, _ = increase(model, LOSSES[name], batches(kind, 12345 + seed), args.rounds)
@@ -230,7 +230,7 @@ def size(args: argparse.Namespace) -> None:
         error = center * statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else math.nan
         rows.append(
             [kind, name, curvature, f"{statistics.fmean(terms):.3g}", f"{statistics.fmean(increases):.3g}",
-             f"{center:.2f} ± {error:.2f}" + (f" ({len(known)})" if len(known) < args.seeds else ""),
+             f"{center:.2f} ± {error:.2f}" + (f" ({len(known)})" if len(known) < len(args.seeds) else ""),
              f"{statistics.fmean(told):.0%}"]
         )  # fmt: skip
         print(" | ".join(map(str, rows[-1])), f"| {time.perf_counter() - start:.0f} s", flush=True)
@@ -272,7 +272,7 @@ def deploy(args: argparse.Namespace) -> None:
     pairs = [(m, r) for m, r in itertools.product(MINE, RIVALS) if m in args.methods and r in args.methods]
     for fmt, kind, name in itertools.product(args.formats, args.nets, args.losses):
         ends = {
-            method: [deployed(method, kind, name, fmt, seed, args.steps) for seed in range(args.seeds)]
+            method: [deployed(method, kind, name, fmt, seed, args.steps) for seed in args.seeds]
             for method in args.methods
         }
         row = [fmt, kind, name, *(f"{statistics.fmean(each):.4g}" for each in ends.values())]
@@ -296,8 +296,10 @@ def main() -> None:
     parser.add_argument("--formats", type=lambda s: s.split(","), default=None)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     args = parser.parse_args()
+    args.seeds = range(args.first_seed, args.first_seed + args.seeds)
     args.formats = args.formats or (["int4"] if args.what == "size" else ["int4", "int3"])
     args.steps = args.steps or (40 if args.what == "size" else 300)
     warnings.simplefilter("ignore")
