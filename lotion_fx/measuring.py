@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lotion_fx import private
+from lotion_fx import private, private_backward
 from lotion_fx.gain import Gain, Gains, Predictions
 from lotion_fx.held import Held, gradient_of, sums_of
 from lotion_fx.optimizers import ascending, first_moments
@@ -77,7 +77,7 @@ def optimizer_comes(optimizer: Any, own: Collection[Measuring]) -> None:
     Args:
         own: of the models that have weights among its parameters. What others were measuring begins anew.
     """
-    if _holding and private.current_backward() == -1:
+    if _holding and private_backward.current_backward() == -1:
         for measuring in list(_holding):
             measuring.put_back() if measuring in own else measuring.interrupted()
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lotion_fx import private
+from lotion_fx import private_backward
 from lotion_fx.passes.attach.attach import STE
 from lotion_fx.passes.attach.probe import Code
 from lotion_fx.shards import sample
@@ -87,7 +87,7 @@ def _cause(weight: Weight) -> str:
         return NOT_CALLED
     if not _is_due(weight):
         return ""
-    if private.current_backward() != -1:  # from the next forward on, curvature is there first
+    if private_backward.current_backward() != -1:  # from the next forward on, curvature is there first
         return "" if tally.steps_inside == tally.forwards else IN_BACKWARD
     return OUTSIDE if tally.was_called(weight) else NOT_CALLED
 

@@ -389,18 +389,7 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
-# --- backward passes, steps, processes ---
-
-
-def current_backward() -> int:
-    """A number for the backward pass that is running on this thread, -1 outside of one."""
-    return torch._C._current_graph_task_id()
-
-
-def after_backward(callback: Callable[[], None]) -> None:
-    """Runs a callback when the backward pass under way is over, after DDP's and FSDP's own."""
-    engine = torch.autograd.Variable._execution_engine
-    engine.queue_callback(lambda: engine.queue_callback(callback))
+# --- steps ---
 
 
 _grad_scales: weakref.WeakKeyDictionary[torch.optim.Optimizer, Tensor] = weakref.WeakKeyDictionary()

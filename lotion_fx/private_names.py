@@ -63,6 +63,7 @@ WHY = {
     "torch.nn.Module._buffers": "a module's own buffers, to put them back as tensors",
     "torch.Tensor._version": "whether a tensor was changed in place",
     "torch._C._current_graph_task_id": "which backward pass is running, if any",
+    "torch._C._will_engine_execute_node": "whether that pass reaches a parameter",
     "torch.autograd.Variable._execution_engine": "a call after that pass: no public hook comes after DDP's and FSDP's",
     "torch.optim.AdamW._init_group": "overridden in `optim`: the step asks it, group by group, for what to update",
     "torch._foreach_add_": "an optimizer's step counts in one launch",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lotion_fx import private_backward
 from lotion_fx.private import tree_leaves
 from lotion_fx.recognition import inverse_weight
 from lotion_fx.tally import Tally
@@ -28,10 +29,18 @@ def count_rows(out: Any, tally: Tally) -> None:
     if tally.counted_in_graph or not tally.has_term or not tally.needs_loss_count or not torch.is_grad_enabled():
         return
     leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim()]
-    if leaves and any(_learns(weight) for weight in tally.weights):
+    learning = [weight for weight in tally.weights if _learns(weight)]
+    if leaves and learning:
         leaf = next((leaf for leaf in leaves if leaf.dim() > 1), leaves[0])
         every = torch.full((), leaf.shape[: leaf.dim() - 1 or 1].numel(), dtype=torch.float32, device=leaf.device)
-        leaf.register_hook(lambda grad: tally.rows_counted(_rows(grad, every)))
+        trained = [] if tally.override else [weight for weight in learning if weight.training]
+        leaf.register_hook(lambda grad: tally.rows_counted(_rows(grad, every), to_gradients=_fills_grad(trained)))
+
+
+def _fills_grad(weights: list[Weight]) -> bool:
+    """Whether the backward pass under way adds to the ``.grad`` of any. Of shards nothing tells, and they count."""
+    parameters = (weight.master for weight in weights)
+    return any(isinstance(p, DTensor) or private_backward.adds_to_grad_of(p) for p in parameters if p is not None)
 
 
 def _learns(weight: Weight) -> bool:
@@ -52,7 +61,7 @@ def watch_residuals(out: Any, tally: Tally) -> None:
 
 
 def _tell(tally: Tally, output: Tensor, grad: Tensor | None) -> None:
-    if grad is not None:
+    if grad is not None and _fills_grad([weight for weight in tally.weights if _learns(weight)]):
         squares = grad.detach().float().square()
         energies = squares.sum(-1) if grad.dim() > 1 else squares
         energy = _whole(energies.sum())

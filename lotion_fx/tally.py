@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lotion_fx import by_hand, private, private_ranks
+from lotion_fx import by_hand, private_backward, private_ranks
 from lotion_fx.clipping import Clipping
+from lotion_fx.loss_count import LossCount
 from lotion_fx.measuring import Measuring
 from lotion_fx.passes.attach.attach import STE
 from lotion_fx.passes.attach.probe import Header
@@ -53,8 +54,7 @@ class Tally:
         graphs: that rounded weights in the forward under way.
         has_breaks: whether a forward ran several of them, or Python ran it.
         counted_in_graph: whether a joint graph of the forward under way counts T.
-        loss_count: T of the step under way, over all its backward passes.
-        is_used: whether an optimizer took that T; then the next backward pass begins a new one.
+        terms: T of the step under way, over all its backward passes.
         last_backward: the backward pass in which curvature last arrived.
         last_checked: the backward pass before which dropped gradients were looked for.
         steps_inside: the forward in whose backward pass an optimizer was first seen to step; None if none was.
@@ -86,8 +86,7 @@ class Tally:
     graphs: int = 0
     has_breaks: bool = False
     counted_in_graph: bool = False
-    loss_count: Tensor | None = None
-    is_used: bool = False
+    terms: LossCount = field(default_factory=LossCount)
     last_backward: int = -1
     last_checked: int = -1
     steps_inside: int | None = None
@@ -167,6 +166,11 @@ class Tally:
         """Whether the step under way is to gather curvature."""
         turn, interval = self._turn
         return turn % interval == 0
+
+    @property
+    def loss_count(self) -> Tensor | None:
+        """T of the step under way."""
+        return self.terms.value
 
     @property
     def decay(self) -> float:
@@ -255,7 +259,7 @@ class Tally:
         """A graph with these weights' probes runs; ``counts`` where its joint graph tells T."""
         self.counted_in_graph |= counts
         self.runs_in(private_ranks.active_data_parallel_group())
-        if private.current_backward() == -1:  # what checkpointing recomputes is no second use
+        if private_backward.current_backward() == -1:  # what checkpointing recomputes is no second use
             for weight in weights:
                 gathered = weight.gathered
                 if gathered.bound_in != self.forwards or self.settings.adopted:
@@ -284,13 +288,13 @@ class Tally:
     def _dropped(self) -> None:
         """The gradients of a backward pass were dropped, and no step had taken them."""
         self.dropped += self.loss_count is not None  # once a forward, however many weights
-        self.loss_count = None
+        self.terms.forget()
 
     def forget_skipped_step(self) -> None:
         """T begins anew where the gradients of a step that never came were dropped."""
         masters = [weight.master for weight in self.weights]
         if all(master is None or master.grad is None for master in masters):
-            self.loss_count = None
+            self.terms.forget()
 
     @contextlib.contextmanager
     def curvature_pass(self) -> Iterator[None]:
@@ -307,7 +311,7 @@ class Tally:
 
     def backward_comes(self) -> None:
         """A backward pass is about to fill gradients: what probes gathered with dropped ones is dropped too."""
-        backward = private.current_backward()
+        backward = private_backward.current_backward()
         if self.last_checked == backward or self.sampling:
             return
         self.last_checked, kept = backward, []
@@ -322,27 +326,26 @@ class Tally:
                 kept.append(local_of(master.grad).any())
                 gathered.probe.grad *= kept[-1]
                 gathered.loss_count = None if gathered.loss_count is None else gathered.loss_count * kept[-1]
-        if kept and self.loss_count is not None:
-            self.loss_count = self.loss_count * torch.stack(kept).any()
+        if kept:
+            self.terms.keep(torch.stack(kept).any())
 
     def curvature_arrived(self, weight: Weight) -> None:
         """A weight's curvature arrived. The first one of a backward pass is nearest the loss, and tells T."""
-        gathered, backward = weight.gathered, private.current_backward()
+        gathered, backward = weight.gathered, private_backward.current_backward()
         if gathered.probe is None or gathered.probe.grad is None or self.last_backward == backward:
             return
         self.last_backward = backward
-        now = Header.of(gathered.probe.grad).loss_count.clone()
-        new = now if gathered.loss_count is None else now - gathered.loss_count
-        gathered.loss_count = now
+        before, gathered.loss_count = gathered.loss_count, Header.of(gathered.probe.grad).loss_count.clone()
+        new = gathered.loss_count if before is None else gathered.loss_count - before
         self.rows_counted(new / max(1, gathered.bindings))
 
-    def rows_counted(self, count: Tensor) -> None:
-        """One backward pass counted so many loss terms; T begins anew after a step."""
-        self.loss_count = count if self.loss_count is None or self.is_used else self.loss_count + count
-        self.is_used = False
-        self.backwards += 1
-        by_hand.warn_of_no_step(self)
-        private.after_backward(self.backward_ended)
+    def rows_counted(self, count: Tensor, *, to_gradients: bool = True) -> None:
+        """One backward pass counted so many loss terms; of weights' gradients, for a step to come, or of others."""
+        self.terms.add(count, to_gradients=to_gradients)
+        if to_gradients:
+            self.backwards += 1
+            by_hand.warn_of_no_step(self)
+            private_backward.after_backward(self.backward_ended)
 
     def backward_ended(self) -> None:
         """Samples the gradients that Fisher curvature will read, so that later clipping can be divided out."""
@@ -365,7 +368,7 @@ class Tally:
 
     def step_begins(self) -> None:
         """An optimizer's hook runs."""
-        if self.steps_inside is None and private.current_backward() != -1:
+        if self.steps_inside is None and private_backward.current_backward() != -1:
             self.steps_inside = self.forwards
 
     def counted(self, loss_count: Tensor) -> None:
@@ -380,13 +383,12 @@ class Tally:
             decay: of that average.
             before: how many steps it had before this one.
         """
-        if not self.is_used:  # else another optimizer's step told it
-            assert self.last_loss_count is not None
+        if not self.terms.is_used and self.last_loss_count is not None:  # else another optimizer's step told it
             self.clipping.told(torch.as_tensor(clip, device=self.last_loss_count.device), decay, before)
 
     def took_in(self) -> None:
         """An optimizer's step has its term."""
-        self.is_used = True
+        self.terms.was_used()
 
     def stepped(self, weights: Sequence[Weight], *, counts: bool) -> None:
         """A step is over: probes are emptied, and it is counted.
@@ -440,7 +442,7 @@ class Tally:
         if saved.get("size") is not None:  # states of before had none
             self.measuring.restore(saved["size"])
         self.forwards, self.has_breaks = saved.get("forwards", self.forwards), saved.get("has_breaks", self.has_breaks)
-        self.loss_count = None  # of a step under way, as the probes that are dropped with it
+        self.terms.forget()  # of a step under way, as the probes that are dropped with it
 
 
 def _arrived(weight: Weight | None) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lotion_fx import private
+from lotion_fx import private_backward
 from lotion_fx.optimizers import ascending
 from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import HEADER, Code, Header
@@ -201,7 +201,7 @@ class Step:
         return self._on(count.clamp(min=1))
 
     def _why_uncounted(self) -> str:
-        if private.current_backward() != -1:
+        if private_backward.current_backward() != -1:
             return "an optimizer steps inside backward(), before they are counted; step after it"
         if not any(self.tally.was_called(weight) for weight, _ in self.pairs):
             return "call the transformed model itself, not its forward() or a part of it"

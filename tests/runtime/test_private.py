@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lotion_fx import private, private_ranks
+from lotion_fx import private, private_backward, private_ranks
 from lotion_fx.measuring import all_put_back
 from lotion_fx.private_names import WHY
 from tests.models import MLP
 
 ROOT = Path(__file__).parents[2]
-OWNERS = [ROOT / "lotion_fx" / name for name in ("private.py", "private_ranks.py")]
+OWNERS = [ROOT / "lotion_fx" / name for name in ("private.py", "private_backward.py", "private_ranks.py")]
 FILES = [path for folder in ("lotion_fx", "passes", "kernels", "examples") for path in (ROOT / folder).rglob("*.py")]
 # Underscored, and not PyTorch's: namedtuple's method, functools' class, Triton's autotuner that Inductor extends.
 OTHERS = {"_replace", "_lru_cache_wrapper", "_precompile_config"}
@@ -216,12 +216,12 @@ def test_inputs_without_a_source_say_so():
 
 
 def test_callbacks_run_after_those_that_were_queued_first():
-    order, numbers = [], [private.current_backward()]
+    order, numbers = [], [private_backward.current_backward()]
     x = torch.ones(1, requires_grad=True)
 
     def hook(_):
-        numbers.append(private.current_backward())
-        private.after_backward(lambda: order.append("ours"))
+        numbers.append(private_backward.current_backward())
+        private_backward.after_backward(lambda: order.append("ours"))
         torch.autograd.Variable._execution_engine.queue_callback(lambda: order.append("theirs"))
 
     x.register_post_accumulate_grad_hook(hook)

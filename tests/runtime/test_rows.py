@@ -1,11 +1,15 @@
 """T counted at the model's output, where no joint graph counts it."""
 
+import contextlib
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lotion_fx
+from lotion_fx.state import registry
 from tests.models import LM, MLP, ids
 
 LABELS = torch.tensor([1, -100, 3, 0, 2, -100, 6, 4, 5])
@@ -47,3 +51,71 @@ def test_the_output_s_rows_are_the_loss_terms():
     assert terms_of(scores, (scores(torch.randn(9, 20)) * (LABELS >= 0)).sum()) == 7
     model = lotion_fx.transform(MakesItsLoss(), "int4", inner="eager")
     assert terms_of(model, model(ids(8, 5))["loss"]) == 40
+
+
+def _look_at(how, model, x, y):
+    """What loops do between two steps: attacks on the inputs, saliency, gradients that are looked at."""
+    x = x.clone().requires_grad_()
+    held = lotion_fx.full_precision(model) if "full precision" in how else contextlib.nullcontext()
+    model.train("eval" not in how)
+    with held:
+        loss = F.cross_entropy(model(x), y)
+        if "weights" in how:
+            torch.autograd.grad(loss, list(model.parameters()))
+        elif "inputs" in how:
+            torch.autograd.grad(loss, x)
+        elif "only x" in how:
+            loss.backward(inputs=[x])
+        else:
+            loss.backward()
+            model.zero_grad()
+    model.train()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("curvature", ["factored", "fisher"])
+@pytest.mark.parametrize(
+    "how",
+    ["inputs", "only x", "weights", "eval, inputs", "eval, only x", "eval, backward", "full precision, inputs",
+     "full precision, weights", "full precision, backward"],
+)  # fmt: skip
+def test_gradients_that_are_looked_at_between_steps_do_not_count(how, curvature, inner):
+    terms = []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 10))
+        lotion_fx.transform(model, "int4", inner=inner, curvature=curvature, calibrate=False)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        draw = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            x, y = torch.randn(64, 16, generator=draw), torch.randint(10, (64,), generator=draw)
+            if looks:
+                _look_at(how, model, x, y)
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        terms.append(lotion_fx.report(model).term)
+        assert registry[model[0].weight].smoothing.tally.last_loss_count == 64
+    assert terms[1] == pytest.approx(terms[0], rel=1e-6) and terms[0] > 0
+
+
+def test_a_loop_that_takes_its_gradients_by_hand_counts_them():
+    model = lotion_fx.transform(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 10)), "int4", inner="eager")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for rows in (64, 64, 32):
+        parameters = list(model.parameters())
+        loss = F.cross_entropy(model(torch.randn(rows, 16)), torch.randint(10, (rows,)))
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = grad
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+        assert registry[model[0].weight].smoothing.tally.last_loss_count == rows
+
+
+def test_an_attack_of_many_passes_before_the_first_step_is_no_missing_step(recwarn):
+    model = lotion_fx.transform(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 10)), "int4", inner="eager")
+    x, y = torch.randn(8, 16), torch.randint(10, (8,))
+    for _ in range(12):
+        _look_at("eval, inputs", model, x, y)
+    assert not [w for w in recwarn if "took a step" in str(w.message)]
