@@ -4,14 +4,14 @@ The logarithm starts near 0 and walks, both with the heavy tails of Cauchy's law
 An observation says of a factor g that ``measured = g * predicted + noise``, with the noise's variance. So what is
 measured well is followed at once, what is measured badly is averaged for long, and what tells nothing changes nothing.
 
-What is predicted moves by itself, too. The truth may follow it, as a likelihood's curvature follows squared gradients,
-or not at all, as that of squares whose residuals vanish: how far it does is learned with the factor (`Gain`).
+What is predicted moves by itself, too: of squared gradients, down to nothing as residuals vanish. The truth does not
+follow, of squares not at all and of likelihoods for long (`Predictions`); where it does, the walk does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,9 +29,6 @@ WALK = 0.03
 DEGREES = 8.0
 """Of freedom, of the noise's t law: an observation far off is an outlier rather than a proof."""
 
-SHARES = (0.0, 0.5, 1.0)
-"""How much of a prediction's own movement, in logarithms, the truth may have no part in."""
-
 NEARLY = 0.75
 """Of all predictions, as many have fallen where it is said that nearly all have."""
 
@@ -47,17 +44,26 @@ class Gains:
         reach: logarithms are kept up to this on both sides.
         step: how far apart.
         prior: scale of the first density.
+
+    Attributes:
+        density: float64 [count, logarithms], of the factors' logarithms less ``offset``.
+        offset: where logarithms of 0 are by now.
     """
 
     def __init__(self, count: int, reach: float = REACH, step: float = STEP, prior: float = PRIOR) -> None:
         half = round(reach / step)
         self.logs = torch.linspace(-half * step, half * step, 2 * half + 1, dtype=torch.float64)
-        self.step = step
+        self.step, self.offset = step, 0.0
         self.density = _cauchy(self.logs, prior, step).expand(count, -1).clone()
 
-    def restore(self, density: Tensor) -> None:
-        """Believes what was believed then, whatever the shape it comes in."""
+    def restore(self, density: Tensor, offset: float | None = None) -> None:
+        """Believes what was believed then, whatever the shape it comes in; where logarithms of 0 are stays or comes."""
         self.density = density.to("cpu", torch.float64, copy=True).view(-1, len(self.logs))
+        self.offset = self.offset if offset is None else offset
+
+    def shift(self, log: float) -> None:
+        """The logarithms are expected elsewhere, by so much."""
+        self.offset += log
 
     def observe(self, measured: Tensor, predicted: Tensor, variance: Tensor) -> None:
         """One observation of each factor. Left out are those that are not finite, whose prediction is not positive, and
@@ -66,19 +72,15 @@ class Gains:
         Args:
             measured, predicted, variance: float64 [count], all in the loss's units, the last squared.
         """
-        told, likelihood = self._likelihood(measured, predicted, variance)
-        posterior = self._walked() * (likelihood - likelihood.amax(1, keepdim=True)).exp()
-        posterior /= posterior.sum(1, keepdim=True)
-        self.density = torch.where(told[:, None], posterior, self.density)
-
-    def _likelihood(self, measured: Tensor, predicted: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Which observations tell anything, and the logarithm of their likelihood for each factor."""
         told = (predicted > 0) & measured.isfinite() & predicted.isfinite() & variance.isfinite()
-        expected = predicted[:, None] * self.logs.exp()
+        expected = predicted[:, None] * self._factors()
         noise = (variance + (MODEL_ERROR * measured).square())[:, None]
         told &= noise[:, 0] > 0
         z2 = (measured[:, None] - expected).square() / noise
-        return told, -0.5 * (DEGREES + 1) * (z2 / DEGREES).log1p()
+        likelihood = -0.5 * (DEGREES + 1) * (z2 / DEGREES).log1p()
+        posterior = self._walked() * (likelihood - likelihood.amax(1, keepdim=True)).exp()
+        posterior /= posterior.sum(1, keepdim=True)
+        self.density = torch.where(told[:, None], posterior, self.density)
 
     def _walked(self) -> Tensor:
         """The densities a walk later."""
@@ -91,86 +93,53 @@ class Gains:
     @property
     def mean(self) -> Tensor:
         """Of each factor, float64 [count]."""
-        return (self.density * self.logs.exp()).sum(1)
+        return (self.density * self._factors()).sum(1)
 
     @property
     def error(self) -> Tensor:
         """The standard deviation of each factor, float64 [count]."""
-        return (self.density * (self.logs.exp() - self.mean[:, None]).square()).sum(1).sqrt()
+        return (self.density * (self._factors() - self.mean[:, None]).square()).sum(1).sqrt()
 
-
-class Gain(Gains):
-    """Belief about one factor, and about what share of its prediction's movement the truth has no part in.
-
-    Attributes:
-        density: float64 [shares, logarithms], of both together.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(len(SHARES))
-        self.density /= len(SHARES)
-
-    def shift(self, log: float) -> None:
-        """The logarithm is expected elsewhere, by so much."""
-        self._move(torch.full((len(SHARES),), log))
-
-    def follow(self, log: float) -> None:
-        """What is predicted has grown by so much, in logarithms, since it was last told."""
-        self._move(-log * torch.tensor(SHARES))
-
-    def observe(self, measured: Tensor, predicted: Tensor, variance: Tensor) -> None:
-        """One observation, see `Gains.observe`; 0-d float64."""
-        told, likelihood = self._likelihood(*(x.expand(len(SHARES)) for x in (measured, predicted, variance)))
-        if told.all():
-            posterior = self._walked() * (likelihood - likelihood.max()).exp()
-            self.density = posterior / posterior.sum()
-
-    def _move(self, by: Tensor) -> None:
-        """Moves each share's logarithms, between places linearly."""
-        size = len(self.logs)
-        at = torch.arange(size) - by[:, None].double() / self.step
-        below = at.floor()
-        part, below = at - below, below.long().clamp(0, size - 1)
-        above = (below + 1).clamp(max=size - 1)
-        moved = (1 - part) * self.density.gather(1, below) + part * self.density.gather(1, above)
-        self.density = moved / moved.sum()
-
-    @property
-    def mean(self) -> Tensor:
-        """Of the factor, 0-d float64."""
-        return super().mean.sum()
-
-    @property
-    def error(self) -> Tensor:
-        """The factor's standard deviation, 0-d float64."""
-        return (self.density * (self.logs.exp() - self.mean).square()).sum().sqrt()
+    def _factors(self) -> Tensor:
+        return (self.logs + self.offset).exp()
 
 
 class Predictions:
     """What is predicted of each of several things, and how far nearly all of it has fallen.
 
-    Then it is residuals that vanish, and the truth may not depend on them. Where predictions grow, it is what comes
+    Then it is residuals that vanish, and the truth does not depend on them. Where predictions grow, it is what comes
     before the loss, which moves the truth too; where a few fall, as of experts without tokens, it is not the loss.
 
     Attributes:
-        known: of each its base, which is its first prediction or so, and its last.
+        known: of each its base, the highest prediction so far over what nearly all had fallen to then, and its last.
         fallen: the logarithm of what nearly all have fallen to, at most 0.
     """
 
     def __init__(self) -> None:
         self.known: dict[Any, tuple[float, float]] = {}
         self.fallen = 0.0
+        self._round: set[Any] = set()  # of a step, over all its optimizers
+        self._fallen_before = 0.0
 
     def told(self, predictions: Iterable[tuple[Any, float]]) -> float:
-        """Some are predicted anew; returns by how much nearly all have fallen further, a logarithm, at most 0."""
-        for which, now in predictions:
+        """Some are predicted anew; returns by how much nearly all have fallen since the last call, a logarithm."""
+        told = dict(predictions)
+        if self._round & told.keys():
+            self._round, self._fallen_before = set(), self.fallen
+        self._round |= told.keys()
+        for which, now in told.items():
             if now > 0:
-                base, _ = self.known.get(which, (now * math.exp(-self.fallen), now))
-                self.known[which] = base, now
+                base, _ = self.known.get(which, (0.0, now))
+                self.known[which] = max(base, now * math.exp(-self._fallen_before)), now
         logs = torch.tensor([math.log(now / base) for base, now in self.known.values()], dtype=torch.float64)
-        before = self.fallen
-        self.fallen = min(before, float(logs.quantile(NEARLY))) if len(logs) else before
-        return self.fallen - before
+        last = self.fallen
+        self.fallen = min(self._fallen_before, float(logs.quantile(NEARLY))) if len(logs) else last
+        return self.fallen - last
+
+    def restore(self, known: Mapping[Any, tuple[float, float]], fallen: float) -> None:
+        """Stands where a round of predictions ended so."""
+        self.known, self.fallen = dict(known), fallen
+        self._round, self._fallen_before = set(), fallen
 
 
 def _cauchy(x: Tensor, scale: float, step: float) -> Tensor:

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lotion_fx import private, private_backward
-from lotion_fx.gain import Gain, Gains, Predictions
+from lotion_fx.gain import Gains, Predictions
 from lotion_fx.held import Held, gradient_of, sums_of
 from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.passes.attach.sharded import is_cut
@@ -108,7 +108,7 @@ class Measuring:
         self.begun, self.draws, self.next_at, self.amplitude = 0, 0, 1, 1.0
         self._is_told, self._is_interrupted, self._since, self._left_off = False, False, 0, ""
         self._residuals: Tensor | None = None
-        self._common, self._own = Gain(), _own_gains(0)
+        self._common, self._own = Gains(1), _own_gains(0)
         self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
         self._order: list[Weight] = []  # of the rows of `_own`
         self._factors: dict[Weight, float] = {}
@@ -318,10 +318,9 @@ class Measuring:
             self.draws, self._is_told = self.draws + 1, True
             self._whole, self._before = torch.zeros_like(self._whole), self._common.density
         self._common.restore(self._before)
-        self._common.follow(self._curvatures.told(zip(weights, total.tolist(), strict=True)))
-        self._before = self._common.density
+        self._common.shift(-self._curvatures.told(zip(weights, total.tolist(), strict=True)))
         self._whole += torch.stack([measured, predicted, variance, spread, energy]).sum(1)
-        self._common.observe(*self._whole[:3])
+        self._common.observe(*self._whole[:3, None])
         _, predicted_whole, variance_whole, spread_whole, energy_whole = self._whole
         shown, widest = predicted_whole / variance_whole.sqrt(), (energy_whole / spread_whole).sqrt()
         self._adjust(amplitude, float(shown), float(widest))
@@ -338,7 +337,7 @@ class Measuring:
     def _look_at(self, weights: Sequence[Weight], curvatures: Sequence[float]) -> None:
         """Between two measurements, the sum of each of these weights' curvature."""
         before = float(self._common.mean)
-        self._common.follow(self._curvatures.told(zip(weights, curvatures, strict=True)))
+        self._common.shift(-self._curvatures.told(zip(weights, curvatures, strict=True)))
         moved = float(self._common.mean) / before
         self._factors = {weight: _rounded(moved * factor) for weight, factor in self._factors.items()}
         self._to_look_at -= set(weights)
@@ -381,6 +380,7 @@ class Measuring:
             "amplitude": self.amplitude,
             "since": self._since,
             "fallen": self._curvatures.fallen,
+            "offset": self._common.offset,
             "told": self._packed(),
         }
 
@@ -400,20 +400,21 @@ class Measuring:
         self.is_on, self.begun, self.draws = saved["is_on"], saved["begun"], saved["draws"]
         self.next_at, self.amplitude = saved["next_at"], saved["amplitude"]
         self._factors, self._curvatures, self._order, self._own = {}, Predictions(), [], _own_gains(0)
-        if "fallen" not in saved:  # of before: beliefs had another form, and all is measured anew
+        if "offset" not in saved:  # of before: beliefs had another form, and all is measured anew
             self.begun = self.draws = 0
             return
-        self._since, self._curvatures.fallen = saved["since"], saved["fallen"]
+        self._since, known = saved["since"], {}
         values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)
         count, each, common = len(self.weights), len(self._own.logs), self._common.density.numel()
-        self._common.restore(values[:common])
+        self._common.restore(values[:common], saved["offset"])
         if len(values) == common + count * (each + 3):
             own, factors = values[common:].split([count * each, count * 3])
             self._own.restore(own)
             self._order = list(self.weights)
             told = dict(zip(self.weights, factors.view(-1, 3).tolist(), strict=True))
             self._factors = {weight: size for weight, (size, *_) in told.items()} if self.draws else {}
-            self._curvatures.known = {weight: (base, now) for weight, (_, base, now) in told.items() if now > 0}
+            known = {weight: (base, now) for weight, (_, base, now) in told.items() if now > 0}
+        self._curvatures.restore(known, saved["fallen"])
 
     def copied(self, memo: Mapping[int, Any]) -> None:
         """The model is copied, and what was copied of it so far gets its own values."""

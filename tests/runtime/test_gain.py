@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lotion_fx.gain import Gain, Gains, Predictions
+from lotion_fx.gain import Gains, Predictions
 
 
 def observed(true, error, count, seed=0):
@@ -44,9 +44,9 @@ def test_the_scale_of_a_loss_cancels():
     outcome."""
     outcomes = []
     for scale in (1.0, 1000.0):
-        gains = Gain()
+        gains = Gains(1)
         gains.shift(math.log(1 / scale))
-        tensor = lambda x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
+        tensor = lambda x: torch.tensor([x], dtype=torch.float64)  # noqa: E731
         gains.observe(tensor(0.03 * scale), tensor(0.02 * scale**2), tensor((0.02 * scale) ** 2))
         outcomes.append(float(gains.mean) * scale)
     assert outcomes[0] == pytest.approx(outcomes[1], rel=0.03)  # to the step of the grid
@@ -75,43 +75,56 @@ def test_a_negative_measurement_is_a_small_factor():
     assert 0 <= float(gains.mean) < 0.1
 
 
-@pytest.mark.parametrize("followed", [0.0, 0.5, 1.0])
-def test_how_far_the_truth_follows_its_prediction_is_learned(followed):
-    """The prediction halves before each observation, the truth falls by a power of that."""
-    gain, draw, found = Gain(), torch.Generator().manual_seed(0), []
-    scalar = lambda x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
-    for turn in range(9):
-        predicted, truth = 0.5**turn, 3 * 0.5 ** (followed * turn)
-        if turn:
-            gain.follow(math.log(0.5))
-        found.append(math.log(float(gain.mean) * predicted / truth))
+@pytest.mark.parametrize("grown", [1, 16])
+def test_a_prediction_that_falls_alone_moves_the_factor_before_it_is_observed(grown):
+    """It grows with the truth at first and then halves nine times, as squared residuals do, and the truth stays."""
+    gain, predictions, draw, found = Gains(1), Predictions(), torch.Generator().manual_seed(0), []
+    plain, scalar = Gains(1), lambda x: torch.tensor([x], dtype=torch.float64)
+    for turn in range(-3, 9):
+        predicted, truth = (grown ** (turn / 3), 3.0 * grown ** (turn / 3)) if turn < 0 else (0.5**turn, 3.0)
+        gain.shift(-predictions.told([("weight", predicted)]))
+        found.append([math.log(float(each.mean) * predicted / truth) for each in (gain, plain)])
         noise = 0.2 * truth * float(torch.randn((), generator=draw))
-        gain.observe(scalar(truth + noise), scalar(predicted), scalar((0.2 * truth) ** 2))
-    assert max(abs(error) for error in found[5:]) < 0.35  # before it is observed; a factor of 2 each turn
-    if followed == 0:
-        plain = Gains(1)
-        for turn in range(8):
-            plain.observe(*(scalar([x]) for x in (3.0, 0.5**turn, 0.36)))
-        assert math.log(3.0 / (float(plain.mean) * 0.5**8)) > 0.5
+        for each in (gain, plain):
+            each.observe(scalar(truth + noise), scalar(predicted), scalar((0.2 * truth) ** 2))
+    assert max(abs(ours) for ours, _ in found[5:]) < 0.35
+    assert max(without for _, without in found[5:]) < -0.3  # a factor of 2 each turn
 
 
-def test_one_gain_alone_is_believed_as_several_are():
-    """Where the prediction stays, shares make no difference."""
-    one, several = Gain(), Gains(1)
-    for told in ((2.0, 1.0, 0.04), (1.7, 1.0, 0.09)):
-        one.observe(*(torch.tensor(x, dtype=torch.float64) for x in told))
-        several.observe(*(torch.tensor([x], dtype=torch.float64) for x in told))
-    assert float(one.mean) == pytest.approx(float(several.mean), rel=1e-12)
-    assert float(one.error) == pytest.approx(float(several.error), rel=1e-12)
+def test_a_truth_that_falls_with_its_prediction_is_followed_down():
+    gain, predictions, scalar = Gains(1), Predictions(), lambda x: torch.tensor([x], dtype=torch.float64)
+    for turn in range(12):
+        size = 0.7**turn
+        gain.shift(-predictions.told([("weight", size)]))
+        gain.observe(scalar(size), scalar(size), scalar((0.2 * size) ** 2))
+        if turn > 4:
+            assert abs(math.log(float(gain.mean))) < 0.35
 
 
-def test_nearly_all_must_fall_and_falling_is_told_once():
+def test_nearly_all_must_fall_from_their_peaks_and_falling_is_told_once():
     predictions, names = Predictions(), "abcdefgh"
-    assert predictions.told((name, 2.0) for name in names) == 0
+    assert predictions.told((name, 1.0) for name in names) == 0
+    assert predictions.told((name, 2.0) for name in names) == 0  # they grow
     assert predictions.told((name, 0.02) for name in names[:4]) == 0  # experts without tokens
     assert predictions.told((name, 1.0) for name in names[4:]) == pytest.approx(math.log(0.5))
-    assert predictions.told((name, 1.5) for name in names) == 0  # grown since
     assert predictions.told([("late", 8.0)]) == 0
     assert predictions.told((name, 0.5) for name in names) == pytest.approx(math.log(0.5), rel=1e-12)
     assert predictions.told([("late", 4.0)]) == 0  # it came when half was gone, so that all are down at a quarter
     assert predictions.fallen == pytest.approx(math.log(0.25))
+    assert predictions.told((name, 5.0) for name in [*names, "late"]) == 0  # grown beyond, and down again from there
+    assert predictions.told((name, 2.5) for name in [*names, "late"]) == pytest.approx(math.log(0.5), rel=1e-12)
+
+
+def test_predictions_told_one_by_one_are_those_told_together():
+    """As where each weight has its own optimizer; one falls far in each round, another grows."""
+    together, apart, moved = Predictions(), Predictions(), [0.0, 0.0]
+    draw = torch.Generator().manual_seed(0)
+    logs = torch.zeros(5)
+    for _ in range(12):
+        logs += 0.7 * torch.randn(5, generator=draw) - 0.2
+        told = list(zip("abcde", logs.exp().tolist(), strict=True))
+        moved[0] += together.told(told)
+        moved[1] += sum(apart.told([one]) for one in told)
+        assert apart.fallen == pytest.approx(together.fallen) and moved[1] == pytest.approx(moved[0])
+        assert apart.known == together.known
+    assert together.fallen < -0.5
