@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lotion_fx import private
 from lotion_fx.numerics.uniforms import uniforms
 from lotion_fx.shards import index_of, local_of
 
@@ -43,6 +44,18 @@ class Held:
             return rounded
         mean = weight.quantizer.mean(own)
         return mean + self.amplitude * (rounded - mean)
+
+    def back_from_moved(self, weight: Weight, parameter: Tensor, own: Tensor) -> Tensor | None:
+        """What takes the noise out of a parameter that was changed while it was noisy; None of one that was not.
+
+        Its counter tells of a change that is undone by now, its values of one through ``.data``, which counts nowhere.
+        """
+        local = local_of(parameter)
+        if (local.device, local.dtype, local.shape) != (own.device, own.dtype, own.shape):
+            return None
+        noisy = self.noisy(weight, parameter, own)
+        is_same = private.version_of(local) == self.version and torch.equal(local, noisy)
+        return None if is_same else own - noisy
 
 
 def sums_of(

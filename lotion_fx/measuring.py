@@ -204,10 +204,10 @@ class Measuring:
                 continue
             local, own = local_of(parameter), held.own
             held.is_back, held.own = True, local.clone()
-            if private.version_of(local) == held.version:
+            if (back := held.back_from_moved(weight, parameter, own)) is None:
                 local.data.copy_(own)
-            else:  # someone has moved it meanwhile: the move stays, and tells nothing
-                local.data.add_(own - held.noisy(weight, parameter, own))
+            else:  # by someone: that stays, and tells nothing
+                local.data.add_(back)
                 del self._held[weight]
 
     def interrupted(self) -> None:

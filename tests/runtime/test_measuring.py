@@ -145,12 +145,16 @@ def test_nobody_sees_the_rounded_values(look):
     assert torch.equal(model.head.weight, own)
 
 
-def test_what_an_optimizer_unseen_has_moved_stays_moved():
+@pytest.mark.parametrize("through_data", [False, True])
+def test_what_an_optimizer_unseen_has_moved_stays_moved(through_data):
     model, optimizer = trained(1)
     own = model.head.weight.detach().clone()
     lm_loss(model, ids()).backward()
-    with torch.no_grad():
-        model.head.weight += 1.0
+    if through_data:
+        model.head.weight.data += 1.0
+    else:
+        with torch.no_grad():
+            model.head.weight += 1.0
     assert measuring_of(model).draws == 0
     optimizer.step()
     torch.testing.assert_close(model.head.weight, own + 1.0)
