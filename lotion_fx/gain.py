@@ -23,8 +23,8 @@ REACH, STEP = 46.0, 0.05
 PRIOR = 0.25
 """How far from 1 the factor is expected before anything was observed."""
 
-WALK = 0.03
-"""How far it walks from one observation to the next."""
+WALK, DRIFT = 0.03, 0.1
+"""How far it walks from one observation to the next at least, and how far while the steps of a training double."""
 
 DEGREES = 8.0
 """Of freedom, of the noise's t law: an observation far off is an outlier rather than a proof."""
@@ -65,12 +65,13 @@ class Gains:
         """The logarithms are expected elsewhere, by so much."""
         self.offset += log
 
-    def observe(self, measured: Tensor, predicted: Tensor, variance: Tensor) -> None:
+    def observe(self, measured: Tensor, predicted: Tensor, variance: Tensor, walk: float = WALK) -> None:
         """One observation of each factor. Left out are those that are not finite, whose prediction is not positive, and
         those without noise, of a weight that had no part in the loss.
 
         Args:
             measured, predicted, variance: float64 [count], all in the loss's units, the last squared.
+            walk: how far factors have walked since the last one, in logarithms.
         """
         told = (predicted > 0) & measured.isfinite() & predicted.isfinite() & variance.isfinite()
         expected = predicted[:, None] * self._factors()
@@ -78,13 +79,13 @@ class Gains:
         told &= noise[:, 0] > 0
         z2 = (measured[:, None] - expected).square() / noise
         likelihood = -0.5 * (DEGREES + 1) * (z2 / DEGREES).log1p()
-        posterior = self._walked() * (likelihood - likelihood.amax(1, keepdim=True)).exp()
+        posterior = self._walked(walk) * (likelihood - likelihood.amax(1, keepdim=True)).exp()
         posterior /= posterior.sum(1, keepdim=True)
         self.density = torch.where(told[:, None], posterior, self.density)
 
-    def _walked(self) -> Tensor:
+    def _walked(self, far: float) -> Tensor:
         """The densities a walk later."""
-        kernel = _cauchy(self.logs, WALK, self.step)
+        kernel = _cauchy(self.logs, far, self.step)
         size = 2 * len(self.logs)
         spectrum = torch.fft.rfft(self.density, size) * torch.fft.rfft(kernel, size)
         half = len(self.logs) // 2
@@ -102,6 +103,11 @@ class Gains:
 
     def _factors(self) -> Tensor:
         return (self.logs + self.offset).exp()
+
+
+def walked(before: int, now: int) -> float:
+    """How far a factor walks between two steps of a training, which changes fastest at its beginning."""
+    return max(WALK, DRIFT * math.log2((now + 1) / (before + 1)))
 
 
 class Predictions:

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lotion_fx import private, private_backward
-from lotion_fx.gain import Gains, Predictions
+from lotion_fx.gain import Gains, Predictions, walked
 from lotion_fx.held import Held, gradient_of, sums_of
 from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.passes.attach.sharded import is_cut
@@ -108,7 +108,7 @@ class Measuring:
         self.begun, self.draws, self.next_at, self.amplitude = 0, 0, 1, 1.0
         self._is_told, self._is_interrupted, self._since, self._left_off = False, False, 0, ""
         self._residuals: Tensor | None = None
-        self._common, self._own = Gains(1), _own_gains(0)
+        self._common, self._own, self._walk = Gains(1), _own_gains(0), 0.0
         self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
         self._order: list[Weight] = []  # of the rows of `_own`
         self._factors: dict[Weight, float] = {}
@@ -173,6 +173,7 @@ class Measuring:
         self.put_back()
         _holding.add(self)
         self.begun += 1
+        self._walk = walked(self._since, steps)
         self.next_at, self._is_told, self._residuals, self._since = steps + self._pause(steps), False, None, steps
         for place, weight in enumerate(self.weights):
             if _can_be_measured(weight) and (parameter := weight.master) is not None:
@@ -320,8 +321,8 @@ class Measuring:
         self._common.restore(self._before)
         self._common.shift(-self._curvatures.told(zip(weights, total.tolist(), strict=True)))
         self._whole += torch.stack([measured, predicted, variance, spread, energy]).sum(1)
-        self._common.observe(*self._whole[:3, None])
-        _, predicted_whole, variance_whole, spread_whole, energy_whole = self._whole
+        measured_whole, predicted_whole, variance_whole, spread_whole, energy_whole = self._whole
+        self._common.observe(measured_whole[None], predicted_whole[None], variance_whole[None], self._walk)
         shown, widest = predicted_whole / variance_whole.sqrt(), (energy_whole / spread_whole).sqrt()
         self._adjust(amplitude, float(shown), float(widest))
         self._align()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lotion_fx.gain import Gains, Predictions
+from lotion_fx.gain import WALK, Gains, Predictions, walked
 
 
 def observed(true, error, count, seed=0):
@@ -128,3 +128,24 @@ def test_predictions_told_one_by_one_are_those_told_together():
         assert apart.fallen == pytest.approx(together.fallen) and moved[1] == pytest.approx(moved[0])
         assert apart.known == together.known
     assert together.fallen < -0.5
+
+
+def errors_after(steps, truth_at, walk, runs=40):
+    """Mean error of the logarithm after an observation with an error of 30 % at each of these steps."""
+    errors, draw, scalar = [], torch.Generator().manual_seed(0), lambda x: torch.tensor([x], dtype=torch.float64)
+    for _ in range(runs):
+        gain, before = Gains(1), 0
+        for step in steps:
+            truth, before, since = truth_at(step), step, before
+            noisy = truth * (1 + 0.3 * float(torch.randn((), generator=draw)))
+            gain.observe(scalar(noisy), scalar(1.0), scalar((0.3 * truth) ** 2), walk=walk(since, step))
+        errors.append(abs(math.log(float(gain.mean) / truth)))
+    return sum(errors) / runs
+
+
+def test_a_factor_that_training_moves_early_is_followed_and_one_late_is_averaged():
+    doubling, late = [2**k for k in range(8)], [10_000 + 200 * k for k in range(8)]
+    plain = lambda before, now: WALK  # noqa: E731
+    assert errors_after(doubling, math.sqrt, walked) < 0.8 * errors_after(doubling, math.sqrt, plain)
+    assert errors_after(late, lambda _: 1.0, walked) < 0.15
+    assert walked(200, 400) == pytest.approx(walked(2000, 4000), rel=1e-2) and walked(10_000, 10_200) == WALK
