@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lotion_fx import private_backward
+from lotion_fx import private, private_backward
 from lotion_fx.private import tree_leaves
 from lotion_fx.recognition import inverse_weight
 from lotion_fx.tally import Tally
@@ -34,13 +34,30 @@ def count_rows(out: Any, tally: Tally) -> None:
         leaf = next((leaf for leaf in leaves if leaf.dim() > 1), leaves[0])
         every = torch.full((), leaf.shape[: leaf.dim() - 1 or 1].numel(), dtype=torch.float32, device=leaf.device)
         trained = [] if tally.override else [weight for weight in learning if weight.training]
-        leaf.register_hook(lambda grad: tally.rows_counted(_rows(grad, every), to_gradients=_fills_grad(trained)))
+        leaf.register_hook(lambda grad: _count(tally, _rows(grad, every), trained))
+
+
+def _count(tally: Tally, count: Tensor, trained: list[Weight]) -> None:
+    """A backward pass begins that counts so many loss terms, of gradients of these weights or of what else."""
+    fills = _fills_grad(trained)
+    if fills or not trained:
+        tally.rows_counted(count, to_gradients=fills)
+        return
+    before = _gradients(trained)  # what reentrant checkpointing recomputes runs in a backward pass of its own
+    ended = lambda: tally.rows_counted(count, to_gradients=before != _gradients(trained))  # noqa: E731
+    private_backward.after_backward(ended)
 
 
 def _fills_grad(weights: list[Weight]) -> bool:
     """Whether the backward pass under way adds to the ``.grad`` of any. Of shards nothing tells, and they count."""
     parameters = (weight.master for weight in weights)
     return any(isinstance(p, DTensor) or private_backward.adds_to_grad_of(p) for p in parameters if p is not None)
+
+
+def _gradients(weights: list[Weight]) -> list[tuple[int, int] | None]:
+    """Which gradients these weights have, and how often each was added to."""
+    grads = [None if weight.master is None else weight.master.grad for weight in weights]
+    return [None if grad is None else (id(grad), private.version_of(grad)) for grad in grads]
 
 
 def _learns(weight: Weight) -> bool:

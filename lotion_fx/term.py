@@ -150,9 +150,7 @@ class Step:
                 jobs.append(job)
         update(self.settings.inner, jobs)
         if self.settings.reads_moment:
-            scale = self.loss_scale if self.pending is None else None
-            clip = shrunk if scale is None else shrunk * self._on(scale)
-            self.tally.clipped(clip, self._decay(self.pairs[0][1]), self._steps_before(*self.pairs[0]))
+            self.tally.clipped(self._clip(shrunk), self._decay(self.pairs[0][1]), self._steps_before(*self.pairs[0]))
             for weight, parameter in self.pairs:
                 if not isinstance(steps := self._steps_before(weight, parameter), Tensor):  # which will count by itself
                     weight.gathered.moment_has(steps + 1, self._decay(parameter))
@@ -176,6 +174,12 @@ class Step:
         gains = torch.tensor(strengths, dtype=torch.float32, device=self.device) * pending
         bounded, unit = self._bound(total)
         limit = BOUND * pending / unit
+        if self.settings.reads_moment:  # of clipped gradients; what is added to them is too, or its squares feed it
+            clip = torch.as_tensor(self._clip(shrunk), dtype=torch.float32, device=self.device)
+            limit = limit * clip.abs()
+            if not self.tally.measuring.draws:  # else its size holds the clipping
+                reads = [self._has_moment(p) for _, p in self.pairs]
+                gains = torch.where(torch.tensor(reads, device=self.device), gains * clip, gains)
         return Factors(row, (total / (scale * shrunk) ** 2).float(), total, gains.unbind(), limit, bounded)
 
     def _bound(self, total: Tensor) -> tuple[str, Tensor]:
@@ -254,6 +258,10 @@ class Step:
         now = torch.cat([b.float() for _, b in before]).double()
         power = then.square().sum()
         return torch.where(power > 0, (then * now).sum() / power, 1.0)
+
+    def _clip(self, shrunk: Tensor | float) -> Tensor | float:
+        """By what factor gradients are clipped, which is that without the loss scale that is divided out of them."""
+        return shrunk if self.loss_scale is None or self.pending is not None else shrunk * self._on(self.loss_scale)
 
     # -------------------------------------------------------------------------------------------------------- payloads
 
@@ -370,6 +378,11 @@ class Step:
     def _bound_of(self, weight: Weight, factors: Factors) -> str:
         """By what one weight's term is kept small."""
         return MOMENT if self.settings.reads_moment and _feeds_itself(weight) else factors.bounded
+
+    def _has_moment(self, parameter: Tensor) -> bool:
+        """Whether the optimizer averages squared gradients, or is to begin with its first step."""
+        is_new = not self.optimizer.state.get(parameter)
+        return isinstance(self._moment_of(parameter), Tensor) or (is_new and "betas" in self._group_of(parameter))
 
     def _moment_of(self, parameter: Tensor) -> Any:
         """The optimizer's second moment, if it has one."""

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import lotion_fx
 from lotion_fx.clipping import Clipping
@@ -132,3 +134,26 @@ def test_an_optimizer_loaded_without_our_state_has_its_own_decay():
             trained(fresh, other, 1, first=20)
         terms.append(curvature(fresh) / curvature(model))
     assert all(0.5 < float(ratio) < 2 for ratio in terms), terms
+
+
+@pytest.mark.parametrize("strength", [1.0, 1000.0])
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_hard_clipping_is_no_feedback(calibrate, strength):
+    """Adam takes no notice of gradients that are all as many times smaller; nor does the term that it is given."""
+    terms = []
+    for shrunk in (1.0, 1e-2, 1e-4):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 10)).double()
+        lotion_fx.transform(model, "int4", inner="eager", curvature="fisher", calibrate=calibrate, strength=strength)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3, eps=0.0)
+        for seed in range(20):
+            torch.manual_seed(seed)
+            F.cross_entropy(model(torch.randn(64, 16).double()), torch.randint(10, (64,))).backward()
+            for parameter in model.parameters():
+                parameter.grad *= shrunk
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(p.isfinite().all() for p in model.parameters())
+        terms.append(lotion_fx.report(model).term)
+    if not calibrate:  # else the term's size holds the clipping
+        assert terms[1:] == pytest.approx([terms[0]] * 2, rel=1e-2) and terms[0] > 0

@@ -119,3 +119,37 @@ def test_an_attack_of_many_passes_before_the_first_step_is_no_missing_step(recwa
     for _ in range(12):
         _look_at("eval, inputs", model, x, y)
     assert not [w for w in recwarn if "took a step" in str(w.message)]
+
+
+class Reentrant(nn.Module):
+    """All of its weights are in a part that a backward pass inside the backward pass recomputes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attacks", [False, True])
+def test_what_reentrant_checkpointing_recomputes_counts(attacks):
+    found = []
+    for clips in (False, True):
+        torch.manual_seed(0)
+        model = lotion_fx.transform(Reentrant(), "int4", inner="eager", curvature="fisher", calibrate=False)
+        optimizer, tally = torch.optim.Adam(model.parameters(), lr=1e-3), registry[model.body[0].weight].smoothing.tally
+        for seed in range(4):
+            torch.manual_seed(seed)
+            x, y = torch.randn(64, 16), torch.randint(10, (64,))
+            if attacks:
+                _look_at("eval, backward", model, x, y)
+            F.cross_entropy(model(x.requires_grad_()), y).backward()
+            if clips:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert tally.last_loss_count == 64
+        found.append(lotion_fx.report(model).term)
+    assert found[1] == pytest.approx(found[0], rel=0.2) and found[0] > 0  # clipping is divided out
