@@ -161,9 +161,8 @@ def round_(
             done[name] = Rounded(fixed_point(latent[name], *_format(weight)), "nearest", math.nan, math.nan)
     losses = _losses(graphs, in_loss, done)
     _warn(losses, method, told)
-    if (
-        is_worse := method != "nearest" and losses[2] > losses[1]
-    ):  # trained at rounded weights, or gradients that tell nothing
+    # It was trained at rounded weights, or its gradients tell nothing.
+    if is_worse := method != "nearest" and losses[2] > losses[1]:
         done = {name: _nearest(rounded, latent[name], selected[name]) for name, rounded in done.items()}
         why = dict.fromkeys(done, f"by {method!r} the batches' loss is {losses[2]:.4g}") | why
     if known:

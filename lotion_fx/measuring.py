@@ -207,7 +207,7 @@ class Measuring:
             held.is_back, held.own = True, local.clone()
             if (back := held.back_from_moved(weight, parameter, own)) is None:
                 local.data.copy_(own)
-            else:  # by someone: that stays, and tells nothing
+            else:  # someone has moved it meanwhile: the move stays, and tells nothing
                 local.data.add_(back)
                 del self._held[weight]
 
@@ -402,7 +402,7 @@ class Measuring:
         self.next_at, self.amplitude = saved["next_at"], saved["amplitude"]
         self._factors, self._curvatures, self._order, self._own = {}, Predictions(), [], _own_gains(0)
         if "offset" not in saved:  # of before: beliefs had another form, and all is measured anew
-            self.begun = self.draws = 0
+            self.begun = self.draws = self.next_at = 0
             return
         self._since, known = saved["since"], {}
         values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)

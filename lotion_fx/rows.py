@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lotion_fx import private, private_backward
+from lotion_fx import private_backward
 from lotion_fx.private import tree_leaves
 from lotion_fx.recognition import inverse_weight
 from lotion_fx.tally import Tally
@@ -43,8 +43,12 @@ def _count(tally: Tally, count: Tensor, trained: list[Weight]) -> None:
     if fills or not trained:
         tally.rows_counted(count, to_gradients=fills)
         return
-    before = _gradients(trained)  # what reentrant checkpointing recomputes runs in a backward pass of its own
-    ended = lambda: tally.rows_counted(count, to_gradients=before != _gradients(trained))  # noqa: E731
+    backwards = tally.backwards
+
+    def ended() -> None:  # what reentrant checkpointing recomputes has a backward pass of its own, and counts there
+        if tally.backwards == backwards:
+            tally.rows_counted(count, to_gradients=False)
+
     private_backward.after_backward(ended)
 
 
@@ -52,12 +56,6 @@ def _fills_grad(weights: list[Weight]) -> bool:
     """Whether the backward pass under way adds to the ``.grad`` of any. Of shards nothing tells, and they count."""
     parameters = (weight.master for weight in weights)
     return any(isinstance(p, DTensor) or private_backward.adds_to_grad_of(p) for p in parameters if p is not None)
-
-
-def _gradients(weights: list[Weight]) -> list[tuple[int, int] | None]:
-    """Which gradients these weights have, and how often each was added to."""
-    grads = [None if weight.master is None else weight.master.grad for weight in weights]
-    return [None if grad is None else (id(grad), private.version_of(grad)) for grad in grads]
 
 
 def _learns(weight: Weight) -> bool:

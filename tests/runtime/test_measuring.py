@@ -428,7 +428,6 @@ def test_a_state_of_before_is_measured_anew():
     optimizer, measuring = torch.optim.Adam(other.parameters(), 0.0), measuring_of(other)
     measuring.restore(saved)
     assert measuring.draws == 0 and measuring.size(registry[other.head.weight]) == 1.0
-    measuring.next_at = 0
     run(other, optimizer, 2)
     assert measuring.draws > 0
 

@@ -113,14 +113,6 @@ def test_a_loop_that_takes_its_gradients_by_hand_counts_them():
         assert registry[model[0].weight].smoothing.tally.last_loss_count == rows
 
 
-def test_an_attack_of_many_passes_before_the_first_step_is_no_missing_step(recwarn):
-    model = lotion_fx.transform(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 10)), "int4", inner="eager")
-    x, y = torch.randn(8, 16), torch.randint(10, (8,))
-    for _ in range(12):
-        _look_at("eval, inputs", model, x, y)
-    assert not [w for w in recwarn if "took a step" in str(w.message)]
-
-
 class Reentrant(nn.Module):
     """All of its weights are in a part that a backward pass inside the backward pass recomputes."""
 
@@ -128,8 +120,12 @@ class Reentrant(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 10))
 
-    def forward(self, x: Tensor) -> Tensor:
+    @torch.compiler.disable  # a compiler's own checkpointing is not reentrant
+    def run(self, x: Tensor) -> Tensor:
         return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
 
 
 @pytest.mark.filterwarnings("ignore")
