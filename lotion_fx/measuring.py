@@ -199,9 +199,9 @@ class Measuring:
         """
         if weights is None:
             _holding.discard(self)
-        for weight in list(self._held) if weights is None else weights:
-            held, parameter = self._held.get(weight), weight.master
-            if held is None or held.is_back or parameter is None:
+        for weight in list(self._held) if weights is None else weights if self._held else ():
+            held = self._held.get(weight)
+            if held is None or held.is_back or (parameter := weight.master) is None:
                 continue
             local, own = local_of(parameter), held.own
             held.is_back, held.own = True, local.clone()

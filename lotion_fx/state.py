@@ -233,24 +233,21 @@ class Weight:
         if isinstance(parameter := self.parameter(), DTensor):
             self.is_stepped_as(parameter)
 
-    def _held(self) -> list[Tensor]:
+    def _held(self) -> Iterator[Tensor]:
         """The tensor that each owner holds now, sharded or not."""
-        held = []
-        for ref, attribute in self.owners:  # plainly: it is asked many times a step
-            module = ref()
-            tensor = None if module is None else private.parameters_of(module).get(attribute)
-            if isinstance(tensor, Tensor):
-                held.append(tensor)
-        return held
+        for ref, attribute in self.owners:
+            held = None if (module := ref()) is None else private.parameters_of(module).get(attribute)
+            if isinstance(held, Tensor):
+                yield held
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is this weight at this moment: one unless it is sharded, tied, or has a stand-in."""
         apart = self.shard if self.standing is None else self.standing.parameter  # one that is sharded has none
-        return self._held() if apart is None else [apart, *self._held()]
+        return [*self._held()] if apart is None else [apart, *self._held()]
 
     def parameter(self) -> Tensor | None:
         """The tensor that the first owner holds now (sharded or not), None if it is gone."""
-        return next(iter(self._held()), None)
+        return next(self._held(), None)
 
     @property
     def master(self) -> Tensor | None:
@@ -271,7 +268,10 @@ class Weight:
 
     def is_now(self, tensor: Tensor) -> bool:
         """Whether this tensor is the weight at this moment."""
-        return any(each is tensor for each in self.tensors())
+        for ref, attribute in self.owners:  # plainly: it is asked many times a step
+            if (module := ref()) is not None and private.parameters_of(module).get(attribute) is tensor:
+                return True
+        return tensor is (self.shard if self.standing is None else self.standing.parameter)
 
     @property
     def training(self) -> bool:

@@ -85,7 +85,7 @@ class Variants:
         self.compiled: dict[tuple[tuple[int, Plan], ...], _Compiled] = {}
         self.is_released = False
         self.known.add(self)
-        self._variant(self._plans(live)[0])
+        self._variant(self._plans(live, self._weights(live))[0])
 
     def __call__(self, *args: Any) -> Any:
         if any(isinstance(x, private.FakeTensor) for x in args):
@@ -93,8 +93,9 @@ class Variants:
         if not self.is_released:
             private.release_tensors(self.gm, self.context)
             self.is_released = True
-        plans, weights = self._plans(args)
-        args = self._with_stand_ins(args)
+        held = self._weights(args)
+        plans, weights = self._plans(args, held)
+        args = _with_stand_ins(args, held)
         compiled = self._variant(plans)
         if weights:
             next(iter(weights.values())).smoothing.tally.graph_ran()
@@ -126,15 +127,17 @@ class Variants:
         gains = [args[i].new_ones((), dtype=torch.float32) for i in compiled.stream]
         return compiled.run(*args, *gains, *(fake_probe(args[i], dict(plans)[i]) for i in compiled.probed))
 
-    def _plans(self, args: Sequence[Any]) -> tuple[dict[int, Plan], dict[int, Weight]]:
-        """What each of this call's weights needs, and which weights they are, by argument."""
+    def _weights(self, args: Sequence[Any]) -> dict[int, Weight]:
+        """The weight that each of this call's arguments is, where it is one."""
+        found = registry.find(args[index] for index in self.candidates)
+        return {index: weight for index, weight in zip(self.candidates, found, strict=True) if weight is not None}
+
+    def _plans(self, args: Sequence[Any], held: Mapping[int, Weight]) -> tuple[dict[int, Plan], dict[int, Weight]]:
+        """What each of this call's weights needs, and which of them need anything, by argument."""
         with_grad = torch.is_grad_enabled()
         plans: dict[int, Plan] = {}
         weights: dict[int, Weight] = {}
-        for index in self.candidates:
-            weight = registry[args[index]]
-            if weight is None:
-                continue
+        for index, weight in held.items():
             if index not in self.taught.setdefault(weight, set()):
                 if index in self.uses:
                     # One that shares another's graph is used as the other is.
@@ -146,17 +149,6 @@ class Variants:
             if plan is not None:
                 plans[index], weights[index] = plan, weight
         return plans, weights
-
-    def _with_stand_ins(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments, each weight that has a stand-in as this graph is to take it, whatever holds it."""
-        changed = {
-            index: now
-            for index in self.candidates
-            if (weight := registry[args[index]]) is not None
-            and weight.standing is not None
-            and (now := taken_now(weight)) is not args[index]
-        }
-        return tuple(changed.get(index, x) for index, x in enumerate(args)) if changed else args
 
     def _variant(self, plans: Mapping[int, Plan]) -> _Compiled:
         key = tuple(plans.items())
@@ -197,6 +189,16 @@ class Variants:
         for key in list(self.compiled):
             yield dict(key)
             self.compile(dict(key), replace(self.backend, inner=inner))
+
+
+def _with_stand_ins(args: tuple[Any, ...], held: Mapping[int, Weight]) -> tuple[Any, ...]:
+    """The arguments, each weight that has a stand-in as this graph is to take it, whatever holds it."""
+    changed = {
+        index: now
+        for index, weight in held.items()
+        if weight.standing is not None and (now := taken_now(weight)) is not args[index]
+    }
+    return tuple(changed.get(index, x) for index, x in enumerate(args)) if changed else args
 
 
 class _Later(torch.autograd.Function):
