@@ -94,6 +94,7 @@ class Measuring:
     Args:
         weights: the model's, selected or not.
         is_on: whether it is measured at all.
+        counts: whether T is in the term; else its curvature is that of a loss of its own, a mean over rows.
 
     Attributes:
         is_on: whether it still is.
@@ -103,8 +104,8 @@ class Measuring:
         amplitude: of its noise, in units of that of randomized rounding.
     """
 
-    def __init__(self, weights: Sequence[Weight], *, is_on: bool) -> None:
-        self.weights, self.is_on = weights, is_on
+    def __init__(self, weights: Sequence[Weight], *, is_on: bool, counts: bool = True) -> None:
+        self.weights, self.is_on, self.counts = weights, is_on, counts
         self.begun, self.draws, self.next_at, self.amplitude = 0, 0, 1, 1.0
         self._is_told, self._is_interrupted, self._since, self._left_off = False, False, 0, ""
         self._residuals: Tensor | None = None
@@ -223,37 +224,39 @@ class Measuring:
         """Whether parameters hold rounded values for a measurement under way."""
         return any(not held.is_back for held in self._held.values())
 
-    def residuals_arrived(self, norms: Tensor, energies: Tensor, likely: Tensor) -> None:
+    def residuals_arrived(self, norms: Tensor, energies: Tensor, likely: Tensor, weights: Tensor) -> None:
         """The gradients of a model's outputs arrived in a backward pass that measures.
 
         Args:
             norms, energies: 0-d, the sum over rows of the gradient's norm and of its square.
-            likely: 0-d, the sum of the square over the weight of the row's loss, nan where that is not told.
+            likely, weights: 0-d, that of the square over its row's weight in the loss, and of the weight; nan if untold.
         """
-        now = torch.stack([norms, energies, likely]).double()
+        now = torch.stack([norms, energies, likely, weights]).double()
         self._residuals = now if self._residuals is None else self._residuals + now
 
     def _expect(self, loss_count: Tensor | None, loss_scale: Tensor | None, group: Any, device: torch.device) -> None:
         """Before anything was measured: what the size may be expected to be.
 
-        Where every row's loss is a likelihood's of some weight, that is known. Else its residuals are taken to be
-        about 1 in size, so that their weights in the loss show in their gradients: of a sum these are of size 1, of a
+        Where every row's loss is a likelihood's of some weight, that is known. Else, where T counts, its residuals are
+        taken to be about 1 in size, so that their weights show in their gradients: of a sum these are of size 1, of a
         mean over T of size 1/T. Where such a guess contradicts the count, it is believed.
         """
         if self.begun > 1:
             return
-        seen = torch.zeros(4, dtype=torch.float64, device=device)
-        if self._residuals is not None and loss_count is not None:
-            seen[:3], seen[3] = self._residuals, loss_count
+        seen = torch.zeros(5, dtype=torch.float64, device=device)
+        if self._residuals is not None and (loss_count is not None or not self.counts):
+            seen[:4], seen[4] = self._residuals, 0.0 if loss_count is None else loss_count
         self._residuals = None  # told once, however many optimizers step
-        ranks = 1 if group is None else dist.get_world_size(group)
         if group is not None:
             dist.all_reduce(seen, group=group)
-        norms, energies, likely, terms = seen.tolist()
-        is_known = math.isfinite(likely)
-        scale = 1.0 if loss_scale is None else float(loss_scale)  # in the gradients of outputs
-        by_count = energies * terms / scale
-        ratio = ranks * (likely if is_known else norms) / by_count if by_count > 0 else 1.0
+        ranks = 1 if group is None else dist.get_world_size(group)
+        norms, energies, likely, weights, terms = seen.tolist()
+        is_known, ratio = math.isfinite(likely) and likely > 0, 1.0
+        scale = 1.0 if loss_scale is None else float(loss_scale)
+        if self.counts and energies * terms > 0:
+            ratio = ranks * (likely if is_known else norms) * scale / (energies * terms)
+        elif is_known and not self.counts:  # in a mean they add to 1
+            ratio = weights / scale / ranks
         if math.isfinite(ratio) and ratio > 0 and (is_known or not 1 / DOUBT < ratio < DOUBT):
             self._common.shift(math.log(ratio))
 

@@ -18,19 +18,25 @@ ALIKE = 0.03
 """How far a gradient may be from a likelihood's, relatively: half precision."""
 
 
-def inverse_weight(output: Tensor, grad: Tensor) -> Tensor:
-    """The mean over rows of 1 / c, by the square of their gradient; float32, 0-d, nan where it does not show.
+def row_weights(output: Tensor, grad: Tensor) -> Tensor:
+    """What shows of the weights c that a loss gives to rows; float32 [2], nan where they do not show.
 
     Args:
         output: logits, of classes in the last dimension or in the second, or each of its own.
         grad: the loss's gradient there, of the same shape; of either, any floating dtype.
+
+    Returns:
+        The mean over rows of 1 / c, by the square of their gradient, and the sum of c, which is 1 for a mean.
     """
-    found = grad.new_full((), torch.nan, dtype=torch.float32) if grad.is_floating_point() else torch.tensor(torch.nan)
+    found = (
+        grad.new_full((2,), torch.nan, dtype=torch.float32) if grad.is_floating_point() else torch.full((2,), torch.nan)
+    )
     if isinstance(output, DTensor) or output.is_nested or not output.is_floating_point() or not output.numel():
         return found
     for dim in dict.fromkeys((output.dim() - 1, 1)) if output.dim() > 1 else ():
-        found = torch.where(found.isnan(), _of_categories(_some(output, dim), _some(grad, dim)), found)
-    return torch.where(found.isnan(), _of_bits(_some(output, -1), _some(grad, -1)), found)
+        rows = output.numel() // output.shape[dim]
+        found = torch.where(found.isnan(), _of_categories(_some(output, dim), _some(grad, dim), rows), found)
+    return torch.where(found.isnan(), _of_bits(_some(output, -1), _some(grad, -1), output.numel()), found)
 
 
 def _some(x: Tensor, dim: int) -> Tensor:
@@ -39,23 +45,25 @@ def _some(x: Tensor, dim: int) -> Tensor:
     return rows[:: max(1, len(rows) // ROWS)].float()
 
 
-def _of_categories(z: Tensor, g: Tensor) -> Tensor:
-    """The mean of 1 / c if each row of [rows, classes] is ``c (softmax(z) - e_y)``, else nan."""
+def _of_categories(z: Tensor, g: Tensor, rows: int) -> Tensor:
+    """Of [n, classes], which stand for so many rows, if each of them is ``c (softmax(z) - e_y)``, else nan."""
     if z.shape[1] < 2:
-        return z.new_full((), torch.nan)
+        return z.new_full((2,), torch.nan)
     direction = z.softmax(1).scatter_add(1, g.argmin(1, keepdim=True), torch.full_like(z, -1.0))
     c = (g * direction).sum(1) / direction.square().sum(1)
-    return _mean(c, g - c[:, None] * direction, g)
+    mean = _mean_inverse(c, g - c[:, None] * direction, g)
+    return torch.stack([mean, torch.where(g.square().sum(1) > 0, c, 0.0).mean() * rows + 0 * mean])
 
 
-def _of_bits(z: Tensor, g: Tensor) -> Tensor:
-    """1 / c if each element that has a gradient is ``c (sigmoid(z) - y)``, with y 0 or 1 and one c; else nan."""
+def _of_bits(z: Tensor, g: Tensor, elements: int) -> Tensor:
+    """The same where each element that has a gradient is ``c (sigmoid(z) - y)``, with y 0 or 1 and one c; else nan."""
     direction = torch.where(g != 0, z.sigmoid() - g.lt(0).float(), 0.0).reshape(1, -1)
     c = (g.reshape(1, -1) * direction).sum(1) / direction.square().sum(1)
-    return _mean(c, g.reshape(1, -1) - c[:, None] * direction, g.reshape(1, -1))
+    mean = _mean_inverse(c, g.reshape(1, -1) - c[:, None] * direction, g.reshape(1, -1))
+    return torch.stack([mean, c[0] * (g != 0).float().mean() * elements + 0 * mean])
 
 
-def _mean(c: Tensor, rest: Tensor, g: Tensor) -> Tensor:
+def _mean_inverse(c: Tensor, rest: Tensor, g: Tensor) -> Tensor:
     """The mean of 1 / c [rows] by the energy of g [rows, n]; nan where the rest [rows, n] is more than rounding."""
     energy = g.square().sum(1)
     seen = energy > 0

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lotion_fx import private_backward
 from lotion_fx.private import tree_leaves
-from lotion_fx.recognition import inverse_weight
+from lotion_fx.recognition import row_weights
 from lotion_fx.tally import Tally
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def _tell(tally: Tally, output: Tensor, grad: Tensor | None) -> None:
         squares = grad.detach().float().square()
         energies = squares.sum(-1) if grad.dim() > 1 else squares
         energy = _whole(energies.sum())
-        likely = energy * _whole(inverse_weight(output, grad.detach()))
-        tally.measuring.residuals_arrived(_whole(energies.sqrt().sum()), energy, likely)
+        mean_inverse, total = _whole(row_weights(output, grad.detach())).unbind()
+        tally.measuring.residuals_arrived(_whole(energies.sqrt().sum()), energy, energy * mean_inverse, total)
 
 
 def _whole(told: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class Tally:
     measuring: Measuring = field(init=False)
 
     def __post_init__(self) -> None:
-        self.measuring = Measuring(self.weights, is_on=self.settings.measures)
+        self.measuring = Measuring(self.weights, is_on=self.settings.measures, counts=not self.settings.samples_labels)
 
     # ------------------------------------------------------------------------------------------------------- questions
 

@@ -89,6 +89,26 @@ def test_the_term_of_a_scaled_loss_is_scaled(scale):
     assert terms[1] / terms[0] == pytest.approx(scale, rel=0.05)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 512.0])
+def test_labels_that_are_drawn_are_weighted_as_those_of_the_loss(scale):
+    """Whatever ``"ggn"`` makes of a mean, of its multiple is that multiple, and rows without a loss are none."""
+    found = []
+    for factor, rows in ((1.0, 32), (scale, 32), (1.0, 8)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = lotion_fx.transform(LM(), "int4", inner="aot_eager", curvature="ggn")
+        measuring, shifts = measuring_of(model), []
+        measuring._common.shift = shifts.append
+
+        def loss(model, factor=factor, rows=rows):
+            found = F.cross_entropy(model(ids(32)).mT, ids(32).roll(-1, 1), reduction="none")
+            return factor * found[:rows].sum() / found.numel()
+
+        run(model, torch.optim.SGD(model.parameters(), 0.0), 2, loss)
+        found.append(math.exp(shifts[0]))
+    assert found == [pytest.approx(1.0, rel=0.01), pytest.approx(scale, rel=0.01), pytest.approx(0.25, rel=0.01)]
+
+
 @pytest.mark.parametrize("curvature", ["factored", "full", "fisher"])
 @pytest.mark.parametrize("name", ["sum", "squares, deviation .01", "masked mean", "binary, sum"])
 def test_the_term_is_the_increase(name, curvature):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import lotion_fx
-from lotion_fx.recognition import inverse_weight
+from lotion_fx.recognition import row_weights
 from tests.models import LM, ids, lm_loss
 from tests.runtime.steps import one_step
 
@@ -47,7 +47,10 @@ def test_a_likelihood_shows_what_each_row_weighs(name, dtype):
     grad = torch.autograd.grad(loss(z.float()), z)[0]
     weights = weights[..., None] if weights.dim() < grad.dim() else weights
     expected = torch.where(weights > 0, grad.float().square() / weights, 0.0).sum()
-    found = grad.float().square().sum() * inverse_weight(z.detach(), grad)
+    mean_inverse, total = row_weights(z.detach(), grad)
+    found = torch.stack([grad.float().square().sum() * mean_inverse, total])
+    elements = z.numel() if "bits" in name else weights.numel()  # of the weights above, which are those of an element
+    expected = torch.stack([expected, weights.sum() * elements / weights.numel()])
     torch.testing.assert_close(found, expected, rtol=1e-4 if dtype == torch.float32 else 0.02, atol=0)
 
 
@@ -65,12 +68,12 @@ def test_a_likelihood_shows_what_each_row_weighs(name, dtype):
 )
 def test_others_show_nothing(loss):
     z = FLAT.clone().requires_grad_()
-    assert inverse_weight(z.detach(), torch.autograd.grad(loss(z), z)[0]).isnan()
+    assert row_weights(z.detach(), torch.autograd.grad(loss(z), z)[0]).isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (3, 1), (0,), (7,), (2, 3, 0, 4)])
 def test_outputs_without_rows_or_classes_show_nothing(shape):
-    assert inverse_weight(torch.randn(shape), torch.randn(shape)).isnan()
+    assert row_weights(torch.randn(shape), torch.randn(shape)).isnan().all()
 
 
 def terms(loss, steps=(2, 6), scaler=None):
