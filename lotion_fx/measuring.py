@@ -229,7 +229,7 @@ class Measuring:
 
         Args:
             norms, energies: 0-d, the sum over rows of the gradient's norm and of its square.
-            likely, weights: 0-d, that of the square over its row's weight in the loss, and of the weight; nan if untold.
+            likely, weights: 0-d, that of the square over the weight of its row in the loss, and of that weight; or nan.
         """
         now = torch.stack([norms, energies, likely, weights]).double()
         self._residuals = now if self._residuals is None else self._residuals + now
