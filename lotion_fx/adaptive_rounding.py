@@ -23,6 +23,7 @@ from lotion_fx.likelihood import LABELS, LIKELIHOODS, named, output_in, sampled_
 from lotion_fx.loss_graph import LossFunction, LossGraph, listed, loss_graph
 from lotion_fx.numerics.adaptive import METHODS, Curvature, Rounded, adaptive, cost, fixed_point
 from lotion_fx.numerics.formats import Format
+from lotion_fx.numerics.searched import clipped, limited
 from lotion_fx.passes.attach.attach import LATENT, Plan
 from lotion_fx.passes.attach.probe import SIDE, Code, Header, Layout
 from lotion_fx.progress import with_a_bar
@@ -31,6 +32,7 @@ from lotion_fx.scalars import check_count, check_number
 from lotion_fx.state import Weight, names_of
 
 GIB = 2.0**30
+SCALES = ("absmax", "searched")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def round_(
     loss_fn: LossFunction | None = None,
     *,
     method: str = "two_sided",
+    scales: str = "absmax",
     likelihood: Any = None,
     rounds: int = 0,
     memory: float = 4.0,
@@ -108,6 +111,9 @@ def round_(
             sum over, as GPTQ), ``"nearest"``, or ``"descent"``: two-sided, and then codes changed one by one as long as
             that lowers the cost, which takes some three times as long and is the best of them. A weight takes the
             cheapest of those up to this one; all are rounded to nearest where the batches' loss is lower so.
+        scales: what each block's scale is made of: ``"absmax"``, its largest magnitude, or ``"searched"``, that share
+            of it at which rounding to nearest errs least, see `searched`. For scales that many weights share, as one a
+            tensor, for 2 bits, and for powers of two: there few outliers make the levels of all others coarse.
         likelihood: None, or what the model's output parametrizes, as under ``transform(curvature="ggn")``, whose models
             have it already. Then gradients are those at labels that the model draws itself, four a batch: for losses
             that have nearly vanished, as where a model is its own teacher, and whose gradients say nothing.
@@ -127,18 +133,15 @@ def round_(
             refuses; values that are no finite numbers; a format that cannot keep what is rounded to it.
         TypeError: the batches are one batch.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}")
-    check_number("memory", memory, lambda x: x > 0, "a number of GiB above 0")
-    check_count("rounds", rounds, 0, "the number of rounds, 0 or more")
+    _check(method, scales, rounds, memory)
     names, given = names_of(model), listed(batches)
-    told = None if likelihood is None else named(likelihood)
-    told = told or next(iter(names)).smoothing.settings.likelihood
+    told = next(iter(names)).smoothing.settings.likelihood if likelihood is None else named(likelihood)
     graphs = [loss_graph(model, batch, loss_fn) for batch in with_a_bar("tracing the loss", given, len(given))]
     in_loss = quantized_in(graphs[0], names)
     selected = {name: weight for weight, name in names.items() if weight.selected}
     latent = {name: _checked(name, weight) for name, weight in selected.items()}
-    kept = KeptWeights(folder, f"{method} {told}", given)
+    scaled = latent if scales == "absmax" else {n: clipped(latent[n], *_format(w)) for n, w in selected.items()}
+    kept = KeptWeights(folder, f"{method} {scales} {told}", given)
     done = {name: found for name in in_loss if (found := kept.load(name, selected[name], latent[name])) is not None}
     why: dict[str, str] = {}
     known: dict[str, Known] = {}
@@ -149,40 +152,52 @@ def round_(
     for turn in turns:
         curvatures = _curvatures(graphs, turn, told, why)
         for name, curvature in with_a_bar("rounding weights", curvatures.items(), len(curvatures)):
-            weight = turn[name]
+            each = _known(latent[name], scaled[name], turn[name], curvature)
             if name not in done:
-                done[name] = adaptive(latent[name], *_format(weight), weight.layout.factors, curvature, method)
-                kept.save(name, weight, latent[name], done[name])
+                done[name] = adaptive(*each[:5], method, each.scaled_as)
+                kept.save(name, turn[name], latent[name], done[name])
             if rounds and None not in curvature:
-                known[name] = Known(latent[name], *_format(weight), weight.layout.factors, curvature)
-    for name, weight in selected.items():
-        if name not in done:
-            why.setdefault(name, "the loss does not depend on it")
-            done[name] = Rounded(fixed_point(latent[name], *_format(weight)), "nearest", math.nan, math.nan)
-    losses = _losses(graphs, in_loss, done)
-    _warn(losses, method, told)
-    # It was trained at rounded weights, or its gradients tell nothing.
-    if is_worse := method != "nearest" and losses[2] > losses[1]:
-        done = {name: _nearest(rounded, latent[name], selected[name]) for name, rounded in done.items()}
-        why = dict.fromkeys(done, f"by {method!r} the batches' loss is {losses[2]:.4g}") | why
+                known[name] = each
+    others = [_nearest(each, selected, done) for each in ([latent] if scaled is latent else [scaled, latent])]
+    for name in selected.keys() - done.keys():
+        why.setdefault(name, "the loss does not depend on it")
+        done[name] = others[0][name]
+    before, losses = _loss(graphs, in_loss, {}), [_loss(graphs, in_loss, each) for each in (done, *others)]
+    nearest = losses[-1]
+    _warn(before, losses, method, told)
+    if best := losses.index(min(losses)):  # it was trained at rounded weights, or its gradients tell nothing
+        done, said = others[best - 1], f"by {method!r} the batches' loss is {losses[0]:.4g}"
+        why = dict.fromkeys(done, said) | why
     if known:
-        values = refined(graphs, known, {name: done[name].values for name in in_loss}, rounds, to_latent=not is_worse)
+        values = refined(graphs, known, {name: done[name].values for name in in_loss}, rounds, to_latent=not best)
         done |= {name: _changed(done[name], each, values[name]) for name, each in known.items()}
-    if known or is_worse:
-        losses = _losses(graphs, in_loss, done)
+        losses[best] = _loss(graphs, in_loss, done)
     for name, rounded in done.items():
         latent[name].copy_(rounded.values)
     kept.clear(list(selected))
     rows = [_row(name, weight, done[name], method, why.get(name, "")) for name, weight in selected.items()]
-    return AdaptiveRounding(tuple(rows), *losses)
+    return AdaptiveRounding(tuple(rows), before, nearest, losses[best])
 
 
-def _warn(losses: tuple[float, float, float], method: str, likelihood: str | None) -> None:
-    """Says so where the gradients cannot tell what rounding costs, or did not."""
-    latent, nearest, rounded = losses
-    if method != "nearest" and rounded > nearest:
+def _check(method: str, scales: str, rounds: int, memory: float) -> None:
+    for parameter, value, expected in (("method", method, METHODS), ("scales", scales, SCALES)):
+        if value not in expected:
+            raise ValueError(f"{parameter}={value!r}: expected one of {', '.join(expected)}")
+    check_number("memory", memory, lambda x: x > 0, "a number of GiB above 0")
+    check_count("rounds", rounds, 0, "the number of rounds, 0 or more")
+
+
+def _warn(latent: float, losses: Sequence[float], method: str, likelihood: str | None) -> None:
+    """Says so where the gradients cannot tell what rounding costs, or did not.
+
+    Args:
+        latent: the batches' loss before.
+        losses: as it was asked for, and rounded to nearest.
+    """
+    asked, least, nearest = losses[0], min(losses), losses[-1]
+    if asked > least:
         warnings.warn(
-            f"round_: the batches' loss of {rounded:.4g} is above the {nearest:.4g} of rounding to nearest, which is "
+            f"round_: the batches' loss of {asked:.4g} is above the {least:.4g} of rounding to nearest, which is "
             "taken instead. A model trained at rounded weights has learned to live with those; else, if the loss has "
             "nearly vanished or rounding costs very much, its gradients say little of what rounding costs, and more "
             "batches, of data that the model does not fit as well, may help, or likelihood=",
@@ -205,8 +220,21 @@ def _no_room(rounds: int, weights: Iterable[Weight], memory: float) -> str:
     )
 
 
-def _nearest(rounded: Rounded, latent: Tensor, weight: Weight) -> Rounded:
-    return rounded._replace(values=fixed_point(latent, *_format(weight)), method="nearest", cost=rounded.nearest)
+def _known(latent: Tensor, scaled_as: Tensor, weight: Weight, curvature: Curvature) -> Known:
+    fmt, axis = _format(weight)
+    goal = latent if scaled_as is latent else limited(latent, scaled_as, fmt, axis)
+    return Known(goal, fmt, axis, weight.layout.factors, curvature, scaled_as)
+
+
+def _nearest(
+    values: Mapping[str, Tensor], weights: Mapping[str, Weight], done: Mapping[str, Rounded]
+) -> dict[str, Rounded]:
+    """All weights rounded to nearest; what that costs tell those that were rounded adaptively."""
+    costs = {name: done[name].nearest if name in done else math.nan for name in weights}
+    return {
+        name: Rounded(fixed_point(values[name], *_format(weight)), "nearest", costs[name], costs[name])
+        for name, weight in weights.items()
+    }
 
 
 def _changed(rounded: Rounded, known: Known, values: Tensor) -> Rounded:
@@ -288,14 +316,10 @@ def _drawn(likelihood: str, seed: int) -> list[Callable[[Sequence[Tensor]], Tens
     return [loss] * LABELS
 
 
-def _losses(
-    graphs: Sequence[LossGraph], weights: Mapping[str, Weight], done: Mapping[str, Rounded]
-) -> tuple[float, float, float]:
-    """The mean loss of the batches at latent, nearest and adaptively rounded weights."""
-    nearest = {name: weight.quantizer.rtn(graphs[0].parameters[name]) for name, weight in weights.items()}
-    at: list[dict[str, Tensor]] = [{}, nearest, {name: done[name].values for name in weights}]
-    latent, rtn, rounded = (statistics.fmean(float(graph.loss(changed)) for graph in graphs) for changed in at)
-    return latent, rtn, rounded
+def _loss(graphs: Sequence[LossGraph], weights: Iterable[str], done: Mapping[str, Rounded]) -> float:
+    """The mean loss of the batches, with what became of these weights in their places."""
+    changed = {name: done[name].values for name in weights if name in done}
+    return statistics.fmean(float(graph.loss(changed)) for graph in graphs)
 
 
 def _row(name: str, weight: Weight, rounded: Rounded, asked: str, why: str) -> RoundedWeight:

@@ -26,13 +26,18 @@ BOLDEST = 0.1  # below which no code is changed for the sake of a change
 
 
 class Known(NamedTuple):
-    """What a round knows of a weight: itself, its format and axis, the view of its curvature, and the curvature."""
+    """What a round knows of a weight: what it is rounded from, its format and axis, and the view of its curvature.
+
+    Args:
+        scaled_as: what its scales are made of.
+    """
 
     latent: Tensor
     format: Format
     axis: int
     shape: tuple[int, int, int]
     curvature: Curvature
+    scaled_as: Tensor
 
 
 def refined(
@@ -84,7 +89,7 @@ def _stepped(
 ) -> dict[str, Tensor]:
     """All values, those of known weights changed by the gradients."""
     steps = {
-        name: stepped(each.latent, values[name], *each[1:], gradients[name], care * units[name])
+        name: stepped(each.latent, values[name], *each[1:5], gradients[name], care * units[name], each.scaled_as)
         for name, each in known.items()
         if units[name] > 0
     }

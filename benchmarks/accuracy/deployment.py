@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lotion_fx
-from accuracy.recipes import MANY, ROUNDS
+from accuracy.recipes import MANY, ROUNDINGS
 from accuracy.setting import Setting
 
 
@@ -33,9 +33,8 @@ def rounded(
     torch.compiler.reset()  # of graphs of one code Dynamo keeps a few
     model = lotion_fx.transform(holding(setting, state), fmt, method="ptq", inner="aot_eager").eval()
     began = time.perf_counter()
-    if rounding != "nearest":
-        told = {"method": "descent", "rounds": ROUNDS} if rounding == "rounds" else {"method": rounding}
-        batches = setting.calibration(seed, MANY) if rounding == "rounds" else setting.calibration(seed)
+    if told := ROUNDINGS[rounding]:
+        batches = setting.calibration(seed, MANY) if "rounds" in told else setting.calibration(seed)
         lotion_fx.round_(model, batches, setting.loss, likelihood=setting.likelihood, **told)
         model.eval()
     return model, time.perf_counter() - began

@@ -9,12 +9,32 @@ from typing import Any
 from lotion_fx.examples.forking import after_plain
 from lotion_fx.examples.runlog import fingerprint
 
-ROUNDINGS = ("nearest", "gptq", "two_sided", "descent", "rounds")
-"""What `lotion_fx.round_` is told: a method, or "rounds", descent and rounds after it; "nearest" is what a model in
-``eval()`` runs at without it."""
+ROUNDINGS: dict[str, dict[str, Any]] = {
+    "nearest": {},
+    "gptq": {"method": "gptq"},
+    "two_sided": {"method": "two_sided"},
+    "descent": {"method": "descent"},
+    "rounds": {"method": "descent", "rounds": 4},
+    "searched": {"method": "nearest", "scales": "searched"},
+    "gptq_searched": {"method": "gptq", "scales": "searched"},
+    "descent_searched": {"method": "descent", "scales": "searched"},
+}
+"""What `lotion_fx.round_` is told; "nearest" is what a model in ``eval()`` runs at without it."""
 
-ROUNDS, MANY = 4, 32
-"""How many rounds, and the batches that they see: 224 passes forward and backward, where the others see a few."""
+MANY = 32
+"""The batches that rounds see: 224 passes forward and backward, where the other roundings see a few."""
+
+SAID = {
+    "gptq": "GPTQ",
+    "two_sided": "two-sided rounding",
+    "searched": "searched scales",
+    "gptq_searched": "GPTQ at searched scales",
+    "descent_searched": "descent at searched scales",
+}
+"""What the table calls a rounding, where not as it is called here."""
+
+REST = 10.0
+"""Biases and norms learn at so many times the learning rate of weights: of 1, 10 and 30 the best of one seed."""
 
 REVISION = 1
 """Of what no recipe says: raise it where a change of the code changes what every run measures."""
@@ -33,7 +53,8 @@ class Recipe:
         roundings: of `ROUNDINGS`, those to deploy it by.
         rival: it has no expected-loss term: what our best row is to be at or below.
         learned: trained by `lsq`, from where its schedule's plain phase ends.
-        rounded_first: it starts at weights that `lotion_fx.round_` has rounded.
+        rounded_first: of `ROUNDINGS`: it starts at weights that `lotion_fx.round_` has rounded.
+        held: the quantized weights are, and all others are trained, at `REST` times the learning rate.
         distills: from the end of its first phase on the loss is the divergence from the full-precision model at the
             end of its own training.
     """
@@ -43,7 +64,8 @@ class Recipe:
     roundings: tuple[str, ...] = ("nearest",)
     rival: bool = False
     learned: bool = False
-    rounded_first: bool = False
+    rounded_first: str = ""
+    held: bool = False
     distills: bool = False
 
     @property
@@ -65,6 +87,7 @@ class Recipe:
     def fingerprint(self, **conditions: Any) -> str:
         """Eight digits that change with anything that may change the trained model; its label and rows are none."""
         what = {"arguments": dict(self.arguments), "learned": self.learned, "distills": self.distills}
+        what |= {"rounded_first": self.rounded_first, "held": self.held} if self.held else {}
         return fingerprint(revision=REVISION, **what, **conditions)
 
 
@@ -73,7 +96,7 @@ ALL = (*BOTH, "descent", "rounds")
 STE_FROM_FP = {"schedule": (("plain", 0.6), ("ste_scale", 0.4))}
 
 RECIPES: dict[str, Recipe] = {
-    "ptq": Recipe("PTQ", {"method": "ptq"}, ROUNDINGS, rival=True),
+    "ptq": Recipe("PTQ", {"method": "ptq"}, tuple(ROUNDINGS), rival=True),
     "ste_from_fp": Recipe("full precision, then STE", STE_FROM_FP, BOTH, rival=True),
     "cage": Recipe("CAGE", {"method": "cage"}, BOTH, rival=True),
     "lsq": Recipe("full precision, then LSQ", {"schedule": (("plain", 0.6), ("lsq", 0.4))}, rival=True, learned=True),
@@ -88,7 +111,11 @@ RECIPES: dict[str, Recipe] = {
         ALL,
     ),
     "adaptive": Recipe("LOTION for `round_`", {"noise": "adaptive", "calibrate": False}, ALL),
-    "rounded_ste": Recipe("`round_`, then STE", {"method": "ste_scale"}, rounded_first=True),
+    "rounded_ste": Recipe("`round_`, then STE", {"method": "ste_scale"}, rounded_first="two_sided"),
+    "rounded_rest": Recipe("`round_`, then the rest", {"method": "ste"}, rounded_first="descent", held=True),
+    "searched_rest": Recipe(
+        "`round_` at searched scales, then the rest", {"method": "ste"}, rounded_first="descent_searched", held=True
+    ),
     "late_lotion": Recipe("full precision, LOTION", {"schedule": (("plain", 0.6), ("lotion", 0.4))}, BOTH),
     "late_start": Recipe(
         "full precision, LOTION, STE", {"schedule": (("plain", 0.6), ("lotion", 0.2), ("ste_scale", 0.2))}, BOTH
@@ -110,6 +137,5 @@ def rows() -> dict[str, tuple[str, str]]:
 def label_of(row: str) -> str:
     """What the table calls a row."""
     name, rounding = rows()[row]
-    said = {"gptq": "GPTQ", "two_sided": "two-sided rounding"}
-    end = "" if rounding == "nearest" else f" + {said.get(rounding, rounding)}"
+    end = "" if rounding == "nearest" else f" + {SAID.get(rounding, rounding)}"
     return RECIPES[name].label + end

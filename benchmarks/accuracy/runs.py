@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from accuracy import log
-from accuracy.deployment import rounded
 from accuracy.recipes import RECIPES, row_name, rows
 from accuracy.setting import Setting
 from accuracy.training import Trainings
@@ -64,7 +63,7 @@ def run(job: Job, trainings: Trainings) -> log.Run:
     if job.format == "fp32":
         loss = trained.latent
     if loss is None:
-        model, seconds = rounded(setting, trained.state, job.format, job.rounding, job.seed)
+        model, seconds = trainings.rounded(trained.state, job.format, job.rounding, job.seed, job.recipe)
         loss = setting.evaluate(model)
     return log.Run(
         *job.key,

@@ -33,7 +33,7 @@ class Text:
     name: str = "text"
     pretrained: bool = False
     likelihood: str | None = None
-    left_out: frozenset[str] = frozenset({"rounded_ste"})
+    left_out: frozenset[str] = frozenset({"rounded_ste", "rounded_rest", "searched_rest"})
 
     @property
     def conditions(self) -> dict[str, Any]:

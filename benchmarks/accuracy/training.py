@@ -16,9 +16,10 @@ from tqdm import tqdm
 import lotion_fx
 from accuracy.deployment import formats, holding, rounded
 from accuracy.lsq import deployed_state, learn_scales, rate, scales_of
-from accuracy.recipes import RECIPES, Recipe
+from accuracy.recipes import RECIPES, REST, Recipe
 from accuracy.setting import Setting
 from lotion_fx.examples.forking import Checkpoint, after_plain
+from lotion_fx.examples.runlog import fingerprint
 
 State = dict[str, Tensor]
 
@@ -67,6 +68,21 @@ class Trainings:
         """The run that all others are paired with: plain training from start to end."""
         return Trained(**self._full_run(seed)["end"])
 
+    def rounded(self, state: State, fmt: str, rounding: str, seed: int, name: str) -> tuple[nn.Module, float]:
+        """As `deployment.rounded` has it; of full precision's own weights it is kept."""
+        if RECIPES[name].fork != 1 or rounding == "nearest":
+            return rounded(self.setting, state, fmt, rounding, seed)
+        label = (
+            f"rounded-{fingerprint(rounding=rounding, **self.setting.conditions)}-{fmt.replace('/', '_')}-seed{seed}"
+        )
+
+        def make() -> dict[str, Any]:
+            model, seconds = rounded(self.setting, state, fmt, rounding, seed)
+            return {"state": dict(model.state_dict()), "seconds": seconds}
+
+        kept = self._kept(label, make)
+        return rounded(self.setting, kept["state"], fmt, "nearest", seed)[0], kept["seconds"]
+
     def _full_run(self, seed: int) -> dict[str, Any]:
         forks = {self._begin(recipe) for recipe in RECIPES.values() if 0 < recipe.fork < 1}
         plain = RECIPES["ptq"].fingerprint(**self.setting.conditions, forks=sorted(forks))
@@ -109,12 +125,17 @@ class Trainings:
         fork = self._fork(begin, seed) if begin else None
         model = holding(self.setting, fork.model) if fork else self.setting.make(seed)
         if recipe.rounded_first:
-            model.load_state_dict(rounded(self.setting, model.state_dict(), fmt, "two_sided", seed)[0].state_dict())
+            start, _ = self.rounded(model.state_dict(), fmt, recipe.rounded_first, seed, "ptq")
+            model.load_state_dict(start.state_dict())
+            for name in lotion_fx.quantized(start) if recipe.held else ():
+                model.get_parameter(name).requires_grad_(False)
         total = self.setting.steps - begin if recipe.has_phases else None
         arguments = self.setting.arguments(after_plain(recipe.arguments)[1])
         lotion_fx.transform(model, fmt, **arguments, steps=total, inner=self.setting.inner)
         weights = list(model.parameters())
         optimizer = self.setting.optimizer(weights)
+        for group in optimizer.param_groups if recipe.held else ():
+            group["lr"] *= REST
         if fork:
             fork.resume(optimizer, weights)
         taught: dict[str, Any] = {}

@@ -77,6 +77,7 @@ def adaptive(
     shape: tuple[int, int, int],
     curvature: Curvature,
     method: str = "two_sided",
+    scaled_as: Tensor | None = None,
 ) -> Rounded:
     """Rounds a weight so that its curvature's cost is least, at the scales that it has.
 
@@ -87,6 +88,7 @@ def adaptive(
         curvature: of that view.
         method: ``"two_sided"``; ``"descent"``, which goes on from there, see `descent`; ``"gptq"``, which takes the
             curvature along ``axis`` alone; ``"nearest"``.
+        scaled_as: what scales are made of instead, as `searched` gives it; None for ``w`` itself.
 
     Returns:
         Of nearest, gptq, two_sided and descent, as far as ``method``, the one that costs least. A fixed point of
@@ -95,7 +97,8 @@ def adaptive(
     Raises:
         ValueError: the format has no fixed points, as some codebooks without the negative of their largest level.
     """
-    nearest = fixed_point(w, fmt, axis)
+    scaled_as = w if scaled_as is None else scaled_as
+    nearest = fixed_point(scaled_as, fmt, axis)
     latent = w.reshape(shape).double()
     least = cost(latent - nearest.reshape(shape), curvature)
     best = Rounded(nearest, "nearest", least, least)
@@ -108,7 +111,7 @@ def adaptive(
             tried["two_sided"] = Curvature(outputs, inputs)
             if method == "descent":
                 tried["descent"] = tried["two_sided"]
-    problem = _problem(w, fmt, axis, shape, along_rows)
+    problem = _problem(w, scaled_as, fmt, axis, shape, along_rows)
     solved = problem.w
     for name, taken in tried.items():
         solved = _descended(solved, problem, fmt.grid, taken) if name == "descent" else _solve(problem, fmt.grid, taken)
@@ -130,22 +133,24 @@ def stepped(
     curvature: Curvature,
     gradient: Tensor,
     stiffness: float,
+    scaled_as: Tensor | None = None,
 ) -> Tensor:
     """Codes changed, from a rounded weight on, by the gradient that the loss has there.
 
     The loss is taken as ``<gradient, D> + stiffness / 2 tr(B D A D^T)``, ``D`` the change, and `descend` goes down it.
 
     Args:
-        w: the weight itself, which tells scales and what may be changed, as `adaptive` takes it.
+        w: the weight itself, which tells what may be changed, as `adaptive` takes it.
         values: as it is rounded.
         fmt, axis, shape, curvature: as `adaptive` takes them, both sides of the curvature known.
         gradient: of the loss by the weight, at ``values``.
+        scaled_as: as `adaptive` takes it.
 
     Returns:
         A fixed point of ``rtn``, ``w``'s shape and dtype.
     """
     turned = _runs_along_rows(w, axis, shape)
-    problem = _problem(w, fmt, axis, shape, turned)
+    problem = _problem(w, w if scaled_as is None else scaled_as, fmt, axis, shape, turned)
     now, slope = (x.reshape(shape).double() for x in (values, -gradient / stiffness))
     rows, columns = curvature
     if turned:
@@ -202,10 +207,12 @@ def _runs_along_rows(w: Tensor, axis: int, shape: tuple[int, int, int]) -> bool:
     return math.prod(w.shape[: axis % w.dim() + 1]) <= shape[0] * shape[1]
 
 
-def _problem(w: Tensor, fmt: Format, axis: int, shape: tuple[int, int, int], turned: bool) -> _Problem:
+def _problem(
+    w: Tensor, scaled_as: Tensor, fmt: Format, axis: int, shape: tuple[int, int, int], turned: bool
+) -> _Problem:
     blocks = to_blocks(w, fmt, axis).to(compute_dtype(w))
     amax = blocks.abs().amax(-1, keepdim=True)
-    s = scale(w, fmt, axis)
+    s = scale(scaled_as, fmt, axis)
     last, keep = fmt.grid.max, _least_that_keeps(fmt)
     is_largest = blocks.abs() == amax
     # Blocks of zeros stay so: pruned weights are to remain what they are.

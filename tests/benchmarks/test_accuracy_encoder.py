@@ -48,13 +48,22 @@ def test_full_precision_is_what_was_pretrained(trainings):
     assert {job.recipe for job in runs.jobs(setting, ["int3"], ["late_adaptive", "ptq"], 1)} == {"ptq"}
 
 
-@pytest.mark.parametrize("name", ["ste_from_fp", "rounded_ste", "lsq", "adaptive"])
+ROUNDED = {"rounded_ste": "two_sided", "rounded_rest": "descent", "searched_rest": "descent_searched"}
+
+
+@pytest.mark.parametrize("name", ["ste_from_fp", *ROUNDED, "lsq", "adaptive"])
 def test_training_begins_at_the_pretrained_weights(trainings, name, monkeypatch):
     """With no step done, each recipe is the rounding that it starts from."""
     monkeypatch.setattr(Small, "fit", lambda *args, **kwargs: 0.0)
     start = found(trainings, name).loss
-    expected = found(trainings, "ptq", "two_sided" if name == "rounded_ste" else "nearest").loss
+    expected = found(trainings, "ptq", ROUNDED.get(name, "nearest")).loss
     assert start == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_rest_learns_while_rounded_weights_are_held(trainings):
+    trained = trainings.trained("rounded_rest", "int3", 0).state
+    rounded = trainings.rounded(trainings.full_precision(0).state, "int3", "descent", 0, "ptq")[0].state_dict()
+    assert {name for name, value in trained.items() if torch.equal(value, rounded[name])} == {"0.weight", "2.weight"}
 
 
 def test_a_phase_of_plain_training_lies_behind_and_the_term_draws_labels(trainings, monkeypatch):

@@ -11,6 +11,7 @@ from lotion_fx.deploy.weights import QuantizedWeight
 from lotion_fx.numerics.adaptive import METHODS, TILE, Curvature, adaptive, fixed_point, stepped, stiffness
 from lotion_fx.numerics.formats import Format, codebook, resolve
 from lotion_fx.numerics.rounding import rtn, scale
+from lotion_fx.numerics.searched import clipped
 
 FORMATS = ("nvfp4", "nvfp4/pow2", "mxfp4", "mxfp6", "mxfp8", "int2", "int3", "int4", "int4/tensor", "int4/bf16", "int8")
 FORMATS += ("int8/fp16", "fp4", "fp8", "nf4")
@@ -44,7 +45,13 @@ def scales(w: Tensor, fmt: Format) -> np.ndarray:
     return np.repeat(s[..., 0].double().numpy(), block, axis=1)[:, : w.shape[1]]
 
 
-def recursion(w: Tensor, curvature: Curvature, fmt: Format, damping: tuple[float, float] = (0.05, 0.01)) -> np.ndarray:
+def recursion(
+    w: Tensor,
+    curvature: Curvature,
+    fmt: Format,
+    damping: tuple[float, float] = (0.05, 0.01),
+    scaled_as: Tensor | None = None,
+) -> np.ndarray:
     """Rows from the last, columns from the last, in ascending order of the diagonals; a block's largest weight stays
     on a level that keeps its scale."""
     matrices = [m[0].numpy() for m in curvature if m is not None]
@@ -56,7 +63,7 @@ def recursion(w: Tensor, curvature: Curvature, fmt: Format, damping: tuple[float
         lower = np.linalg.cholesky(matrix)
         unit.append(lower / np.diag(lower))
     at = np.ix_(*order)
-    latent, s = w.double().numpy(), scales(w, fmt)
+    latent, s = w.double().numpy(), scales(w if scaled_as is None else scaled_as, fmt)
     keeps = [v for v in fmt.grid.levels if v > 0 and _own_scale(v, fmt)]
     size = w.numel() if fmt.block == "tensor" else w.shape[1] if fmt.block == "channel" else fmt.block
     blocks = [w.abs()] if fmt.block == "tensor" else list(w.abs().split(size, 1))  # type: ignore[arg-type]
@@ -98,6 +105,19 @@ def test_is_the_recursion(fmt: str, size: tuple[int, int]) -> None:
     expected = torch.from_numpy(recursion(w[0], curvature, resolve(fmt))).float()
     assert made.method == "two_sided"
     torch.testing.assert_close(made.values, expected, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4", "int2", "int3", "int4/tensor", "nf4"])
+def test_at_searched_scales_it_is_the_recursion_too(fmt: str) -> None:
+    w, curvature = layer(*TILED, seed=4)
+    form, w = resolve(fmt), w[0] * torch.randn(TILED, generator=torch.Generator().manual_seed(1)).abs()
+    scaled_as = clipped(w, form, 1)
+    made = adaptive(w, form, 1, (1, *TILED), curvature, scaled_as=scaled_as)
+    expected = torch.from_numpy(recursion(w, curvature, form, scaled_as=scaled_as)).float()
+    assert made.method == "two_sided" and not torch.equal(scaled_as, w)
+    torch.testing.assert_close(made.values, expected, rtol=3e-7, atol=0)
+    assert torch.equal(rtn(made.values, form), made.values)
+    torch.testing.assert_close(scale(made.values, form), scale(scaled_as, form))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

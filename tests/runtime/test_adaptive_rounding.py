@@ -129,6 +129,66 @@ def test_what_was_trained_at_rounded_weights_is_never_worse_and_rounds_go_on_fro
     assert alone.rounded <= alone.nearest and further.rounded < alone.rounded
 
 
+def with_outliers(**options: Any) -> nn.Module:
+    """A matrix with one weight far from all others, on an input that is always 0."""
+    model = trained("int4/tensor", **options)
+    with torch.no_grad():
+        model.get_parameter("conv.bias")[-1] = -1e6
+        hidden = model.get_parameter("hidden.weight")
+        hidden[3, -1] = 20 * hidden.std()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:round_")  # nearest may be luckier still, at searched scales too
+@pytest.mark.parametrize("method, rounds", [("nearest", 0), ("gptq", 0), ("two_sided", 0), ("two_sided", 2)])
+def test_searched_scales_are_not_those_of_outliers(method: str, rounds: int) -> None:
+    given, found = batches(4), []
+    for scales in ("absmax", "searched"):
+        model = with_outliers()
+        found.append(lotion_fx.round_(model, given, loss_of, method=method, scales=scales, rounds=rounds))
+        for name, weight in lotion_fx.quantized(model).items():
+            assert torch.equal(weight.dequantize(), model.get_parameter(name)), name
+        assert (model.get_parameter("hidden.weight").max() > 2) == (scales == "absmax")
+    assert found[1].nearest == found[0].nearest and found[1].rounded < found[0].rounded
+
+
+def test_where_searched_scales_do_not_help_those_of_the_largest_are_taken() -> None:
+    """By nearest the whole model is compared, and by curvature each weight is."""
+    model = trained("int4/tensor")
+    x, _ = batches(1)[0]
+    with torch.no_grad():  # all of its output hangs on the outliers
+        for parameter in model.parameters():
+            parameter.mul_(0.02 if parameter.dim() > 1 else 0)
+        model.get_parameter("conv.weight")[:, :, 1, 1] = torch.linspace(1, 6, 6)[:, None]
+        model.get_parameter("hidden.weight")[:, :1] = torch.linspace(1, 6, 20)[:, None]
+        model.get_parameter("head.weight")[:, :1] = torch.linspace(1, 6, 5)[:, None]
+        target = model(x)[0]
+    with pytest.warns(UserWarning, match=r"is above the .* of rounding to nearest, which is taken"):
+        done = lotion_fx.round_(
+            model, [(x, target)], lambda out, y: F.mse_loss(out[0], y), method="nearest", scales="searched"
+        )
+    assert done.rounded == done.nearest
+
+
+@pytest.mark.filterwarnings("ignore:round_")
+def test_what_is_left_can_be_trained_on() -> None:
+    """With the weights held at their codes: these stay, bit for bit, and the rest learns to live with them."""
+    given, model = batches(8), with_outliers()
+    done = lotion_fx.round_(model, given, loss_of, scales="searched")
+    held = lotion_fx.quantized(model)
+    for name in held:
+        model.get_parameter(name).requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for x, y in 5 * given:
+        optimizer.zero_grad()
+        loss_of(model.train()(x), y).backward()
+        optimizer.step()
+    losses = [float(loss_of(model.eval()(x), y).detach()) for x, y in given]
+    assert sum(losses) / len(losses) < 0.99 * done.rounded
+    for name, weight in lotion_fx.quantized(model).items():
+        assert torch.equal(weight.codes, held[name].codes) and torch.equal(weight.scales, held[name].scales)
+
+
 def own_outputs(model: nn.Module, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """A linear layer's batches, whose targets are what it gives: the loss is zero."""
     draw = torch.Generator().manual_seed(seed)
@@ -251,7 +311,7 @@ def test_it_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_other_weights_or_batches_are_not_resumed(
     steps: int, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adaptive_rounding, "_losses", lambda *args: 1 / 0)  # after all weights are kept
+    monkeypatch.setattr(adaptive_rounding, "_loss", lambda *args: 1 / 0)  # after all weights are kept
     with pytest.raises(ZeroDivisionError):
         lotion_fx.round_(trained(), batches(), loss_of, folder=tmp_path)
     assert any(tmp_path.iterdir())
@@ -264,7 +324,7 @@ def test_other_weights_or_batches_are_not_resumed(
 
 def test_a_damaged_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained()
-    monkeypatch.setattr(adaptive_rounding, "_losses", lambda *args: 1 / 0)
+    monkeypatch.setattr(adaptive_rounding, "_loss", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         lotion_fx.round_(model, batches(), loss_of, folder=tmp_path)
     damaged = sorted(tmp_path.iterdir())[0]
@@ -322,6 +382,7 @@ def test_bad_arguments() -> None:
     model, given = trained(steps=2), batches(1)
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "method='best': expected one of descent, two_sided, gptq, nearest", {"method": "best"}),
+        (ValueError, "scales='mse': expected one of absmax, searched", {"scales": "mse"}),
         (ValueError, "likelihood='normal': expected one of categorical, bernoulli, gaussian", {"likelihood": "normal"}),
         (ValueError, "memory=0: expected a number of GiB above 0", {"memory": 0}),
         (ValueError, "rounds=-1: expected the number of rounds, 0 or more", {"rounds": -1}),
