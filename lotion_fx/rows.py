@@ -26,15 +26,18 @@ def count_rows(out: Any, tally: Tally) -> None:
     Args:
         out: what the model returned, tensors in any nesting.
     """
-    if tally.counted_in_graph or not tally.has_term or not tally.needs_loss_count or not torch.is_grad_enabled():
+    if not tally.has_term or not tally.needs_loss_count or not torch.is_grad_enabled():
         return
     leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim()]
     learning = [weight for weight in tally.weights if _learns(weight)]
     if leaves and learning:
         leaf = next((leaf for leaf in leaves if leaf.dim() > 1), leaves[0])
-        every = torch.full((), leaf.shape[: leaf.dim() - 1 or 1].numel(), dtype=torch.float32, device=leaf.device)
-        trained = [] if tally.override else [weight for weight in learning if weight.training]
-        leaf.register_hook(lambda grad: _count(tally, _rows(grad, every), trained))
+        rows = leaf.shape[: leaf.dim() - 1 or 1].numel()
+        tally.terms.gave(rows)
+        if not tally.counted_in_graph:
+            every = torch.full((), rows, dtype=torch.float32, device=leaf.device)
+            trained = [] if tally.override else [weight for weight in learning if weight.training]
+            leaf.register_hook(lambda grad: _count(tally, _rows(grad, every), trained))
 
 
 def _count(tally: Tally, count: Tensor, trained: list[Weight]) -> None:

@@ -53,6 +53,38 @@ def test_the_output_s_rows_are_the_loss_terms():
     assert terms_of(model, model(ids(8, 5))["loss"]) == 40
 
 
+@pytest.mark.filterwarnings("ignore:no compiled graph contains")
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_several_passes_through_one_graph_count_its_rows_once(inner):
+    """Losses that are differentiated one after the other, of the same rows or of some each, in micro-batches too."""
+    torch.manual_seed(0)
+    x, known = torch.randn(9, 20), torch.arange(9) % 7
+    of = {
+        "class": lambda out: F.cross_entropy(out, known),
+        "size": lambda out: out.square().mean(),
+        "first": lambda out: F.cross_entropy(out[:4], known[:4]),
+        "others": lambda out: F.cross_entropy(out[4:7], known[4:7]),
+    }
+    for losses, micro_batches, expected in (
+        (["class", "size"], 1, 9),
+        (["class", "size", "first"], 1, 9),
+        (["first", "others"], 1, 7),
+        (["class", "size"], 3, 27),
+        (["class"], 2, 18),
+    ):
+        torch._dynamo.reset()
+        model = lotion_fx.transform(MLP(), "int4", inner=inner)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for _ in range(2):  # steps
+            for _ in range(micro_batches):
+                out = model(x)
+                for name in losses:
+                    of[name](out).backward(retain_graph=True)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert lotion_fx.state_dict(model)["phases"][0]["terms"].item() == expected, (losses, micro_batches)
+
+
 def _look_at(how, model, x, y):
     """What loops do between two steps: attacks on the inputs, saliency, gradients that are looked at."""
     x = x.clone().requires_grad_()
