@@ -381,7 +381,7 @@ def _place(weight: Weight, old: Tensor, new: Tensor) -> None:
 
 def _at_rest(weight: Weight) -> bool:
     """Whether it runs at the values that are deployed."""
-    return weight.mode == STE and (not weight.training or weight.smoothing.tally.is_frozen(weight))
+    return (not weight.training or weight.smoothing.tally.is_frozen(weight)) and weight.mode == STE
 
 
 def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:

@@ -145,7 +145,7 @@ class Variants:
                 if isinstance(args[index], DTensor):
                     weight.smoothing.tally.is_divided_over(args[index].device_mesh)
                 self.taught[weight].add(index)
-            plan = weight.plan(with_grad, args[index].requires_grad)
+            plan = None if weight.format is None else weight.plan(with_grad, args[index].requires_grad)
             if plan is not None:
                 plans[index], weights[index] = plan, weight
         return plans, weights
