@@ -92,7 +92,7 @@ class Recipe:
 
 
 BOTH = ("nearest", "two_sided")
-ALL = (*BOTH, "descent", "rounds")
+ALL = (*BOTH, "descent", "rounds", "descent_searched")
 STE_FROM_FP = {"schedule": (("plain", 0.6), ("ste_scale", 0.4))}
 
 RECIPES: dict[str, Recipe] = {
