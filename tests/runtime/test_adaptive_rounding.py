@@ -262,9 +262,11 @@ def test_each_layer_has_the_curvature_of_its_own_inputs_and_gradients() -> None:
     assert (model.get_parameter("hidden.weight") == expected.values).float().mean() > 0.99  # float32 may tip one
 
 
-def test_what_was_rounded_is_what_is_deployed() -> None:
+@pytest.mark.filterwarnings("ignore:round_")
+@pytest.mark.parametrize("scales", ["absmax", "searched"])
+def test_what_was_rounded_is_what_is_deployed(scales: str) -> None:
     model = trained("nvfp4")
-    lotion_fx.round_(model, batches(), loss_of)
+    lotion_fx.round_(model, batches(), loss_of, scales=scales)
     made = weights(model)
     x = batches(1)[0][0]
     with lotion_fx.full_precision(model):
@@ -278,17 +280,20 @@ def test_what_was_rounded_is_what_is_deployed() -> None:
         assert torch.equal(other.eval()(x)[0], latent[0])
 
 
-def test_an_export_holds_it(tmp_path: Path) -> None:
-    model = trained("nvfp4/pow2")
-    lotion_fx.round_(model, batches(), loss_of)
+@pytest.mark.filterwarnings("ignore:round_")
+@pytest.mark.parametrize("fmt, scales", [("nvfp4/pow2", "absmax"), ("int4/bf16", "searched")])
+def test_an_export_holds_it(fmt: str, scales: str, tmp_path: Path) -> None:
+    model = trained(fmt)
+    lotion_fx.round_(model, batches(), loss_of, scales=scales)
     lotion_fx.export(model, tmp_path / "out")
     held = lotion_fx.load(tmp_path / "out", model=Net(), packed=False)
     assert all(torch.equal(value, weights(model)[name]) for name, value in held.state_dict().items())
 
 
-def test_it_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scales", ["absmax", "searched"])
+def test_it_can_be_resumed(scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, whole, given = trained(), trained(), batches()
-    lotion_fx.round_(whole, given, loss_of)
+    lotion_fx.round_(whole, given, loss_of, scales=scales)
     before, calls = weights(model), []
 
     def breaks(w: Tensor, *args: Any) -> Any:
@@ -299,9 +304,9 @@ def test_it_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(adaptive_rounding, "adaptive", breaks)
     with pytest.raises(KeyboardInterrupt):
-        lotion_fx.round_(model, given, loss_of, folder=tmp_path / "kept")
+        lotion_fx.round_(model, given, loss_of, scales=scales, folder=tmp_path / "kept")
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
-    lotion_fx.round_(model, given, loss_of, folder=tmp_path / "kept")
+    lotion_fx.round_(model, given, loss_of, scales=scales, folder=tmp_path / "kept")
     assert len(calls) == 4  # two that were kept, one that was interrupted, and the one again
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(model).items())
     assert not (tmp_path / "kept").exists()
