@@ -16,6 +16,7 @@ import lotion_fx
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.grids import Grid
 from lotion_fx.numerics.scales import HalfScale, PowerOfTwoScale, TwoLevelScale
+from lotion_fx.numerics.searched import clipped
 
 
 def rate(fmt: lotion_fx.Format) -> float:
@@ -51,14 +52,16 @@ class LearnedScale(nn.Module):
     """A parametrization: a weight at its rounded values, the scale of each block a parameter.
 
     Args:
-        w: the weight as it is now, whose absmax scales are the first ones; blocks run along its last dimension.
+        w: the weight as it is now; blocks run along its last dimension.
         fmt: levels, blocks, and what a stored scale can be.
+        searched: whether the first scales are those at which blocks err least, instead of those of absmax.
     """
 
-    def __init__(self, w: Tensor, fmt: lotion_fx.Format) -> None:
+    def __init__(self, w: Tensor, fmt: lotion_fx.Format, *, searched: bool = False) -> None:
         super().__init__()
         self.fmt = fmt
-        block_scale, tensor_scale = rounding.scale_parts(w.detach(), fmt)
+        scaled_as = clipped(w.detach(), fmt, -1) if searched else w.detach()
+        block_scale, tensor_scale = rounding.scale_parts(scaled_as, fmt)
         self.register_buffer("first", block_scale if tensor_scale is None else block_scale * tensor_scale)
         self.register_buffer("tensor_scale", tensor_scale)
         self.relative = nn.Parameter(torch.ones_like(self.first))
@@ -82,16 +85,18 @@ class LearnedScale(nn.Module):
         return rounding.from_blocks(deployed, self.fmt, -1, w.shape)
 
 
-def learn_scales(model: nn.Module, formats: Mapping[str, lotion_fx.Format]) -> None:
+def learn_scales(model: nn.Module, formats: Mapping[str, lotion_fx.Format], *, searched: bool = False) -> None:
     """Puts weights under `LearnedScale`, in place.
 
     Args:
         formats: of the weights to round, by their names in the model.
+        searched: as that takes it.
     """
     for name, fmt in formats.items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
-        parametrize.register_parametrization(owner, attribute, LearnedScale(getattr(owner, attribute), fmt))
+        learned = LearnedScale(getattr(owner, attribute), fmt, searched=searched)
+        parametrize.register_parametrization(owner, attribute, learned)
 
 
 def scales_of(model: nn.Module) -> list[nn.Parameter]:

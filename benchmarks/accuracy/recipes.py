@@ -54,6 +54,7 @@ class Recipe:
         rival: it has no expected-loss term: what our best row is to be at or below.
         learned: trained by `lsq`, from where its schedule's plain phase ends.
         rounded_first: of `ROUNDINGS`: it starts at weights that `lotion_fx.round_` has rounded.
+        clipped: it starts at searched scales, with weights clipped to them, or under `lsq` the scales alone.
         held: the quantized weights are, and all others are trained, at `REST` times the learning rate.
         distills: from the end of its first phase on the loss is the divergence from the full-precision model at the
             end of its own training.
@@ -65,6 +66,7 @@ class Recipe:
     rival: bool = False
     learned: bool = False
     rounded_first: str = ""
+    clipped: bool = False
     held: bool = False
     distills: bool = False
 
@@ -88,18 +90,24 @@ class Recipe:
         """Eight digits that change with anything that may change the trained model; its label and rows are none."""
         what = {"arguments": dict(self.arguments), "learned": self.learned, "distills": self.distills}
         what |= {"rounded_first": self.rounded_first, "held": self.held} if self.held else {}
+        what |= {"clipped": True} if self.clipped else {}
         return fingerprint(revision=REVISION, **what, **conditions)
 
 
 BOTH = ("nearest", "two_sided")
 ALL = (*BOTH, "descent", "rounds", "descent_searched")
 STE_FROM_FP = {"schedule": (("plain", 0.6), ("ste_scale", 0.4))}
+LSQ_FROM_FP = {"schedule": (("plain", 0.6), ("lsq", 0.4))}
 
 RECIPES: dict[str, Recipe] = {
     "ptq": Recipe("PTQ", {"method": "ptq"}, tuple(ROUNDINGS), rival=True),
     "ste_from_fp": Recipe("full precision, then STE", STE_FROM_FP, BOTH, rival=True),
     "cage": Recipe("CAGE", {"method": "cage"}, BOTH, rival=True),
-    "lsq": Recipe("full precision, then LSQ", {"schedule": (("plain", 0.6), ("lsq", 0.4))}, rival=True, learned=True),
+    "ste_clipped": Recipe("full precision, then STE from searched scales", STE_FROM_FP, rival=True, clipped=True),
+    "lsq": Recipe("full precision, then LSQ", LSQ_FROM_FP, rival=True, learned=True),
+    "lsq_clipped": Recipe(
+        "full precision, then LSQ from searched scales", LSQ_FROM_FP, rival=True, learned=True, clipped=True
+    ),
     "lotion": Recipe("LOTION", {"method": "lotion"}, BOTH),
     "lotion_finish": Recipe("LOTION with finish", {"method": "lotion", "finish": 0.4}, BOTH),
     "lotion_ste": Recipe(

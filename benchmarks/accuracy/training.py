@@ -20,6 +20,7 @@ from accuracy.recipes import RECIPES, REST, Recipe
 from accuracy.setting import Setting
 from lotion_fx.examples.forking import Checkpoint, after_plain
 from lotion_fx.examples.runlog import fingerprint
+from lotion_fx.numerics.searched import clipped
 
 State = dict[str, Tensor]
 
@@ -129,6 +130,8 @@ class Trainings:
             model.load_state_dict(start.state_dict())
             for name in lotion_fx.quantized(start) if recipe.held else ():
                 model.get_parameter(name).requires_grad_(False)
+        for name, form in formats(self.setting, model.state_dict(), fmt).items() if recipe.clipped else ():
+            model.get_parameter(name).data.copy_(clipped(model.get_parameter(name).detach(), form, -1))
         total = self.setting.steps - begin if recipe.has_phases else None
         arguments = self.setting.arguments(after_plain(recipe.arguments)[1])
         lotion_fx.transform(model, fmt, **arguments, steps=total, inner=self.setting.inner)
@@ -151,7 +154,7 @@ class Trainings:
         fork = self._fork(begin, seed) if begin else None
         model = holding(self.setting, fork.model) if fork else self.setting.make(seed)
         latent = dict(model.named_parameters())
-        learn_scales(model, formats(self.setting, model.state_dict(), fmt))
+        learn_scales(model, formats(self.setting, model.state_dict(), fmt), searched=recipe.clipped)
         trained = [parameter for parameter in latent.values() if parameter.requires_grad]
         optimizer = self.setting.optimizer([{"params": trained}, {"params": scales_of(model)}])
         optimizer.param_groups[1]["lr"] *= rate(lotion_fx.resolve(fmt))

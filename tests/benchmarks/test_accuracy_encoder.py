@@ -49,6 +49,7 @@ def test_full_precision_is_what_was_pretrained(trainings):
 
 
 ROUNDED = {"rounded_ste": "two_sided", "rounded_rest": "descent", "searched_rest": "descent_searched"}
+ROUNDED |= {"ste_clipped": "searched", "lsq_clipped": "searched"}
 
 
 @pytest.mark.parametrize("name", ["ste_from_fp", *ROUNDED, "lsq", "adaptive"])
