@@ -142,12 +142,17 @@ class _Tracker(TorchDispatchMode):
         self.storages: dict[int | None, int] = {}  # of the weights
         self.overwritten: dict[int, str] = {}
         self.alive: list[Any] = list(inputs)  # ids stay unique while the tensors live
+        others = []
         for index, (node, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
             if index in self.met:
                 self.values[identity_of(x)] = Value(parts={index: whole(x.shape)})
                 self.storages[storage_of(x)] = index
-            elif isinstance(x, Tensor) and not (isinstance(x, torch.nn.Parameter) or _is_buffer(node)):
-                self.values.setdefault(identity_of(x), DATA)
+            elif isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter):
+                others.append((node, x))
+        # Where nothing else comes in, the data are buffers: a model that holds all that it trains on.
+        given = [(node, x) for node, x in others if not _is_buffer(node)] or others
+        for _, x in given:
+            self.values.setdefault(identity_of(x), DATA)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

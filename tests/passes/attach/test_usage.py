@@ -255,6 +255,30 @@ def test_buffers_are_constants():
     assert [(use.kind, use.op, use.axis) for use in found] == [(CONTRACTION, "addmm", 1)]
 
 
+def test_a_model_without_inputs_has_its_data_in_buffers():
+    """One that holds all that it trains on; where data come in, a buffer that rotates a weight is none."""
+
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("x", torch.randn(9, 6))
+            self.first, self.second = nn.Linear(6, 7, bias=False), nn.Linear(7, 3, bias=False)
+
+        def forward(self):
+            return self.second(self.first(self.x).relu())
+
+    found = []
+
+    def look(gm, inputs):
+        weights = [i for i, each in enumerate(inputs) if isinstance(each, nn.Parameter)]
+        found.extend(use for each in weight_uses(gm, inputs, weights).values() for use in each)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(Holds(), backend=look)()
+    assert [(use.kind, use.axis) for use in found] == [(CONTRACTION, 1)] * 2
+
+
 class Masked(nn.Module):
     def __init__(self):
         super().__init__()
