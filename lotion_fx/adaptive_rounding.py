@@ -229,7 +229,7 @@ def _known(latent: Tensor, scaled_as: Tensor, weight: Weight, curvature: Curvatu
 def _nearest(
     values: Mapping[str, Tensor], weights: Mapping[str, Weight], done: Mapping[str, Rounded]
 ) -> dict[str, Rounded]:
-    """All weights rounded to nearest; what that costs tell those that were rounded adaptively."""
+    """All weights rounded to nearest, with what that costs those that were rounded adaptively, by their curvature."""
     costs = {name: done[name].nearest if name in done else math.nan for name in weights}
     return {
         name: Rounded(fixed_point(values[name], *_format(weight)), "nearest", costs[name], costs[name])
