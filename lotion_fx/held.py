@@ -80,6 +80,22 @@ def sums_of(
     return torch.stack([product.sum(dtype=torch.float64) for product in products])
 
 
+def narrowed(spread: Tensor, energy: Tensor, amplitude: float) -> Tensor:
+    """What rounding's own noise adds to the loss, over what wider noise shows of it: of each weight, of its shape.
+
+    To second order that is 1. But wide noise of one weight meets that of others. Where two linear layers follow each
+    other and noise is r times the weights, squares, the loss's curved part grows by (1 + r)^2 - 1, and 1/2 eps . grad
+    is r (1 + r). That is what is taken out: of one layer alone it is too much, of a longer chain too little.
+
+    Args:
+        spread: the sum of the noise's variance, its amplitude included.
+        energy: that of the weight's squares.
+        amplitude: of the noise, in units of that of rounding.
+    """
+    wide = torch.where(energy > 0, spread / energy, 0.0)
+    return (1 + 0.5 * wide / amplitude**2) / (1 + wide)
+
+
 def gradient_of(parameter: Tensor, pending: Tensor | None) -> Tensor:
     """This rank's part of a gradient in float32, without the loss scale."""
     assert parameter.grad is not None

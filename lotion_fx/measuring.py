@@ -6,11 +6,11 @@ weights w + eps, rounded at random about their mean w,
 
     1/2 eps . grad L(w + eps)        has the mean        1/2 E[eps' H eps] = E L(w + eps) - L(w)        to second order
 
-for any loss whatever. So a few early steps and then one in `EVERY` have their forwards at such weights; the gradient
-that arrives at the optimizer tells the rest. What it holds of the loss's slope at w has mean zero and most of the
-spread: the optimizer's first moment, where it keeps one, is taken out as far as it agrees, and eps is scaled to show
-beside what remains (`LITTLE`). `gain` holds what is believed after each of them: of the whole term, and of each
-weight's share in it.
+for any loss whatever; `narrowed` takes out most of what noise as wide as weights adds beyond it. So a few early steps
+and then one in `EVERY` have their forwards at such weights; the gradient that arrives at the optimizer tells the rest.
+What it holds of the loss's slope at w has mean zero and most of the spread: the optimizer's first moment, where it
+keeps one, is taken out as far as it agrees, and eps is scaled to show beside what remains (`LITTLE`). `gain` holds what
+is believed after each of them: of the whole term, and of each weight's share in it.
 
 From such a step's first forward until an optimizer steps, the parameters *hold* the noisy values, so that all that
 reads them computes with the same ones: recomputation, a head applied outside of the model, other compilers, shards.
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lotion_fx import private, private_backward
 from lotion_fx.gain import Gains, Predictions, walked
-from lotion_fx.held import Held, gradient_of, sums_of
+from lotion_fx.held import Held, gradient_of, narrowed, sums_of
 from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.passes.attach.sharded import is_cut
 from lotion_fx.shards import local_of, over_shards, shared_amax
@@ -311,9 +311,9 @@ class Measuring:
             amplitude: of the noise.
         """
         eps_g, eps_m, gg, gm, mm, predicted, spread, energy, total = sums.cpu().unbind(1)
-        agrees = torch.where(mm > 0, gm / mm, 0.0)
-        measured = 0.5 * (eps_g - agrees * eps_m)
-        variance = 0.25 * (gg - agrees * gm).clamp(min=0)
+        agrees, half = torch.where(mm > 0, gm / mm, 0.0), 0.5 * narrowed(spread, energy, amplitude)
+        measured = half * (eps_g - agrees * eps_m)
+        variance = half.square() * (gg - agrees * gm).clamp(min=0)
         predicted = 0.5 * predicted
         if not bool((predicted.sum() > 0) & (variance.sum() > 0) & sums.isfinite().all()):
             self.amplitude = 1.0  # if it was that

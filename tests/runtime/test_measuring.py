@@ -14,6 +14,7 @@ from torch import nn
 
 import lotion_fx
 from benchmarks.losses import LOSSES, batches, increase, train
+from lotion_fx.held import narrowed
 from lotion_fx.measuring import CHANGE, EVERY, FIRST, LEAST, LITTLE, MUCH
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.uniforms import uniforms
@@ -42,11 +43,11 @@ def trained(steps=3, rate=0.0, make=LM, fmt="int4", **options):
 # ----------------------------------------------------------------------------------------------------- what is measured
 
 
-@pytest.mark.parametrize("amplitude", [0.5, 1.0, 2.0])
-def test_the_measurement_is_unbiased(amplitude):
+@pytest.mark.parametrize(("between", "amplitude"), [(nn.Tanh, 0.5), (nn.Tanh, 1.0), (nn.Tanh, 2.0), (nn.Identity, 8.0)])
+def test_the_measurement_is_unbiased(between, amplitude):
     """The mean of many is the increase of the loss, which roundings of the whole model tell."""
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(64, 8)
+    net, x = nn.Sequential(nn.Linear(8, 6), between(), nn.Linear(6, 3)), torch.randn(64, 8)
     target = net(x).detach() + 1.0  # a slope, of which the measurement is to be free
     plain = copy.deepcopy(net)
     model = lotion_fx.transform(net, "int4", inner="aot_eager")
@@ -74,6 +75,20 @@ def test_the_measurement_is_unbiased(amplitude):
     increases = torch.stack(increases)
     expected, errors = increases.mean(), [t.std() / len(t) ** 0.5 for t in (measured, increases)]
     assert abs(measured.mean() - expected) < 4 * math.hypot(*errors) and max(errors) < 0.1 * expected
+
+
+@pytest.mark.parametrize("amplitude", [0.5, 1.0, 4.0])
+def test_wide_noise_of_two_layers_is_told_from_rounding_s_own(amplitude):
+    """Of the loss (w v)^2 / 2, all signs of the noise enumerated."""
+    weights, noise = torch.tensor([1.5, -0.7], dtype=torch.float64), torch.tensor([0.3, 0.14], dtype=torch.float64)
+    signs = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]], dtype=torch.float64)
+    moved = weights + amplitude * noise * signs
+    slopes = moved.flip(1).square() * moved
+    shown = 0.5 * (amplitude * noise * signs * slopes).mean(0)
+    factor = narrowed((amplitude * noise).square(), weights.square(), amplitude)
+    increase = 0.5 * ((weights + noise * signs).prod(1).square().mean() - weights.prod().square())
+    torch.testing.assert_close((factor * shown).sum() / amplitude**2, increase)
+    assert narrowed(torch.zeros(1), torch.zeros(1), amplitude) == 1  # of a weight that is zero, and has no noise
 
 
 @pytest.mark.parametrize("scale", [1e-3, 512.0])
