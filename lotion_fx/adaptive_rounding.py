@@ -6,9 +6,9 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
@@ -32,7 +32,8 @@ from lotion_fx.scalars import check_count, check_number
 from lotion_fx.state import Weight, names_of
 
 GIB = 2.0**30
-SCALES = ("absmax", "searched")
+SCALES = {"absmax": ("absmax",), "searched": ("searched",), "auto": ("absmax", "searched")}
+"""What scales may be asked for, and of what they are made then: of several the batches' loss takes one."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,12 @@ class AdaptiveRounding:
 
     Args:
         weights: each of the model's quantized weights.
+        scales: what scales were made of: ``"absmax"`` or ``"searched"``.
         latent, nearest, rounded: the mean loss of the batches, before, with all weights rounded to nearest, and now.
     """
 
     weights: tuple[RoundedWeight, ...]
+    scales: str
     latent: float
     nearest: float
     rounded: float
@@ -75,7 +78,7 @@ class AdaptiveRounding:
         table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None, None, None, None, 60])
         return (
             f"{table}\nloss of the batches: {self.latent:.6g} before, {self.nearest:.6g} rounded to nearest, "
-            f"{self.rounded:.6g} now"
+            f"{self.rounded:.6g} now, with {self.scales} scales"
         )
 
 
@@ -114,6 +117,7 @@ def round_(
         scales: what each block's scale is made of: ``"absmax"``, its largest magnitude, or ``"searched"``, that share
             of it at which rounding to nearest errs least, see `searched`. For scales that many weights share, as one a
             tensor, for 2 bits, and for powers of two: there few outliers make the levels of all others coarse.
+            ``"auto"`` rounds with both, which takes twice the time, and takes those of the lower loss of the batches.
         likelihood: None, or what the model's output parametrizes, as under ``transform(curvature="ggn")``, whose models
             have it already. Then gradients are those at labels that the model draws itself, four a batch: for losses
             that have nearly vanished, as where a model is its own teacher, and whose gradients say nothing.
@@ -140,43 +144,95 @@ def round_(
     in_loss = quantized_in(graphs[0], names)
     selected = {name: weight for weight, name in names.items() if weight.selected}
     latent = {name: _checked(name, weight) for name, weight in selected.items()}
-    scaled = latent if scales == "absmax" else {n: clipped(latent[n], *_format(w)) for n, w in selected.items()}
-    kept = KeptWeights(folder, f"{method} {scales} {told}", given)
-    done = {name: found for name in in_loss if (found := kept.load(name, selected[name], latent[name])) is not None}
+    kept = KeptWeights(folder, f"{method} {told}", given)
+    tries = [_Try(way, _scaled(way, latent, selected)) for way in SCALES[scales]]
+    for each in tries:
+        found = {name: kept.load(name, each.scales, selected[name], latent[name]) for name in in_loss}
+        each.done = {name: rounded for name, rounded in found.items() if rounded is not None}
     why: dict[str, str] = {}
-    known: dict[str, Known] = {}
-    to_do = {n: w for n, w in in_loss.items() if (rounds or n not in done) and method != "nearest"}
+    known: dict[str, Curvature] = {}  # for rounds
+    is_to_do = {n: rounds or any(n not in each.done for each in tries) for n in in_loss}
+    to_do = {name: weight for name, weight in in_loss.items() if is_to_do[name] and method != "nearest"}
     turns = list(_turns(to_do, memory * GIB / 4))
     if rounds and len(turns) > 1:
         raise ValueError(_no_room(rounds, to_do.values(), memory))
     for turn in turns:
         curvatures = _curvatures(graphs, turn, told, why)
         for name, curvature in with_a_bar("rounding weights", curvatures.items(), len(curvatures)):
-            each = _known(latent[name], scaled[name], turn[name], curvature)
-            if name not in done:
-                done[name] = adaptive(*each[:5], method, each.scaled_as)
-                kept.save(name, turn[name], latent[name], done[name])
+            for each in (each for each in tries if name not in each.done):
+                view = _known(latent[name], each.scaled[name], turn[name], curvature)
+                each.done[name] = adaptive(*view[:5], method, view.scaled_as)
+                kept.save(name, each.scales, turn[name], latent[name], each.done[name])
             if rounds and None not in curvature:
-                known[name] = each
-    others = [_nearest(each, selected, done) for each in ([latent] if scaled is latent else [scaled, latent])]
-    for name in selected.keys() - done.keys():
+                known[name] = curvature
+    for name in selected.keys() - tries[0].done.keys():
         why.setdefault(name, "the loss does not depend on it")
-        done[name] = others[0][name]
-    before, losses = _loss(graphs, in_loss, {}), [_loss(graphs, in_loss, each) for each in (done, *others)]
-    nearest = losses[-1]
-    _warn(before, losses, method, told)
-    if best := losses.index(min(losses)):  # it was trained at rounded weights, or its gradients tell nothing
-        done, said = others[best - 1], f"by {method!r} the batches' loss is {losses[0]:.4g}"
-        why = dict.fromkeys(done, said) | why
+    best, losses = _best(graphs, in_loss, tries, latent, selected)
+    _warn(losses, method, told)
+    if best.is_nearest:  # it was trained at rounded weights, or its gradients tell nothing
+        why = dict.fromkeys(best.done, f"by {method!r} the batches' loss is {losses.asked:.4g}") | why
     if known:
-        values = refined(graphs, known, {name: done[name].values for name in in_loss}, rounds, to_latent=not best)
-        done |= {name: _changed(done[name], each, values[name]) for name, each in known.items()}
-        losses[best] = _loss(graphs, in_loss, done)
-    for name, rounded in done.items():
+        views = {n: _known(latent[n], best.scaled[n], selected[n], curvature) for n, curvature in known.items()}
+        values = {name: best.done[name].values for name in in_loss}
+        values = refined(graphs, views, values, rounds, to_latent=not best.is_nearest)
+        best.done |= {name: _changed(best.done[name], view, values[name]) for name, view in views.items()}
+        losses = losses._replace(rounded=_loss(graphs, in_loss, best.done))
+    for name, rounded in best.done.items():
         latent[name].copy_(rounded.values)
     kept.clear(list(selected))
-    rows = [_row(name, weight, done[name], method, why.get(name, "")) for name, weight in selected.items()]
-    return AdaptiveRounding(tuple(rows), before, nearest, losses[best])
+    rows = [_row(name, weight, best.done[name], method, why.get(name, "")) for name, weight in selected.items()]
+    return AdaptiveRounding(tuple(rows), best.scales, losses.latent, losses.nearest, losses.rounded)
+
+
+@dataclass
+class _Try:
+    """A model's weights, rounded in one way.
+
+    Args:
+        scales: "absmax" or "searched".
+        scaled: what scales are made of, by name.
+        done: what became of each weight.
+        is_nearest: all are rounded to nearest, which is not what was asked for.
+    """
+
+    scales: str
+    scaled: Mapping[str, Tensor]
+    done: dict[str, Rounded] = field(default_factory=dict)
+    is_nearest: bool = False
+
+
+class _Losses(NamedTuple):
+    """Mean losses of the batches: at the latent weights, as it was asked for, to nearest, and as it is taken."""
+
+    latent: float
+    asked: float
+    nearest: float
+    rounded: float
+
+
+def _scaled(scales: str, latent: dict[str, Tensor], weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    return latent if scales == "absmax" else {n: clipped(latent[n], *_format(w)) for n, w in weights.items()}
+
+
+def _best(
+    graphs: Sequence[LossGraph],
+    in_loss: Iterable[str],
+    tries: Sequence[_Try],
+    latent: dict[str, Tensor],
+    weights: Mapping[str, Weight],
+) -> tuple[_Try, _Losses]:
+    """The try of the lowest loss of the batches, rounding to nearest included; the first of several."""
+    by_scales = {each.scales: each for each in tries}
+    nearest = []
+    for scales in sorted({*by_scales, "absmax"}, reverse=True):
+        beside = by_scales.get(scales, tries[0])
+        scaled = beside.scaled if scales in by_scales else latent
+        nearest.append(_Try(scales, scaled, _nearest(scaled, weights, beside.done), is_nearest=True))
+        if scales in by_scales:
+            beside.done = {**nearest[-1].done, **beside.done}
+    losses = [_loss(graphs, in_loss, each.done) for each in [*tries, *nearest]]
+    best = [*tries, *nearest][losses.index(min(losses))]
+    return best, _Losses(_loss(graphs, in_loss, {}), min(losses[: len(tries)]), losses[-1], min(losses))
 
 
 def _check(method: str, scales: str, rounds: int, memory: float) -> None:
@@ -187,14 +243,9 @@ def _check(method: str, scales: str, rounds: int, memory: float) -> None:
     check_count("rounds", rounds, 0, "the number of rounds, 0 or more")
 
 
-def _warn(latent: float, losses: Sequence[float], method: str, likelihood: str | None) -> None:
-    """Says so where the gradients cannot tell what rounding costs, or did not.
-
-    Args:
-        latent: the batches' loss before.
-        losses: as it was asked for, and rounded to nearest.
-    """
-    asked, least, nearest = losses[0], min(losses), losses[-1]
+def _warn(losses: _Losses, method: str, likelihood: str | None) -> None:
+    """Says so where the gradients cannot tell what rounding costs, or did not."""
+    latent, asked, nearest, least = losses
     if asked > least:
         warnings.warn(
             f"round_: the batches' loss of {asked:.4g} is above the {least:.4g} of rounding to nearest, which is "

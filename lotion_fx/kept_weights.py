@@ -19,7 +19,7 @@ from lotion_fx.state import Weight
 
 
 class KeptWeights:
-    """One file a weight, which holds it as long as weight, format, method and batches are the same.
+    """One file a weight and kind of scales, which holds it as long as weight, format, method and batches are the same.
 
     Args:
         folder: made where there is none; None keeps nothing.
@@ -37,13 +37,13 @@ class KeptWeights:
             for leaf in tree_leaves(batches):
                 self._common.update(_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
 
-    def load(self, name: str, weight: Weight, latent: Tensor) -> Rounded | None:
+    def load(self, name: str, scales: str, weight: Weight, latent: Tensor) -> Rounded | None:
         """What was kept of a weight; None where there is nothing, or something else.
 
         Raises:
             ValueError: a file is damaged.
         """
-        if self.folder is None or not (path := self._path(self.folder, name)).exists():
+        if self.folder is None or not (path := self._path(self.folder, name, scales)).exists():
             return None
         try:
             found = torch.load(path, map_location=latent.device, weights_only=True)
@@ -53,10 +53,10 @@ class KeptWeights:
         except Exception as error:
             raise ValueError(f"folder: {path} cannot be read ({error}); delete it to round {name!r} anew") from error
 
-    def save(self, name: str, weight: Weight, latent: Tensor, rounded: Rounded) -> None:
+    def save(self, name: str, scales: str, weight: Weight, latent: Tensor, rounded: Rounded) -> None:
         if self.folder is None:
             return
-        path = self._path(self.folder, name)
+        path = self._path(self.folder, name, scales)
         beside = path.with_suffix(f".{os.getpid()}")
         values, method, cost, nearest = rounded
         key = self._key(weight, latent)
@@ -68,13 +68,14 @@ class KeptWeights:
         if self.folder is None:
             return
         for name in names:
-            self._path(self.folder, name).unlink(missing_ok=True)
+            for path in self.folder.glob(self._path(self.folder, name, "*").name):
+                path.unlink()
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    def _path(self, folder: Path, name: str) -> Path:
+    def _path(self, folder: Path, name: str, scales: str) -> Path:
         # Names differ in more than file systems tell apart.
-        return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.pt"
+        return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}-{scales}.pt"
 
     def _key(self, weight: Weight, latent: Tensor) -> str:
         key = self._common.copy()

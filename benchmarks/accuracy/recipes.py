@@ -18,6 +18,7 @@ ROUNDINGS: dict[str, dict[str, Any]] = {
     "searched": {"method": "nearest", "scales": "searched"},
     "gptq_searched": {"method": "gptq", "scales": "searched"},
     "descent_searched": {"method": "descent", "scales": "searched"},
+    "descent_auto": {"method": "descent", "scales": "auto"},
 }
 """What `lotion_fx.round_` is told; "nearest" is what a model in ``eval()`` runs at without it."""
 
@@ -30,6 +31,7 @@ SAID = {
     "searched": "searched scales",
     "gptq_searched": "GPTQ at searched scales",
     "descent_searched": "descent at searched scales",
+    "descent_auto": "descent at the better scales",
 }
 """What the table calls a rounding, where not as it is called here."""
 
@@ -96,7 +98,7 @@ class Recipe:
 
 
 BOTH = ("nearest", "two_sided")
-ALL = (*BOTH, "descent", "rounds", "descent_searched")
+ALL = (*BOTH, "descent", "rounds", "descent_searched", "descent_auto")
 STE_FROM_FP = {"schedule": (("plain", 0.6), ("ste_scale", 0.4))}
 LSQ_FROM_FP = {"schedule": (("plain", 0.6), ("lsq", 0.4))}
 

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import lotion_fx
 from lotion_fx import adaptive_rounding, refining
+from lotion_fx.adaptive_rounding import SCALES
 from lotion_fx.numerics.adaptive import Curvature, adaptive
 from lotion_fx.numerics.formats import resolve
 
@@ -171,6 +173,24 @@ def test_where_searched_scales_do_not_help_those_of_the_largest_are_taken() -> N
 
 
 @pytest.mark.filterwarnings("ignore:round_")
+@pytest.mark.parametrize("method, rounds", [("two_sided", 0), ("two_sided", 2), ("nearest", 0)])
+@pytest.mark.parametrize("make", [lambda: trained("int4/tensor"), with_outliers])
+def test_of_both_scales_those_are_taken_that_lose_less(make: Callable[[], nn.Module], method: str, rounds: int) -> None:
+    given, models = batches(4), {scales: make() for scales in SCALES}
+    done = {
+        scales: lotion_fx.round_(model, given, loss_of, method=method, scales=scales)
+        for scales, model in models.items()
+    }
+    best = min("absmax", "searched", key=lambda scales: done[scales].rounded)
+    assert done["auto"].rounded == done[best].rounded and done["auto"].scales == done[best].scales
+    assert all(torch.equal(value, weights(models[best])[name]) for name, value in weights(models["auto"]).items())
+    assert f"now, with {done[best].scales} scales" in str(done["auto"])
+    if rounds:
+        expected, model = (lotion_fx.round_(make(), given, loss_of, scales=best, rounds=rounds), make())
+        assert lotion_fx.round_(model, given, loss_of, scales="auto", rounds=rounds).rounded == expected.rounded
+
+
+@pytest.mark.filterwarnings("ignore:round_")
 def test_what_is_left_can_be_trained_on() -> None:
     """With the weights held at their codes: these stay, bit for bit, and the rest learns to live with them."""
     given, model = batches(8), with_outliers()
@@ -290,7 +310,7 @@ def test_an_export_holds_it(fmt: str, scales: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, weights(model)[name]) for name, value in held.state_dict().items())
 
 
-@pytest.mark.parametrize("scales", ["absmax", "searched"])
+@pytest.mark.parametrize("scales", ["absmax", "searched", "auto"])
 def test_it_can_be_resumed(scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, whole, given = trained(), trained(), batches()
     lotion_fx.round_(whole, given, loss_of, scales=scales)
@@ -307,7 +327,7 @@ def test_it_can_be_resumed(scales: str, tmp_path: Path, monkeypatch: pytest.Monk
         lotion_fx.round_(model, given, loss_of, scales=scales, folder=tmp_path / "kept")
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
     lotion_fx.round_(model, given, loss_of, scales=scales, folder=tmp_path / "kept")
-    assert len(calls) == 4  # two that were kept, one that was interrupted, and the one again
+    assert len(calls) == 3 * len(SCALES[scales]) + 1  # three weights, and the one again that was interrupted
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(model).items())
     assert not (tmp_path / "kept").exists()
 
@@ -387,7 +407,7 @@ def test_bad_arguments() -> None:
     model, given = trained(steps=2), batches(1)
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "method='best': expected one of descent, two_sided, gptq, nearest", {"method": "best"}),
-        (ValueError, "scales='mse': expected one of absmax, searched", {"scales": "mse"}),
+        (ValueError, "scales='mse': expected one of absmax, searched, auto", {"scales": "mse"}),
         (ValueError, "likelihood='normal': expected one of categorical, bernoulli, gaussian", {"likelihood": "normal"}),
         (ValueError, "memory=0: expected a number of GiB above 0", {"memory": 0}),
         (ValueError, "rounds=-1: expected the number of rounds, 0 or more", {"rounds": -1}),
