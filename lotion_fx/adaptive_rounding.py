@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import warnings
@@ -165,8 +166,10 @@ def round_(
                 kept.save(name, each.scales, turn[name], latent[name], each.done[name])
             if rounds and None not in curvature:
                 known[name] = curvature
-    for name in selected.keys() - tries[0].done.keys():
-        why.setdefault(name, "the loss does not depend on it")
+    left = {name: weight for name, weight in selected.items() if name not in tries[0].done}
+    for each in tries:
+        each.done |= _nearest(each.scaled, left, {})
+    why = dict.fromkeys(left, "the loss does not depend on it") | why
     best, losses = _best(graphs, in_loss, tries, latent, selected)
     _warn(losses, method, told)
     if best.is_nearest:  # it was trained at rounded weights, or its gradients tell nothing
@@ -222,17 +225,23 @@ def _best(
     weights: Mapping[str, Weight],
 ) -> tuple[_Try, _Losses]:
     """The try of the lowest loss of the batches, rounding to nearest included; the first of several."""
+    best, asked, least = tries[0], math.inf, math.inf
+    for each in itertools.chain(tries, _to_nearest(tries, latent, weights)):
+        found = _loss(graphs, in_loss, each.done)
+        if found < least:
+            best, least = each, found
+        if not each.is_nearest:
+            asked = min(asked, found)
+    return best, _Losses(_loss(graphs, in_loss, {}), asked, found, least)
+
+
+def _to_nearest(tries: Sequence[_Try], latent: dict[str, Tensor], weights: Mapping[str, Weight]) -> Iterator[_Try]:
+    """All weights rounded to nearest, with each of the scales; last with those of absmax. One at a time is held."""
     by_scales = {each.scales: each for each in tries}
-    nearest = []
     for scales in sorted({*by_scales, "absmax"}, reverse=True):
+        scaled = by_scales[scales].scaled if scales in by_scales else latent
         beside = by_scales.get(scales, tries[0])
-        scaled = beside.scaled if scales in by_scales else latent
-        nearest.append(_Try(scales, scaled, _nearest(scaled, weights, beside.done), is_nearest=True))
-        if scales in by_scales:
-            beside.done = {**nearest[-1].done, **beside.done}
-    losses = [_loss(graphs, in_loss, each.done) for each in [*tries, *nearest]]
-    best = [*tries, *nearest][losses.index(min(losses))]
-    return best, _Losses(_loss(graphs, in_loss, {}), min(losses[: len(tries)]), losses[-1], min(losses))
+        yield _Try(scales, scaled, _nearest(scaled, weights, beside.done), is_nearest=True)
 
 
 def _check(method: str, scales: str, rounds: int, memory: float) -> None:
