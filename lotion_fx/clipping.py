@@ -47,7 +47,8 @@ class Clipping:
         taken = torch.as_tensor(steps, dtype=torch.float32, device=count.device)
         share = -torch.expm1(taken * math.log(max(decay, 1e-30)))  # 1 - decay ** steps, to the last bits
         share = share if self.mean is None else share * self.mean.to(count.device)
-        return torch.where(share > 0, count / share, 0.0)
+        # At most so much: of gradients that nearly vanished squares are 0, and infinitely many times that is no number.
+        return torch.where(share > 0, (count / share).clamp(max=1e30), 0.0)
 
     def saved(self) -> dict[str, Any]:
         """What `restored` takes."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lotion_fx import private
 from lotion_fx.numerics.uniforms import uniforms
-from lotion_fx.shards import index_of, local_of
+from lotion_fx.shards import index_of, local_of, sample
 
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
@@ -27,6 +27,7 @@ class Held:
         amax: the absmax of the whole weight, where it is needed of a shard; else None.
         amplitude: of the noise, in units of that of randomized rounding.
         is_back: whether it has its own again.
+        seen: some of its gradient as the backward pass left it, the loss scale included; None where nobody looked.
     """
 
     own: Tensor
@@ -35,6 +36,7 @@ class Held:
     amax: Tensor | None
     amplitude: float
     is_back: bool = False
+    seen: Tensor | None = None
 
     def noisy(self, weight: Weight, parameter: Tensor, own: Tensor) -> Tensor:
         """The values that a parameter comes to hold, given its own on this rank."""
@@ -59,13 +61,22 @@ class Held:
 
 
 def sums_of(
-    weight: Weight, parameter: Tensor, held: Held, grad: Tensor, slope: Tensor | None, h: Tensor | None
+    weight: Weight,
+    parameter: Tensor,
+    held: Held,
+    grad: Tensor,
+    slope: Tensor | None,
+    h: Tensor | None,
+    loss_scale: Tensor | None,
 ) -> Tensor:
-    """What one weight adds to a measurement, float64 [9]: see `Measuring`."""
+    """What one weight adds to a measurement, float64 [11]: see `Measuring`."""
     local, quantizer = local_of(parameter), weight.quantizer
     noise = (held.own - quantizer.mean(local)).float()
     variance = held.amplitude**2 * quantizer.variance(local).float()
     slope = torch.zeros_like(grad) if slope is None or slope.shape != grad.shape else slope
+    now = sample(grad)
+    seen = torch.zeros_like(now) if held.seen is None or held.seen.shape != now.shape else held.seen.float()
+    seen = seen if loss_scale is None else seen / loss_scale.to(seen.device)
     products = (
         noise * grad,
         noise * slope,
@@ -76,6 +87,8 @@ def sums_of(
         variance,
         local.float().square(),
         variance.new_zeros(()) if h is None else h,
+        now * seen,
+        seen.square(),
     )
     return torch.stack([product.sum(dtype=torch.float64) for product in products])
 

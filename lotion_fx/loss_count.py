@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lotion_fx.residuals import Residuals
+
 
 @dataclass
 class LossCount:
@@ -17,6 +19,7 @@ class LossCount:
         is_used: whether an optimizer took ``counted``; then the next of these passes begins a new one.
         rows: of the outputs of each forward since, as far as they have rows.
         passes: backward passes in ``counted``.
+        residuals: what the gradients at the outputs told, which is forgotten with it.
     """
 
     counted: Tensor | None = None
@@ -24,6 +27,7 @@ class LossCount:
     is_used: bool = False
     rows: list[int] = field(default_factory=list)
     passes: int = 0
+    residuals: Residuals = field(default_factory=Residuals)
 
     @property
     def value(self) -> Tensor | None:
@@ -48,11 +52,13 @@ class LossCount:
     def keep(self, factor: Tensor) -> None:
         """Forgets all if the factor, 0-d, is not 1 but 0."""
         self.counted = None if self.counted is None else self.counted * factor
+        self.residuals.keep(factor)
 
     def forget(self) -> None:
         """No step is to come of what was counted."""
         self.counted = self.elsewhere = None
         self.rows, self.passes = [], 0
+        self.residuals.forget()
 
     def was_used(self) -> None:
         """An optimizer took it. One more may, of the same passes."""

@@ -9,8 +9,9 @@ weights w + eps, rounded at random about their mean w,
 for any loss whatever; `narrowed` takes out most of what noise as wide as weights adds beyond it. So a few early steps
 and then one in `EVERY` have their forwards at such weights; the gradient that arrives at the optimizer tells the rest.
 What it holds of the loss's slope at w has mean zero and most of the spread: the optimizer's first moment, where it
-keeps one, is taken out as far as it agrees, and eps is scaled to show beside what remains (`LITTLE`). `gain` holds what
-is believed after each of them: of the whole term, and of each weight's share in it.
+keeps one, is taken out as far as it agrees, and eps is scaled to show beside what remains (`amplitude`). What scales or
+clips gradients between backward and step scales the term: it is told apart, for one step's is not that of all. `gain`
+holds what is believed after each measurement: of the whole term, and of each weight's share in it.
 
 From such a step's first forward until an optimizer steps, the parameters *hold* the noisy values, so that all that
 reads them computes with the same ones: recomputation, a head applied outside of the model, other compilers, shards.
@@ -31,11 +32,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lotion_fx import private, private_backward
+from lotion_fx.amplitude import next_amplitude
 from lotion_fx.gain import Gains, Predictions, walked
 from lotion_fx.held import Held, gradient_of, narrowed, sums_of
 from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.passes.attach.sharded import is_cut
-from lotion_fx.shards import local_of, over_shards, shared_amax
+from lotion_fx.residuals import Residuals
+from lotion_fx.shards import local_of, over_shards, sample, shared_amax
 
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
@@ -46,15 +49,6 @@ FIRST = 2
 EVERY = 200
 """From then on the next measurement comes after as many steps as there were so far, for a training changes fastest at
 its beginning, and in the long run after so many."""
-
-LITTLE, MUCH = 2.0, 6.0
-"""How many standard deviations of what hides it an increase is to show at least, and at most. That is the slope on one
-batch: of noise k times as large the increase is k^2 times as large, and shows k times as much. Where rounding's own
-noise shows it between these two, the noise is that; larger noise disturbs the step, and the optimizer's moments."""
-
-WIDEST, LEAST, CHANGE = 0.5, 0.25, 4.0
-"""But noise is no wider than so much of the weights, beyond which the increase is not of second order, unless rounding
-is; no narrower than so much of rounding's; and no further than this factor from one measurement to the next."""
 
 LOOKS = 8
 """From one measurement to the next curvature's sum is looked at so often: what the loss does may not follow it."""
@@ -102,15 +96,16 @@ class Measuring:
         draws: those of them that told something.
         next_at: the step of the next one.
         amplitude: of its noise, in units of that of randomized rounding.
+        clip: by what gradients are scaled or clipped between backward and step, of late: so is the term.
     """
 
     def __init__(self, weights: Sequence[Weight], *, is_on: bool, counts: bool = True) -> None:
         self.weights, self.is_on, self.counts = weights, is_on, counts
-        self.begun, self.draws, self.next_at, self.amplitude = 0, 0, 1, 1.0
+        self.begun, self.draws, self.next_at, self.amplitude, self.clip = 0, 0, 1, 1.0, 1.0
+        self.residuals = Residuals()
         self._is_told, self._is_interrupted, self._since, self._left_off = False, False, 0, ""
-        self._residuals: Tensor | None = None
         self._common, self._own, self._walk = Gains(1), _own_gains(0), 0.0
-        self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
+        self._whole, self._before, self._clip_before = torch.zeros(7, dtype=torch.float64), self._common.density, 1.0
         self._order: list[Weight] = []  # of the rows of `_own`
         self._factors: dict[Weight, float] = {}
         self._curvatures = Predictions()  # the sum of each weight's
@@ -130,12 +125,15 @@ class Measuring:
 
     def size(self, weight: Weight) -> float:
         """Measured over counted size of a weight's term; 1 where nothing was measured."""
+        return self._unclipped(weight) * self.clip if self.draws else 1.0
+
+    def _unclipped(self, weight: Weight) -> float:
         return self._factors.get(weight, float(self._common.mean) if self.draws else 1.0)
 
     @property
     def common(self) -> tuple[float, float] | None:
         """Measured over counted size of the whole term, and its standard error; None before any measurement."""
-        return (float(self._common.mean), float(self._common.error)) if self.draws else None
+        return (self.clip * float(self._common.mean), self.clip * float(self._common.error)) if self.draws else None
 
     @property
     def why_not(self) -> str:
@@ -172,10 +170,13 @@ class Measuring:
         if not self.is_on or steps < self.next_at:
             return
         self.put_back()
+        if not any(_can_be_measured(weight) for weight in self.weights):  # as those of a discriminator that waits
+            return
         _holding.add(self)
         self.begun += 1
         self._walk = walked(self._since, steps)
-        self.next_at, self._is_told, self._residuals, self._since = steps + self._pause(steps), False, None, steps
+        self.residuals.clear()
+        self.next_at, self._is_told, self._since = steps + self._pause(steps), False, steps
         for place, weight in enumerate(self.weights):
             if _can_be_measured(weight) and (parameter := weight.master) is not None:
                 local, amax = local_of(parameter), shared_amax(weight.quantizer, parameter)
@@ -219,20 +220,19 @@ class Measuring:
 
     # ------------------------------------------------------------------------------------------------------- observing
 
+    def backward_ended(self) -> None:
+        """Gradients are as the backward pass left them: samples tell by what they are scaled or clipped from here.
+
+        Not where a loop averages them over processes by itself.
+        """
+        for weight, held in self._held.items():
+            parameter = weight.master if weight.smoothing.settings.process_group is None else None
+            held.seen = None if parameter is None or parameter.grad is None else sample(parameter.grad).clone()
+
     @property
     def is_holding(self) -> bool:
         """Whether parameters hold rounded values for a measurement under way."""
         return any(not held.is_back for held in self._held.values())
-
-    def residuals_arrived(self, norms: Tensor, energies: Tensor, likely: Tensor, weights: Tensor) -> None:
-        """The gradients of a model's outputs arrived in a backward pass that measures.
-
-        Args:
-            norms, energies: 0-d, the sum over rows of the gradient's norm and of its square.
-            likely, weights: 0-d, that of the square over the weight of its row in the loss, and of that weight; or nan.
-        """
-        now = torch.stack([norms, energies, likely, weights]).double()
-        self._residuals = now if self._residuals is None else self._residuals + now
 
     def _expect(self, loss_count: Tensor | None, loss_scale: Tensor | None, group: Any, device: torch.device) -> None:
         """Before anything was measured: what the size may be expected to be.
@@ -244,9 +244,9 @@ class Measuring:
         if self.begun > 1:
             return
         seen = torch.zeros(5, dtype=torch.float64, device=device)
-        if self._residuals is not None and (loss_count is not None or not self.counts):
-            seen[:4], seen[4] = self._residuals, 0.0 if loss_count is None else loss_count
-        self._residuals = None  # told once, however many optimizers step
+        told = self.residuals.taken()
+        if told is not None and (loss_count is not None or not self.counts):
+            seen[:4], seen[4] = told, 0.0 if loss_count is None else loss_count
         if group is not None:
             dist.all_reduce(seen, group=group)
         ranks = 1 if group is None else dist.get_world_size(group)
@@ -292,7 +292,8 @@ class Measuring:
         sums = []
         for weight, p, h in told:
             slope, curvature = moments.get(p), curvature_of(weight, p)
-            sums.append(sums_of(weight, p, h, signs.get(p, 1.0) * gradient_of(p, pending), slope, curvature))
+            grad = signs.get(p, 1.0) * gradient_of(p, pending)
+            sums.append(sums_of(weight, p, h, grad, slope, curvature, loss_scale))
         if sums:
             self._expect(loss_count, loss_scale, group, told[0][1].device)
             whole = over_shards(torch.stack(sums), [p for _, p, _ in told])
@@ -306,11 +307,14 @@ class Measuring:
         """One measurement of these weights; where each optimizer steps a few, of them and those before.
 
         Args:
-            sums: float64 [weights, 9] of eps g, eps m, sigma^2 g^2, sigma^2 g m, sigma^2 m^2, sigma^2 h, sigma^2, w^2
-                and h, with the gradient g, what is known of the slope m, and the curvature h.
+            sums: float64 [weights, 11] of eps g, eps m, sigma^2 g^2, sigma^2 g m, sigma^2 m^2, sigma^2 h, sigma^2, w^2,
+                h, g b and b^2, with the gradient g, what is known of the slope m, the curvature h, and the gradient b
+                as the backward pass left it.
             amplitude: of the noise.
         """
-        eps_g, eps_m, gg, gm, mm, predicted, spread, energy, total = sums.cpu().unbind(1)
+        eps_g, eps_m, gg, gm, mm, predicted, spread, energy, total, now_seen, seen = sums.cpu().unbind(1)
+        clip = _ratio(now_seen.sum(), seen.sum())
+        eps_g, gm, gg = eps_g / clip, gm / clip, gg / clip**2
         agrees, half = torch.where(mm > 0, gm / mm, 0.0), 0.5 * narrowed(spread, energy, amplitude)
         measured = half * (eps_g - agrees * eps_m)
         variance = half.square() * (gg - agrees * gm).clamp(min=0)
@@ -321,13 +325,15 @@ class Measuring:
         if not self._is_told:
             self.draws, self._is_told = self.draws + 1, True
             self._whole, self._before = torch.zeros_like(self._whole), self._common.density
+            self._clip_before = self.clip
         self._common.restore(self._before)
         self._common.shift(-self._curvatures.told(zip(weights, total.tolist(), strict=True)))
-        self._whole += torch.stack([measured, predicted, variance, spread, energy]).sum(1)
-        measured_whole, predicted_whole, variance_whole, spread_whole, energy_whole = self._whole
+        self._whole += torch.stack([measured, predicted, variance, spread, energy, now_seen, seen]).sum(1)
+        measured_whole, predicted_whole, variance_whole, spread_whole, energy_whole, *clips = self._whole
+        self.clip = _rounded(_ratio(*clips) if self.draws == 1 else 0.5 * (self._clip_before + _ratio(*clips)))
         self._common.observe(measured_whole[None], predicted_whole[None], variance_whole[None], self._walk)
         shown, widest = predicted_whole / variance_whole.sqrt(), (energy_whole / spread_whole).sqrt()
-        self._adjust(amplitude, float(shown), float(widest))
+        self.amplitude = next_amplitude(amplitude, float(self._common.mean * shown), float(widest))
         self._align()
         places = {weight: place for place, weight in enumerate(self.weights)}
         at, common = torch.tensor([places[weight] for weight in weights]), float(self._common.mean)
@@ -345,22 +351,6 @@ class Measuring:
         moved = float(self._common.mean) / before
         self._factors = {weight: _rounded(moved * factor) for weight, factor in self._factors.items()}
         self._to_look_at -= set(weights)
-
-    def _adjust(self, now: float, predicted: float, widest: float) -> None:
-        """Chooses the noise's amplitude of the next measurement, a power of two.
-
-        Args:
-            now: the one of this measurement.
-            predicted: its increase by the counted term, in standard deviations of what hides it.
-            widest: the weights over its noise, root mean squares.
-        """
-        seen = float(self._common.mean) * predicted
-        if not (seen > 0 and math.isfinite(widest)):
-            return
-        shown = seen / now  # by rounding's own noise
-        wanted = LITTLE / shown if shown < LITTLE else min(MUCH / shown, 1.0)
-        wanted = min(max(wanted, now / CHANGE, LEAST), now * CHANGE, max(now * WIDEST * widest, 1.0))
-        self.amplitude = 2.0 ** round(math.log2(wanted))
 
     def _align(self) -> None:
         """The beliefs of weights stand in their order: a model may get and lose some."""
@@ -385,13 +375,14 @@ class Measuring:
             "since": self._since,
             "fallen": self._curvatures.fallen,
             "offset": self._common.offset,
+            "clip": self.clip,
             "told": self._packed(),
         }
 
     def _packed(self) -> str:
         """What is believed, as text whose length the number of weights tells."""
         self._align()
-        each = [[self.size(weight), *self._curvatures.known.get(weight, (0.0, 0.0))] for weight in self.weights]
+        each = [[self._unclipped(weight), *self._curvatures.known.get(weight, (0.0, 0.0))] for weight in self.weights]
         factors = torch.tensor(each, dtype=torch.float64).flatten()
         values = torch.cat([self._common.density.flatten(), self._own.density.flatten(), factors])
         return base64.b64encode(values.numpy().tobytes()).decode()
@@ -407,7 +398,7 @@ class Measuring:
         if "offset" not in saved:  # of before: beliefs had another form, and all is measured anew
             self.begun = self.draws = self.next_at = 0
             return
-        self._since, known = saved["since"], {}
+        self._since, self.clip, known = saved["since"], saved.get("clip", 1.0), {}
         values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)
         count, each, common = len(self.weights), len(self._own.logs), self._common.density.numel()
         self._common.restore(values[:common], saved["offset"])
@@ -431,6 +422,12 @@ class Measuring:
 def _rounded(x: float) -> float:
     """To three digits, more than are known: the last bits of sums depend on the number of ranks, and stay out."""
     return float(f"{x:.2e}")
+
+
+def _ratio(products: Tensor, squares: Tensor) -> float:
+    """By what factor gradients were scaled, of either sign; 1 where nothing tells it."""
+    ratio = abs(float(products / squares)) if squares > 0 else 1.0
+    return ratio if 0 < ratio < math.inf else 1.0
 
 
 def _seed(steps: int, place: int) -> int:

@@ -84,7 +84,7 @@ def _tell(tally: Tally, output: Tensor, grad: Tensor | None) -> None:
         energies = squares.sum(-1) if grad.dim() > 1 else squares
         energy = _whole(energies.sum())
         mean_inverse, total = _whole(row_weights(output, grad.detach())).unbind()
-        tally.measuring.residuals_arrived(_whole(energies.sqrt().sum()), energy, energy * mean_inverse, total)
+        tally.measuring.residuals.arrived(_whole(energies.sqrt().sum()), energy, energy * mean_inverse, total)
 
 
 def _whole(told: Tensor) -> Tensor:

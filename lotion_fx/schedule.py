@@ -66,13 +66,14 @@ METHODS: dict[str, Shares] = {
 """Each method's phases."""
 
 FROM_PLAIN: Shares = (("plain", 0.6), ("ste_scale", 0.4))
-FINISHED: Shares = (("lotion", 0.6), ("finish", 0.4))
+TO_NEAREST: Shares = (("lotion", 0.7), ("ste_scale", 0.3))
 LATE: Shares = (("plain", 0.6), ("lotion", 0.4))
 AUTO: tuple[tuple[str, Callable[[Format], bool], Shares, Shares], ...] = (
     ("scales that are powers of two", lambda fmt: isinstance(fmt.law, PowerOfTwoScale), FROM_PLAIN, LATE),
     ("two levels of scales", lambda fmt: fmt.law.two_level, FROM_PLAIN, METHODS["ptq"]),
-    ("up to two bits", lambda fmt: fmt.grid.bits <= 2, FINISHED, METHODS["lotion"]),
-    ("any other", lambda fmt: True, FINISHED, LATE),
+    ("up to two bits", lambda fmt: fmt.grid.bits <= 2, TO_NEAREST, METHODS["lotion"]),
+    ("four bits and more in blocks", lambda fmt: fmt.grid.bits >= 4 and isinstance(fmt.block, int), FROM_PLAIN, LATE),
+    ("any other", lambda fmt: True, TO_NEAREST, LATE),
 )
 """What ``schedule="auto"`` chooses for a kind of format, the first that fits: where the weights are rounded to nearest
 in the end, and where `round_` rounds them (``noise="adaptive"``). Measured in docs/accuracy.md."""

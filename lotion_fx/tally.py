@@ -86,7 +86,7 @@ class Tally:
     graphs: int = 0
     has_breaks: bool = False
     counted_in_graph: bool = False
-    terms: LossCount = field(default_factory=LossCount)
+    terms: LossCount = field(init=False)
     last_backward: int = -1
     last_checked: int = -1
     steps_inside: int | None = None
@@ -105,6 +105,7 @@ class Tally:
 
     def __post_init__(self) -> None:
         self.measuring = Measuring(self.weights, is_on=self.settings.measures, counts=not self.settings.samples_labels)
+        self.terms = LossCount(residuals=self.measuring.residuals)
 
     # ------------------------------------------------------------------------------------------------------- questions
 
@@ -292,8 +293,7 @@ class Tally:
 
     def forget_skipped_step(self) -> None:
         """T begins anew where the gradients of a step that never came were dropped."""
-        masters = [weight.master for weight in self.weights]
-        if all(master is None or master.grad is None for master in masters):
+        if all((master := weight.master) is None or master.grad is None for weight in self.weights):
             self.terms.forget()
 
     @contextlib.contextmanager
@@ -348,7 +348,8 @@ class Tally:
             private_backward.after_backward(self.backward_ended)
 
     def backward_ended(self) -> None:
-        """Samples the gradients that Fisher curvature will read, so that later clipping can be divided out."""
+        """Samples the gradients that Fisher curvature and measurements will read, to divide later clipping out."""
+        self.measuring.backward_ended()
         for weight in self.weights:
             master = weight.master
             grad = None if master is None or not weight.selected else master.grad
@@ -400,11 +401,10 @@ class Tally:
         for weight in weights:
             gathered = weight.gathered
             gathered.drop_probe()
-            gathered.steps, gathered.has_gradient = gathered.steps + counts, False
-            gathered.in_objective = gathered.in_loss = False
+            gathered.steps += counts
+            gathered.has_gradient = gathered.in_objective = gathered.in_loss = False
             self.gradients.pop(weight, None)
-        self.is_closed = True
-        self.backwards = self.dropped = 0
+        self.is_closed, self.backwards, self.dropped = True, 0, 0
         self.steps = max(self.steps, *(weight.gathered.steps for weight in weights))
         # Two optimizers of one iteration are in one phase. Where nobody calls the model, steps alone tell.
         if not any(self.was_called(weight) for weight in weights) or self.settings.adopted:

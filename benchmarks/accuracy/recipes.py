@@ -116,6 +116,9 @@ RECIPES: dict[str, Recipe] = {
     "lotion_ste": Recipe(
         "LOTION, then STE", {"calibrate": False, "schedule": (("lotion", 0.7), ("ste_scale", 0.3))}, ("nearest",)
     ),
+    "measured_ste": Recipe(
+        "LOTION, its size measured, then STE", {"schedule": (("lotion", 0.7), ("ste_scale", 0.3))}, ("nearest",)
+    ),
     "late_adaptive": Recipe(
         "full precision, then LOTION for `round_`",
         {"noise": "adaptive", "calibrate": False, "schedule": (("plain", 0.6), ("lotion", 0.4))},

@@ -63,7 +63,8 @@ def test_a_shorthand_begins_where_it_did():
 @pytest.mark.parametrize(
     "fmt, nearest, adaptive",
     [("nvfp4", "plain", "plain"), ("mxfp4", "plain", "plain"), ("int2", "lotion", "lotion")]
-    + [(fmt, "lotion", "plain") for fmt in ("int4", "int4/tensor", "nf4")],
+    + [(fmt, "plain", "plain") for fmt in ("int4", "nf4")]
+    + [(fmt, "lotion", "plain") for fmt in ("int3", "int4/tensor", "int8/channel")],
 )
 def test_auto_depends_on_the_scales_and_on_the_rounding(fmt, nearest, adaptive):
     for noise, first in (("randomized", nearest), ("adaptive", adaptive)):

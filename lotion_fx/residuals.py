@@ -1,0 +1,44 @@
+"""What the gradients at a model's outputs tell of its loss, in a step that measures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lotion_fx import private_backward
+
+
+class Residuals:
+    """Sums over the rows of the outputs, of the backward passes whose gradients the step under way is to have."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, Tensor] = {}  # of each pass
+
+    def arrived(self, norms: Tensor, energies: Tensor, likely: Tensor, weights: Tensor) -> None:
+        """The gradients of a model's outputs arrived in a backward pass that measures.
+
+        Args:
+            norms, energies: 0-d, the sum over rows of the gradient's norm and of its square.
+            likely, weights: 0-d, that of the square over the weight of its row in the loss, and of that weight; or nan.
+        """
+        now, backward = torch.stack([norms, energies, likely, weights]).double(), private_backward.current_backward()
+        self._of[backward] = self._of[backward] + now if backward in self._of else now
+
+    def keep(self, factor: Tensor) -> None:
+        """Forgets the passes before the one under way if the factor, 0-d, is not 1 but 0."""
+        now = private_backward.current_backward()
+        self._of = {at: told if at == now else torch.where(factor, told, 0.0) for at, told in self._of.items()}
+
+    def forget(self) -> None:
+        """The gradients of the passes before the one under way were dropped."""
+        now = private_backward.current_backward()
+        self._of = {at: told for at, told in self._of.items() if at == now}
+
+    def clear(self) -> None:
+        """Another step begins to measure."""
+        self._of = {}
+
+    def taken(self) -> Tensor | None:
+        """The sums, float64 [4], once; None where nothing arrived."""
+        told, self._of = list(self._of.values()), {}
+        return torch.stack(told).sum(0) if told else None

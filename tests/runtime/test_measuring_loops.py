@@ -1,0 +1,142 @@
+"""What a training loop does between a forward and the step, and the measured size of the term.
+
+Broken once and seen red: a waiting model's forward that measures, dropped passes that count, clipped gradients taken
+for the loss's own.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lotion_fx
+from lotion_fx.clipping import Clipping
+
+X = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+LABELS = torch.randint(0, 10, (64,), generator=torch.Generator().manual_seed(2))
+
+
+def made(width=10, **options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, width))
+    return lotion_fx.transform(net, "int4", inner="aot_eager", **options)
+
+
+def cross_entropy(model, **options):
+    return F.cross_entropy(model(X), LABELS, **options)
+
+
+def term_after(steps, spoil=lambda model, optimizer, step: None, after=lambda model, step: None, **options):
+    """The term of a model that stays as it is, and by what its optimizer holds of the gradient it told apart."""
+    model = made(**options)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-30)
+    for step in range(steps):
+        spoil(model, optimizer, step)
+        optimizer.zero_grad()
+        cross_entropy(model).backward()
+        after(model, step)
+        optimizer.step()
+    return lotion_fx.report(model)
+
+
+def test_a_frozen_model_s_forwards_measure_nothing():
+    """A discriminator waits while the generator learns through it: its turn to be measured is kept for it."""
+    found = {}
+    for freezes in (False, True):
+        critic, generator = made(1), nn.Linear(32, 32)
+        optimizers = [torch.optim.SGD(each.parameters(), 0.0) for each in (critic, generator)]
+        for _ in range(20):
+            made_up = generator(X)
+            optimizers[0].zero_grad()
+            (64 * ((critic(X) - 1).square().mean() + critic(made_up.detach()).square().mean())).backward()
+            optimizers[0].step()
+            critic.requires_grad_(not freezes)
+            optimizers[1].zero_grad()
+            (critic(made_up) - 1).square().mean().backward()
+            optimizers[1].step()
+            critic.requires_grad_(True)
+        found[freezes] = lotion_fx.report(critic)
+    assert not found[True].unmeasured and found[True].measurements == found[False].measurements
+    assert found[True].term == pytest.approx(found[False].term, rel=0.5)
+
+
+def attack(model, optimizer, step):
+    """Of the inputs, by a backward pass of a sum that leaves gradients nobody wants."""
+    cross_entropy(model, reduction="sum").backward()
+
+
+def skipped_spike(model, optimizer, step):
+    """One batch's loss is a thousand times as large in the first step that measures, and its step is left out."""
+    if step == 1:
+        optimizer.zero_grad()
+        (1000 * cross_entropy(model)).backward()
+
+
+@pytest.mark.parametrize("curvature", ["factored", "fisher"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("spoil", [attack, skipped_spike])
+def test_gradients_that_were_dropped_tell_no_size(spoil, set_to_none, curvature):
+    def spoiled(model, optimizer, step):
+        spoil(model, optimizer, step)
+        optimizer.zero_grad(set_to_none=set_to_none)
+
+    plain, other = term_after(12, curvature=curvature), term_after(12, spoiled, curvature=curvature)
+    assert other.term == pytest.approx(plain.term, rel=0.05) and other.size == pytest.approx(plain.size, rel=0.05)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e-1])
+def test_one_scaled_step_is_not_all_of_them(factor):
+    """Clipping that catches the first step that measures, as it does at the beginning of a training."""
+
+    def scaled(model, step):
+        for parameter in model.parameters():
+            parameter.grad.mul_(factor if step == 1 else 1.0)
+
+    plain, other = term_after(20), term_after(20, after=scaled)
+    assert other.term == pytest.approx(plain.term, rel=0.15)
+
+
+@pytest.mark.parametrize("curvature", ["factored", "full"])
+@pytest.mark.parametrize("factor", [0.01, 100.0])
+def test_the_term_is_scaled_as_gradients_are(factor, curvature):
+    """By the loop, in each step between backward and step; by a GradScaler's own unscaling it is not."""
+
+    def scaled(model, step):
+        for parameter in model.parameters():
+            parameter.grad.mul_(factor)
+
+    plain, other = term_after(8, curvature=curvature), term_after(8, after=scaled, curvature=curvature)
+    assert other.term == pytest.approx(factor * plain.term, rel=1e-3)
+
+
+def test_a_factor_of_the_loop_is_resumed():
+    """Bit for bit, from what the optimizer's own state carries."""
+
+    def stepped(model, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            F.cross_entropy(model(X + 0.1 * step), LABELS).backward()
+            for parameter in model.parameters():
+                parameter.grad.mul_(0.1 if step < 4 else 0.5)
+            optimizer.step()
+
+    models = [made() for _ in range(2)]
+    whole, first = [torch.optim.Adam(model.parameters(), 1e-3) for model in models]
+    stepped(models[0], whole, range(12))
+    stepped(models[1], first, range(7))
+    resumed = made()
+    second = torch.optim.Adam(resumed.parameters(), 1e-3)
+    resumed.load_state_dict(models[1].state_dict())
+    second.load_state_dict(first.state_dict())
+    stepped(resumed, second, range(7, 12))
+    for one, other in zip(models[0].parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert lotion_fx.report(resumed).size == lotion_fx.report(models[0]).size
+
+
+def test_a_moment_of_almost_nothing_is_no_infinite_curvature():
+    """The mean square of clipping so strong that float32 holds no inverse of it, and squares that are 0 for it."""
+    clipping = Clipping()
+    clipping.told(torch.tensor(1e-20), 0.999, 0)
+    factor = clipping.over_moment(torch.tensor(64.0), 1, 0.999)
+    assert factor.isfinite() and factor * 0.0 == 0 and factor > 1e25
