@@ -197,7 +197,7 @@ def _entry(weight: Weight, parameter: Tensor, *, has_phases: bool, has_moment: b
     vector, device = saved.pop("ema"), local_of(parameter).device
     if settings.reads_moment and weight.shard is not None:
         vector = None  # of this rank's shard alone, and other ranks may be those that read it
-    text = {**saved, **_made_with(weight), "vector": None if vector is None else vector.numel()}
+    text = {**saved, **_made_with(weight), "name": weight.name, "vector": None if vector is None else vector.numel()}
     if has_phases:
         text["phases"] = weight.smoothing.tally.saved()
     data = json.dumps(text, default=_plain).encode()
@@ -247,8 +247,19 @@ def _restore(weight: Weight, entry: Any) -> str:
             return f"{name}={saved.get(name)!r}, where the model has {now!r},"
     if "phases" in saved:
         weight.smoothing.tally.restore(saved["phases"])
+    if not _is_name_of(weight, saved.get("name")):
+        return f"the name {saved['name']!r} (are its parameters in another order?)"
     restore(weight, saved)
     return ""
+
+
+def _is_name_of(weight: Weight, saved: str | None) -> bool:
+    """Whether an entry was a weight's own, of a model that may have been within another, or another within it.
+
+    An optimizer knows its parameters by their order alone, which may be another one now.
+    """
+    longer, shorter = sorted((weight.name, saved or weight.name), key=len, reverse=True)
+    return longer == shorter or longer.endswith(f".{shorter}")
 
 
 def _is_plain(saved: Mapping[str, Any]) -> bool:

@@ -208,6 +208,28 @@ def test_one_of_another_transform_is_told_and_left_out():
         run(model, other, range(1))
 
 
+def test_parameters_in_another_order_are_told():
+    """Stateless SGD has nothing of its own to mix up, and the shapes are equal."""
+
+    def square(order):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(20, 20), nn.GELU(), nn.Linear(20, 20), nn.GELU(), nn.Linear(20, 20))
+        model = lotion_fx.transform(net, "int4", inner="aot_eager")
+        return model, torch.optim.SGD([{"params": [model[place].weight]} for place in order], 1e-3)
+
+    first, optimizer = square((0, 2, 4))
+    for _ in range(3):
+        first(torch.ones(4, 20)).square().mean().backward()
+        optimizer.step()
+    model, other = square((4, 2, 0))
+    with pytest.warns(UserWarning, match=r"the name '[04].weight' \(are its parameters in another order\?\)"):
+        other.load_state_dict(optimizer.state_dict())
+    saved, found = lotion_fx.state_dict(first), lotion_fx.state_dict(model)
+    assert torch.equal(found["weights"]["2.weight"]["ema"], saved["weights"]["2.weight"]["ema"])
+    assert all(found["weights"][name]["ema"] is None for name in ("0.weight", "4.weight"))
+    assert lotion_fx.report(model).steps == 3
+
+
 def test_a_copy_of_model_and_optimizer_goes_on_as_they_do():
     model, optimizer = built()
     run(model, optimizer, range(HALF))
