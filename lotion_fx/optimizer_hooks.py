@@ -161,6 +161,8 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
     held = [(p, weight) for p, weight in zip(parameters, registry.find(parameters), strict=True) if weight is not None]
     optimizer_comes(optimizer, {weight.smoothing.tally.measuring for _, weight in held})
     riding.before_step(optimizer, held)
+    if held and _is_left_out(optimizer):
+        return
     if held and _is_rehearsal(optimizer, [weight for _, weight in held]):
         _rehearsing.add(optimizer)
         return
@@ -186,6 +188,15 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
         if smoothing.settings.schedule.pulls and counts:
             pull(smoothing.tally, pairs, optimizer)
         smoothing.tally.stepped([weight for weight, _ in pairs], counts=counts)
+
+
+def _is_left_out(optimizer: Any) -> bool:
+    """Whether a fused kernel is about to leave a step out that overflows, as a GradScaler does itself for all others.
+
+    Reads the device, as it does for those.
+    """
+    overflows = getattr(optimizer, "found_inf", None)
+    return isinstance(overflows, Tensor) and float(overflows) > 0
 
 
 def _is_rehearsal(optimizer: Any, weights: Sequence[Weight]) -> bool:

@@ -109,6 +109,23 @@ def test_the_term_is_scaled_as_gradients_are(factor, curvature):
     assert other.term == pytest.approx(factor * plain.term, rel=1e-3)
 
 
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_step_that_a_fused_kernel_leaves_out_is_none(at):
+    """A GradScaler leaves other optimizers' out by itself; both trainings are the same."""
+    models = [made(), made()]
+    for model, fused in zip(models, (False, True), strict=True):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+        for step in range(9):
+            scaler.scale(cross_entropy(model) * (torch.inf if step == at else 1)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert lotion_fx.report(model).steps == optimizer.state[model[0].weight]["step"] == 8
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_a_factor_of_the_loop_is_resumed():
     """Bit for bit, from what the optimizer's own state carries."""
 
