@@ -61,15 +61,15 @@ class AdaptiveRounding:
 
     Args:
         weights: each of the model's quantized weights.
-        scales: what scales were made of: ``"absmax"`` or ``"searched"``.
         latent, nearest, rounded: the mean loss of the batches, before, with all weights rounded to nearest, and now.
+        scales: what scales were made of: ``"absmax"`` or ``"searched"``.
     """
 
     weights: tuple[RoundedWeight, ...]
-    scales: str
     latent: float
     nearest: float
     rounded: float
+    scales: str = "absmax"
 
     def __str__(self) -> str:
         rows = [
@@ -184,7 +184,7 @@ def round_(
         latent[name].copy_(rounded.values)
     kept.clear(list(selected))
     rows = [_row(name, weight, best.done[name], method, why.get(name, "")) for name, weight in selected.items()]
-    return AdaptiveRounding(tuple(rows), best.scales, losses.latent, losses.nearest, losses.rounded)
+    return AdaptiveRounding(tuple(rows), losses.latent, losses.nearest, losses.rounded, best.scales)
 
 
 @dataclass
@@ -225,13 +225,13 @@ def _best(
     weights: Mapping[str, Weight],
 ) -> tuple[_Try, _Losses]:
     """The try of the lowest loss of the batches, rounding to nearest included; the first of several."""
-    best, asked, least = tries[0], math.inf, math.inf
+    best, asked, least = tries[0], math.nan, math.nan
     for each in itertools.chain(tries, _to_nearest(tries, latent, weights)):
         found = _loss(graphs, in_loss, each.done)
-        if found < least:
+        if math.isnan(least) or found < least:
             best, least = each, found
         if not each.is_nearest:
-            asked = min(asked, found)
+            asked = found if math.isnan(asked) else min(asked, found)
     return best, _Losses(_loss(graphs, in_loss, {}), asked, found, least)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
 from lotion_fx.numerics.uniforms import uniforms
@@ -14,6 +16,10 @@ from lotion_fx.shards import index_of, local_of, sample
 
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
+
+
+SCALED = 0.99
+"""Cosine of a gradient's samples before and after, from which on it was scaled or clipped rather than replaced."""
 
 
 @dataclass
@@ -69,7 +75,7 @@ def sums_of(
     h: Tensor | None,
     loss_scale: Tensor | None,
 ) -> Tensor:
-    """What one weight adds to a measurement, float64 [11]: see `Measuring`."""
+    """What one weight adds to a measurement, float64 [12]: see `Measuring`."""
     local, quantizer = local_of(parameter), weight.quantizer
     noise = (held.own - quantizer.mean(local)).float()
     variance = held.amplitude**2 * quantizer.variance(local).float()
@@ -89,8 +95,28 @@ def sums_of(
         variance.new_zeros(()) if h is None else h,
         now * seen,
         seen.square(),
+        now.square(),
     )
     return torch.stack([product.sum(dtype=torch.float64) for product in products])
+
+
+def clipping_of(samples: Sequence[Tensor], before: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """By what each weight's gradient was scaled or clipped between backward and step, and whether samples tell it.
+
+    Args:
+        samples: float64 [weights] each, the sums of ``g b``, ``b^2`` and ``g^2``: see `Measuring`.
+        before: the factors told last, which hold where samples tell none: of a gradient that nobody saw or that is
+            zero there, or where it is not scaled but another one.
+    """
+    product, seen, now = samples
+    told = (seen > 0) & (now > 0) & (product.abs() > SCALED * (seen * now).sqrt())
+    last = torch.tensor(before, dtype=torch.float64)
+    return torch.where(told, product.abs() / torch.where(seen > 0, seen, 1.0), last), told
+
+
+def is_partial(grad: Tensor) -> bool:
+    """Whether ranks hold summands of a gradient still, so that it is another one once they are summed."""
+    return isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements)
 
 
 def narrowed(spread: Tensor, energy: Tensor, amplitude: float) -> Tensor:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import base64
 import math
+import statistics
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from torch import Tensor
 from lotion_fx import private, private_backward
 from lotion_fx.amplitude import next_amplitude
 from lotion_fx.gain import Gains, Predictions, walked
-from lotion_fx.held import Held, gradient_of, narrowed, sums_of
+from lotion_fx.held import Held, clipping_of, gradient_of, is_partial, narrowed, sums_of
 from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.passes.attach.sharded import is_cut
 from lotion_fx.residuals import Residuals
@@ -96,16 +97,19 @@ class Measuring:
         draws: those of them that told something.
         next_at: the step of the next one.
         amplitude: of its noise, in units of that of randomized rounding.
-        clip: by what gradients are scaled or clipped between backward and step, of late: so is the term.
+        idle: forwards that were to measure, and no weight could be.
     """
 
     def __init__(self, weights: Sequence[Weight], *, is_on: bool, counts: bool = True) -> None:
         self.weights, self.is_on, self.counts = weights, is_on, counts
-        self.begun, self.draws, self.next_at, self.amplitude, self.clip = 0, 0, 1, 1.0, 1.0
+        self.begun, self.draws, self.next_at, self.amplitude, self.idle = 0, 0, 1, 1.0, 0
         self.residuals = Residuals()
         self._is_told, self._is_interrupted, self._since, self._left_off = False, False, 0, ""
         self._common, self._own, self._walk = Gains(1), _own_gains(0), 0.0
-        self._whole, self._before, self._clip_before = torch.zeros(7, dtype=torch.float64), self._common.density, 1.0
+        self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
+        self._clips: dict[
+            Weight, float
+        ] = {}  # by what gradients are scaled or clipped after the backward pass, of late
         self._order: list[Weight] = []  # of the rows of `_own`
         self._factors: dict[Weight, float] = {}
         self._curvatures = Predictions()  # the sum of each weight's
@@ -125,7 +129,7 @@ class Measuring:
 
     def size(self, weight: Weight) -> float:
         """Measured over counted size of a weight's term; 1 where nothing was measured."""
-        return self._unclipped(weight) * self.clip if self.draws else 1.0
+        return self._unclipped(weight) * (self._clips.get(weight, 1.0) if self.draws else 1.0)
 
     def _unclipped(self, weight: Weight) -> float:
         return self._factors.get(weight, float(self._common.mean) if self.draws else 1.0)
@@ -133,14 +137,17 @@ class Measuring:
     @property
     def common(self) -> tuple[float, float] | None:
         """Measured over counted size of the whole term, and its standard error; None before any measurement."""
-        return (self.clip * float(self._common.mean), self.clip * float(self._common.error)) if self.draws else None
+        clip = statistics.fmean(self._clips.values()) if self._clips else 1.0
+        return (clip * float(self._common.mean), clip * float(self._common.error)) if self.draws else None
 
     @property
     def why_not(self) -> str:
         """Why the term has its counted size, where it was to be measured; empty if it was, or was not to be."""
         if self.draws:
             return ""
-        return NOTHING_TOLD.format(self.begun) if self.is_on and self.begun > FIRST else self._left_off
+        return (
+            NOTHING_TOLD.format(tried) if self.is_on and (tried := self.begun or self.idle) > FIRST else self._left_off
+        )
 
     def leave_off(self, why: str = "") -> None:
         """Nothing is measured any more; what was, holds."""
@@ -171,6 +178,7 @@ class Measuring:
             return
         self.put_back()
         if not any(_can_be_measured(weight) for weight in self.weights):  # as those of a discriminator that waits
+            self.idle += 1
             return
         _holding.add(self)
         self.begun += 1
@@ -227,7 +235,8 @@ class Measuring:
         """
         for weight, held in self._held.items():
             parameter = weight.master if weight.smoothing.settings.process_group is None else None
-            held.seen = None if parameter is None or parameter.grad is None else sample(parameter.grad).clone()
+            grad = None if parameter is None else parameter.grad
+            held.seen = None if grad is None or is_partial(grad) else sample(grad).clone()
 
     @property
     def is_holding(self) -> bool:
@@ -244,8 +253,7 @@ class Measuring:
         if self.begun > 1:
             return
         seen = torch.zeros(5, dtype=torch.float64, device=device)
-        told = self.residuals.taken()
-        if told is not None and (loss_count is not None or not self.counts):
+        if (told := self.residuals.taken()) is not None and (loss_count is not None or not self.counts):
             seen[:4], seen[4] = told, 0.0 if loss_count is None else loss_count
         if group is not None:
             dist.all_reduce(seen, group=group)
@@ -291,9 +299,8 @@ class Measuring:
         told = [(weight, p, h) for weight, p in pairs if (h := held[weight]) is not None]
         sums = []
         for weight, p, h in told:
-            slope, curvature = moments.get(p), curvature_of(weight, p)
             grad = signs.get(p, 1.0) * gradient_of(p, pending)
-            sums.append(sums_of(weight, p, h, grad, slope, curvature, loss_scale))
+            sums.append(sums_of(weight, p, h, grad, moments.get(p), curvature_of(weight, p), loss_scale))
         if sums:
             self._expect(loss_count, loss_scale, group, told[0][1].device)
             whole = over_shards(torch.stack(sums), [p for _, p, _ in told])
@@ -307,13 +314,13 @@ class Measuring:
         """One measurement of these weights; where each optimizer steps a few, of them and those before.
 
         Args:
-            sums: float64 [weights, 11] of eps g, eps m, sigma^2 g^2, sigma^2 g m, sigma^2 m^2, sigma^2 h, sigma^2, w^2,
-                h, g b and b^2, with the gradient g, what is known of the slope m, the curvature h, and the gradient b
-                as the backward pass left it.
+            sums: float64 [weights, 12] of eps g, eps m, sigma^2 g^2, sigma^2 g m, sigma^2 m^2, sigma^2 h, sigma^2, w^2,
+                h, g b, b^2 and g^2, with the gradient g, what is known of the slope m, the curvature h, and the
+                gradient b as the backward pass left it; the last three of samples.
             amplitude: of the noise.
         """
-        eps_g, eps_m, gg, gm, mm, predicted, spread, energy, total, now_seen, seen = sums.cpu().unbind(1)
-        clip = _ratio(now_seen.sum(), seen.sum())
+        eps_g, eps_m, gg, gm, mm, predicted, spread, energy, total, *samples = sums.cpu().unbind(1)
+        clip, told = clipping_of(samples, [self._clips.get(weight, 1.0) for weight in weights])
         eps_g, gm, gg = eps_g / clip, gm / clip, gg / clip**2
         agrees, half = torch.where(mm > 0, gm / mm, 0.0), 0.5 * narrowed(spread, energy, amplitude)
         measured = half * (eps_g - agrees * eps_m)
@@ -325,12 +332,12 @@ class Measuring:
         if not self._is_told:
             self.draws, self._is_told = self.draws + 1, True
             self._whole, self._before = torch.zeros_like(self._whole), self._common.density
-            self._clip_before = self.clip
         self._common.restore(self._before)
         self._common.shift(-self._curvatures.told(zip(weights, total.tolist(), strict=True)))
-        self._whole += torch.stack([measured, predicted, variance, spread, energy, now_seen, seen]).sum(1)
-        measured_whole, predicted_whole, variance_whole, spread_whole, energy_whole, *clips = self._whole
-        self.clip = _rounded(_ratio(*clips) if self.draws == 1 else 0.5 * (self._clip_before + _ratio(*clips)))
+        self._whole += torch.stack([measured, predicted, variance, spread, energy]).sum(1)
+        measured_whole, predicted_whole, variance_whole, spread_whole, energy_whole = self._whole
+        found = zip(weights, clip.tolist(), told.tolist(), strict=True)
+        self._clips |= {w: _rounded(0.5 * (c + self._clips.get(w, c))) for w, c, is_told in found if is_told}
         self._common.observe(measured_whole[None], predicted_whole[None], variance_whole[None], self._walk)
         shown, widest = predicted_whole / variance_whole.sqrt(), (energy_whole / spread_whole).sqrt()
         self.amplitude = next_amplitude(amplitude, float(self._common.mean * shown), float(widest))
@@ -375,14 +382,14 @@ class Measuring:
             "since": self._since,
             "fallen": self._curvatures.fallen,
             "offset": self._common.offset,
-            "clip": self.clip,
             "told": self._packed(),
         }
 
     def _packed(self) -> str:
         """What is believed, as text whose length the number of weights tells."""
         self._align()
-        each = [[self._unclipped(weight), *self._curvatures.known.get(weight, (0.0, 0.0))] for weight in self.weights]
+        known, clips = self._curvatures.known, self._clips
+        each = [[self._unclipped(w), *known.get(w, (0.0, 0.0)), clips.get(w, 0.0)] for w in self.weights]
         factors = torch.tensor(each, dtype=torch.float64).flatten()
         values = torch.cat([self._common.density.flatten(), self._own.density.flatten(), factors])
         return base64.b64encode(values.numpy().tobytes()).decode()
@@ -394,21 +401,23 @@ class Measuring:
         self._is_interrupted = False
         self.is_on, self.begun, self.draws = saved["is_on"], saved["begun"], saved["draws"]
         self.next_at, self.amplitude = saved["next_at"], saved["amplitude"]
-        self._factors, self._curvatures, self._order, self._own = {}, Predictions(), [], _own_gains(0)
+        self._factors, self._clips, self._curvatures = {}, {}, Predictions()
+        self._order, self._own = [], _own_gains(0)
         if "offset" not in saved:  # of before: beliefs had another form, and all is measured anew
             self.begun = self.draws = self.next_at = 0
             return
-        self._since, self.clip, known = saved["since"], saved.get("clip", 1.0), {}
+        self._since, known = saved["since"], {}
         values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)
         count, each, common = len(self.weights), len(self._own.logs), self._common.density.numel()
         self._common.restore(values[:common], saved["offset"])
-        if len(values) == common + count * (each + 3):
-            own, factors = values[common:].split([count * each, count * 3])
+        if len(values) == common + count * (each + 4):
+            own, factors = values[common:].split([count * each, count * 4])
             self._own.restore(own)
             self._order = list(self.weights)
-            told = dict(zip(self.weights, factors.view(-1, 3).tolist(), strict=True))
+            told = dict(zip(self.weights, factors.view(-1, 4).tolist(), strict=True))
             self._factors = {weight: size for weight, (size, *_) in told.items()} if self.draws else {}
-            known = {weight: (base, now) for weight, (_, base, now) in told.items() if now > 0}
+            self._clips = {weight: clip for weight, (*_, clip) in told.items() if clip > 0}
+            known = {weight: (base, now) for weight, (_, base, now, _) in told.items() if now > 0}
         self._curvatures.restore(known, saved["fallen"])
 
     def copied(self, memo: Mapping[int, Any]) -> None:
@@ -422,12 +431,6 @@ class Measuring:
 def _rounded(x: float) -> float:
     """To three digits, more than are known: the last bits of sums depend on the number of ranks, and stay out."""
     return float(f"{x:.2e}")
-
-
-def _ratio(products: Tensor, squares: Tensor) -> float:
-    """By what factor gradients were scaled, of either sign; 1 where nothing tells it."""
-    ratio = abs(float(products / squares)) if squares > 0 else 1.0
-    return ratio if 0 < ratio < math.inf else 1.0
 
 
 def _seed(steps: int, place: int) -> int:

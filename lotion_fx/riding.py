@@ -247,19 +247,18 @@ def _restore(weight: Weight, entry: Any) -> str:
             return f"{name}={saved.get(name)!r}, where the model has {now!r},"
     if "phases" in saved:
         weight.smoothing.tally.restore(saved["phases"])
-    if not _is_name_of(weight, saved.get("name")):
-        return f"the name {saved['name']!r} (are its parameters in another order?)"
+    if not _is_plain(saved) and _is_of_another(weight, saved.get("name")):
+        return "parameters in another order"
     restore(weight, saved)
     return ""
 
 
-def _is_name_of(weight: Weight, saved: str | None) -> bool:
-    """Whether an entry was a weight's own, of a model that may have been within another, or another within it.
+def _is_of_another(weight: Weight, saved: str | None) -> bool:
+    """Whether an entry was another weight's: an optimizer knows its parameters by their order alone.
 
-    An optimizer knows its parameters by their order alone, which may be another one now.
+    A name that no weight has tells nothing: wrappers come and go.
     """
-    longer, shorter = sorted((weight.name, saved or weight.name), key=len, reverse=True)
-    return longer == shorter or longer.endswith(f".{shorter}")
+    return saved != weight.name and any(other.name == saved for other in weight.smoothing.weights)
 
 
 def _is_plain(saved: Mapping[str, Any]) -> bool:

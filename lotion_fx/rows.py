@@ -68,18 +68,21 @@ def _learns(weight: Weight) -> bool:
 
 
 def watch_residuals(out: Any, tally: Tally) -> None:
-    """Tells a step that measures the term what the gradients of the model's outputs are, row by row.
+    """Tells a step that measures the term what the gradients of the model's outputs are, row by row, and of weights.
 
     Args:
         out: what the model returned, tensors in any nesting.
     """
     for leaf in tree_leaves(out) if torch.is_grad_enabled() else ():
-        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dim():
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
             leaf.register_hook(partial(_tell, tally, leaf.detach()))
 
 
 def _tell(tally: Tally, output: Tensor, grad: Tensor | None) -> None:
-    if grad is not None and _fills_grad([weight for weight in tally.weights if _learns(weight)]):
+    if grad is None or not _fills_grad([weight for weight in tally.weights if _learns(weight)]):
+        return
+    private_backward.after_backward(tally.measuring.backward_ended)
+    if grad.dim():
         squares = grad.detach().float().square()
         energies = squares.sum(-1) if grad.dim() > 1 else squares
         energy = _whole(energies.sum())

@@ -32,7 +32,7 @@ def local_of(tensor: Tensor) -> Tensor:
 def sample(grad: Tensor, count: int = 32) -> Tensor:
     """A view of up to ``count`` evenly spaced elements of a gradient, of its local shard if it is a DTensor."""
     flat = local_of(grad).reshape(-1)
-    return flat[:: max(1, flat.numel() // count)][:count]
+    return flat[:: flat.numel() // count | 1][:count]  # an odd stride, or one column of a matrix may be all it sees
 
 
 def part_of(parameter: Tensor, layout: Layout) -> Part:

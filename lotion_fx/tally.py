@@ -348,8 +348,7 @@ class Tally:
             private_backward.after_backward(self.backward_ended)
 
     def backward_ended(self) -> None:
-        """Samples the gradients that Fisher curvature and measurements will read, to divide later clipping out."""
-        self.measuring.backward_ended()
+        """Samples the gradients that Fisher curvature will read, so that later clipping can be divided out."""
         for weight in self.weights:
             master = weight.master
             grad = None if master is None or not weight.selected else master.grad

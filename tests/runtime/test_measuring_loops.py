@@ -11,6 +11,7 @@ from torch import nn
 
 import lotion_fx
 from lotion_fx.clipping import Clipping
+from lotion_fx.held import clipping_of
 
 X = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(0, 10, (64,), generator=torch.Generator().manual_seed(2))
@@ -96,17 +97,68 @@ def test_one_scaled_step_is_not_all_of_them(factor):
     assert other.term == pytest.approx(plain.term, rel=0.15)
 
 
-@pytest.mark.parametrize("curvature", ["factored", "full"])
+def terms_by_weight(model):
+    return {row.name: row.term for row in lotion_fx.report(model).rows if row.format}
+
+
+def test_each_optimizer_s_gradients_are_clipped_by_themselves():
+    """One of two, the other one not; one of both ascends, which is no scaling."""
+    found = {}
+    for factor in (1.0, 0.01):
+        model = made()
+        optimizers = [torch.optim.Adam(model[place].parameters(), 1e-30, maximize=place == 0) for place in (0, 2)]
+        for _ in range(12):
+            cross_entropy(model).backward()
+            for parameter in model[0].parameters():
+                parameter.grad.mul_(factor)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        found[factor] = terms_by_weight(model)
+    assert found[0.01]["0.weight"] == pytest.approx(0.01 * found[1.0]["0.weight"], rel=1e-3)
+    assert found[0.01]["2.weight"] == pytest.approx(found[1.0]["2.weight"], rel=1e-3)
+
+
+@pytest.mark.parametrize("unscales", [True, False])
+def test_a_loss_scale_is_no_factor_of_the_loop(unscales):
+    """A GradScaler's, of which a loop may unscale gradients itself to clip them."""
+    found = {}
+    for scale, factor in ((1.0, 1.0), (4096.0, 0.1 if unscales else 1.0)):
+        model = made()
+        optimizer = torch.optim.Adam(model.parameters(), 1e-30)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for _ in range(8):
+            scaler.scale(cross_entropy(model)).backward()
+            if unscales:
+                scaler.unscale_(optimizer)
+            for parameter in model.parameters() if unscales else ():
+                parameter.grad.mul_(factor)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        found[factor, scale] = lotion_fx.report(model).term
+    plain, other = found.values()
+    assert other == pytest.approx((0.1 if unscales else 1.0) * plain, rel=1e-3)
+
+
+def test_gradients_that_were_replaced_are_not_scaled_ones():
+    """A third of what it was; one that points elsewhere; one that vanished: the last two keep what was told before."""
+    product, seen, now = (torch.tensor(each, dtype=torch.float64) for each in ([3, 5, 0], [9, 9, 9], [1, 9, 0]))
+    factor, told = clipping_of([product, seen, now], [1.0, 0.5, 0.25])
+    assert factor.tolist() == pytest.approx([1 / 3, 0.5, 0.25]) and told.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature": "full"}, {"curvature": "ggn"}, {"refresh": 8}, {"refresh": 3}])
 @pytest.mark.parametrize("factor", [0.01, 100.0])
-def test_the_term_is_scaled_as_gradients_are(factor, curvature):
-    """By the loop, in each step between backward and step; by a GradScaler's own unscaling it is not."""
+def test_the_term_is_scaled_as_gradients_are(factor, options):
+    """By the loop, in each step between backward and step; also in those that gather no curvature."""
 
     def scaled(model, step):
         for parameter in model.parameters():
             parameter.grad.mul_(factor)
 
-    plain, other = term_after(8, curvature=curvature), term_after(8, after=scaled, curvature=curvature)
-    assert other.term == pytest.approx(factor * plain.term, rel=1e-3)
+    plain, other = term_after(12, **options), term_after(12, after=scaled, **options)
+    assert other.term == pytest.approx(factor * plain.term, rel=1e-2)
 
 
 @pytest.mark.parametrize("at", [1, 5])
