@@ -123,8 +123,9 @@ def narrowed(spread: Tensor, energy: Tensor, amplitude: float) -> Tensor:
     """What rounding's own noise adds to the loss, over what wider noise shows of it: of each weight, of its shape.
 
     To second order that is 1. But wide noise of one weight meets that of others. Where two linear layers follow each
-    other and noise is r times the weights, squares, the loss's curved part grows by (1 + r)^2 - 1, and 1/2 eps . grad
-    is r (1 + r). That is what is taken out: of one layer alone it is too much, of a longer chain too little.
+    other and noise is r times the weights, squares, a loss L of their product's square grows by L ((1 + r)^2 - 1), and
+    1/2 eps . grad has the mean 2 L r (1 + r). That is what is taken out: of one layer alone it is too much, of a longer
+    chain too little.
 
     Args:
         spread: the sum of the noise's variance, its amplitude included.

@@ -107,9 +107,7 @@ class Measuring:
         self._is_told, self._is_interrupted, self._since, self._left_off = False, False, 0, ""
         self._common, self._own, self._walk = Gains(1), _own_gains(0), 0.0
         self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
-        self._clips: dict[
-            Weight, float
-        ] = {}  # by what gradients are scaled or clipped after the backward pass, of late
+        self._clips: dict[Weight, float] = {}  # what gradients were scaled by after their backward pass, of late
         self._order: list[Weight] = []  # of the rows of `_own`
         self._factors: dict[Weight, float] = {}
         self._curvatures = Predictions()  # the sum of each weight's
@@ -145,9 +143,8 @@ class Measuring:
         """Why the term has its counted size, where it was to be measured; empty if it was, or was not to be."""
         if self.draws:
             return ""
-        return (
-            NOTHING_TOLD.format(tried) if self.is_on and (tried := self.begun or self.idle) > FIRST else self._left_off
-        )
+        tried = self.begun or self.idle
+        return NOTHING_TOLD.format(tried) if self.is_on and tried > FIRST else self._left_off
 
     def leave_off(self, why: str = "") -> None:
         """Nothing is measured any more; what was, holds."""

@@ -28,7 +28,12 @@ def cross_entropy(model, **options):
 
 
 def term_after(steps, spoil=lambda model, optimizer, step: None, after=lambda model, step: None, **options):
-    """The term of a model that stays as it is, and by what its optimizer holds of the gradient it told apart."""
+    """The report of a model that stays as it is after so many steps on one batch.
+
+    Args:
+        spoil: called with model, optimizer and step before each step's own pass.
+        after: called with model and step between that pass and the step.
+    """
     model = made(**options)
     optimizer = torch.optim.Adam(model.parameters(), 1e-30)
     for step in range(steps):
@@ -59,6 +64,13 @@ def test_a_frozen_model_s_forwards_measure_nothing():
         found[freezes] = lotion_fx.report(critic)
     assert not found[True].unmeasured and found[True].measurements == found[False].measurements
     assert found[True].term == pytest.approx(found[False].term, rel=0.5)
+
+
+def test_a_model_of_which_no_weight_can_be_measured_says_so(monkeypatch):
+    """As where shards cut every block: its term stands as it was counted."""
+    monkeypatch.setattr(lotion_fx.measuring, "_can_be_measured", lambda weight: False)
+    found = term_after(6)
+    assert "none of 5 measurements told anything" in found.unmeasured and found.size is None and found.term > 0
 
 
 def attack(model, optimizer, step):
