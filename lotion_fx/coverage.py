@@ -62,7 +62,7 @@ class CoverageReport:
         size: measured over counted size of the term and its standard error, see `transform`'s ``calibrate``; None
             where nothing was measured, and the count stands.
         measurements: how many steps it comes from.
-        unmeasured: why the count stands though the size was to be measured; else empty.
+        unmeasured: why the size was not measured though it was to be; else empty.
         phase: of the training, see `transform`'s ``schedule``.
         next_phase: the phase to come and the step that it begins with, where 0 is the first; None in the last.
         steps: optimizer steps so far.
@@ -131,7 +131,7 @@ class CoverageReport:
             error = abs(self.term) * self.size[1] / self.size[0]
             foot += f" ± {error:.1g}, measured in {self.measurements} steps as {self.size[0]:.3g} times the count"
         elif self.unmeasured:
-            foot += f", as counted: {self.unmeasured}"
+            foot += f", its size not measured: {self.unmeasured}"
         foot += f"\nphase {self.phase!r}, after {self.steps} steps"
         if self.next_phase is not None:
             foot += "; {!r} begins after {}".format(*self.next_phase)

@@ -15,6 +15,7 @@ class Gathered:
 
     Args:
         probe: its gradient is the curvature; None before the first forward with one.
+        taken: the same, of passes whose gradients the loop took by `torch.autograd.grad`.
         loss_count: what the probe's header said of T when it last told it.
         bindings: how often the probe entered a graph in the forward ``bound_in``.
         in_objective: the term came in through `penalty`, and its backward ran.
@@ -29,6 +30,7 @@ class Gathered:
     """
 
     probe: Tensor | None = None
+    taken: Tensor | None = None
     loss_count: Tensor | None = None
     bindings: int = 0
     bound_in: int = -1
@@ -45,9 +47,23 @@ class Gathered:
 
     def drop_probe(self) -> None:
         """Forgets what the probe gathered."""
-        self.loss_count = None
+        self.loss_count = self.taken = None
         if self.probe is not None:
             self.probe.grad = None
+
+    def arrived(self, gradient: Tensor) -> None:
+        """A gradient of the probe, in a backward pass that did not name it."""
+        assert self.probe is not None
+        self.probe.grad = gradient if self.probe.grad is None else self.probe.grad + gradient
+
+    def was_taken(self, gradient: Tensor) -> None:
+        """A gradient of the probe, in a pass whose gradients the loop takes by itself."""
+        self.taken = gradient if self.taken is None else self.taken + gradient
+
+    def is_handed_over(self) -> None:
+        """An optimizer steps with a gradient: if no backward pass made it, the loop did, of what it took."""
+        if self.taken is not None and self.probe is not None and self.probe.grad is None:
+            self.probe.grad = self.taken
 
     def restore(self, steps: int, last_step: int | None) -> None:
         """Stands at a step boundary, after so many steps, the last of which was that one of the model's."""

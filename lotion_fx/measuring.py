@@ -38,7 +38,7 @@ from lotion_fx.gain import Gains, Predictions, walked
 from lotion_fx.held import Held, clipping_of, gradient_of, is_partial, narrowed, sums_of
 from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.passes.attach.sharded import is_cut
-from lotion_fx.residuals import Residuals
+from lotion_fx.residuals import Residuals, size_told
 from lotion_fx.shards import local_of, over_shards, sample, shared_amax
 
 if TYPE_CHECKING:
@@ -53,9 +53,6 @@ its beginning, and in the long run after so many."""
 
 LOOKS = 8
 """From one measurement to the next curvature's sum is looked at so often: what the loss does may not follow it."""
-
-DOUBT = 4.0
-"""By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
 
 NOTHING_TOLD = "none of {} measurements told anything: do weights change between forward and step?"
 _OWN_REACH, _OWN_STEP, _OWN_PRIOR = math.log(8.0), 0.1, 0.25  # of one weight's factor beside the common one
@@ -77,10 +74,10 @@ def optimizer_comes(optimizer: Any, own: Collection[Measuring]) -> None:
             measuring.put_back() if measuring in own else measuring.interrupted()
 
 
-def all_put_back() -> None:
-    """No model's parameters are noisy any more."""
+def step_may_be_skipped() -> None:
+    """No model's parameters are noisy any more, and what is measured begins anew if no step comes."""
     for measuring in list(_holding):
-        measuring.put_back()
+        measuring.interrupted()
 
 
 class Measuring:
@@ -98,12 +95,14 @@ class Measuring:
         next_at: the step of the next one.
         amplitude: of its noise, in units of that of randomized rounding.
         idle: forwards that were to measure, and no weight could be.
+        guess: the size as the gradients at the outputs of the first step tell it; None before.
     """
 
     def __init__(self, weights: Sequence[Weight], *, is_on: bool, counts: bool = True) -> None:
         self.weights, self.is_on, self.counts = weights, is_on, counts
         self.begun, self.draws, self.next_at, self.amplitude, self.idle = 0, 0, 1, 1.0, 0
         self.residuals = Residuals()
+        self.guess: float | None = None
         self._is_told, self._is_interrupted, self._since, self._left_off = False, False, 0, ""
         self._common, self._own, self._walk = Gains(1), _own_gains(0), 0.0
         self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
@@ -126,11 +125,11 @@ class Measuring:
         return self.size(weight)
 
     def size(self, weight: Weight) -> float:
-        """Measured over counted size of a weight's term; 1 where nothing was measured."""
+        """Measured over counted size of a weight's term; as it is guessed where nothing was measured."""
         return self._unclipped(weight) * (self._clips.get(weight, 1.0) if self.draws else 1.0)
 
     def _unclipped(self, weight: Weight) -> float:
-        return self._factors.get(weight, float(self._common.mean) if self.draws else 1.0)
+        return self._factors.get(weight, float(self._common.mean) if self.draws else self.guess or 1.0)
 
     @property
     def common(self) -> tuple[float, float] | None:
@@ -144,7 +143,9 @@ class Measuring:
         if self.draws:
             return ""
         tried = self.begun or self.idle
-        return NOTHING_TOLD.format(tried) if self.is_on and tried > FIRST else self._left_off
+        why = NOTHING_TOLD.format(tried) if self.is_on and tried > FIRST else self._left_off
+        guess = "" if self.guess in (None, 1) else f"; by the gradients at the outputs {self.guess:.3g} times the count"
+        return why and why + guess
 
     def leave_off(self, why: str = "") -> None:
         """Nothing is measured any more; what was, holds."""
@@ -154,7 +155,7 @@ class Measuring:
     def forget(self) -> None:
         """Nothing is measured any more, and nothing that was holds."""
         self.leave_off()
-        self.begun, self.draws, self._factors = 0, 0, {}
+        self.begun, self.draws, self.guess, self._factors = 0, 0, None, {}
 
     # --------------------------------------------------------------------------------------------------------- holding
 
@@ -219,7 +220,7 @@ class Measuring:
                 del self._held[weight]
 
     def interrupted(self) -> None:
-        """Another model's optimizer steps: what is being measured begins anew if a forward comes before this one's."""
+        """What is being measured begins anew if a forward comes before a step of this model's optimizer."""
         self.put_back()
         self._is_interrupted = True
 
@@ -240,14 +241,14 @@ class Measuring:
         """Whether parameters hold rounded values for a measurement under way."""
         return any(not held.is_back for held in self._held.values())
 
-    def _expect(self, loss_count: Tensor | None, loss_scale: Tensor | None, group: Any, device: torch.device) -> None:
-        """Before anything was measured: what the size may be expected to be.
+    @property
+    def watches(self) -> bool:
+        """Whether the gradients at the outputs are to tell of the loss in the step under way."""
+        return self.is_holding or (bool(self._left_off) and not self.draws and self.guess is None)
 
-        Where every row's loss is a likelihood's of some weight, that is known. Else, where T counts, its residuals are
-        taken to be about 1 in size, so that their weights show in their gradients: of a sum these are of size 1, of a
-        mean over T of size 1/T. Where such a guess contradicts the count, it is believed.
-        """
-        if self.begun > 1:
+    def _expect(self, loss_count: Tensor | None, loss_scale: Tensor | None, group: Any, device: torch.device) -> None:
+        """Before anything was measured: what the size may be expected to be, see `residuals.size_told`."""
+        if self.begun > 1 or self.guess is not None:
             return
         seen = torch.zeros(5, dtype=torch.float64, device=device)
         if (told := self.residuals.taken()) is not None and (loss_count is not None or not self.counts):
@@ -255,15 +256,9 @@ class Measuring:
         if group is not None:
             dist.all_reduce(seen, group=group)
         ranks = 1 if group is None else dist.get_world_size(group)
-        norms, energies, likely, weights, terms = seen.tolist()
-        is_known, ratio = math.isfinite(likely) and likely > 0, 1.0
         scale = 1.0 if loss_scale is None else float(loss_scale)
-        if self.counts and energies * terms > 0:
-            ratio = ranks * (likely if is_known else norms) * scale / (energies * terms)
-        elif is_known and not self.counts:  # in a mean they add to 1
-            ratio = weights / scale / ranks
-        if math.isfinite(ratio) and ratio > 0 and (is_known or not 1 / DOUBT < ratio < DOUBT):
-            self._common.shift(math.log(ratio))
+        self.guess = size_told(seen.tolist(), scale, ranks, counts=self.counts)
+        self._common.shift(math.log(self.guess))
 
     def observe(
         self,
@@ -302,6 +297,8 @@ class Measuring:
             self._expect(loss_count, loss_scale, group, told[0][1].device)
             whole = over_shards(torch.stack(sums), [p for _, p, _ in told])
             self._learn([weight for weight, _, _ in told], whole, told[0][2].amplitude)
+        elif self.watches:
+            self._expect(loss_count, loss_scale, group, pairs[0][1].device)
         elif seen := [pair for pair in pairs if pair[0] in self._to_look_at]:
             curvatures = over_shards(torch.stack([total_of(weight, p) for weight, p in seen]), [p for _, p in seen])
             self._look_at([weight for weight, _ in seen], curvatures[:, 0].tolist())
@@ -372,6 +369,8 @@ class Measuring:
         begun, next_at = self._counts()
         return {
             "is_on": self.is_on,
+            "left_off": self._left_off,
+            "guess": self.guess,
             "begun": begun,
             "draws": self.draws,
             "next_at": next_at,
@@ -397,7 +396,8 @@ class Measuring:
         self._held.clear()
         self._is_interrupted = False
         self.is_on, self.begun, self.draws = saved["is_on"], saved["begun"], saved["draws"]
-        self.next_at, self.amplitude = saved["next_at"], saved["amplitude"]
+        self.next_at, self.amplitude, self.guess = saved["next_at"], saved["amplitude"], saved.get("guess")
+        self._left_off = saved.get("left_off", "")
         self._factors, self._clips, self._curvatures = {}, {}, Predictions()
         self._order, self._own = [], _own_gains(0)
         if "offset" not in saved:  # of before: beliefs had another form, and all is measured anew

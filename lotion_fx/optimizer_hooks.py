@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lotion_fx import private, riding
 from lotion_fx.by_hand import warn_of_reduction
-from lotion_fx.measuring import all_put_back, optimizer_comes
+from lotion_fx.measuring import optimizer_comes, step_may_be_skipped
 from lotion_fx.missing import has_curvature, look_for_missing
 from lotion_fx.pull import pull
 from lotion_fx.scalars import shown
@@ -30,7 +30,7 @@ def install() -> None:
     global _handles
     if not _handles:
         _handles = [register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)]
-        private.watch_grad_scaler(all_put_back)
+        private.watch_grad_scaler(step_may_be_skipped)
     riding.take_in_waiting()
 
 
@@ -159,9 +159,10 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
     mine: dict[Smoothing, list[tuple[Weight, Tensor]]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     held = [(p, weight) for p, weight in zip(parameters, registry.find(parameters), strict=True) if weight is not None]
-    optimizer_comes(optimizer, {weight.smoothing.tally.measuring for _, weight in held})
+    is_left_out = bool(held) and _is_left_out(optimizer)
+    optimizer_comes(optimizer, set() if is_left_out else {weight.smoothing.tally.measuring for _, weight in held})
     riding.before_step(optimizer, held)
-    if held and _is_left_out(optimizer):
+    if is_left_out:
         return
     if held and _is_rehearsal(optimizer, [weight for _, weight in held]):
         _rehearsing.add(optimizer)
@@ -173,6 +174,7 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
             weight.is_stepped_as(parameter)
             weight.gathered.is_in_optimizer()
             if parameter.grad is not None and weight.selected:
+                weight.gathered.is_handed_over()
                 mine.setdefault(weight.smoothing, []).append((weight, parameter))
                 _done.add(weight)
     unscaled_by, pending = private.take_grad_scale(optimizer), getattr(optimizer, "grad_scale", None)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lotion_fx import private_backward
+
+DOUBT = 4.0
+"""By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
 
 
 class Residuals:
@@ -42,3 +48,26 @@ class Residuals:
         """The sums, float64 [4], once; None where nothing arrived."""
         told, self._of = list(self._of.values()), {}
         return torch.stack(told).sum(0) if told else None
+
+
+def size_told(sums: Sequence[float], scale: float, ranks: int, *, counts: bool) -> float:
+    """Over its counted size, what a term's is expected to be; 1 where nothing contradicts the count.
+
+    Where every row's loss is a likelihood's of some weight, that is known. Else, where T counts, its residuals are
+    taken to be about 1 in size, so that their weights show in their gradients: of a sum these are of size 1, of a mean
+    over T of size 1/T. Such a guess is believed where it contradicts the count.
+
+    Args:
+        sums: of `Residuals`, and of T, over all ranks.
+        scale: of the loss, in these gradients.
+        ranks: over which gradients are averaged.
+        counts: whether T is in the term; else its curvature is that of a loss of its own, a mean over rows.
+    """
+    norms, energies, likely, weights, terms = sums
+    is_known, ratio = math.isfinite(likely) and likely > 0, 1.0
+    if counts and energies * terms > 0:
+        ratio = ranks * (likely if is_known else norms) * scale / (energies * terms)
+    elif is_known and not counts:  # in a mean they add to 1
+        ratio = weights / scale / ranks
+    is_believed = math.isfinite(ratio) and ratio > 0 and (is_known or not 1 / DOUBT < ratio < DOUBT)
+    return ratio if is_believed else 1.0

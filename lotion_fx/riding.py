@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lotion_fx.announcing import LOG
 from lotion_fx.saved import loaded_by_hand, restore, saved_of
 from lotion_fx.shards import local_of
 from lotion_fx.state import Smoothing, Weight, registry
+from lotion_fx.tally import Tally
 
 KEY = "lotion_fx"
 PAGE = 4096  # bytes; the text that stands before the curvature takes whole pages
@@ -65,6 +67,8 @@ def take_in(optimizer: Optimizer) -> None:
     entries = [parameter for parameter, state in states.items() if KEY in state]
     _waiting.discard(optimizer)
     (_without.discard if entries or not states else _without.add)(optimizer)
+    if not optimizer.state:
+        _begin_anew(optimizer)
     misfits: dict[str, list[str]] = {}
     for parameter, weight in zip(entries, registry.find(entries), strict=True):
         if weight is None:
@@ -79,6 +83,24 @@ def take_in(optimizer: Optimizer) -> None:
             "gathered anew; transform the model as the saved one was, or go on",
             stacklevel=2,
         )
+
+
+def _begin_anew(optimizer: Optimizer) -> None:
+    """An optimizer has loaded the state of before its first step, as after a search for a learning rate.
+
+    Its weights have gathered nothing then; and where no other optimizer has stepped any, no step was taken.
+    """
+    mine = {weight for weight in registry.find(_parameters(optimizer)) if weight is not None}
+    for smoothing in {weight.smoothing for weight in mine} - set(loaded_by_hand):
+        stepped, tally = {weight for weight in smoothing.weights if weight.gathered.steps}, smoothing.tally
+        for weight in stepped & mine:
+            restore(weight, {"uses": None, "ema": None, "code": None, "gains": weight.gains, "steps": 0})
+        if stepped and stepped <= mine:
+            LOG.info("an optimizer has loaded the state of before its first step: curvature and phases begin anew too")
+            first = Tally(smoothing.settings, smoothing.weights).saved()
+            if tally.calibrated is not None:  # by hand, which stays
+                first |= {"calibrated": 0, "size": tally.measuring.saved()}
+            tally.restore(first)
 
 
 def before_step(optimizer: Any, pairs: Iterable[tuple[Tensor, Weight]]) -> None:

@@ -154,8 +154,8 @@ class Tally:
     @property
     def probes(self) -> bool:
         """Whether curvature is asked of the forward that comes next."""
-        asked = self.sampling if self.settings.samples_labels else self.pass_is_due
-        return asked and self.has_term and not self.override
+        is_asked = self.sampling if self.settings.samples_labels else self.pass_is_due
+        return is_asked and self.has_term and not self.override
 
     @property
     def resting(self) -> bool:
@@ -329,15 +329,16 @@ class Tally:
         if kept:
             self.terms.keep(torch.stack(kept).any())
 
-    def curvature_arrived(self, weight: Weight) -> None:
-        """A weight's curvature arrived. The first one of a backward pass is nearest the loss, and tells T."""
+    def curvature_arrived(self, weight: Weight, *, taken: Tensor | None = None) -> None:
+        """A weight's curvature arrived, or was taken by the loop. A pass's first is nearest the loss, and tells T."""
         gathered, backward = weight.gathered, private_backward.current_backward()
-        if gathered.probe is None or gathered.probe.grad is None or self.last_backward == backward:
+        arrived = gathered.probe.grad if taken is None and gathered.probe is not None else taken
+        if arrived is None or self.last_backward == backward:
             return
-        self.last_backward = backward
-        before, gathered.loss_count = gathered.loss_count, Header.of(gathered.probe.grad).loss_count.clone()
-        new = gathered.loss_count if before is None else gathered.loss_count - before
-        self.rows_counted(new / max(1, gathered.bindings))
+        self.last_backward, new = backward, Header.of(arrived).loss_count.clone()
+        if taken is None:
+            new, gathered.loss_count = new if gathered.loss_count is None else new - gathered.loss_count, new
+        self.rows_counted(new / max(1, gathered.bindings), to_gradients=taken is None)
 
     def rows_counted(self, count: Tensor, *, to_gradients: bool = True) -> None:
         """One backward pass counted so many loss terms; of weights' gradients, for a step to come, or of others."""

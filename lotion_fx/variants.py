@@ -21,13 +21,13 @@ from lotion_fx.announcing import announcer
 from lotion_fx.blocks import BLOCKS, MANY, depth
 from lotion_fx.carried import taken_now
 from lotion_fx.compiling import compile_graph, fake_gain, fake_probe
+from lotion_fx.partial_backward import tell_of_backward
 from lotion_fx.passes.attach.attach import Plan
 from lotion_fx.passes.attach.usage import Use, weight_uses
 from lotion_fx.passes.lower import lower
 from lotion_fx.passes.moments.certificate import Certificate
 from lotion_fx.passes.pipeline import ForwardState, run
 from lotion_fx.state import Weight, registry
-from lotion_fx.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ class Variants:
         if tally.steps_inside is not None:
             args = tuple(_Later.apply(x) if i in compiled.probed else x for i, x in enumerate(args))
         outputs = self._differentiable_once(compiled.run(*args, *gains, *probes))
-        _tell_of_backward(outputs, tally)
+        has_node = self.backend.inner != "eager"
+        tell_of_backward(outputs, tally, [weights[index] for index in compiled.probed if has_node])
         return outputs
 
     def _differentiable_once(self, outputs: Any) -> Any:
@@ -211,18 +212,6 @@ class _Later(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         return grad
-
-
-def _tell_of_backward(outputs: Any, tally: Tally) -> None:
-    """Has a model's tally told before a backward pass comes through a graph."""
-    reference = weakref.ref(tally)  # autograd's nodes are no place to keep a model
-
-    def tell(_: Any) -> None:
-        if (known := reference()) is not None:
-            known.backward_comes()
-
-    for node in {x.grad_fn for x in outputs if isinstance(x, Tensor) and x.grad_fn is not None}:
-        node.register_prehook(tell)
 
 
 def _refuse_second_derivatives(grad: Tensor) -> None:

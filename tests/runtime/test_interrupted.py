@@ -274,7 +274,7 @@ def test_the_report_says_that_an_optimizer_compares_losses(make):
     run_with_closures(model, make(model.parameters(), 1e-3))
     told = lotion_fx.report(model)
     assert told.size is None and "may call a closure several times" in told.unmeasured
-    assert f"as counted: {told.unmeasured}" in str(told) and told.to_dict()["unmeasured"] == told.unmeasured
+    assert f"its size not measured: {told.unmeasured}" in str(told) and told.to_dict()["unmeasured"] == told.unmeasured
 
 
 def test_the_report_says_that_no_measurement_told_anything():
@@ -294,4 +294,4 @@ def test_otherwise_it_says_nothing(options):
     model = smoothed(**options)
     run_with_closures(model, torch.optim.SGD(model.parameters(), 1e-3))
     told = lotion_fx.report(model)
-    assert told.unmeasured == "" and "as counted" not in str(told)
+    assert told.unmeasured == "" and "not measured" not in str(told)

@@ -12,6 +12,7 @@ from torch import nn
 import lotion_fx
 from lotion_fx.clipping import Clipping
 from lotion_fx.held import clipping_of
+from lotion_fx.state import registry
 
 X = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(0, 10, (64,), generator=torch.Generator().manual_seed(2))
@@ -221,3 +222,48 @@ def test_a_moment_of_almost_nothing_is_no_infinite_curvature():
     clipping.told(torch.tensor(1e-20), 0.999, 0)
     factor = clipping.over_moment(torch.tensor(64.0), 1, 0.999)
     assert factor.isfinite() and factor * 0.0 == 0 and factor > 1e25
+
+
+@pytest.mark.parametrize("reduction, size", [("mean", 1.0), ("sum", 1 / 64)])
+def test_what_cannot_be_measured_is_told_by_the_output_s_gradients(reduction, size):
+    """LBFGS compares losses, so that none of its forwards may be at other weights; a sum's term is not T times it."""
+    terms, values = {}, []
+    for strength in (0.0, 1.0):
+        torch._dynamo.reset()
+        model = made(strength=strength)
+        optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=4)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = cross_entropy(model, reduction=reduction)
+            loss.backward()
+            return loss
+
+        values += [optimizer.step(closure).item() for _ in range(8)]
+        terms[strength] = lotion_fx.report(model)
+    assert all(value < values[0] + 1e-6 for value in values)  # none is nan, nor is any of strength 1 far from 0's
+    tally = next(iter(registry.owned[model[0]].values())).smoothing.tally
+    assert [tally.measuring.size(weight) for weight in tally.weights] == pytest.approx([size] * 4, rel=0.02)
+    assert terms[1.0].size is None
+    assert ("times the count" in terms[1.0].unmeasured) == (reduction == "sum")
+    again = made()
+    lotion_fx.load_state_dict(again, lotion_fx.state_dict(model))
+    assert lotion_fx.report(again).unmeasured == terms[1.0].unmeasured
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_measurement_that_overflows_begins_anew(fused):
+    """A GradScaler skips the step that was to tell it, or a fused kernel does."""
+    model = made()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-30, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(40):
+        optimizer.zero_grad()
+        scaler.scale(cross_entropy(model)).backward()
+        if step in (1, 2, 3):  # the first steps that measure
+            model[0].weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+    plain = term_after(37)
+    assert lotion_fx.report(model).measurements == plain.measurements
+    assert lotion_fx.report(model).size[0] == pytest.approx(plain.size[0], rel=0.3)

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from lotion_fx import private, private_backward, private_ranks
-from lotion_fx.measuring import all_put_back
+from lotion_fx.measuring import step_may_be_skipped
 from lotion_fx.private_names import WHY
 from tests.models import MLP
 
@@ -274,7 +274,7 @@ def test_an_operator_tells_its_arguments():
 
 def test_the_scale_that_a_grad_scaler_divided_out_is_told_once():
     for _ in range(2):  # the second does nothing; other tests of this process find what `install` puts there
-        private.watch_grad_scaler(all_put_back)
+        private.watch_grad_scaler(step_may_be_skipped)
     p = nn.Parameter(torch.ones(2))
     optimizer, scaler = torch.optim.SGD([p], lr=0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(p.sum()).backward()

@@ -343,3 +343,41 @@ def test_a_checkpoint_s_first_step_of_a_new_optimizer_is_none_of_the_training():
     get_optimizer_state_dict(model, optimizer)
     assert lotion_fx.state_dict(model)["phases"][0]["steps"] == 0
     assert not lotion_fx.state_dict(model)["weights"]["head.weight"]["steps"]
+
+
+@pytest.mark.parametrize("curvature", ["factored", "fisher", "ggn"])
+@pytest.mark.parametrize("make", [adam, lambda model: torch.optim.SGD(model.parameters(), 1e-2)])
+def test_a_state_of_before_the_first_step_begins_anew(make, curvature):
+    """As a search for a learning rate loads it after its trial: the run is that without the trial, bit for bit."""
+    whole, optimizer = built(make=make, curvature=curvature, finish=0.7, steps=STEPS)
+    before = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
+    run(whole, optimizer, range(STEPS))
+    expected = [parameter.detach().clone() for parameter in whole.parameters()]
+    told = lotion_fx.report(whole).to_dict()
+    whole.load_state_dict(before[0])
+    optimizer.load_state_dict(before[1])
+    run(whole, optimizer, range(STEPS))
+    assert all(map(torch.equal, whole.parameters(), expected))
+    assert lotion_fx.report(whole).to_dict() == told
+
+
+def test_a_state_of_before_the_first_step_is_of_its_own_weights_alone():
+    """Where another optimizer goes on, phases do; what was calibrated by hand or loaded by hand stays."""
+    model, _ = built()
+    halves = [list(model.mlp.parameters()), [p for n, p in model.named_parameters() if not n.startswith("mlp")]]
+    optimizers = [torch.optim.AdamW(half, lr=1e-2) for half in halves]
+    before = copy.deepcopy(optimizers[0].state_dict())
+    for step in range(HALF):
+        lm_loss(model, ids(seed=step)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    saved = lotion_fx.state_dict(model)
+    optimizers[0].load_state_dict(before)
+    told = lotion_fx.state_dict(model)
+    assert told["phases"][0]["steps"] == HALF
+    assert told["weights"]["mlp.0.weight"]["ema"] is None and told["weights"]["mlp.0.weight"]["steps"] == 0
+    assert told["weights"]["head.weight"]["ema"] is not None and told["weights"]["head.weight"]["steps"] == HALF
+    lotion_fx.load_state_dict(model, saved)
+    optimizers[0].load_state_dict(before)
+    assert lotion_fx.state_dict(model)["weights"]["mlp.0.weight"]["steps"] == HALF
