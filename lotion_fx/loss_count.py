@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from lotion_fx import private_ranks
 from lotion_fx.residuals import Residuals
 
 
@@ -19,6 +24,7 @@ class LossCount:
         is_used: whether an optimizer took ``counted``; then the next of these passes begins a new one.
         rows: of the outputs of each forward since, as far as they have rows.
         passes: backward passes in ``counted``.
+        parts: the process group whose ranks have each a part of the outputs' rows; None where all have all.
         residuals: what the gradients at the outputs told, which is forgotten with it.
     """
 
@@ -27,6 +33,7 @@ class LossCount:
     is_used: bool = False
     rows: list[int] = field(default_factory=list)
     passes: int = 0
+    parts: Any = None
     residuals: Residuals = field(default_factory=Residuals)
 
     @property
@@ -38,6 +45,22 @@ class LossCount:
     def gave(self, rows: int) -> None:
         """A forward gave an output of so many rows, to which gradients may come."""
         self.rows.append(rows)
+
+    def gave_outputs(self, outputs: Iterable[Any]) -> None:
+        """A graph of a model that is divided over ranks gave these: a DTensor among them may hold some rows alone."""
+        first = next((x for x in outputs if isinstance(x, DTensor) and x.requires_grad and x.ndim), None)
+        if first is not None:
+            dims = range(max(first.ndim - 1, 1))
+            rows = [at for at, kind in enumerate(first.placements) if any(kind.is_shard(dim) for dim in dims)]
+            self.parts = private_ranks.mesh_group(first.device_mesh, rows)
+
+    def over_parts(self, count: Tensor) -> Tensor:
+        """T of the outputs' rows on all ranks that have some."""
+        if self.parts is None:
+            return count
+        count = count.clone()
+        dist.all_reduce(count, group=self.parts)
+        return count
 
     def add(self, count: Tensor, *, to_gradients: bool) -> None:
         """One backward pass counted so many. A row that several passes through one graph come to is one loss term."""

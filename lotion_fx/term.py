@@ -160,7 +160,7 @@ class Step:
 
     def _factors(self, shrunk: Tensor | float) -> Factors:
         count, scale = self._loss_count(), 1.0 if self.loss_scale is None else self._on(self.loss_scale)
-        total = self._over_ranks(count).float()
+        total = self._over_ranks(self.tally.terms.over_parts(count)).float()
         self.tally.counted(total)
         row = (total / scale**2).float()
         if self.settings.samples_labels:  # of the pass's own loss, which nothing scaled

@@ -110,6 +110,8 @@ class Variants:
         if tally.steps_inside is not None:
             args = tuple(_Later.apply(x) if i in compiled.probed else x for i, x in enumerate(args))
         outputs = self._differentiable_once(compiled.run(*args, *gains, *probes))
+        if tally.mesh is not None:
+            tally.terms.gave_outputs(outputs)
         has_node = self.backend.inner != "eager"
         tell_of_backward(outputs, tally, [weights[index] for index in compiled.probed if has_node])
         return outputs

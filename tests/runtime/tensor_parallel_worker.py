@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -18,6 +19,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+import lotion_fx
 from tests.models import counted
 from tests.runtime.distributed_worker import BATCH, STEPS, VOCAB, batch, regions_of, result
 
@@ -150,3 +152,19 @@ def tensor_parallel(
     torch.manual_seed(1)
     train(model, optimizer, *((rank // 2, world // 2) if data else (0, 1)))
     return result(model)
+
+
+def divided_rows(rank: int, world: int) -> dict[str, float]:
+    """A model on every rank, and a batch that is one DTensor over them."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("rows",))
+    return divided(distribute_module(MLP(), mesh), lambda x: distribute_tensor(x, mesh, [Shard(0)]))
+
+
+def divided(model: nn.Module, of: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """T of a step of regression on 8 x 5 rows."""
+    counted(model, "int4", inner="aot_eager")
+    x = torch.randn(8, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+    out = model(of(x))
+    F.mse_loss(out.full_tensor() if isinstance(out, DTensor) else out, x).backward()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    return {"terms": float(lotion_fx.state_dict(model)["phases"][0]["terms"])}

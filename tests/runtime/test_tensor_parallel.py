@@ -24,6 +24,8 @@ TWO = {
     "transformed before": job(before=True),
     "eager": job(inner="eager"),
     "blocks": job(how="blocks"),
+    "measured": job(calibrate=True),
+    "measured sequence": job(sequence=True, calibrate=True, optimizer="adam"),
     "full sequence": job(curvature="full", sequence=True),
     "fisher adam": job(curvature="fisher", optimizer="adam"),
     "fisher sgd": job(curvature="fisher"),
@@ -47,7 +49,8 @@ FOUR = {
     "fsdp blocks": job(data="fsdp", how="blocks"),
     "fsdp int8": job(data="fsdp", how="blocks and head", fmt="int8"),
 }
-GROUPS = ((FAST, 2), (TWO, 2), (FOUR, 4))
+ROWS = {"rows": (f"{tensor_parallel_worker.__name__}.divided_rows", {})}
+GROUPS = ((FAST | ROWS, 2), (TWO, 2), (FOUR, 4))
 slow = [pytest.param(name, marks=pytest.mark.slow) for name in (*TWO, *FOUR)]
 
 
@@ -70,3 +73,11 @@ def test_ranks_that_share_a_model_make_the_steps_of_one(name):
         torch.testing.assert_close(found["logits"], reference["logits"], rtol=1e-4, atol=1e-5)
         if "curvature" in found:
             assert_close(found["curvature"], reference["curvature"], 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:no compiled graph contains")
+def test_the_rows_of_all_ranks_are_counted():
+    torch._dynamo.reset()
+    assert tensor_parallel_worker.divided(tensor_parallel_worker.MLP(), lambda x: x) == {"terms": 40}
+    for found in launched(0)["rows"]:
+        assert found == {"terms": 40}, found
