@@ -24,7 +24,7 @@ from lotion_fx.passes.registered import register_contraction
 from lotion_fx.presets import preset
 from lotion_fx.saved import load_state_dict, state_dict
 from lotion_fx.suggestion import Suggestion, suggest
-from lotion_fx.switches import finish, full_precision, randomized
+from lotion_fx.switches import finish, full_precision, hold_codes, randomized
 from lotion_fx.transformation import training_loss, transform
 
 log_as_asked()
@@ -55,6 +55,7 @@ __all__ = [
     "finish",
     "formats",
     "full_precision",
+    "hold_codes",
     "load",
     "load_state_dict",
     "noise",

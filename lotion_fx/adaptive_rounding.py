@@ -102,7 +102,7 @@ def round_(
     ``batches``: one forward and one backward pass each, at the weights as they are, in ``eval()`` mode. The weights
     then are points of their formats: `eval()`, `quantized`, `quantize` and `export` take them as they are, bit for bit.
     So does whatever loads them from a ``state_dict``, for rounded to nearest they stay the same. To train on would move
-    them. Weights whose gradient shows no matrices are rounded to nearest, and the table says why.
+    them, but for `hold_codes`. Weights whose gradient shows no matrices are rounded to nearest, and the table says why.
 
     It talks to no other process: under DistributedDataParallel call it in one and export there, or in all with the same
     batches.

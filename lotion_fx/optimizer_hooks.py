@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lotion_fx import private, riding
+from lotion_fx import private, riding, scale_training
 from lotion_fx.by_hand import warn_of_reduction
 from lotion_fx.measuring import optimizer_comes, step_may_be_skipped
 from lotion_fx.missing import has_curvature, look_for_missing
@@ -74,6 +74,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, A
     if optimizer in _rehearsing:
         _rehearsing.discard(optimizer)
         riding.stay(optimizer)
+    scale_training.after_step(parameter for group in optimizer.param_groups for parameter in group["params"])
     if optimizer in _stepping:
         del _stepping[_stepping.index(optimizer) :]
 
@@ -189,6 +190,8 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
             Step(smoothing, optimizer, outside, unscaled_by, pending).run()
         if smoothing.settings.schedule.pulls and counts:
             pull(smoothing.tally, pairs, optimizer)
+        if smoothing.tally.phase.holds_codes:
+            scale_training.before_step(pairs, begins=counts)
         smoothing.tally.stepped([weight for weight, _ in pairs], counts=counts)
 
 

@@ -29,12 +29,14 @@ class Phase:
         forward: the training forward, see `Plan`.
         has_term: whether the expected-loss term is added.
         pulls: whether each step pulls the weights to their rounded values, see `pull`.
+        holds_codes: whether steps move scales alone, see `scale_training`.
     """
 
     name: str
     forward: str
     has_term: bool = False
     pulls: bool = False
+    holds_codes: bool = False
 
     @property
     def measures(self) -> bool:
@@ -52,6 +54,7 @@ PHASES = {
         Phase("ste", STE),
         Phase("rr", RR),
         Phase("cage", STE, pulls=True),
+        Phase("scales", STE, holds_codes=True),
     )
 }
 
@@ -61,6 +64,7 @@ METHODS: dict[str, Shares] = {
     "ste_scale": (("ste_scale", 1.0),),
     "rr": (("rr", 1.0),),
     "lotion": (("lotion", 1.0),),
+    "scales": (("scales", 1.0),),
     "cage": (("ste", 0.8), ("cage", 0.2)),  # the silent share of its authors' own runs
 }
 """Each method's phases."""
@@ -106,6 +110,11 @@ class Schedule:
     def pulls(self) -> bool:
         """Whether any phase pulls weights to their rounded values."""
         return any(PHASES[name].pulls for name, _ in self.shares)
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether any phase trains scales alone."""
+        return any(PHASES[name].holds_codes for name, _ in self.shares)
 
     @cached_property
     def term_begins(self) -> int:

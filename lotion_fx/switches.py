@@ -1,4 +1,4 @@
-"""What a user switches while training: the finishing phase, and the forward inside a context."""
+"""What a user switches while training: the last phase, and the forward inside a context."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from lotion_fx.passes.attach.attach import LATENT, RR
 from lotion_fx.scalars import check_flag
+from lotion_fx.scale_training import check_scales
 from lotion_fx.state import smoothings_of, weights_of
 
 
@@ -23,7 +24,24 @@ def finish(model: nn.Module, *, term: bool = True) -> None:
     check_flag("term", term)
     for smoothing in smoothings_of(model):
         smoothing.tally.measuring.put_back()
-        smoothing.tally.finish(term=term)
+        smoothing.tally.enter("finish" if term and smoothing.settings.schedule.has_term else "ste_scale")
+
+
+def hold_codes(model: nn.Module) -> None:
+    """From the next step on each weight keeps its codes, and the scale of each block is trained.
+
+    For the last part of a training, best after `round_`, whose cancelling errors stay as they are; beside all that is
+    not quantized. Forwards run at the rounded weights. The optimizer is the one that trains the weights, and its
+    learning rate is still that of weights, of which a scale follows the mean. As a part of a schedule, or of a training
+    of its own, it is the phase ``"scales"``. Of scales that are powers of two none moves.
+
+    Raises:
+        ValueError: all of the model's scales are powers of two.
+    """
+    check_scales(weight for weight in weights_of(model) if weight.selected)
+    for smoothing in smoothings_of(model):
+        smoothing.tally.measuring.put_back()
+        smoothing.tally.enter("scales")
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class Tally:
         settings, weights: the model's.
         steps: optimizer steps so far.
         reached: steps as the forward under way found them, which tell the phase.
-        chosen: the phase that `finish` began, which stays.
+        chosen: the phase that `finish` or `hold_codes` began, which stays.
         override: the forward inside `full_precision` or `randomized`.
         plain: whether terms are taken without strength and gains.
         calibrated: at which step.
@@ -202,9 +202,9 @@ class Tally:
 
     # --------------------------------------------------------------------------------------------------------- phases
 
-    def finish(self, *, term: bool) -> None:
-        """The last phase begins, with the term if there is one."""
-        self.chosen = "finish" if term and self.settings.schedule.has_term else "ste_scale"
+    def enter(self, phase: str) -> None:
+        """A phase begins by hand, and stays."""
+        self.chosen = phase
 
     def calibrated_now(self) -> None:
         self.calibrated = self.steps

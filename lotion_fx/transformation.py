@@ -21,6 +21,7 @@ from lotion_fx.numerics.formats import Format, resolve
 from lotion_fx.numerics.noise import NoiseLaw, resolve_noise
 from lotion_fx.parts import compile_parts
 from lotion_fx.sampling import check_placement, sample_first
+from lotion_fx.scale_training import check_scales
 from lotion_fx.settings import Settings
 from lotion_fx.state import Smoothing, registry, smoothings_of, weights_of
 from lotion_fx.variants import Backend
@@ -63,7 +64,8 @@ def transform(
             tied to them; see `formats`.
         method: ``"lotion"`` (full-precision forward plus the expected-loss term), ``"ste"`` (rounded forward, scale
             held), ``"ste_scale"`` (scale differentiated), ``"rr"`` (randomly rounded forward), ``"ptq"`` (plain
-            training) or ``"cage"`` (``"ste"``, with a pull to the rounded values in the last fifth of ``steps``).
+            training), ``"cage"`` (``"ste"``, with a pull to the rounded values in the last fifth of ``steps``) or
+            ``"scales"`` (codes held, the scales of blocks trained: see `hold_codes`).
         strength: factor of the expected-loss term; 1 is the expected loss itself.
         curvature: ``"factored"`` (two vectors a weight), ``"full"`` (a float a parameter, one more product a layer),
             ``"fisher"`` (the optimizer's second moment) or ``"ggn"`` (two vectors, by a pass of its own that draws the
@@ -82,10 +84,11 @@ def transform(
         schedule: the phases of one training, with shares that add to 1, as ``(("plain", 0.6), ("lotion", 0.2),
             ("ste_scale", 0.2))``; instead of ``method``. ``"plain"`` is what ``method="ptq"`` does, ``"lotion"``,
             ``"ste"``, ``"ste_scale"`` and ``"rr"`` what the methods do, ``"finish"`` is ``"ste_scale"`` with the
-            expected-loss term and ``"cage"`` is ``"ste"`` with the pull. ``"auto"`` chooses what was measured to be
-            good for ``fmt`` and ``noise``, see docs/accuracy.md. Curvature is gathered from the first phase with the
-            term on, and its size is measured from that phase's second step. A training whose optimizer was saved in a
-            plain phase, or under ``method="ptq"``, goes on under any schedule and format.
+            expected-loss term, ``"cage"`` is ``"ste"`` with the pull and ``"scales"`` what `hold_codes` does.
+            ``"auto"`` chooses what was measured to be good for ``fmt`` and ``noise``, see docs/accuracy.md. Curvature
+            is gathered from the first phase with the term on, and its size is measured from that phase's second step. A
+            training whose optimizer was saved in a plain phase, or under ``method="ptq"``, goes on under any schedule
+            and format.
         start: plain training for this first share of ``steps``, then ``method``.
         finish, finish_term: for the last share ``finish`` of ``steps``, the phase ``"finish"``, or without
             ``finish_term`` the phase ``"ste_scale"``; `finish` does it by hand.
@@ -148,6 +151,8 @@ def _find_weights(smoothing: Smoothing, model: nn.Module, fmt: Format, only: For
     """Takes in the model's weights, if all of them can be."""
     smoothing.weights.extend(weights_for(smoothing, model, fmt, only))
     check_weights(smoothing)
+    if smoothing.settings.schedule.holds_codes:
+        check_scales(smoothing.weights)
     check_placement(model, smoothing)
     for weight in smoothing.weights:
         registry.add(weight)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lotion_fx.examples.forking import after_plain
 from lotion_fx.examples.runlog import fingerprint
+from lotion_fx.numerics.formats import Format
 
 ROUNDINGS: dict[str, dict[str, Any]] = {
     "nearest": {},
@@ -38,6 +39,14 @@ SAID = {
 REST = 10.0
 """Biases and norms learn at so many times the learning rate of weights: better than 1, level with 30 (one seed)."""
 
+
+def scale_rate(fmt: Format) -> float:
+    """Over the weights' learning rate, that which trains scales by them: of 1, 3 and 10 the best (one seed)."""
+    if fmt.grid.bits <= 2 or not isinstance(fmt.block, int):
+        return 10.0
+    return 3.0 if fmt.grid.bits == 3 else 1.0
+
+
 REVISION = 1
 """Of what no recipe says: raise it where a change of the code changes what every run measures."""
 
@@ -57,7 +66,8 @@ class Recipe:
         learned: trained by `lsq`, from where its schedule's plain phase ends.
         rounded_first: of `ROUNDINGS`: it starts at weights that `lotion_fx.round_` has rounded.
         clipped: it starts at searched scales, with weights clipped to them, or under `lsq` the scales alone.
-        held: the quantized weights are, and all others are trained, at `REST` times the learning rate.
+        held: the quantized weights are, under ``method="scales"`` their codes alone, and all others are trained, at
+            `REST` times the learning rate.
         distills: from the end of its first phase on the loss is the divergence from the full-precision model at the
             end of its own training.
     """
@@ -71,6 +81,11 @@ class Recipe:
     clipped: bool = False
     held: bool = False
     distills: bool = False
+
+    @property
+    def trains_scales(self) -> bool:
+        """Whether codes are held and scales are trained, which powers of two cannot be."""
+        return self.arguments.get("method") == "scales"
 
     @property
     def first_share(self) -> float:
@@ -129,6 +144,12 @@ RECIPES: dict[str, Recipe] = {
     "rounded_rest": Recipe("`round_`, then the rest", {"method": "ste"}, rounded_first="descent", held=True),
     "searched_rest": Recipe(
         "`round_` at searched scales, then the rest", {"method": "ste"}, rounded_first="descent_searched", held=True
+    ),
+    "searched_scales": Recipe(
+        "`round_` at searched scales, then scales and the rest",
+        {"method": "scales"},
+        rounded_first="descent_searched",
+        held=True,
     ),
     "late_lotion": Recipe("full precision, LOTION", {"schedule": (("plain", 0.6), ("lotion", 0.4))}, BOTH),
     "late_start": Recipe(

@@ -16,6 +16,7 @@ from accuracy.setting import Setting
 from accuracy.training import Trainings
 from lotion_fx.examples import runlog
 
+POWERS_OF_TWO = ("mxfp4",)
 FORMATS = ("nvfp4", "int4/tensor", "mxfp4", "int3", "int2", "int4")
 
 
@@ -51,7 +52,7 @@ def jobs(setting: Setting, formats: Sequence[str], methods: Sequence[str], seeds
         yield Job(setting, "fp32", "ptq", "nearest", seed)
         for fmt in formats:
             for recipe, rounding in (rows()[method] for method in methods):
-                if recipe not in setting.left_out:
+                if recipe not in setting.left_out and not (RECIPES[recipe].trains_scales and fmt in POWERS_OF_TWO):
                     yield Job(setting, fmt, recipe, rounding, seed)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tqdm import tqdm
 import lotion_fx
 from accuracy.deployment import formats, holding, rounded
 from accuracy.lsq import deployed_state, learn_scales, rate, scales_of
-from accuracy.recipes import RECIPES, REST, Recipe
+from accuracy.recipes import RECIPES, REST, Recipe, scale_rate
 from accuracy.setting import Setting
 from lotion_fx.examples.forking import Checkpoint, after_plain
 from lotion_fx.examples.runlog import fingerprint
@@ -128,7 +128,7 @@ class Trainings:
         if recipe.rounded_first:
             start, _ = self.rounded(model.state_dict(), fmt, recipe.rounded_first, seed, "ptq")
             model.load_state_dict(start.state_dict())
-            for name in lotion_fx.quantized(start) if recipe.held else ():
+            for name in lotion_fx.quantized(start) if recipe.held and not recipe.trains_scales else ():
                 model.get_parameter(name).requires_grad_(False)
         for name, form in formats(self.setting, model.state_dict(), fmt).items() if recipe.clipped else ():
             model.get_parameter(name).data.copy_(clipped(model.get_parameter(name).detach(), form, -1))
@@ -136,9 +136,11 @@ class Trainings:
         arguments = self.setting.arguments(after_plain(recipe.arguments)[1])
         lotion_fx.transform(model, fmt, **arguments, steps=total, inner=self.setting.inner)
         weights = list(model.parameters())
-        optimizer = self.setting.optimizer(weights)
-        for group in optimizer.param_groups if recipe.held else ():
-            group["lr"] *= REST
+        scaled = [model.get_parameter(name) for name in lotion_fx.quantized(start)] if recipe.trains_scales else []
+        optimizer = self.setting.optimizer(weights if not scaled else _groups(weights, scaled))
+        rates = (REST, scale_rate(lotion_fx.resolve(fmt))) if recipe.held else ()
+        for group, factor in zip(optimizer.param_groups, rates, strict=False):
+            group["lr"] *= factor
         if fork:
             fork.resume(optimizer, weights)
         taught: dict[str, Any] = {}
@@ -191,3 +193,10 @@ class Trainings:
                 after_step(step)
 
             return self.setting.fit(model, seed, optimizer, begin, step_ended, **taught)
+
+
+def _groups(parameters: Iterable[Tensor], apart: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """Those that are trained in a group for an optimizer, those apart in another."""
+    apart = dict.fromkeys(apart)
+    rest = [parameter for parameter in parameters if parameter.requires_grad and parameter not in apart]
+    return [{"params": rest}, {"params": list(apart)}]
