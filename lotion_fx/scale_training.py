@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.numerics.rounding import compute_dtype, from_blocks, to_blocks
 from lotion_fx.numerics.scales import PowerOfTwoScale
+from lotion_fx.passes.attach.sharded import is_cut
+from lotion_fx.shards import local_of, settle, shared_amax
 from lotion_fx.state import Weight
 
 LEAST = 0.5
@@ -58,19 +59,22 @@ def before_step(pairs: Sequence[tuple[Weight, Tensor]], *, begins: bool) -> None
         begins: whether the step does; else its closure is called once more.
 
     Raises:
-        ValueError: a weight is sharded.
+        ValueError: shards cut a weight's blocks in two.
     """
     for weight, parameter in pairs:
-        if isinstance(parameter, DTensor):
+        if is_cut(weight.quantizer, parameter):
             raise ValueError(
-                f"phase 'scales': {weight.name!r} is sharded, and a shard may cut a block in two; train scales in one "
-                "process or under DistributedDataParallel"
+                f"phase 'scales': {weight.name!r} is sharded so that blocks are cut in two, and no rank can step its "
+                "part alone; train scales in one process, under DistributedDataParallel, or in a format whose blocks "
+                "shards leave whole"
             )
-        quantizer, grad = weight.quantizer, parameter.grad
-        assert grad is not None
+        settle(parameter)
+        quantizer = weight.quantizer
         if begins:
-            _moving[parameter] = quantizer, quantizer.rtn(parameter.detach())
-        rounded = _moving[parameter][1]
+            amax = next(iter(shared_amax(quantizer, parameter)), None)
+            _moving[parameter] = quantizer, quantizer.rtn(local_of(parameter), amax_tensor=amax)
+        assert parameter.grad is not None
+        grad, rounded = local_of(parameter.grad), _moving[parameter][1]
         grad.copy_(torch.zeros_like(grad) if _is_discrete(quantizer.format) else _along(grad, rounded, quantizer))
 
 
@@ -79,8 +83,8 @@ def after_step(parameters: Iterable[Any]) -> None:
     """Puts what an optimizer has stepped back on its codes."""
     for parameter in parameters if _moving else ():
         if (known := _moving.pop(parameter, None)) is not None:
-            quantizer, rounded = known
-            parameter.copy_(rounded if _is_discrete(quantizer.format) else _along(parameter, rounded, quantizer, LEAST))
+            (quantizer, rounded), local = known, local_of(parameter)
+            local.copy_(rounded if _is_discrete(quantizer.format) else _along(local, rounded, quantizer, LEAST))
 
 
 def _along(x: Tensor, rounded: Tensor, quantizer: Quantizer, least: float | None = None) -> Tensor:

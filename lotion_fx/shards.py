@@ -29,6 +29,13 @@ def local_of(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def settle(parameter: Tensor) -> None:
+    """Sums a gradient that every rank of tensor parallelism has a part of, as the optimizer would."""
+    grad = parameter.grad
+    if isinstance(parameter, DTensor) and isinstance(grad, DTensor) and grad.placements != parameter.placements:
+        parameter.grad = grad.redistribute(placements=parameter.placements)
+
+
 def sample(grad: Tensor, count: int = 32) -> Tensor:
     """A view of up to ``count`` evenly spaced elements of a gradient, of its local shard if it is a DTensor."""
     flat = local_of(grad).reshape(-1)

@@ -24,7 +24,7 @@ from lotion_fx.optimizers import ascending
 from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import HEADER, Code, Header
 from lotion_fx.passes.attach.sharded import gathered, is_cut
-from lotion_fx.shards import Ranks, local_of, part_of, sample, shared_amax
+from lotion_fx.shards import Ranks, local_of, part_of, sample, settle, shared_amax
 from lotion_fx.state import Smoothing, Weight
 from lotion_fx.update import FISHER, KEPT, MOMENT, SIZE, VECTOR, Spec, curvature_of, stored, total_of, update
 
@@ -118,7 +118,7 @@ class Step:
         self.optimizer, self.pairs, self.pending = optimizer, pairs, pending
         self.loss_scale = unscaled_by if unscaled_by is not None else pending
         for _, parameter in pairs:
-            _settle(parameter)
+            settle(parameter)
         self.ranks = {w: Ranks.of(p, self.tally.mesh) for w, p in pairs if isinstance(p, DTensor)}
         self.group = self.tally.group or next((ranks.batch for ranks in self.ranks.values() if ranks.batch), None)
         self.device = pairs[0][1].device
@@ -430,13 +430,6 @@ def _summed(group: Any, vectors: dict[Weight, Tensor]) -> dict[Weight, Tensor]:
     joined = torch.cat(list(vectors.values()))
     dist.all_reduce(joined, group=group)
     return dict(zip(vectors, joined.split([v.numel() for v in vectors.values()]), strict=True))
-
-
-def _settle(parameter: Tensor) -> None:
-    """Sums a gradient that every rank of tensor parallelism has a part of, as the optimizer would."""
-    grad = parameter.grad
-    if isinstance(parameter, DTensor) and isinstance(grad, DTensor) and grad.placements != parameter.placements:
-        parameter.grad = grad.redistribute(placements=parameter.placements)
 
 
 def _grad(parameter: Tensor) -> Tensor:

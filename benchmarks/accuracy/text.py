@@ -33,7 +33,7 @@ class Text:
     name: str = "text"
     pretrained: bool = False
     likelihood: str | None = None
-    left_out: frozenset[str] = frozenset({"rounded_ste", "rounded_rest", "searched_rest"})
+    left_out: frozenset[str] = frozenset({"rounded_ste", "rounded_rest", "searched_rest", "searched_scales"})
 
     @property
     def conditions(self) -> dict[str, Any]:

@@ -47,6 +47,9 @@ SLOW = {
     "fsdp tensor full": job("fsdp", fmt="int4/tensor", curvature="full"),
     "fsdp mxfp4": job("fsdp", fmt="mxfp4"),
     "fsdp int8": job("fsdp", fmt="int8"),
+    "fsdp scales": job("fsdp", method="scales", fmt="int4"),
+    "fsdp scales nvfp4": job("fsdp", method="scales"),
+    "ddp scales": job("ddp", method="scales", fmt="int4/tensor"),
     "ddp ragged full": job("ddp", loss="global count", curvature="full"),
     "ddp ragged fisher": job("ddp", loss="global count", curvature="fisher"),
     "ddp ragged means": job("ddp", loss="mean of means"),
@@ -90,11 +93,11 @@ def launched(group: int) -> dict[str, list[dict]]:
 
 
 @functools.cache
-def single(kind, fmt, inner, curvature, loss, regions, refresh=None):
+def single(kind, fmt, inner, curvature, loss, regions, refresh=None, method="lotion"):
     torch._dynamo.reset()
     # Means of its own parts in one process: these are its micro-batches.
     parts = 2 if loss == "mean of means" else 1
-    options = {"inner": inner, "curvature": curvature, "refresh": refresh}
+    options = {"inner": inner, "curvature": curvature, "refresh": refresh, "method": method}
     return distributed_worker.single(kind, regions, fmt, loss, parts, **options)
 
 
@@ -106,7 +109,8 @@ def ranks_and_reference(name):
     options = GROUPS[group][name][1]
     chosen = (options[key] for key in ("kind", "fmt", "inner", "curvature", "loss"))
     # FSDP's hooks on the root break its graph: without regions the blocks and the head are compiled by themselves.
-    return *ranks, single(*chosen, options.get("regions") or "blocks and head", options.get("refresh"))
+    more = {key: options[key] for key in ("refresh", "method") if key in options}
+    return *ranks, single(*chosen, options.get("regions") or "blocks and head", **more)
 
 
 def assert_close(mine, theirs, tolerance):

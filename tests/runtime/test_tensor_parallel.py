@@ -38,6 +38,8 @@ TWO = {
     "ste_scale": job(method="ste_scale", fmt="nvfp4"),
     "ste_scale tensor": job(method="ste_scale", fmt="int4/tensor"),
     "rr": job(method="rr"),
+    "scales": job(method="scales", optimizer="adam"),
+    "scales nvfp4": job(method="scales", fmt="nvfp4"),
 }
 FOUR = {
     "cut": job(),  # 16 columns a rank, half of a block
