@@ -103,6 +103,8 @@ class Before:
         """Makes a copied module the owner of its weights, and a copied model one that compiles."""
         self.is_copy = False
         if self.model is not None:
+            if isinstance(private.call_of(module), _FirstCall):
+                private.replace_call(module, None)  # regions are called by the module's own
             self.model.settle(module)
         for attribute, weight in self.weights.items():
             weight.is_owned_by(module, attribute)

@@ -23,7 +23,7 @@ class LossCount:
         elsewhere: by all others, as an attack on the inputs, gradients that are looked at, or taken by hand.
         is_used: whether an optimizer took ``counted``; then the next of these passes begins a new one.
         rows: of the outputs of each forward since, as far as they have rows.
-        passes: backward passes in ``counted``.
+        passes, passes_elsewhere: backward passes in ``counted`` and ``elsewhere``.
         parts: the process group whose ranks have each a part of the outputs' rows; None where all have all.
         residuals: what the gradients at the outputs told, which is forgotten with it.
     """
@@ -33,6 +33,7 @@ class LossCount:
     is_used: bool = False
     rows: list[int] = field(default_factory=list)
     passes: int = 0
+    passes_elsewhere: int = 0
     parts: Any = None
     residuals: Residuals = field(default_factory=Residuals)
 
@@ -71,6 +72,9 @@ class LossCount:
                 self.counted = self.counted.clamp(max=sum(self.rows))
         else:
             self.elsewhere = count if self.elsewhere is None else self.elsewhere + count
+            self.passes_elsewhere += 1
+            if self.passes_elsewhere > len(self.rows) > 0:
+                self.elsewhere = self.elsewhere.clamp(max=sum(self.rows))
 
     def keep(self, factor: Tensor) -> None:
         """Forgets all if the factor, 0-d, is not 1 but 0."""
@@ -80,10 +84,10 @@ class LossCount:
     def forget(self) -> None:
         """No step is to come of what was counted."""
         self.counted = self.elsewhere = None
-        self.rows, self.passes = [], 0
+        self.rows, self.passes, self.passes_elsewhere = [], 0, 0
         self.residuals.forget()
 
     def was_used(self) -> None:
         """An optimizer took it. One more may, of the same passes."""
         self.counted, self.elsewhere, self.is_used = self.value, None, True
-        self.rows, self.passes = [], 0
+        self.rows, self.passes, self.passes_elsewhere = [], 0, 0

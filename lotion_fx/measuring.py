@@ -183,6 +183,7 @@ class Measuring:
         self._walk = walked(self._since, steps)
         self.residuals.clear()
         self.next_at, self._is_told, self._since = steps + self._pause(steps), False, steps
+        self._to_look_at = set()  # a measurement looks at all
         for place, weight in enumerate(self.weights):
             if _can_be_measured(weight) and (parameter := weight.master) is not None:
                 local, amax = local_of(parameter), shared_amax(weight.quantizer, parameter)

@@ -163,6 +163,8 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
     is_left_out = bool(held) and _is_left_out(optimizer)
     optimizer_comes(optimizer, set() if is_left_out else {weight.smoothing.tally.measuring for _, weight in held})
     riding.before_step(optimizer, held)
+    if counts:
+        scale_training.forget(parameters)
     if is_left_out:
         return
     if held and _is_rehearsal(optimizer, [weight for _, weight in held]):
@@ -191,7 +193,7 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
         if smoothing.settings.schedule.pulls and counts:
             pull(smoothing.tally, pairs, optimizer)
         if smoothing.tally.phase.holds_codes:
-            scale_training.before_step(pairs, begins=counts)
+            scale_training.before_step(pairs, optimizer, begins=counts)
         smoothing.tally.stepped([weight for weight, _ in pairs], counts=counts)
 
 
@@ -205,7 +207,11 @@ def _is_left_out(optimizer: Any) -> bool:
 
 
 def _is_rehearsal(optimizer: Any, weights: Sequence[Weight]) -> bool:
-    """Whether torch.distributed.checkpoint makes a new optimizer fill its state: a step of nothing, before any call."""
-    if any(weight.smoothing.tally.forwards or weight.smoothing.settings.adopted for weight in weights):
+    """Whether torch.distributed.checkpoint makes an optimizer fill its state: a step of nothing, before any call.
+
+    Or at any time, of an optimizer whose state is empty.
+    """
+    if any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
         return False
-    return all(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups)
+    began = any(weight.smoothing.tally.forwards or weight.smoothing.settings.adopted for weight in weights)
+    return not began or riding.is_checkpointing()

@@ -353,12 +353,32 @@ def refresh_flat_weights(module: nn.Module) -> None:
 
 def replace_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Makes calling the module run something else."""
+    if call is not None and isinstance(module, nn.RNNBase):  # copied with all of its state, as no other module is
+        call = _CallOfOne(module, call)
     module._compiled_call_impl = call
 
 
 def replaced_call(module: nn.Module, call: Callable[..., Any]) -> bool:
     """Whether calling the module runs something compiled that is not this."""
-    return module._compiled_call_impl is not None and module._compiled_call_impl is not call
+    now = module._compiled_call_impl
+    return now is not None and (now.call if isinstance(now, _CallOfOne) else now) is not call
+
+
+class _CallOfOne:
+    """What calling a module runs, and calling a copy of it does not."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self.module, self.call = weakref.ref(module), call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self.module()))
+        return None if copied is None else vars(copied).get("_compiled_call_impl")
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 @contextlib.contextmanager

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lotion_fx.announcing import LOG
 from lotion_fx.saved import loaded_by_hand, restore, saved_of
 from lotion_fx.shards import local_of
 from lotion_fx.state import Smoothing, Weight, registry
-from lotion_fx.tally import Tally
 
 KEY = "lotion_fx"
 PAGE = 4096  # bytes; the text that stands before the curvature takes whole pages
 
 _known: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that tell our entries
+_filled: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # with an entry for parameters that are no weights
+_emptied: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # loaded with nothing after steps, and told of
 _waiting: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # loaded with entries of weights that nobody knows yet
 _without: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # loaded in mid-training without any
 
@@ -67,14 +67,19 @@ def take_in(optimizer: Optimizer) -> None:
     entries = [parameter for parameter, state in states.items() if KEY in state]
     _waiting.discard(optimizer)
     (_without.discard if entries or not states else _without.add)(optimizer)
-    if not optimizer.state:
-        _begin_anew(optimizer)
+    if not optimizer.state and optimizer in _known:  # a new one's may be loaded with itself, as Accelerate does
+        _tell_of_nothing(optimizer)
+    for parameter in entries:
+        if states[parameter][KEY].numel() == 1:  # of one that is no weight
+            _pop(optimizer, parameter)
+    entries = [parameter for parameter in entries if KEY in (optimizer.state.get(parameter) or ())]
     misfits: dict[str, list[str]] = {}
     for parameter, weight in zip(entries, registry.find(entries), strict=True):
         if weight is None:
             _waiting.add(optimizer)
             continue
         entry = _pop(optimizer, parameter)
+        _tells(optimizer)
         if weight.smoothing not in loaded_by_hand and (why := _restore(weight, entry)):
             misfits.setdefault(why, []).append(weight.name)
     for why, names in misfits.items():
@@ -85,22 +90,23 @@ def take_in(optimizer: Optimizer) -> None:
         )
 
 
-def _begin_anew(optimizer: Optimizer) -> None:
-    """An optimizer has loaded the state of before its first step, as after a search for a learning rate.
+def _tell_of_nothing(optimizer: Optimizer) -> None:
+    """Warns, once, where an optimizer that has stepped loads the state of before its first step.
 
-    Its weights have gathered nothing then; and where no other optimizer has stepped any, no step was taken.
+    Its training may begin anew, as after a search for a learning rate, or go on with fresh moments.
     """
-    mine = {weight for weight in registry.find(_parameters(optimizer)) if weight is not None}
-    for smoothing in {weight.smoothing for weight in mine} - set(loaded_by_hand):
-        stepped, tally = {weight for weight in smoothing.weights if weight.gathered.steps}, smoothing.tally
-        for weight in stepped & mine:
-            restore(weight, {"uses": None, "ema": None, "code": None, "gains": weight.gains, "steps": 0})
-        if stepped and stepped <= mine:
-            LOG.info("an optimizer has loaded the state of before its first step: curvature and phases begin anew too")
-            first = Tally(smoothing.settings, smoothing.weights).saved()
-            if tally.calibrated is not None:  # by hand, which stays
-                first |= {"calibrated": 0, "size": tally.measuring.saved()}
-            tally.restore(first)
+    found = [weight for weight in registry.find(_parameters(optimizer)) if weight is not None]
+    stepped = [w for w in found if w.gathered.steps and w.selected and w.smoothing not in loaded_by_hand]
+    if stepped and optimizer not in _emptied:
+        _emptied.add(optimizer)
+        tally = stepped[0].smoothing.tally
+        warnings.warn(
+            f"the optimizer has loaded an empty state, and lotion_fx goes on in phase {tally.phase.name!r} after "
+            f"{tally.steps} steps, with the curvature that it has: if the training begins anew, call "
+            "lotion_fx.load_state_dict(model, state) with lotion_fx.state_dict(model) of then; else "
+            "all is well",
+            stacklevel=2,
+        )
 
 
 def before_step(optimizer: Any, pairs: Iterable[tuple[Tensor, Weight]]) -> None:
@@ -111,16 +117,22 @@ def before_step(optimizer: Any, pairs: Iterable[tuple[Tensor, Weight]]) -> None:
         pairs: its parameters that are weights.
     """
     pairs = list(pairs)
-    if pairs and optimizer not in _known and isinstance(optimizer, Optimizer):
-        _known.add(optimizer)
-        optimizer.register_state_dict_post_hook(_tell)
-    for parameter, _ in pairs:
+    if pairs and isinstance(optimizer, Optimizer):
+        _tells(optimizer)
+    for parameter in _parameters(optimizer) if optimizer in _filled else [parameter for parameter, _ in pairs]:
         if KEY in (optimizer.state.get(parameter) or ()):
             _pop(optimizer, parameter)
     _waiting.discard(optimizer)
     _tell_missing(optimizer, [weight for _, weight in pairs])
     for smoothing in {weight.smoothing for _, weight in pairs}:
         loaded_by_hand.discard(smoothing)
+
+
+def _tells(optimizer: Optimizer) -> None:
+    """From now on an optimizer tells our entries with its state."""
+    if optimizer not in _known:
+        _known.add(optimizer)
+        optimizer.register_state_dict_post_hook(_tell)
 
 
 def stay(optimizer: Optimizer) -> None:
@@ -136,13 +148,18 @@ def _tell(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Adds our entries to an optimizer's state as it is told, and to its own where that is asked for its names."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     names_of = dict(zip(_parameters(optimizer), names, strict=True))
-    for parameter, entry in _entries(optimizer).items():
+    entries = _entries(optimizer)
+    if entries and is_checkpointing() and not any(set(own) - {KEY} for own in optimizer.state.values()):
+        # Which wants a state of all parameters or of none.
+        _filled.add(optimizer)
+        entries = {parameter: entries.get(parameter, torch.zeros(1, dtype=torch.uint8)) for parameter in names_of}
+    for parameter, entry in entries.items():
         state["state"][names_of[parameter]] = {**state["state"].get(names_of[parameter], {}), KEY: entry}
-        if _is_checkpointing():
+        if is_checkpointing():
             optimizer.state[parameter][KEY] = entry
 
 
-def _is_checkpointing() -> bool:
+def is_checkpointing() -> bool:
     """Whether torch.distributed.checkpoint asks, which looks for names in the optimizer's own state afterwards."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
@@ -155,8 +172,8 @@ def _entries(optimizer: Optimizer) -> dict[Tensor, Tensor]:
     """Our entries as they are now."""
     parameters = _parameters(optimizer)
     pairs = [(p, w) for p, w in zip(parameters, registry.find(parameters), strict=True) if w is not None and w.format]
-    # Where a state is empty an optimizer makes its moments, so it stays empty, unless no weight's ever holds anything.
-    stateful = [(p, w) for p, w in pairs if set(optimizer.state.get(p) or ()) - {KEY}]
+    # Where a state is empty an optimizer makes its moments, so it stays empty, unless steps have left it so.
+    stateful = [(p, w) for p, w in pairs if set(optimizer.state.get(p) or ()) - {KEY} or w.gathered.steps]
     phased: set[Smoothing] = set()
     entries = {}
     for parameter, weight in stateful or pairs:

@@ -5,6 +5,7 @@ the loss says of s, put back into the weight's place; and of what an optimizer m
 the part along w is taken after the step. So any optimizer trains scales, with the moments and the learning rate that it
 has for weights. What is deployed is the weight rounded to nearest, as ever, which gives these codes again.
 
+Codes of up to 6 bits stay to the last one. Of 8 bits some move by one where weights or scales are in half precision.
 A scale that is a power of two has nowhere near to go: such weights stay as they are. One in E4M3 moves in full
 precision, and rounds to E4M3 in each forward. In between, a step needs room for one copy of the weights.
 """
@@ -12,24 +13,51 @@ precision, and rounds to E4M3 in each forward. In between, a step needs room for
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.numerics.rounding import compute_dtype, from_blocks, to_blocks
 from lotion_fx.numerics.scales import PowerOfTwoScale
 from lotion_fx.passes.attach.sharded import is_cut
-from lotion_fx.shards import local_of, settle, shared_amax
+from lotion_fx.shards import absmax, local_of, settle, shared_amax
 from lotion_fx.state import Weight
 
-LEAST = 0.5
-"""No step makes a scale smaller than by this: none is to become zero, or change its sign."""
+LEAST, FLOOR = 0.5, 2.0**-10
+"""No step makes a scale smaller than by the first of these, and none makes it smaller than the second of the largest: a
+scale that would change its sign stays where a gradient can bring it back from."""
 
-_moving: dict[Tensor, tuple[Quantizer, Tensor]] = {}
-"""Parameters whose optimizer is stepping, with how they are rounded and their rounded values before."""
+TINY = 1e-30
+ALONG = 0.01
+"""How far from its codes, relatively, a block may lie and be taken to lie on them: half precision. One that does not,
+as before the first step, has its rounded values to start from."""
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A parameter before a step.
+
+    Args:
+        rounded: its values, rounded to nearest: of this rank's part.
+        share: of each block, [..., blocks, 1]: how much of the rounded values the values had along them.
+        start: what it steps from, 1 where it was not on its codes.
+        least: what it may come to.
+    """
+
+    quantizer: Quantizer
+    rounded: Tensor
+    share: Tensor
+    start: Tensor
+    least: Tensor
+
+
+_moving: dict[Tensor, _Before] = {}
+"""Parameters whose optimizer is stepping."""
 
 
 def check_scales(weights: Iterable[Weight]) -> None:
@@ -51,7 +79,7 @@ def _is_discrete(fmt: Format) -> bool:
 
 
 @torch.no_grad()
-def before_step(pairs: Sequence[tuple[Weight, Tensor]], *, begins: bool) -> None:
+def before_step(pairs: Sequence[tuple[Weight, Tensor]], optimizer: Any, *, begins: bool) -> None:
     """Leaves of each gradient what it says of the scales, just before an optimizer steps.
 
     Args:
@@ -59,9 +87,14 @@ def before_step(pairs: Sequence[tuple[Weight, Tensor]], *, begins: bool) -> None
         begins: whether the step does; else its closure is called once more.
 
     Raises:
-        ValueError: shards cut a weight's blocks in two.
+        ValueError: shards cut a weight's blocks in two, or nothing tells when the step is over.
     """
     for weight, parameter in pairs:
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(
+                f"phase 'scales': {weight.name!r} is updated by hand, and has to be put back on its codes after each "
+                "step; step with a torch.optim optimizer"
+            )
         if is_cut(weight.quantizer, parameter):
             raise ValueError(
                 f"phase 'scales': {weight.name!r} is sharded so that blocks are cut in two, and no rank can step its "
@@ -69,28 +102,60 @@ def before_step(pairs: Sequence[tuple[Weight, Tensor]], *, begins: bool) -> None
                 "shards leave whole"
             )
         settle(parameter)
-        quantizer = weight.quantizer
-        if begins:
-            amax = next(iter(shared_amax(quantizer, parameter)), None)
-            _moving[parameter] = quantizer, quantizer.rtn(local_of(parameter), amax_tensor=amax)
+        if begins or parameter not in _moving:
+            _moving[parameter] = _known_before(weight.quantizer, parameter)
         assert parameter.grad is not None
-        grad, rounded = local_of(parameter.grad), _moving[parameter][1]
-        grad.copy_(torch.zeros_like(grad) if _is_discrete(quantizer.format) else _along(grad, rounded, quantizer))
+        grad, known = local_of(parameter.grad), _moving[parameter]
+        if _is_discrete(known.quantizer.format):
+            grad.zero_()
+        else:
+            grad.copy_(_scaled(known, _share(grad, known.rounded, known.quantizer)))
 
 
 @torch.no_grad()
 def after_step(parameters: Iterable[Any]) -> None:
     """Puts what an optimizer has stepped back on its codes."""
     for parameter in parameters if _moving else ():
-        if (known := _moving.pop(parameter, None)) is not None:
-            (quantizer, rounded), local = known, local_of(parameter)
-            local.copy_(rounded if _is_discrete(quantizer.format) else _along(local, rounded, quantizer, LEAST))
+        if (known := _moving.pop(parameter, None)) is None:
+            continue
+        local, share = local_of(parameter), torch.ones_like(known.start)
+        if not _is_discrete(known.quantizer.format):
+            moved = _share(local, known.rounded, known.quantizer) - known.share
+            share = torch.maximum(known.start + moved, known.least)
+        local.copy_(_scaled(known, share))
 
 
-def _along(x: Tensor, rounded: Tensor, quantizer: Quantizer, least: float | None = None) -> Tensor:
-    """The part of each block that lies along its rounded values, no less than so many of these."""
-    fmt, axis = quantizer.format, quantizer.axis
-    values, blocks = (to_blocks(each, fmt, axis).to(compute_dtype(x)) for each in (x, rounded))
-    share = (values * blocks).sum(-1, keepdim=True) / blocks.square().sum(-1, keepdim=True).clamp(min=1e-30)
-    share = share if least is None else share.clamp(min=least)
-    return from_blocks(blocks * share, fmt, axis, x.shape).to(x.dtype)
+def forget(parameters: Iterable[Any]) -> None:
+    """Another step begins: what one that raised has left is of no use."""
+    for parameter in parameters if _moving else ():
+        _moving.pop(parameter, None)
+
+
+def _known_before(quantizer: Quantizer, parameter: Tensor) -> _Before:
+    local, amax = local_of(parameter), next(iter(shared_amax(quantizer, parameter)), None)
+    rounded = quantizer.rtn(local, amax_tensor=amax)
+    share = _share(local, rounded, quantizer)
+    values, nearest = (_blocks(each, quantizer) for each in (local, rounded))
+    rest = (values - nearest * share).square().sum(-1, keepdim=True)
+    is_along = rest <= ALONG**2 * values.square().sum(-1, keepdim=True)
+    start = torch.where(is_along, share, 1.0)
+    floor = FLOOR * absmax(parameter) / nearest.abs().amax(-1, keepdim=True).clamp(min=TINY)
+    return _Before(quantizer, rounded, share, start, torch.maximum(LEAST * start, torch.minimum(floor, start)))
+
+
+def _blocks(x: Tensor, quantizer: Quantizer) -> Tensor:
+    return to_blocks(x, quantizer.format, quantizer.axis).to(compute_dtype(x))
+
+
+def _share(x: Tensor, rounded: Tensor, quantizer: Quantizer) -> Tensor:
+    """Of each block of x, how much of the rounded values it has along them."""
+    values, nearest = _blocks(x, quantizer), _blocks(rounded, quantizer)
+    largest = nearest.abs().amax(-1, keepdim=True).clamp(min=TINY)
+    nearest = nearest / largest  # whose squares underflow nowhere
+    return (values * nearest).sum(-1, keepdim=True) / nearest.square().sum(-1, keepdim=True).clamp(min=TINY) / largest
+
+
+def _scaled(known: _Before, share: Tensor) -> Tensor:
+    """The rounded values, so much of each block, in their dtype."""
+    fmt, axis, rounded = known.quantizer.format, known.quantizer.axis, known.rounded
+    return from_blocks(_blocks(rounded, known.quantizer) * share, fmt, axis, rounded.shape).to(rounded.dtype)

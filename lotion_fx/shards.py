@@ -105,12 +105,18 @@ def shared_amax(quantizer: Quantizer, parameter: Tensor) -> list[Tensor]:
 
     All ranks must call it together.
     """
-    if not isinstance(parameter, DTensor) or not quantizer.format.law.two_level:
-        return []
-    local, mesh = local_of(parameter), parameter.device_mesh
+    is_needed = isinstance(parameter, DTensor) and quantizer.format.law.two_level
+    return [absmax(parameter)] if is_needed else []
+
+
+def absmax(parameter: Tensor) -> Tensor:
+    """The largest magnitude of a parameter over all its shards, 0-d float32. All ranks must call it together."""
+    local = local_of(parameter)
     amax = local.abs().amax().float() if local.numel() else torch.zeros((), dtype=torch.float32, device=local.device)
-    dist.all_reduce(amax, dist.ReduceOp.MAX, group=private_ranks.mesh_group(mesh, range(mesh.ndim)))
-    return [amax]
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        dist.all_reduce(amax, dist.ReduceOp.MAX, group=private_ranks.mesh_group(mesh, range(mesh.ndim)))
+    return amax
 
 
 def over_shards(sums: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -562,3 +562,53 @@ def test_the_block_axis_in_python_is_the_module_s(layer, axis, x):
     for _ in range(2):
         assert torch.equal(model(x), rounded(x))
     assert {row.block_axis for row in lotion_fx.report(model).rows if row.format} == {axis}
+
+
+class WithMemory(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.LSTM(32, 24, batch_first=True), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x[:, None])[0][:, 0])
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:no compiled graph contains")
+@pytest.mark.parametrize("make", [WithMemory, lambda: nn.LSTM(32, 24), lambda: nn.GRU(32, 24)])
+def test_a_copy_of_a_recurrent_model_has_its_own_weights(make):
+    """Whose modules copy all of their state, the compiled call too; and are pickled with it."""
+    model = lotion_fx.transform(make(), "int4", inner="aot_eager")
+    first = model(X)[0].detach()
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(clone(X)[0], first)
+    clone(X)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in clone.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.warns(UserWarning, match="was unpickled and runs at its full-precision weights"):
+        pickle.loads(pickle.dumps(model))(X)
+
+
+@pytest.mark.parametrize("regions", ["blocks", "some"])
+def test_a_copy_of_a_model_in_regions_runs(regions):
+    model = Stack()
+    lotion_fx.transform(model, "int4", inner="aot_eager", regions=regions if regions == "blocks" else [*model.layers])
+    expected = model(X)
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(X), expected)
+    clone(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in clone.parameters())
+    assert torch.equal(clone.eval()(X), model.eval()(X))

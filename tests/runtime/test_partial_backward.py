@@ -38,6 +38,20 @@ def by_hand(model, x, loss):
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
+def by_tasks(model, x, loss):
+    """As who weighs the gradients of several losses of one output against each other."""
+    parameters = list(model.parameters())
+    parts = [torch.autograd.grad(0.5 * loss, parameters, retain_graph=True) for _ in range(2)]
+    for parameter, first, second in zip(parameters, *parts, strict=True):
+        summed = first + second
+        parameter.grad = summed if parameter.grad is None else parameter.grad + summed
+
+
+def by_backwards(model, x, loss):
+    for _ in range(2):
+        (0.5 * loss).backward(retain_graph=True)
+
+
 def after_a_look(model, x, loss):
     """As who logs or balances gradients takes one."""
     torch.autograd.grad(loss, [next(model.parameters())], retain_graph=True)
@@ -80,6 +94,15 @@ def test_gradients_that_are_asked_for_alone_have_their_curvature(backward, break
     assert terms == same == 18
     assert len(rows) == 3
     for (term, estimator), (other, which) in zip(rows, others, strict=True):
+        assert which == estimator
+        assert other == pytest.approx(term, rel=1e-5)
+
+
+def test_several_passes_through_one_output_count_its_rows_once():
+    """Taken by `autograd.grad` as added by `backward()`."""
+    expected, seen = (told(trained(way, breaks=False)) for way in (by_backwards, by_tasks))
+    assert seen[0] == expected[0] == 18
+    for (term, estimator), (other, which) in zip(expected[1:], seen[1:], strict=True):
         assert which == estimator
         assert other == pytest.approx(term, rel=1e-5)
 

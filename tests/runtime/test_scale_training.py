@@ -197,3 +197,96 @@ def test_it_is_a_method_and_a_phase_of_schedules():
     assert all(torch.equal(before[name], after) for name, after in codes(model).items())
     assert not torch.equal(latent, model.up.weight)
     assert lotion_fx.report(lotion_fx.transform(MLP(), "int4", method="scales")).phase == "scales"
+
+
+def test_it_begins_at_the_rounded_values_whatever_came_before():
+    """Of latent weights far from any code, as after STE at 2 bits: a step of nothing leaves what is deployed."""
+    torch.manual_seed(0)
+    model = lotion_fx.transform(MLP(), "int2", method="ste", inner="aot_eager")
+    at = train(model, torch.optim.Adam(model.parameters(), 3e-3), 60)
+    before = codes(model)
+    lotion_fx.hold_codes(model)
+    assert train(model, torch.optim.Adam(model.parameters(), 0.0), 1) == pytest.approx(at, rel=1e-5)
+    assert train(model, torch.optim.Adam(model.parameters(), 1e-4), 1) == pytest.approx(at, rel=0.02)
+    assert all(torch.equal(before[name], after) for name, after in codes(model).items())
+
+
+def test_a_scale_that_would_change_its_sign_can_come_back():
+    """It stays above a floor, at codes that are the same, however long it is driven down."""
+    target = torch.randn(4, 20, generator=torch.Generator().manual_seed(1))
+    wrong = torch.cat([-target[:2], target[2:]])
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(20, 4, bias=False))
+    model[0].weight.data.copy_(wrong)
+    model = lotion_fx.transform(model, "int4", method="scales", inner="aot_eager")
+    before, optimizer = codes(model), torch.optim.Adam(model.parameters(), 1e-2)
+
+    def run(goal):
+        model.train()
+        for _ in range(300):
+            optimizer.zero_grad()
+            F.mse_loss(model(X), X @ goal.T).backward()
+            optimizer.step()
+
+    run(target)
+    driven = model[0].weight.detach().abs().amax(1)
+    assert 0 < driven[:2].max() < 0.01 * driven[2:].min()
+    run(wrong)
+    assert model[0].weight.detach().abs().amax(1)[:2].min() > 0.5
+    assert torch.equal(before["0.weight"], codes(model)["0.weight"])
+
+
+def test_a_step_that_raised_leaves_nothing_behind():
+    class Fails(torch.optim.SGD):
+        fails = True
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            if self.fails:
+                raise MemoryError
+            return super().step(closure)
+
+    model = rounded("int4")
+    lotion_fx.hold_codes(model)
+    optimizer = Fails(model.parameters(), 1e-2)
+    with pytest.raises(MemoryError):
+        train(model, optimizer, 1)
+    lotion_fx.finish(model)
+    optimizer.fails = False
+    before = model.up.weight.detach().clone()
+    train(model, optimizer, 1)
+    torch.testing.assert_close(model.up.weight.detach(), before - 1e-2 * model.up.weight.grad)
+
+
+def test_updates_by_hand_are_refused():
+    model = rounded("int4")
+    lotion_fx.hold_codes(model)
+    F.cross_entropy(model(X), LABELS).backward()
+    with pytest.raises(ValueError, match=r"phase 'scales': 'up.weight' is updated by hand.*torch.optim"):
+        lotion_fx.apply_term(model.parameters())
+
+
+class Sometimes(nn.Module):
+    """A layer that only some calls use."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(20, 16), nn.Linear(20, 16), nn.Linear(16, 7)
+
+    def forward(self, x, all_of_it):
+        return self.c(F.gelu(self.a(x) + (self.b(x) if all_of_it else 0)))
+
+
+def test_a_weight_that_a_closure_s_first_call_leaves_out():
+    torch._dynamo.reset()
+    model, calls = lotion_fx.transform(Sometimes(), "int4", method="scales", inner="aot_eager"), []
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=4)
+
+    def closure():
+        optimizer.zero_grad()
+        calls.append(F.cross_entropy(model(X, bool(calls)), LABELS))
+        calls[-1].backward()
+        return calls[-1]
+
+    optimizer.step(closure)
+    assert len(calls) > 1
