@@ -3,9 +3,10 @@
 No other module imports such a name or reads such an attribute, `private_names` has a reason for each, and the canary
 `tests/runtime/test_private.py` names the one which a release took away. This module knows torch alone.
 
-Not here: interfaces to processes and shards, in `private_ranks`; names of ATen's operators, which are a schema of their
-own; what Inductor asks of a CUDA device, which `kernels/emit/absent_cuda.py` replaces; Triton's compiler, which that
-file and `kernels/audit/aot.py` drive.
+Not here: processes and shards, in `private_ranks`; the backward pass, in `private_backward`; what is compiled ahead of
+time, in `private_packages`; names of ATen's operators, which are a schema of their own; what Inductor asks
+of a CUDA device, which `kernels/emit/absent_cuda.py` replaces; Triton's compiler, which that file and
+`kernels/audit/aot.py` drive.
 """
 
 # ruff: noqa: F401 - names are imported here for others
@@ -31,8 +32,8 @@ from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_module
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
-from torch._inductor import aoti_compile_and_package, aoti_load_package, list_mode_options, list_options
 from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options, list_options
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -434,24 +435,3 @@ def watch_grad_scaler(then: Callable[[], None]) -> None:
 
     unscale_._lotion_fx = True  # type: ignore[attr-defined]
     torch.amp.GradScaler.unscale_ = unscale_  # type: ignore[method-assign]
-
-
-# --- what is compiled ahead of time ---
-
-
-def compile_package(program: torch.export.ExportedProgram, path: str) -> None:
-    """Compiles an exported program into a .pt2 file, its constants as they are: freezing would make them dense."""
-    options = {"freezing": False, "aot_inductor.use_runtime_constant_folding": False}
-    aoti_compile_and_package(program, package_path=path, inductor_configs=options)
-
-
-def load_package(path: str) -> Callable[..., Any]:
-    """The function that a .pt2 file holds."""
-    loaded: Callable[..., Any] = aoti_load_package(path)
-    return loaded
-
-
-def constants_of(library: str) -> dict[str, Tensor]:
-    """The constants of a library for CPUs out of such a file, by their names in the program."""
-    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1)
-    return {name: constant.clone() for name, constant in runner.extract_constants_map(False).items()}

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom up; the longest name that fits holds
-    {"lotion_fx.private", "lotion_fx.private_backward", "lotion_fx.private_ranks", "lotion_fx.numerics"},
+    {f"lotion_fx.{name}" for name in ("private", "private_backward", "private_packages", "private_ranks", "numerics")},
     {"lotion_fx.kernels"},
     {"lotion_fx.passes"},
     {"lotion_fx"},

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lotion_fx
-from lotion_fx import private
+from lotion_fx import private_packages
 from tests.deploy.hf import distance, logits, make, rows, under
 from tests.models import MLP
 
@@ -65,8 +65,8 @@ def compiled(monkeypatch):
             file.write(b"")
         programs["last"] = program
 
-    monkeypatch.setattr(private, "compile_package", compile)
-    monkeypatch.setattr(private, "load_package", lambda path: programs["last"].module())
+    monkeypatch.setattr(private_packages, "compile_package", compile)
+    monkeypatch.setattr(private_packages, "load_package", lambda path: programs["last"].module())
     return programs
 
 
@@ -90,7 +90,7 @@ def test_the_traced_program_holds_codes_and_scales_alone(tmp_path, compiled, fmt
 def test_a_compiled_model_that_computes_something_else_is_an_error(tmp_path, compiled, monkeypatch):
     x = torch.randn(4, 20)
     model, _ = ready(MLP(), x, "int4")
-    monkeypatch.setattr(private, "load_package", lambda path: lambda x: 1.001 * compiled["last"].module()(x))
+    monkeypatch.setattr(private_packages, "load_package", lambda path: lambda x: 1.001 * compiled["last"].module()(x))
     with pytest.raises(ValueError, match="on example_inputs the compiled model differs by 1.0e-03"):
         lotion_fx.export(model, tmp_path / "model.pt2", "aoti", example_inputs=(x,))
     assert not any(tmp_path.iterdir())

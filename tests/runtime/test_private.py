@@ -14,7 +14,10 @@ from lotion_fx.private_names import WHY
 from tests.models import MLP
 
 ROOT = Path(__file__).parents[2]
-OWNERS = [ROOT / "lotion_fx" / name for name in ("private.py", "private_backward.py", "private_ranks.py")]
+OWNERS = [
+    ROOT / "lotion_fx" / name
+    for name in ("private.py", "private_backward.py", "private_packages.py", "private_ranks.py")
+]
 FILES = [path for folder in ("lotion_fx", "passes", "kernels", "examples") for path in (ROOT / folder).rglob("*.py")]
 # Underscored, and not PyTorch's: namedtuple's method, functools' class, Triton's autotuner that Inductor extends.
 OTHERS = {"_replace", "_lru_cache_wrapper", "_precompile_config"}

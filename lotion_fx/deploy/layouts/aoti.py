@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lotion_fx import private
+from lotion_fx import private_packages
 from lotion_fx.deploy.content import Content, first_tensor
 from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.layouts.tracing import arguments, traceable
@@ -62,16 +62,16 @@ class Aoti(Layout):
         program = torch.export.export(made, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder, f"model{self.suffix}")  # the compiler wants the suffix
-            private.compile_package(program, str(package))
+            private_packages.compile_package(program, str(package))
             place.write_bytes(package.read_bytes())
-            _compare(private.load_package(str(package))(*args, **kwargs), expected)
+            _compare(private_packages.load_package(str(package))(*args, **kwargs), expected)
         return dense
 
     def read(self, place: Path, content: Content) -> Iterator[tuple[str, Tensor]]:
         """From the constants of the compiled library, as torch extracts them."""
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(place) as package:
             (library,) = (name for name in package.namelist() if name.endswith(".so"))
-            constants = private.constants_of(package.extract(library, folder))
+            constants = private_packages.constants_of(package.extract(library, folder))
         for name, weight in content.weights.items():
             owner, _, attribute = name.rpartition(".")
             stem = f"{owner}.parametrizations.{attribute}.original".removeprefix(".")
@@ -82,7 +82,7 @@ class Aoti(Layout):
     def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
         """Inputs of the sizes that were compiled for."""
         args, kwargs = arguments(self.name, inputs if isinstance(inputs, (Mapping, tuple, list)) else (inputs,))
-        return first_tensor(private.load_package(str(place))(*args, **kwargs))
+        return first_tensor(private_packages.load_package(str(place))(*args, **kwargs))
 
 
 class Decoded(nn.Module):
