@@ -17,6 +17,8 @@ from lotion_fx.state import smoothings_of, weights_of
 def finish(model: nn.Module, *, term: bool = True) -> None:
     """Moves the training forward to rounded weights for the last part of training, scales differentiated.
 
+    An optimizer's state holds this from its next step on, as it holds all that a resume needs.
+
     Args:
         term: whether the expected-loss term stays on.
     """
@@ -33,7 +35,8 @@ def hold_codes(model: nn.Module) -> None:
     For the last part of a training, best after `round_`, whose cancelling errors stay as they are; beside all that is
     not quantized. Forwards run at the rounded weights. The optimizer is the one that trains the weights, and its
     learning rate is still that of weights, of which a scale follows the mean. As a part of a schedule, or of a training
-    of its own, it is the phase ``"scales"``. Of scales that are powers of two none moves.
+    of its own, it is the phase ``"scales"``. Of scales that are powers of two none moves. An optimizer's state holds
+    this from its next step on.
 
     Raises:
         ValueError: all of the model's scales are powers of two.
