@@ -403,6 +403,7 @@ class Measuring:
         self._order, self._own = [], _own_gains(0)
         if "offset" not in saved:  # of before: beliefs had another form, and all is measured anew
             self.begun = self.draws = self.next_at = 0
+            self.guess = None
             return
         self._since, known = saved["since"], {}
         values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)
