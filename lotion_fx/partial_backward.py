@@ -29,8 +29,8 @@ def tell_of_backward(outputs: Iterable[Any], tally: Tally, probed: Sequence[Weig
         probed: the weights whose probes its node has gradients of.
     """
     nodes = {x.grad_fn for x in outputs if isinstance(x, Tensor) and x.grad_fn is not None}
-    graph = next((found for node in nodes if (found := private_backward.graph_node(node)) is not None), None)
-    watch = _Watch(tally, probed, graph)
+    graphs = {found for node in nodes if (found := private_backward.graph_node(node)) is not None}
+    watch = _Watch(tally, probed, graphs)
     for node in nodes:
         node.register_prehook(watch)
 
@@ -38,10 +38,10 @@ def tell_of_backward(outputs: Iterable[Any], tally: Tally, probed: Sequence[Weig
 class _Watch:
     """Called before a backward pass comes through any output of a graph."""
 
-    def __init__(self, tally: Tally, probed: Sequence[Weight], graph: Any) -> None:
+    def __init__(self, tally: Tally, probed: Sequence[Weight], graphs: Iterable[Any]) -> None:
         self.tally = weakref.ref(tally)  # autograd's nodes are no place to keep a model, nor themselves
         self.weights = [weakref.ref(weight) for weight in probed]
-        self.graph = None if graph is None else weakref.ref(graph)
+        self.graphs = [weakref.ref(graph) for graph in graphs]  # one, and those before it whose outputs it passes on
         self.backward = -1
 
     def __call__(self, _: Any) -> None:
@@ -49,19 +49,22 @@ class _Watch:
         if tally is None:
             return
         tally.backward_comes()
-        graph = None if self.graph is None else self.graph()
         weights = [weight for known in self.weights if (weight := known()) is not None]
-        if graph is None or not weights or tally.sampling or self.backward == backward:
+        if not weights or tally.sampling or self.backward == backward:
             return
         self.backward = backward
         probe = weights[0].gathered.probe
-        if probe is not None and not private_backward.adds_to_grad_of(probe):
+        if probe is None or private_backward.adds_to_grad_of(probe):
+            return
+        for graph in [graph for known in self.graphs if (graph := known()) is not None]:
             _take_from(graph, tally, weights)
 
 
 def _take_from(graph: Any, tally: Tally, weights: Sequence[Weight]) -> None:
     """Takes the probes' gradients as soon as a graph's node has them, once."""
     places = private_backward.places_in(graph, [weight.gathered.probe for weight in weights])
+    if all(place is None for place in places):
+        return
 
     def arrived(gradients: Sequence[Tensor | None], _: Any) -> None:
         handle.remove()

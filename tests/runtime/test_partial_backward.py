@@ -124,3 +124,35 @@ def test_a_part_that_is_not_asked_for_gathers_nothing():
             optimizer.zero_grad()
         found.append(told(model))
     assert found[0] == found[1]
+
+
+class PassedOn(nn.Module):
+    """The second graph has an output that is a view of its input, the first's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(20, 7), nn.Linear(7, 7)
+
+    def forward(self, x):
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return x.view(3, 3, 7), self.second(x), x.view(-1)
+
+
+def test_a_graph_that_passes_on_what_another_made():
+    found = []
+    for backward in (plainly, by_inputs, by_hand):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = counted(PassedOn(), "int4", inner="aot_eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for _ in range(2):
+            a, b, c = model(X)
+            backward(model, X, F.cross_entropy(b, LABELS) + a.square().mean() + c.square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(told(model))
+    for terms, *rows in found:
+        assert terms == found[0][0]
+        assert [row[1] for row in rows] == [row[1] for row in found[0][1:]]
+        assert [row[0] for row in rows] == pytest.approx([row[0] for row in found[0][1:]], rel=1e-5)
