@@ -81,7 +81,7 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
         learn_in_python(smoothing, model, args, kwargs)
         tell_of_views(smoothing, model)
         count_rows(out, tally)
-        if tally.measuring.watches:
+        if tally.has_term and tally.measuring.watches:
             watch_residuals(out, tally)
         return out
 

@@ -139,7 +139,7 @@ class Measuring:
 
     @property
     def why_not(self) -> str:
-        """Why the term has its counted size, where it was to be measured; empty if it was, or was not to be."""
+        """Why the term's size was not measured, where it was to be; empty if it was, or was not to be."""
         if self.draws:
             return ""
         tried = self.begun or self.idle
@@ -245,7 +245,7 @@ class Measuring:
     @property
     def watches(self) -> bool:
         """Whether the gradients at the outputs are to tell of the loss in the step under way."""
-        return self.is_holding or (bool(self._left_off) and not self.draws and self.guess is None)
+        return self.is_holding or (bool(self._left_off) and self.begun <= 1 and self.guess is None)
 
     def _expect(self, loss_count: Tensor | None, loss_scale: Tensor | None, group: Any, device: torch.device) -> None:
         """Before anything was measured: what the size may be expected to be, see `residuals.size_told`."""

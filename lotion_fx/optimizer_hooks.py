@@ -120,7 +120,8 @@ def apply_term(parameters: Iterable[Tensor]) -> None:
 
     Raises:
         TypeError: they are no iterable of tensors.
-        ValueError: none of them is a transformed model's weight, or none of these has a ``.grad``.
+        ValueError: none of them is a transformed model's weight, or none of these has a ``.grad``; or the phase is
+            ``"scales"``, in which weights are put back on their codes after an optimizer's step.
     """
     if isinstance(parameters, (Tensor, nn.Module, str)) or not isinstance(parameters, Iterable):
         raise TypeError(f"parameters={shown(parameters)}: expected an iterable of tensors, such as model.parameters()")
@@ -163,7 +164,7 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
     is_left_out = bool(held) and _is_left_out(optimizer)
     optimizer_comes(optimizer, set() if is_left_out else {weight.smoothing.tally.measuring for _, weight in held})
     riding.before_step(optimizer, held)
-    if counts:
+    if counts and len(_stepping) <= 1:  # else it is a part of the step around it
         scale_training.forget(parameters)
     if is_left_out:
         return
@@ -209,9 +210,9 @@ def _is_left_out(optimizer: Any) -> bool:
 def _is_rehearsal(optimizer: Any, weights: Sequence[Weight]) -> bool:
     """Whether torch.distributed.checkpoint makes an optimizer fill its state: a step of nothing, before any call.
 
-    Or at any time, of an optimizer whose state is empty.
+    Or at any time, inside that: it does so at each reading of a state that is empty.
     """
-    if any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
-        return False
     began = any(weight.smoothing.tally.forwards or weight.smoothing.settings.adopted for weight in weights)
-    return not began or riding.is_checkpointing()
+    if began and not riding.is_checkpointing():
+        return False
+    return all(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups)

@@ -338,7 +338,8 @@ def plain_call(module: nn.Module) -> Callable[..., Any]:
 
 def call_of(module: nn.Module) -> Callable[..., Any]:
     """What calling the module runs: its compiled call, where it has one."""
-    return module._compiled_call_impl or plain_call(module)
+    now = module._compiled_call_impl or plain_call(module)
+    return now.call if isinstance(now, _CallOfOne) else now
 
 
 def before_of(module: nn.Module) -> Any:

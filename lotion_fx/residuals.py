@@ -1,4 +1,4 @@
-"""What the gradients at a model's outputs tell of its loss, in a step that measures."""
+"""What the gradients at a model's outputs tell of its loss, in a step that measures or guesses the term's size."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from lotion_fx import private_backward
 DOUBT = 4.0
 """By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
 
+MOST = 1024
+"""Backward passes of one step that are told apart."""
+
 
 class Residuals:
     """Sums over the rows of the outputs, of the backward passes whose gradients the step under way is to have."""
@@ -21,7 +24,7 @@ class Residuals:
         self._of: dict[int, Tensor] = {}  # of each pass
 
     def arrived(self, norms: Tensor, energies: Tensor, likely: Tensor, weights: Tensor) -> None:
-        """The gradients of a model's outputs arrived in a backward pass that measures.
+        """The gradients of a model's outputs arrived in a backward pass.
 
         Args:
             norms, energies: 0-d, the sum over rows of the gradient's norm and of its square.
@@ -29,6 +32,8 @@ class Residuals:
         """
         now, backward = torch.stack([norms, energies, likely, weights]).double(), private_backward.current_backward()
         self._of[backward] = self._of[backward] + now if backward in self._of else now
+        if len(self._of) > MOST:  # no step takes them
+            del self._of[next(iter(self._of))]
 
     def keep(self, factor: Tensor) -> None:
         """Forgets the passes before the one under way if the factor, 0-d, is not 1 but 0."""

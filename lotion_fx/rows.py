@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from lotion_fx import private_backward
 from lotion_fx.private import tree_leaves
 from lotion_fx.recognition import row_weights
+from lotion_fx.shards import local_of
 from lotion_fx.tally import Tally
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def count_rows(out: Any, tally: Tally) -> None:
     learning = [weight for weight in tally.weights if _learns(weight)]
     if leaves and learning:
         leaf = next((leaf for leaf in leaves if leaf.dim() > 1), leaves[0])
-        rows = leaf.shape[: leaf.dim() - 1 or 1].numel()
+        rows = local_of(leaf).shape[: leaf.dim() - 1 or 1].numel()
         tally.terms.gave(rows)
         if not tally.counted_in_graph:
             every = torch.full((), rows, dtype=torch.float32, device=leaf.device)
@@ -68,7 +69,7 @@ def _learns(weight: Weight) -> bool:
 
 
 def watch_residuals(out: Any, tally: Tally) -> None:
-    """Tells a step that measures the term what the gradients of the model's outputs are, row by row, and of weights.
+    """Tells a step that measures the term, or guesses its size, what gradients outputs have, row by row, and weights.
 
     Args:
         out: what the model returned, tensors in any nesting.
@@ -98,5 +99,5 @@ def _whole(told: Tensor) -> Tensor:
 def _rows(grad: Tensor | None, every: Tensor) -> Tensor:
     if grad is None:
         return every
-    nonzero = grad.ne(0)
+    nonzero = local_of(grad).ne(0)
     return (nonzero.any(-1) if grad.dim() > 1 else nonzero).sum().float()

@@ -7,7 +7,8 @@ has for weights. What is deployed is the weight rounded to nearest, as ever, whi
 
 Codes of up to 6 bits stay to the last one. Of 8 bits some move by one where weights or scales are in half precision.
 A scale that is a power of two has nowhere near to go: such weights stay as they are. One in E4M3 moves in full
-precision, and rounds to E4M3 in each forward. In between, a step needs room for one copy of the weights.
+precision, and rounds to E4M3 in each forward. A step needs room for one copy of the weights. Weights are back on their
+codes when `step` returns, not yet for hooks that an optimizer itself runs after its step.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ scale that would change its sign stays where a gradient can bring it back from."
 TINY = 1e-30
 ALONG = 0.01
 """How far from its codes, relatively, a block may lie and be taken to lie on them: half precision. One that does not,
-as before the first step, has its rounded values to start from."""
+as before the first step, takes its rounded values."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,11 @@ class _Before:
 
     Args:
         rounded: its values, rounded to nearest: of this rank's part.
-        share: of each block, [..., blocks, 1]: how much of the rounded values the values had along them.
-        start: what it steps from, 1 where it was not on its codes.
-        least: what it may come to.
+        least: how much of these each block may come to, [..., blocks, 1].
     """
 
     quantizer: Quantizer
     rounded: Tensor
-    share: Tensor
-    start: Tensor
     least: Tensor
 
 
@@ -103,7 +100,7 @@ def before_step(pairs: Sequence[tuple[Weight, Tensor]], optimizer: Any, *, begin
             )
         settle(parameter)
         if begins or parameter not in _moving:
-            _moving[parameter] = _known_before(weight.quantizer, parameter)
+            _moving[parameter] = _put_on_codes(weight.quantizer, parameter)
         assert parameter.grad is not None
         grad, known = local_of(parameter.grad), _moving[parameter]
         if _is_discrete(known.quantizer.format):
@@ -118,11 +115,11 @@ def after_step(parameters: Iterable[Any]) -> None:
     for parameter in parameters if _moving else ():
         if (known := _moving.pop(parameter, None)) is None:
             continue
-        local, share = local_of(parameter), torch.ones_like(known.start)
-        if not _is_discrete(known.quantizer.format):
-            moved = _share(local, known.rounded, known.quantizer) - known.share
-            share = torch.maximum(known.start + moved, known.least)
-        local.copy_(_scaled(known, share))
+        local = local_of(parameter)
+        if _is_discrete(known.quantizer.format):
+            local.copy_(known.rounded)
+        else:
+            local.copy_(_scaled(known, torch.maximum(_share(local, known.rounded, known.quantizer), known.least)))
 
 
 def forget(parameters: Iterable[Any]) -> None:
@@ -131,16 +128,18 @@ def forget(parameters: Iterable[Any]) -> None:
         _moving.pop(parameter, None)
 
 
-def _known_before(quantizer: Quantizer, parameter: Tensor) -> _Before:
+def _put_on_codes(quantizer: Quantizer, parameter: Tensor) -> _Before:
+    """Puts a parameter's blocks on their codes, each that does not lie there, and knows it so."""
     local, amax = local_of(parameter), next(iter(shared_amax(quantizer, parameter)), None)
     rounded = quantizer.rtn(local, amax_tensor=amax)
-    share = _share(local, rounded, quantizer)
-    values, nearest = (_blocks(each, quantizer) for each in (local, rounded))
+    values, nearest, share = _blocks(local, quantizer), _blocks(rounded, quantizer), _share(local, rounded, quantizer)
     rest = (values - nearest * share).square().sum(-1, keepdim=True)
     is_along = rest <= ALONG**2 * values.square().sum(-1, keepdim=True)
-    start = torch.where(is_along, share, 1.0)
+    start = from_blocks(torch.where(is_along, values, nearest), quantizer.format, quantizer.axis, local.shape)
+    local.copy_(start.to(local.dtype))
+    share = torch.where(is_along, share, 1.0)
     floor = FLOOR * absmax(parameter) / nearest.abs().amax(-1, keepdim=True).clamp(min=TINY)
-    return _Before(quantizer, rounded, share, start, torch.maximum(LEAST * start, torch.minimum(floor, start)))
+    return _Before(quantizer, rounded, torch.maximum(LEAST * share, torch.minimum(floor, share)))
 
 
 def _blocks(x: Tensor, quantizer: Quantizer) -> Tensor:

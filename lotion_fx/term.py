@@ -122,6 +122,8 @@ class Step:
         self.ranks = {w: Ranks.of(p, self.tally.mesh) for w, p in pairs if isinstance(p, DTensor)}
         self.group = self.tally.group or next((ranks.batch for ranks in self.ranks.values() if ranks.batch), None)
         self.device = pairs[0][1].device
+        told = self.tally.loss_count
+        self.loss_count = None if told is None else self.tally.terms.over_parts(told)
         self.noisy: set[Weight] = set()
         self.groups: dict[Tensor, dict[str, Any]] = {}
         self.moment_factors: dict[tuple[Tensor | float, float], Tensor] = {}
@@ -133,7 +135,7 @@ class Step:
                 weight.curvature.moment = local_of(moment)
                 weight.gathered.moment_has(self._steps_before(weight, parameter), self._decay(parameter))
         tally = self.tally
-        known = self.pending, self.loss_scale, tally.loss_count, self.group
+        known = self.pending, self.loss_scale, self.loss_count, self.group
         self.noisy = tally.measuring.observe(self.pairs, self.optimizer, *known, curvature_of, total_of)
         shrunk = self._shrunk()
         factors = self._factors(shrunk)
@@ -160,7 +162,7 @@ class Step:
 
     def _factors(self, shrunk: Tensor | float) -> Factors:
         count, scale = self._loss_count(), 1.0 if self.loss_scale is None else self._on(self.loss_scale)
-        total = self._over_ranks(self.tally.terms.over_parts(count)).float()
+        total = self._over_ranks(count).float()
         self.tally.counted(total)
         row = (total / scale**2).float()
         if self.settings.samples_labels:  # of the pass's own loss, which nothing scaled
@@ -197,7 +199,7 @@ class Step:
 
     def _loss_count(self) -> Tensor:
         """T: loss terms of the step on this rank, counted where its backward passes began."""
-        count = self.tally.loss_count
+        count = self.loss_count
         if count is None:
             if self.tally.term_steps == 0 and self.tally.steps_inside != self.tally.forwards:
                 warnings.warn(f"{_UNCOUNTED}; {self._why_uncounted()}", stacklevel=2)

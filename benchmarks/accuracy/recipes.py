@@ -41,7 +41,7 @@ REST = 10.0
 
 
 def scale_rate(fmt: Format) -> float:
-    """Over the weights' learning rate, that which trains scales by them: of 1, 3 and 10 the best (one seed)."""
+    """Over the weights' learning rate, that which trains scales by them: the best of 1, 3 and 10 (one seed)."""
     if fmt.grid.bits <= 2 or not isinstance(fmt.block, int):
         return 10.0
     return 3.0 if fmt.grid.bits == 3 else 1.0

@@ -157,14 +157,22 @@ def tensor_parallel(
 def divided_rows(rank: int, world: int) -> dict[str, float]:
     """A model on every rank, and a batch that is one DTensor over them."""
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("rows",))
-    return divided(distribute_module(MLP(), mesh), lambda x: distribute_tensor(x, mesh, [Shard(0)]))
+
+    def cut(x: Tensor) -> Tensor:
+        return distribute_tensor(x, mesh, [Shard(0)])
+
+    ways = {"graph": ("aot_eager", 1), "graph, two passes": ("aot_eager", 2), "Python": ("eager", 1)}
+    return {way: divided(distribute_module(MLP(), mesh), cut, *how) for way, how in ways.items()}
 
 
-def divided(model: nn.Module, of: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """T of a step of regression on 8 x 5 rows."""
-    counted(model, "int4", inner="aot_eager")
+def divided(model: nn.Module, of: Callable[[Tensor], Tensor], inner: str = "aot_eager", passes: int = 1) -> float:
+    """T of a step of regression on 8 x 5 rows, in so many backward passes through one output."""
+    torch._dynamo.reset()
+    counted(model, "int4", inner=inner)
     x = torch.randn(8, 5, WIDTH, generator=torch.Generator().manual_seed(0))
     out = model(of(x))
-    F.mse_loss(out.full_tensor() if isinstance(out, DTensor) else out, x).backward()
+    loss = F.mse_loss(out.full_tensor() if isinstance(out, DTensor) else out, x) / passes
+    for _ in range(passes):
+        loss.backward(retain_graph=passes > 1)
     torch.optim.SGD(model.parameters(), lr=0.0).step()
-    return {"terms": float(lotion_fx.state_dict(model)["phases"][0]["terms"])}
+    return float(lotion_fx.state_dict(model)["phases"][0]["terms"])

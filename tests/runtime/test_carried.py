@@ -612,3 +612,20 @@ def test_a_copy_of_a_model_in_regions_runs(regions):
     clone(X).sum().backward()
     assert all(parameter.grad is not None for parameter in clone.parameters())
     assert torch.equal(clone.eval()(X), model.eval()(X))
+
+
+class RecurrentRoot(nn.LSTM):
+    def __init__(self) -> None:
+        super().__init__(32, 24)
+        self.head = nn.Sequential(nn.Linear(24, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(super().forward(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:no compiled graph contains")
+def test_a_copy_of_a_recurrent_model_in_regions_runs():
+    model = RecurrentRoot()
+    lotion_fx.transform(model, "int4", inner="aot_eager", regions=[model.head])
+    expected = model(X)
+    torch.testing.assert_close(copy.deepcopy(model)(X), expected)

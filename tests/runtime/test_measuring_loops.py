@@ -267,3 +267,21 @@ def test_a_measurement_that_overflows_begins_anew(fused):
     plain = term_after(37)
     assert lotion_fx.report(model).measurements == plain.measurements
     assert lotion_fx.report(model).size[0] == pytest.approx(plain.size[0], rel=0.3)
+
+
+@pytest.mark.parametrize("options", [{"method": "ste"}, {"schedule": (("plain", 0.9), ("lotion", 0.1)), "steps": 100}])
+def test_where_no_term_is_nothing_is_gathered_for_its_size(options):
+    torch._dynamo.reset()
+    model = made(**options)
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(model)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    tally = next(iter(registry.owned[model[0]].values())).smoothing.tally
+    assert tally.measuring.residuals.taken() is None

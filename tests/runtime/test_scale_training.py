@@ -20,7 +20,7 @@ STEPS = 20
 
 
 def rounded(fmt, **options):
-    """A model whose weights are on their grids, in the phase."""
+    """A model whose weights are on their grids."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = lotion_fx.transform(MLP(), fmt, method="ptq", inner="aot_eager", **options)
@@ -288,5 +288,30 @@ def test_a_weight_that_a_closure_s_first_call_leaves_out():
         calls[-1].backward()
         return calls[-1]
 
+    before = codes(model)
     optimizer.step(closure)
     assert len(calls) > 1
+    assert all(torch.equal(before[name], after) for name, after in codes(model).items())
+
+
+class Around(torch.optim.Optimizer):
+    """Steps another inside its own step, as ZeroRedundancyOptimizer does."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 3e-3})
+        self.inner = torch.optim.Adam(self.param_groups[0]["params"], 3e-3)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.inner.step()
+
+
+def test_an_optimizer_that_steps_another():
+    models = [rounded("int4"), rounded("int4")]
+    before = codes(models[0])
+    for model, make in zip(models, (Around, lambda p: torch.optim.Adam(p, 3e-3)), strict=True):
+        lotion_fx.hold_codes(model)
+        train(model, make(list(model.parameters())))
+    assert all(torch.equal(before[name], after) for name, after in codes(models[0]).items())
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(mine, theirs)
