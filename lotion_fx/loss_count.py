@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private_ranks
 from lotion_fx.residuals import Residuals
+from lotion_fx.shards import summed
 
 
 @dataclass
@@ -57,11 +57,7 @@ class LossCount:
 
     def over_parts(self, count: Tensor) -> Tensor:
         """T of the outputs' rows on all ranks that have some."""
-        if self.parts is None:
-            return count
-        count = count.clone()
-        dist.all_reduce(count, group=self.parts)
-        return count
+        return summed(count, self.parts)
 
     def add(self, count: Tensor, *, to_gradients: bool) -> None:
         """One backward pass counted so many. A row that several passes through one graph come to is one loss term."""

@@ -39,7 +39,7 @@ from lotion_fx.held import Held, clipping_of, gradient_of, is_partial, narrowed,
 from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.passes.attach.sharded import is_cut
 from lotion_fx.residuals import Residuals, size_told
-from lotion_fx.shards import local_of, over_shards, sample, shared_amax
+from lotion_fx.shards import local_of, over_shards, sample, shared_amax, summed
 
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
@@ -254,8 +254,7 @@ class Measuring:
         seen = torch.zeros(5, dtype=torch.float64, device=device)
         if (told := self.residuals.taken()) is not None and (loss_count is not None or not self.counts):
             seen[:4], seen[4] = told, 0.0 if loss_count is None else loss_count
-        if group is not None:
-            dist.all_reduce(seen, group=group)
+        seen = summed(seen, group)
         ranks = 1 if group is None else dist.get_world_size(group)
         scale = 1.0 if loss_scale is None else float(loss_scale)
         self.guess = size_told(seen.tolist(), scale, ranks, counts=self.counts)

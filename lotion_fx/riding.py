@@ -148,14 +148,14 @@ def _tell(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Adds our entries to an optimizer's state as it is told, and to its own where that is asked for its names."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     names_of = dict(zip(_parameters(optimizer), names, strict=True))
-    entries = _entries(optimizer)
-    if entries and is_checkpointing() and not any(set(own) - {KEY} for own in optimizer.state.values()):
+    entries, stays = _entries(optimizer), is_checkpointing()
+    if entries and stays and not any(set(own) - {KEY} for own in optimizer.state.values()):
         # Which wants a state of all parameters or of none.
         _filled.add(optimizer)
         entries = {parameter: entries.get(parameter, torch.zeros(1, dtype=torch.uint8)) for parameter in names_of}
     for parameter, entry in entries.items():
         state["state"][names_of[parameter]] = {**state["state"].get(names_of[parameter], {}), KEY: entry}
-        if is_checkpointing():
+        if stays:
             optimizer.state[parameter][KEY] = entry
 
 

@@ -29,6 +29,15 @@ def local_of(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def summed(value: Tensor, group: Any) -> Tensor:
+    """A value summed over the ranks of a process group, which must call it together; as it is of no group."""
+    if group is None:
+        return value
+    value = value.clone()
+    dist.all_reduce(value, group=group)
+    return value
+
+
 def settle(parameter: Tensor) -> None:
     """Sums a gradient that every rank of tensor parallelism has a part of, as the optimizer would."""
     grad = parameter.grad

@@ -24,7 +24,7 @@ from lotion_fx.optimizers import ascending
 from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import HEADER, Code, Header
 from lotion_fx.passes.attach.sharded import gathered, is_cut
-from lotion_fx.shards import Ranks, local_of, part_of, sample, settle, shared_amax
+from lotion_fx.shards import Ranks, local_of, part_of, sample, settle, shared_amax, summed
 from lotion_fx.state import Smoothing, Weight
 from lotion_fx.update import FISHER, KEPT, MOMENT, SIZE, VECTOR, Spec, curvature_of, stored, total_of, update
 
@@ -162,7 +162,7 @@ class Step:
 
     def _factors(self, shrunk: Tensor | float) -> Factors:
         count, scale = self._loss_count(), 1.0 if self.loss_scale is None else self._on(self.loss_scale)
-        total = self._over_ranks(count).float()
+        total = summed(count, self.group).float()
         self.tally.counted(total)
         row = (total / scale**2).float()
         if self.settings.samples_labels:  # of the pass's own loss, which nothing scaled
@@ -221,13 +221,6 @@ class Step:
         """What divides the sum over ranks of a weight's payloads."""
         of_own = self.settings.samples_labels or not weight.is_analytic  # labels, or made of the step's gradient
         return self._ranks if of_own else self._ranks**2
-
-    def _over_ranks(self, value: Tensor) -> Tensor:
-        if self.group is None:
-            return value
-        value = value.clone()
-        dist.all_reduce(value, group=self.group)
-        return value
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         if not self.groups:
@@ -429,8 +422,7 @@ def _summed(group: Any, vectors: dict[Weight, Tensor]) -> dict[Weight, Tensor]:
     """Vectors summed over ranks, in one all-reduce."""
     if not vectors:
         return {}
-    joined = torch.cat(list(vectors.values()))
-    dist.all_reduce(joined, group=group)
+    joined = summed(torch.cat(list(vectors.values())), group)
     return dict(zip(vectors, joined.split([v.numel() for v in vectors.values()]), strict=True))
 
 
