@@ -10,6 +10,7 @@ at the latent weights, the part linear in the noise taken out, with its standard
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import math
 import statistics
@@ -17,7 +18,7 @@ import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -247,21 +248,25 @@ METHODS: dict[str, dict[str, Any]] = {
     "early": {"finish": 0.7, "finish_term": False},
     "adaptive": {"noise": "adaptive"},
     "recommended": {"noise": "adaptive", "schedule": "auto"},
+    "rounds": {"noise": "adaptive", "schedule": "auto"},
 }
-ROUNDED = {"adaptive": 8, "recommended": 32}
-"""Those whose weights `lotion_fx.round_` rounds in the end, and by how many batches; others are rounded to nearest."""
-MINE, RIVALS = ("lotion", "finish", "early", "adaptive", "recommended"), ("ptq", "ste", "ste scale")
+ROUNDED = {"adaptive": (8, 0), "recommended": (32, 0), "rounds": (32, 4)}
+"""Those whose weights `lotion_fx.round_` rounds in the end, by how many batches and rounds; others go to nearest."""
+MINE, RIVALS = ("lotion", "finish", "early", "adaptive", "recommended", "rounds"), ("ptq", "ste", "ste scale")
+
+
+_trained = lru_cache(maxsize=16)(train)  # methods that train alike, and round otherwise, train once
 
 
 def deployed(method: str, kind: str, name: str, fmt: str, seed: int, steps: int) -> float:
     """The loss on fresh batches at the weights that are deployed after training by one of `METHODS`."""
     chosen, loss = METHODS[method], LOSSES[name]
     options = {**chosen, "steps": steps} if {"finish", "schedule"} & chosen.keys() else chosen
-    model = train(kind, loss, steps, seed, fmt=fmt, **options).eval()
+    model = copy.deepcopy(_trained(kind, loss, steps, seed, fmt=fmt, **options)).eval()
     if method in ROUNDED:
-        seen = itertools.islice(batches(kind, 20_000 + seed), ROUNDED[method])
-        given = [(batch[0], batch) for batch in seen]
-        lotion_fx.round_(model, given, lambda out, batch: loss(lambda _: out, batch), method="descent")
+        count, rounds = ROUNDED[method]
+        given = [(batch[0], batch) for batch in itertools.islice(batches(kind, 20_000 + seed), count)]
+        lotion_fx.round_(model, given, lambda out, batch: loss(lambda _: out, batch), method="descent", rounds=rounds)
     held_out = batches(kind, 10_000 + seed, rows=512)
     with torch.no_grad():
         return statistics.fmean(float(loss(model, next(held_out))) for _ in range(4))

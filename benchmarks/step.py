@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any] | None] = {
     "lotion at rest": {"method": "lotion", "refresh": 1_000_000},
     "lotion full": {"method": "lotion", "curvature": "full"},
     "lotion fisher": {"method": "lotion", "curvature": "fisher"},
+    "scales": {"method": "scales"},
 }
 
 

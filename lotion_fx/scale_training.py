@@ -13,20 +13,23 @@ codes when `step` returns, not yet for hooks that an optimizer itself runs after
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lotion_fx import alike
+from lotion_fx.alike import Make, make_of
 from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.numerics.rounding import compute_dtype, from_blocks, to_blocks
 from lotion_fx.numerics.scales import PowerOfTwoScale
 from lotion_fx.passes.attach.sharded import is_cut
-from lotion_fx.shards import absmax, local_of, settle, shared_amax
+from lotion_fx.shards import absmax, local_of, settle
 from lotion_fx.state import Weight
 
 LEAST, FLOOR = 0.5, 2.0**-10
@@ -40,17 +43,64 @@ as before the first step, takes its rounded values."""
 
 
 @dataclass(frozen=True)
+class _Projection:
+    """One weight's part of a step, called with what `_Before.job` chooses.
+
+    Args:
+        when: ``"begins"``, ``"again"`` where the step's closure is called once more, ``"ends"``.
+        quantizer: the weight's.
+        is_shard: of a weight; its scales may need to know the largest of all shards.
+        tensors: of the arguments.
+    """
+
+    when: str
+    quantizer: Quantizer
+    is_shard: bool
+    tensors: Make
+
+    def __call__(self, args: Sequence[Tensor]) -> None:
+        if self.when == "begins":
+            local, grad, rounded, least, largest = args
+            amax = largest if self.is_shard and self.quantizer.format.law.two_level else None
+            rounded.copy_(self.quantizer.rtn(local, amax_tensor=amax))
+            _put_on_codes(self.quantizer, local, rounded, least, largest)
+            _leave_scales(self.quantizer, grad, rounded)
+        elif self.when == "again":
+            _leave_scales(self.quantizer, *args)
+        else:
+            _put_back(self.quantizer, *args)
+
+
+@dataclass(frozen=True)
 class _Before:
     """A parameter before a step.
 
     Args:
         rounded: its values, rounded to nearest: of this rank's part.
         least: how much of these each block may come to, [..., blocks, 1].
+        largest: magnitude of the parameter over all its shards, 0-d float32.
     """
 
-    quantizer: Quantizer
+    weight: Weight
     rounded: Tensor
     least: Tensor
+    largest: Tensor
+
+    @staticmethod
+    def empty(weight: Weight, parameter: Tensor) -> _Before:
+        local = local_of(parameter)
+        blocks = _blocks(local, weight.quantizer)
+        least = blocks.new_empty((*blocks.shape[:-1], 1))
+        return _Before(weight, torch.empty_like(local), least, absmax(parameter))
+
+    def job(self, when: str, parameter: Tensor) -> tuple[_Projection, list[Tensor]]:
+        local, grad = local_of(parameter), [] if parameter.grad is None else [local_of(parameter.grad)]
+        args = {
+            "begins": [local, *grad, self.rounded, self.least, self.largest],
+            "again": [*grad, self.rounded],
+            "ends": [local, self.rounded, self.least],
+        }[when]
+        return _Projection(when, self.weight.quantizer, isinstance(parameter, DTensor), make_of(args)), args
 
 
 _moving: dict[Tensor, _Before] = {}
@@ -86,6 +136,7 @@ def before_step(pairs: Sequence[tuple[Weight, Tensor]], optimizer: Any, *, begin
     Raises:
         ValueError: shards cut a weight's blocks in two, or nothing tells when the step is over.
     """
+    found: dict[str, list[Tensor]] = {"begins": [], "again": []}
     for weight, parameter in pairs:
         if not isinstance(optimizer, Optimizer):
             raise ValueError(
@@ -99,27 +150,29 @@ def before_step(pairs: Sequence[tuple[Weight, Tensor]], optimizer: Any, *, begin
                 "shards leave whole"
             )
         settle(parameter)
-        if begins or parameter not in _moving:
-            _moving[parameter] = _put_on_codes(weight.quantizer, parameter)
         assert parameter.grad is not None
-        grad, known = local_of(parameter.grad), _moving[parameter]
-        if _is_discrete(known.quantizer.format):
-            grad.zero_()
-        else:
-            grad.copy_(_scaled(known, _share(grad, known.rounded, known.quantizer)))
+        is_new = begins or parameter not in _moving
+        if is_new:
+            _moving[parameter] = _Before.empty(weight, parameter)
+        found["begins" if is_new else "again"].append(parameter)
+    for when, parameters in found.items():
+        _run(when, {parameter: _moving[parameter] for parameter in parameters})
 
 
 @torch.no_grad()
 def after_step(parameters: Iterable[Any]) -> None:
     """Puts what an optimizer has stepped back on its codes."""
-    for parameter in parameters if _moving else ():
-        if (known := _moving.pop(parameter, None)) is None:
-            continue
-        local = local_of(parameter)
-        if _is_discrete(known.quantizer.format):
-            local.copy_(known.rounded)
-        else:
-            local.copy_(_scaled(known, torch.maximum(_share(local, known.rounded, known.quantizer), known.least)))
+    stepped = [parameter for parameter in parameters if parameter in _moving] if _moving else []
+    _run("ends", {parameter: _moving.pop(parameter) for parameter in stepped})
+
+
+def _run(when: str, known: Mapping[Tensor, _Before]) -> None:
+    jobs: dict[str, list[tuple[_Projection, list[Tensor]]]] = {}
+    for parameter, before in known.items():
+        if before.rounded.numel():
+            jobs.setdefault(before.weight.smoothing.settings.inner, []).append(before.job(when, parameter))
+    for inner, each in jobs.items():
+        alike.run(inner, each)
 
 
 def forget(parameters: Iterable[Any]) -> None:
@@ -128,18 +181,32 @@ def forget(parameters: Iterable[Any]) -> None:
         _moving.pop(parameter, None)
 
 
-def _put_on_codes(quantizer: Quantizer, parameter: Tensor) -> _Before:
-    """Puts a parameter's blocks on their codes, each that does not lie there, and knows it so."""
-    local, amax = local_of(parameter), next(iter(shared_amax(quantizer, parameter)), None)
-    rounded = quantizer.rtn(local, amax_tensor=amax)
+def _put_on_codes(quantizer: Quantizer, local: Tensor, rounded: Tensor, least: Tensor, largest: Tensor) -> None:
+    """Puts a weight's blocks on their codes, each that does not lie there, and fills in how small they may get."""
     values, nearest, share = _blocks(local, quantizer), _blocks(rounded, quantizer), _share(local, rounded, quantizer)
     rest = (values - nearest * share).square().sum(-1, keepdim=True)
     is_along = rest <= ALONG**2 * values.square().sum(-1, keepdim=True)
     start = from_blocks(torch.where(is_along, values, nearest), quantizer.format, quantizer.axis, local.shape)
     local.copy_(start.to(local.dtype))
     share = torch.where(is_along, share, 1.0)
-    floor = FLOOR * absmax(parameter) / nearest.abs().amax(-1, keepdim=True).clamp(min=TINY)
-    return _Before(quantizer, rounded, torch.maximum(LEAST * share, torch.minimum(floor, share)))
+    floor = FLOOR * largest / nearest.abs().amax(-1, keepdim=True).clamp(min=TINY)
+    least.copy_(torch.maximum(LEAST * share, torch.minimum(floor, share)))
+
+
+def _leave_scales(quantizer: Quantizer, grad: Tensor, rounded: Tensor) -> None:
+    """Leaves of a gradient what it says of the scales."""
+    if _is_discrete(quantizer.format):
+        grad.zero_()
+    else:
+        grad.copy_(_scaled(quantizer, rounded, _share(grad, rounded, quantizer)))
+
+
+def _put_back(quantizer: Quantizer, local: Tensor, rounded: Tensor, least: Tensor) -> None:
+    """Leaves of a weight what it is along its codes."""
+    if _is_discrete(quantizer.format):
+        local.copy_(rounded)
+    else:
+        local.copy_(_scaled(quantizer, rounded, torch.maximum(_share(local, rounded, quantizer), least)))
 
 
 def _blocks(x: Tensor, quantizer: Quantizer) -> Tensor:
@@ -154,7 +221,7 @@ def _share(x: Tensor, rounded: Tensor, quantizer: Quantizer) -> Tensor:
     return (values * nearest).sum(-1, keepdim=True) / nearest.square().sum(-1, keepdim=True).clamp(min=TINY) / largest
 
 
-def _scaled(known: _Before, share: Tensor) -> Tensor:
+def _scaled(quantizer: Quantizer, rounded: Tensor, share: Tensor) -> Tensor:
     """The rounded values, so much of each block, in their dtype."""
-    fmt, axis, rounded = known.quantizer.format, known.quantizer.axis, known.rounded
-    return from_blocks(_blocks(rounded, known.quantizer) * share, fmt, axis, rounded.shape).to(rounded.dtype)
+    values = _blocks(rounded, quantizer) * share
+    return from_blocks(values, quantizer.format, quantizer.axis, rounded.shape).to(rounded.dtype)

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lotion_fx import private_backward
+from lotion_fx import alike, private_backward
 from lotion_fx.optimizers import ascending
 from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import HEADER, Code, Header
 from lotion_fx.passes.attach.sharded import gathered, is_cut
 from lotion_fx.shards import Ranks, local_of, part_of, sample, settle, shared_amax, summed
 from lotion_fx.state import Smoothing, Weight
-from lotion_fx.update import FISHER, KEPT, MOMENT, SIZE, VECTOR, Spec, curvature_of, stored, total_of, update
+from lotion_fx.update import FISHER, KEPT, MOMENT, SIZE, VECTOR, Spec, curvature_of, stored, total_of
 
 BOUND = 0.5
 """How large a term may be beside the root of a second moment that holds its squares too, and a step of it beside a
@@ -150,7 +150,7 @@ class Step:
                 self._add_to_cut(weight, parameter, vector, factors, gain)
             elif (job := self._job(weight, parameter, vector, factors, gain)) is not None:
                 jobs.append(job)
-        update(self.settings.inner, jobs)
+        alike.run(self.settings.inner, jobs)
         if self.settings.reads_moment:
             self.tally.clipped(self._clip(shrunk), self._decay(self.pairs[0][1]), self._steps_before(*self.pairs[0]))
             for weight, parameter in self.pairs:
@@ -334,7 +334,7 @@ class Step:
         whole = gathered(parameter).detach(), grad, Part.whole(part.layout), gathered
         job = self._update(weight, parameter, whole, [vector], factors, gain)
         assert job is not None  # no optimizer takes the term of a sharded weight
-        update(self.settings.inner, [job])
+        alike.run(self.settings.inner, [job])
         local_of(_grad(parameter)).copy_(part.cut(grad))
 
     def _update(

@@ -12,14 +12,14 @@ as its h in the first two, reduced to rows and columns in the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lotion_fx import compiling
+from lotion_fx.alike import make_of
 from lotion_fx.numerics.quantizer import Quantizer
 from lotion_fx.numerics.rounding import written
 from lotion_fx.passes.attach.part import Part
@@ -29,15 +29,13 @@ from lotion_fx.passes.lower import lower
 from lotion_fx.shards import local_of, part_of
 from lotion_fx.state import Weight
 
-CHUNK = 16  # weights in one compiled update at most, which bounds the time to compile it
-
 VECTOR, FISHER, MOMENT, KEPT = "vector", "fisher", "moment", "kept"  # where an update takes its curvature from
 SIZE = "size"  # what bounds a term beside `MOMENT`
 
 
 @dataclass(frozen=True, eq=False)
 class Spec:
-    """All that the code of one weight's update depends on.
+    """All that the code of one weight's update depends on; called with its arguments, it is that update.
 
     Args:
         source: ``"vector"`` (a payload is given), ``"fisher"`` (from the gradient), ``"moment"`` (exp_avg_sq is given),
@@ -45,7 +43,7 @@ class Spec:
         quantizer: whose noise's variance is the term's.
         part: of the weight that this rank holds.
         decay: of the EMA.
-        tensors: shape, stride, dtype and device of each argument.
+        tensors: of the arguments.
         bounded: by what the term is kept small, `MOMENT`, `SIZE` or nothing: see `_update_one`.
         kernel: whether a Triton kernel adds the term, see `passes.lower`.
     """
@@ -61,7 +59,7 @@ class Spec:
     @staticmethod
     def of(weight: Weight, source: str, part: Part, bounded: str, args: Sequence[Tensor]) -> Spec:
         """The one `Spec` of this make: equal ones are the same object, found again without comparing them."""
-        tensors = tuple((t.shape, t.stride(), t.dtype, t.device) for t in args)
+        tensors = make_of(args)
         quantizer, decay = weight.quantizer, weight.smoothing.tally.decay
         key = (source, quantizer, part, decay, tensors, bounded)
         known = weight.curvature.specs.get(source)
@@ -76,6 +74,9 @@ class Spec:
             spec = Spec(source, quantizer, part, decay, tensors, bounded, kernel)
             known = weight.curvature.specs[source] = key, _specs.setdefault(key, spec)
         return known[1]
+
+    def __call__(self, args: Sequence[Tensor]) -> None:
+        _update_one(self, args)
 
 
 _specs: dict[Any, Spec] = {}
@@ -176,53 +177,6 @@ def _add_by_kernel(
     assert h is not None
     h = h if cols is not None else h.reshape(weight.shape).contiguous()
     add_term(grad, weight, h, cols, rows, factor, *spec.quantizer.constants, amax)
-
-
-_compiled: dict[tuple[str, tuple[Spec, ...]], Callable[..., Any]] = {}
-
-
-def update(inner: str, work: Sequence[tuple[Spec, list[Tensor]]]) -> None:
-    """Runs the updates of all weights in as few compiled calls as there are layers.
-
-    Weights of equal make, the same matrix of every layer, are dealt out one to a call, and kinds that occur equally
-    often go together. So each kind is compiled once, however deep the model.
-    """
-    alike: dict[Spec, list[list[Tensor]]] = {}
-    for spec, args in work:
-        alike.setdefault(spec, []).append(args)
-    by_count: dict[int, list[Spec]] = {}
-    for spec, jobs in alike.items():
-        by_count.setdefault(len(jobs), []).append(spec)
-    for count, kinds in by_count.items():
-        for start in range(0, len(kinds), CHUNK):
-            for specs in _known_groups(inner, tuple(kinds[start : start + CHUNK])):
-                for layer in range(count):
-                    flat = [tensor for spec in specs for tensor in alike[spec][layer]]
-                    if (inner, specs) not in _compiled:
-                        _compiled[inner, specs] = compiling.compile_function(_many(specs), flat, inner)
-                    _compiled[inner, specs](*flat)
-
-
-def _known_groups(inner: str, specs: tuple[Spec, ...]) -> list[tuple[Spec, ...]]:
-    """These kinds together, or one by one where other company was compiled for them already.
-
-    Where the weights with a gradient change from step to step, there would be no end of groups to compile.
-    """
-    if (inner, specs) in _compiled or not any(spec in group for _, group in _compiled for spec in specs):
-        return [specs]
-    return [(spec,) for spec in specs]
-
-
-def _many(specs: tuple[Spec, ...]) -> Callable[..., None]:
-    counts = [len(spec.tensors) for spec in specs]
-
-    def run(*flat: Tensor) -> None:
-        at = 0
-        for spec, count in zip(specs, counts, strict=True):
-            _update_one(spec, flat[at : at + count])
-            at += count
-
-    return run
 
 
 def term_of(weight: Weight) -> Tensor | None:

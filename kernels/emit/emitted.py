@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import lotion_fx
-from lotion_fx import private, update
+from lotion_fx import alike, private, update
 from lotion_fx.compiling import compile_graph
 from lotion_fx.kernels.config import Config
 from lotion_fx.kernels.emit.absent_cuda import absent_cuda
@@ -183,7 +183,7 @@ def lowered_for(arch: int) -> Iterator[None]:
     """Inside, what is compiled for CPU tensors takes the kernels that it would take on a device, see `passes.lower`."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(lower, "arch_of", lambda device: arch))
-        for kept in (update._compiled, update._specs):
+        for kept in (alike._compiled, update._specs):
             stack.enter_context(mock.patch.dict(kept, clear=True))
         yield
 

@@ -12,7 +12,7 @@ from torch import fx
 
 import lotion_fx
 import tests.harness.attention  # noqa: F401, which the wrappers call
-from lotion_fx import private, update
+from lotion_fx import alike, private
 from lotion_fx.kernels.emit.emitted import Block, Emitted, compile_for
 from tests.harness.inductor import cuda_wrapper_on_cpu
 from tests.harness.training import STRENGTH, Step, assert_same, train
@@ -36,7 +36,7 @@ def emitted_steps(fmt: str, method: str, arch: int) -> tuple[Step, list[Emitted]
         return function
 
     torch._dynamo.reset()
-    with mock.patch.object(private, "compile_fx", compile_fx), mock.patch.dict(update._compiled, clear=True):
+    with mock.patch.object(private, "compile_fx", compile_fx), mock.patch.dict(alike._compiled, clear=True):
         return steps(fmt, method, "inductor"), wrappers
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import lotion_fx
-from lotion_fx import update
+from lotion_fx import alike
 from lotion_fx.examples.quickstart import GPT, VOCAB, next_token_loss
 from tests.harness.inductor import triton_on_cpu
 from tests.harness.training import STRENGTH, Step, assert_same, train
@@ -39,7 +39,7 @@ def steps(inner: str, fmt: str, method: str, dtype: torch.dtype) -> Step:
     ],
 )
 def test_step(fmt: str, method: str, dtype: torch.dtype) -> None:
-    with triton_on_cpu(), mock.patch.dict(update._compiled, clear=True):
+    with triton_on_cpu(), mock.patch.dict(alike._compiled, clear=True):
         found, sources = run_and_get_code(steps, "inductor", fmt, method, dtype)
     # Forward, backward and, with a term, the update at the optimizer's step.
     assert len(sources) >= (3 if method == "lotion" else 2)

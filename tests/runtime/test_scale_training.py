@@ -73,6 +73,19 @@ def test_codes_stay_and_the_loss_falls(fmt, make):
         torch.testing.assert_close(deployed, latent, rtol=0.07 if fmt == "nvfp4" else 1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("fmt", ["int4", "nvfp4"])
+def test_compiled_as_it_is_written(fmt):
+    """Steps through Inductor and as they are, from weights that lie on no codes yet."""
+    found = {}
+    for inner in ("inductor", "aot_eager"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = lotion_fx.transform(MLP(), fmt, method="scales", inner=inner)
+        train(model, torch.optim.Adam(model.parameters(), 1e-3), steps=3)
+        found[inner] = [parameter.detach().clone() for parameter in model.parameters()]
+    torch.testing.assert_close(found["inductor"], found["aot_eager"], rtol=1e-5, atol=1e-7)
+
+
 class Scaled(nn.Module):
     """An MLP of given codes, whose blocks' norms are parameters, in units of their own."""
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lotion_fx
-from lotion_fx import update
+from lotion_fx import alike, update
 from lotion_fx.kernels.device_code import device_function
 from lotion_fx.numerics.formats import resolve
 from lotion_fx.passes.lower import lower
@@ -32,7 +32,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     taken: list[int] = []
     monkeypatch.setattr(lower, "arch_of", lambda device: 100)
     monkeypatch.setattr(update, "_specs", {})
-    monkeypatch.setattr(update, "_compiled", {})
+    monkeypatch.setattr(alike, "_compiled", {})
     torch._dynamo.reset()  # or the code that was compiled without is found again
     with counted("lower", taken):
         yield taken
@@ -82,7 +82,7 @@ def test_training_is_the_same(method: str, fmt: str, curvature: str, request: py
         assert taken[0] == (len(weights) if fmt == "nvfp4" else 0)
     else:
         assert sum(taken) == 0  # at the weights themselves there is nothing to round
-        assert any(spec.kernel for group in update._compiled for spec in group[1])
+        assert any(spec.kernel for group in alike._compiled for spec in group[1])
 
 
 def test_random_rounding_takes_the_kernel(pretend: list[int]) -> None:
