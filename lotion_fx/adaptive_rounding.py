@@ -21,7 +21,7 @@ from lotion_fx.deploy.weights import checked_values
 from lotion_fx.estimate import quantized_in
 from lotion_fx.kept_weights import KeptWeights
 from lotion_fx.likelihood import LABELS, LIKELIHOODS, named, output_in, sampled_loss
-from lotion_fx.loss_graph import LossFunction, LossGraph, listed, loss_graph
+from lotion_fx.loss_graph import LossFunction, LossGraph, listed, loss_graphs
 from lotion_fx.numerics.adaptive import METHODS, Curvature, Rounded, adaptive, cost, fixed_point
 from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.searched import clipped, limited
@@ -141,7 +141,7 @@ def round_(
     _check(method, scales, rounds, memory)
     names, given = names_of(model), listed(batches)
     told = next(iter(names)).smoothing.settings.likelihood if likelihood is None else named(likelihood)
-    graphs = [loss_graph(model, batch, loss_fn) for batch in with_a_bar("tracing the loss", given, len(given))]
+    graphs = loss_graphs(model, with_a_bar("tracing the loss", given, len(given)), loss_fn)
     in_loss = quantized_in(graphs[0], names)
     selected = {name: weight for weight, name in names.items() if weight.selected}
     latent = {name: _checked(name, weight) for name, weight in selected.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,33 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
         return [scalar(loss_fn(out, targets), "loss_fn"), *_prediction(out)]
 
     return LossGraph(*_traced(model, batch, losses))
+
+
+def loss_graphs(model: nn.Module, batches: Iterable[Any], loss_fn: Any) -> list[LossGraph]:
+    """Traces a model's loss on several batches; graphs that are equal are one, so that memory is not of each batch."""
+    known: dict[str, list[fx.GraphModule]] = {}
+    found = []
+    for batch in batches:
+        graph = loss_graph(model, batch, loss_fn)
+        alike = known.setdefault(graph.gm.code, [])
+        same = next((gm for gm in alike if _equal_constants(gm, graph.gm)), None)
+        if same is None:
+            alike.append(graph.gm)
+        found.append(graph if same is None else replace(graph, gm=same))
+    return found
+
+
+def _equal_constants(a: fx.GraphModule, b: fx.GraphModule) -> bool:
+    """Whether two graphs of the same code read the same values besides their inputs."""
+    pairs = [(getattr(a, node.target), getattr(b, node.target)) for node in a.graph.find_nodes(op="get_attr")]
+    return all(
+        x is y or (isinstance(x, Tensor) and isinstance(y, Tensor) and _make(x) == _make(y) and torch.equal(x, y))
+        for x, y in pairs
+    )
+
+
+def _make(x: Tensor) -> tuple[torch.dtype, torch.device]:
+    return x.dtype, x.device
 
 
 def forward_graph(model: nn.Module, args: Any, kwargs: Any) -> tuple[fx.GraphModule, dict[str, Tensor], list[Any]]:
