@@ -129,7 +129,9 @@ class Measuring:
         return self._unclipped(weight) * (self._clips.get(weight, 1.0) if self.draws else 1.0)
 
     def _unclipped(self, weight: Weight) -> float:
-        return self._factors.get(weight, float(self._common.mean) if self.draws else self.guess or 1.0)
+        if weight in self._factors:
+            return self._factors[weight]
+        return float(self._common.mean) if self.draws else self.guess or 1.0
 
     @property
     def common(self) -> tuple[float, float] | None:
@@ -285,10 +287,9 @@ class Measuring:
         Returns:
             The weights whose noise was wider than rounding's: what the step gathered is curvature elsewhere.
         """
-        held = {weight: self._held.pop(weight, None) for weight, _ in pairs}
-        moments = first_moments(optimizer, [parameter for _, parameter in pairs])
-        signs = {parameter: -1.0 for parameter in ascending(optimizer)}
-        told = [(weight, p, h) for weight, p in pairs if (h := held[weight]) is not None]
+        told = [(weight, p, h) for weight, p in pairs if (h := self._held.pop(weight, None)) is not None]
+        moments = first_moments(optimizer, [parameter for _, parameter in pairs]) if told else {}
+        signs = {parameter: -1.0 for parameter in ascending(optimizer)} if told else {}
         sums = []
         for weight, p, h in told:
             grad = signs.get(p, 1.0) * gradient_of(p, pending)

@@ -60,8 +60,10 @@ def has_curvature(weight: Weight) -> bool:
 
 def _is_due(weight: Weight) -> bool:
     """Whether curvature should have come from a graph in this step, and did not."""
+    if has_curvature(weight) or weight.gathered.in_loss:
+        return False
     tally = weight.smoothing.tally
-    if not tally.has_term or tally.settings.reads_moment or weight.gathered.in_loss or has_curvature(weight):
+    if not tally.has_term or tally.settings.reads_moment:
         return False
     if tally.resting and not tally.pass_is_due:
         return False

@@ -124,6 +124,7 @@ class Step:
         self.device = pairs[0][1].device
         told = self.tally.loss_count
         self.loss_count = None if told is None else self.tally.terms.over_parts(told)
+        self.is_resting = self.tally.resting
         self.noisy: set[Weight] = set()
         self.groups: dict[Tensor, dict[str, Any]] = {}
         self.moment_factors: dict[tuple[Tensor | float, float], Tensor] = {}
@@ -266,9 +267,9 @@ class Step:
 
     def _payload(self, weight: Weight, parameter: Tensor, factors: Factors) -> Tensor | None:
         vector = weight.gathered.probe.grad if weight.gathered.probe is not None else None
-        if not self.tally.resting and weight.curvature.code in _PROVISIONAL:
+        if not self.is_resting and weight.curvature.code in _PROVISIONAL:
             weight.curvature.code = self._code(vector)
-        if self.tally.resting and self._rests(weight):
+        if self.is_resting and self._rests(weight):
             return None
         if weight.is_analytic and (vector is not None or self.group is not None):
             # A rank whose batch did not use the weight has seen no position of it.
@@ -350,7 +351,7 @@ class Step:
         known, (values, grad, part, held_of) = weight.curvature, held
         vector, *amax = given
         payload = [] if vector is None else [vector]
-        is_kept = known.code in (None, Code.ANALYTIC) or (self.tally.resting and self._rests(weight))
+        is_kept = known.code in (None, Code.ANALYTIC) or (self.is_resting and self._rests(weight))
         source = VECTOR if payload else KEPT if is_kept else FISHER
         state = known.ema
         if self.settings.reads_moment:
