@@ -20,7 +20,7 @@ from lotion_fx.compiling import joint_vectors
 from lotion_fx.deploy.weights import checked_values
 from lotion_fx.estimate import quantized_in
 from lotion_fx.kept_weights import KeptWeights
-from lotion_fx.likelihood import LABELS, LIKELIHOODS, named, output_in, sampled_loss
+from lotion_fx.likelihood import LIKELIHOODS, labels_a_batch, named, output_in, sampled_loss
 from lotion_fx.loss_graph import LossFunction, LossGraph, listed, loss_graphs
 from lotion_fx.numerics.adaptive import METHODS, Curvature, Rounded, adaptive, cost, fixed_point
 from lotion_fx.numerics.formats import Format
@@ -120,8 +120,9 @@ def round_(
             tensor, for 2 bits, and for powers of two: there few outliers make the levels of all others coarse.
             ``"auto"`` rounds with both, which takes twice the time, and takes those of the lower loss of the batches.
         likelihood: None, or what the model's output parametrizes, as under ``transform(curvature="ggn")``, whose models
-            have it already. Then gradients are those at labels that the model draws itself, four a batch: for losses
-            that have nearly vanished, as where a model is its own teacher, and whose gradients say nothing.
+            have it already. Then gradients are those at labels that the model draws itself, four a batch, or one where
+            batches are 64 or more: for losses that have nearly vanished, as where a model is its own teacher, and whose
+            gradients say nothing.
         rounds: of changing codes once more, by the gradient that the batches' loss has at the rounded weights, see
             `refining`. Each is a pass over the batches more (and two besides), and is undone where their loss grows;
             they end where it is as low as it was. For many batches, some 16 or more: few are soon learned by heart.
@@ -344,8 +345,9 @@ def _curvatures(
     plans = {i: Plan(LATENT, weights[name].quantizer, _layout(weights[name])) for i, name in at.items()}
     sums: dict[str, Tensor] = {}
     known: dict[Any, Any] = {}
+    labels = labels_a_batch(len(graphs))
     for turn, graph in enumerate(with_a_bar("curvatures", graphs, len(graphs))):
-        losses = [lambda outputs: outputs[0]] if likelihood is None else _drawn(likelihood, turn)
+        losses = [lambda outputs: outputs[0]] if likelihood is None else _drawn(likelihood, turn, labels)
         vectors = joint_vectors(graph.gm, graph.inputs({}), plans, losses, known)
         for i, (vector, _) in vectors.items():
             sums[at[i]] = sums[at[i]] + vector if at[i] in sums else vector
@@ -362,7 +364,7 @@ def _curvatures(
     return found
 
 
-def _drawn(likelihood: str, seed: int) -> list[Callable[[Sequence[Tensor]], Tensor]]:
+def _drawn(likelihood: str, seed: int, labels: int) -> list[Callable[[Sequence[Tensor]], Tensor]]:
     """Losses of a graph's outputs at labels drawn from the prediction; a batch draws the same ones in every turn."""
     generators: dict[torch.device, torch.Generator] = {}
 
@@ -373,7 +375,7 @@ def _drawn(likelihood: str, seed: int) -> list[Callable[[Sequence[Tensor]], Tens
             generators[device] = torch.Generator(device).manual_seed(seed)
         return sampled_loss(output, likelihood, generators[device])
 
-    return [loss] * LABELS
+    return [loss] * labels
 
 
 def _loss(graphs: Sequence[LossGraph], weights: Iterable[str], done: Mapping[str, Rounded]) -> float:

@@ -23,6 +23,8 @@ from lotion_fx.private import tree_leaves
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 LABELS = 4
 """Draws of a batch's labels that a curvature which is read once is averaged over."""
+ENOUGH = 64
+"""Draws of all batches together, beyond which each has one: other data tell more than other labels."""
 _LOSSES = {
     F.cross_entropy: "categorical",
     nn.CrossEntropyLoss: "categorical",
@@ -35,6 +37,11 @@ _ONE_CLASS = (
     "likelihood='categorical' (the default): the model's output is {shape}, and a softmax over one column has no "
     "curvature; name what it parametrizes, 'gaussian' (F.mse_loss) or 'bernoulli' (binary cross entropy with logits)"
 )
+
+
+def labels_a_batch(batches: int) -> int:
+    """Draws of labels for each of several batches that one curvature is read from."""
+    return max(1, min(LABELS, ENOUGH // batches))
 
 
 def likelihood_of(loss: Any) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lotion_fx
-from accuracy.recipes import MANY, ROUNDINGS
+from accuracy.adaround import adaround
+from accuracy.recipes import BATCHES, ROUNDINGS
 from accuracy.setting import Setting
 
 
@@ -30,13 +31,22 @@ def rounded(
         rounding: one of `ROUNDINGS`.
         seed: of the batches that the rounding sees.
     """
+    if rounding == "adaround":
+        return _adarounded(setting, state, fmt, seed)
     torch.compiler.reset()  # of graphs of one code Dynamo keeps a few
     model = lotion_fx.transform(holding(setting, state), fmt, method="ptq", inner="aot_eager").eval()
     began = time.perf_counter()
     if told := ROUNDINGS[rounding]:
-        batches = setting.calibration(seed, MANY) if "rounds" in told else setting.calibration(seed)
+        batches = setting.calibration(seed, *([BATCHES[rounding]] if rounding in BATCHES else []))
         lotion_fx.round_(model, batches, setting.loss, likelihood=setting.likelihood, **told)
         model.eval()
+    return model, time.perf_counter() - began
+
+
+def _adarounded(setting: Setting, state: Mapping[str, Tensor], fmt: str, seed: int) -> tuple[nn.Module, float]:
+    model, known = holding(setting, state).eval(), formats(setting, state, fmt)
+    began = time.perf_counter()
+    adaround(model, [inputs for inputs, _ in setting.calibration(seed)], known)
     return model, time.perf_counter() - began
 
 

@@ -20,11 +20,14 @@ ROUNDINGS: dict[str, dict[str, Any]] = {
     "gptq_searched": {"method": "gptq", "scales": "searched"},
     "descent_searched": {"method": "descent", "scales": "searched"},
     "descent_auto": {"method": "descent", "scales": "auto"},
+    "descent_many": {"method": "descent", "scales": "searched"},
+    "adaround": {},
 }
-"""What `lotion_fx.round_` is told; "nearest" is what a model in ``eval()`` runs at without it."""
+"""What `lotion_fx.round_` is told; "nearest" is what a model in ``eval()`` runs at without it, and "adaround" is not
+ours."""
 
-MANY = 32
-"""The batches that rounds see: 224 passes forward and backward, where the other roundings see a few."""
+BATCHES = {"rounds": 32, "descent_many": 100}
+"""How many a rounding sees, where not the few that the others see. Rounds are 224 passes forward and backward."""
 
 SAID = {
     "gptq": "GPTQ",
@@ -33,6 +36,8 @@ SAID = {
     "gptq_searched": "GPTQ at searched scales",
     "descent_searched": "descent at searched scales",
     "descent_auto": "descent at the better scales",
+    "descent_many": "descent at searched scales, 100 batches",
+    "adaround": "AdaRound",
 }
 """What the table calls a rounding, where not as it is called here."""
 
@@ -149,6 +154,18 @@ RECIPES: dict[str, Recipe] = {
         "`round_` at searched scales, then scales and the rest",
         {"method": "scales"},
         rounded_first="descent_searched",
+        held=True,
+    ),
+    "many_rest": Recipe(
+        "`round_` at searched scales on 100 batches, then the rest",
+        {"method": "ste"},
+        rounded_first="descent_many",
+        held=True,
+    ),
+    "many_scales": Recipe(
+        "`round_` at searched scales on 100 batches, then scales and the rest",
+        {"method": "scales"},
+        rounded_first="descent_many",
         held=True,
     ),
     "late_lotion": Recipe("full precision, LOTION", {"schedule": (("plain", 0.6), ("lotion", 0.4))}, BOTH),

@@ -33,7 +33,9 @@ class Text:
     name: str = "text"
     pretrained: bool = False
     likelihood: str | None = None
-    left_out: frozenset[str] = frozenset({"rounded_ste", "rounded_rest", "searched_rest", "searched_scales"})
+    left_out: frozenset[str] = frozenset(
+        {"rounded_ste", "rounded_rest", "searched_rest", "searched_scales", "many_rest", "many_scales"}
+    )
 
     @property
     def conditions(self) -> dict[str, Any]:

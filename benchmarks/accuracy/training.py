@@ -70,8 +70,8 @@ class Trainings:
         return Trained(**self._full_run(seed)["end"])
 
     def rounded(self, state: State, fmt: str, rounding: str, seed: int, name: str) -> tuple[nn.Module, float]:
-        """As `deployment.rounded` has it; of full precision's own weights it is kept."""
-        if RECIPES[name].fork != 1 or rounding == "nearest":
+        """As `deployment.rounded` has it; of full precision's own weights it is kept, if nearest leaves it as it is."""
+        if RECIPES[name].fork != 1 or rounding in ("nearest", "adaround"):
             return rounded(self.setting, state, fmt, rounding, seed)
         label = (
             f"rounded-{fingerprint(rounding=rounding, **self.setting.conditions)}-{fmt.replace('/', '_')}-seed{seed}"
