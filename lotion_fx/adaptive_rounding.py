@@ -125,7 +125,9 @@ def round_(
             gradients say nothing.
         rounds: of changing codes once more, by the gradient that the batches' loss has at the rounded weights, see
             `refining`. Each is a pass over the batches more (and two besides), and is undone where their loss grows;
-            they end where it is as low as it was. For many batches, some 16 or more: few are soon learned by heart.
+            they end where it is as low as it was before rounding, and there are none where rounding to nearest has not
+            raised it, as after training at rounded weights. For many batches, some 16 or more: few are soon learned by
+            heart.
         memory: GiB that curvatures may take at a time; more weights than fit are done in turns, each of which passes
             over the batches again.
         folder: where finished weights are kept until all are done, so that a call that was interrupted goes on from
@@ -178,7 +180,7 @@ def round_(
     if known:
         views = {n: _known(latent[n], best.scaled[n], selected[n], curvature) for n, curvature in known.items()}
         values = {name: best.done[name].values for name in in_loss}
-        values = refined(graphs, views, values, rounds, to_latent=not best.is_nearest)
+        values = refined(graphs, views, values, rounds)
         best.done |= {name: _changed(best.done[name], view, values[name]) for name, view in views.items()}
         losses = losses._replace(rounded=_loss(graphs, in_loss, best.done))
     for name, rounded in best.done.items():

@@ -45,8 +45,6 @@ def refined(
     known: Mapping[str, Known],
     values: Mapping[str, Tensor],
     rounds: int,
-    *,
-    to_latent: bool = True,
 ) -> dict[str, Tensor]:
     """The rounded values after so many rounds, or fewer where the batches' loss is down at that of the latent weights.
 
@@ -54,7 +52,6 @@ def refined(
         graphs: of the loss, a batch each.
         known: the weights whose codes are changed, by name.
         values: of all rounded weights.
-        to_latent: whether rounds end there: a model that was trained at rounded weights is better at those.
     """
     wanted, latent = list(known), {name: each.latent for name, each in known.items()}
     before, goal = _gradients(graphs, latent, wanted)
@@ -66,7 +63,7 @@ def refined(
         units[name] = stiffness(error, each.curvature, (gradients[name] - before[name]).reshape(each.shape))
     care = CAREFUL
     for _ in with_a_bar("rounds", range(rounds), rounds):
-        if to_latent and loss <= goal:
+        if loss <= goal:  # below it they would learn the batches by heart
             break
         tried = _stepped(known, values, gradients, units, care)
         while care > BOLDEST and all(torch.equal(tried[name], values[name]) for name in wanted):

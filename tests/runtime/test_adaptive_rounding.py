@@ -108,7 +108,8 @@ def test_where_it_does_not_help_it_says_so_and_rounds_to_nearest() -> None:
         torch.testing.assert_close(model.get_parameter(name), values)
 
 
-def test_what_was_trained_at_rounded_weights_is_never_worse_and_rounds_go_on_from_there() -> None:
+def test_what_was_trained_at_rounded_weights_is_never_worse_nor_learned_by_heart() -> None:
+    """Rounding has not raised the batches' loss there, so that rounds have nothing to take back."""
     torch.manual_seed(0)
     given = batches(8)
 
@@ -128,7 +129,7 @@ def test_what_was_trained_at_rounded_weights_is_never_worse_and_rounds_go_on_fro
         alone, further = (
             lotion_fx.round_(at_rounded_weights(), given, loss_of, method="descent", rounds=k) for k in (0, 4)
         )
-    assert alone.rounded <= alone.nearest and further.rounded < alone.rounded
+    assert alone.rounded <= alone.nearest <= alone.latent and further.rounded == alone.rounded
 
 
 def with_outliers(**options: Any) -> nn.Module:
