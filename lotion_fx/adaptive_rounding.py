@@ -148,7 +148,7 @@ def round_(
     in_loss = quantized_in(graphs[0], names)
     selected = {name: weight for weight, name in names.items() if weight.selected}
     latent = {name: _checked(name, weight) for name, weight in selected.items()}
-    kept = KeptWeights(folder, f"{method} {told}", given)
+    kept = KeptWeights(folder, f"{method} {told}", graphs)
     tries = [_Try(way, _scaled(way, latent, selected)) for way in SCALES[scales]]
     for each in tries:
         found = {name: kept.load(name, each.scales, selected[name], latent[name]) for name in in_loss}

@@ -1,4 +1,4 @@
-"""A parameter that holds noisy values for a step."""
+"""A parameter that holds noisy values for a step, and for how many forwards."""
 
 from __future__ import annotations
 
@@ -20,6 +20,26 @@ if TYPE_CHECKING:
 
 SCALED = 0.99
 """Cosine of a gradient's samples before and after, from which on it was scaled or clipped rather than replaced."""
+
+
+class Forwards:
+    """How many training forwards the step under way has had, and at most any before it.
+
+    Two more tell that its step is not to come: a loop leaves out what is far from the losses before.
+    """
+
+    def __init__(self) -> None:
+        self._steps, self._now, self._most = -1, 0, 1
+
+    def gives_up(self, steps: int, *, measures: bool) -> bool:
+        """One more comes, in the step after so many; whether they are too many for a step that measures."""
+        if steps != self._steps:
+            self._steps, self._now, self._most = steps, 0, max(self._most, self._now)
+        self._now += 1
+        if not measures or self._now <= self._most + 1:
+            return False
+        self._now = 0  # it says nothing of how many a step has
+        return True
 
 
 @dataclass

@@ -7,35 +7,39 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from lotion_fx.loss_graph import LossGraph
 from lotion_fx.numerics.adaptive import Rounded
-from lotion_fx.private import tree_leaves
 from lotion_fx.scalars import shown
 from lotion_fx.state import Weight
 
 
 class KeptWeights:
-    """One file a weight and kind of scales, which holds it as long as weight, format, method and batches are the same.
+    """One file a weight and kind of scales, which holds it as long as its format, the method and all that its curvature
+    is made of are the same: the model's values, the loss and the batches.
 
     Args:
         folder: made where there is none; None keeps nothing.
         method: of rounding.
-        batches: of which curvatures are made.
+        graphs: of the loss, a batch each.
     """
 
-    def __init__(self, folder: str | Path | None, method: str, batches: Sequence[Any]) -> None:
+    def __init__(self, folder: str | Path | None, method: str, graphs: Sequence[LossGraph]) -> None:
         if folder is not None and not isinstance(folder, (str, os.PathLike)):
             raise TypeError(f"folder={shown(folder)}: expected the path of a folder, or None to keep nothing")
         self.folder = None if folder is None else Path(folder)
         self._common = hashlib.sha256(method.encode())
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leaf in tree_leaves(batches):
-                self._common.update(_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+            for parameter in graphs[0].parameters.values():
+                self._common.update(_bytes(parameter))
+            for graph in graphs:
+                self._common.update(graph.gm.code.encode())
+                for value in (*graph.constants, *graph.data):
+                    self._common.update(_bytes(value) if isinstance(value, Tensor) else _text(value).encode())
 
     def load(self, name: str, scales: str, weight: Weight, latent: Tensor) -> Rounded | None:
         """What was kept of a weight; None where there is nothing, or something else.
@@ -86,3 +90,7 @@ class KeptWeights:
 
 def _bytes(x: Tensor) -> bytes:
     return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _text(x: object) -> str:
+    return x.code if isinstance(x, fx.GraphModule) else repr(x)

@@ -7,7 +7,7 @@ takes it. The model is in ``eval()`` mode meanwhile: no dropout, running statist
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,11 @@ class LossGraph:
     gm: fx.GraphModule
     parameters: dict[str, Tensor]
     data: tuple[Tensor, ...]
+
+    @property
+    def constants(self) -> list[Any]:
+        """What the graph reads besides its inputs."""
+        return [getattr(self.gm, str(node.target)) for node in self.gm.graph.find_nodes(op="get_attr")]
 
     def inputs(self, changed: Mapping[str, Any]) -> list[Any]:
         """The graph's inputs, some parameters replaced."""
@@ -88,24 +93,22 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
 
 def loss_graphs(model: nn.Module, batches: Iterable[Any], loss_fn: Any) -> list[LossGraph]:
     """Traces a model's loss on several batches; graphs that are equal are one, so that memory is not of each batch."""
-    known: dict[str, list[fx.GraphModule]] = {}
+    known: dict[str, list[LossGraph]] = {}
     found = []
     for batch in batches:
         graph = loss_graph(model, batch, loss_fn)
         alike = known.setdefault(graph.gm.code, [])
-        same = next((gm for gm in alike if _equal_constants(gm, graph.gm)), None)
+        same = next((other for other in alike if _equal(graph.constants, other.constants)), None)
         if same is None:
-            alike.append(graph.gm)
-        found.append(graph if same is None else replace(graph, gm=same))
+            alike.append(graph)
+        found.append(graph if same is None else replace(graph, gm=same.gm))
     return found
 
 
-def _equal_constants(a: fx.GraphModule, b: fx.GraphModule) -> bool:
-    """Whether two graphs of the same code read the same values besides their inputs."""
-    pairs = [(getattr(a, node.target), getattr(b, node.target)) for node in a.graph.find_nodes(op="get_attr")]
+def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return all(
         x is y or (isinstance(x, Tensor) and isinstance(y, Tensor) and _make(x) == _make(y) and torch.equal(x, y))
-        for x, y in pairs
+        for x, y in zip(a, b, strict=True)
     )
 
 

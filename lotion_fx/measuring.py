@@ -16,7 +16,8 @@ holds what is believed after each measurement: of the whole term, and of each we
 From such a step's first forward until an optimizer steps, the parameters *hold* the noisy values, so that all that
 reads them computes with the same ones: recomputation, a head applied outside of the model, other compilers, shards.
 They hold their own values again before anything else looks: a step, of any model's optimizer, or one that a GradScaler
-skips; a forward in `eval()` or without gradients; a `state_dict`, loading one, a pickle, a function of this package.
+skips; a forward in `eval()` or without gradients, or that a step has no more of; a `state_dict`, loading one, a pickle,
+a function of this package.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 from lotion_fx import private, private_backward
 from lotion_fx.amplitude import next_amplitude
 from lotion_fx.gain import Gains, Predictions, walked
-from lotion_fx.held import Held, clipping_of, gradient_of, is_partial, narrowed, sums_of
+from lotion_fx.held import Forwards, Held, clipping_of, gradient_of, is_partial, narrowed, sums_of
 from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.passes.attach.sharded import is_cut
 from lotion_fx.residuals import Residuals, size_told
@@ -112,6 +113,7 @@ class Measuring:
         self._curvatures = Predictions()  # the sum of each weight's
         self._to_look_at: set[Weight] = set()
         self._held: dict[Weight, Held] = {}
+        self._forwards = Forwards()
 
     # ----------------------------------------------------------------------------------------------------- the outcome
 
@@ -167,6 +169,9 @@ class Measuring:
         Args:
             steps: optimizer steps since the term first came.
         """
+        if self._forwards.gives_up(steps, measures=self.is_holding):  # else all to come were at the same noise
+            self.put_back()
+            self.amplitude = 1.0
         self.begun, self.next_at = self._counts()
         self._is_interrupted = False
         # Of what is back already, part of this step's gradient will not be that at the rounded values.
@@ -189,7 +194,7 @@ class Measuring:
         for place, weight in enumerate(self.weights):
             if _can_be_measured(weight) and (parameter := weight.master) is not None:
                 local, amax = local_of(parameter), shared_amax(weight.quantizer, parameter)
-                known = _seed(steps, place), amax[0] if amax else None
+                known = steps * 1_000_003 + place, amax[0] if amax else None
                 held = Held(local.clone(), private.version_of(local), *known, self.amplitude)
                 self._held[weight] = held
                 local.data.copy_(held.noisy(weight, parameter, held.own))
@@ -430,10 +435,6 @@ class Measuring:
 def _rounded(x: float) -> float:
     """To three digits, more than are known: the last bits of sums depend on the number of ranks, and stay out."""
     return float(f"{x:.2e}")
-
-
-def _seed(steps: int, place: int) -> int:
-    return steps * 1_000_003 + place
 
 
 def _own_gains(count: int) -> Gains:

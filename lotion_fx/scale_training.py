@@ -108,12 +108,19 @@ _moving: dict[Tensor, _Before] = {}
 
 
 def check_scales(weights: Iterable[Weight]) -> None:
-    """Refuses a model whose scales have nowhere near to go.
+    """Refuses a model whose scales have nowhere near to go, and formats that no code can be kept in.
 
     Raises:
-        ValueError: all of them are powers of two.
+        ValueError: all of them are powers of two; or levels reach further on one side of zero.
     """
     formats = [weight.format for weight in weights if weight.format is not None]
+    if lopsided := [fmt for fmt in formats if -fmt.grid.levels[0] != fmt.grid.levels[-1]]:
+        levels = lopsided[0].grid.levels
+        raise ValueError(
+            f"phase 'scales': a block rounded to {lopsided[0].name!r}, whose levels go from {levels[0]:g} to "
+            f"{levels[-1]:g}, may change when it is rounded again, so its codes cannot be kept; take a format with "
+            "symmetric levels"
+        )
     if formats and all(_is_discrete(fmt) for fmt in formats):
         raise ValueError(
             f"phase 'scales': those of {formats[0].name!r} are powers of two, which cannot be trained; freeze the "

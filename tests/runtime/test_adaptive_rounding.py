@@ -348,6 +348,32 @@ def test_other_weights_or_batches_are_not_resumed(
     assert all(torch.equal(value, weights(fresh)[name]) for name, value in weights(model).items())
 
 
+def _other_layer(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.get_parameter("head.bias").mul_(3)
+
+
+@pytest.mark.parametrize(
+    "change, loss",
+    [(lambda model: None, lambda out, y: F.cross_entropy(out[0], y, weight=torch.tensor([9.0, 1, 1, 1, 1]))),
+     (_other_layer, loss_of)],
+    ids=["other loss", "other layer"],
+)  # fmt: skip
+def test_another_loss_or_layer_is_not_resumed(
+    change: Callable[[nn.Module], None], loss: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Curvature is of all that the loss is made of."""
+    monkeypatch.setattr(adaptive_rounding, "_loss", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lotion_fx.round_(trained(), batches(), loss_of, folder=tmp_path)
+    monkeypatch.undo()
+    model, fresh = trained(), trained()
+    for each, options in ((model, {"folder": tmp_path}), (fresh, {})):
+        change(each)
+        lotion_fx.round_(each, batches(), loss, **options)
+    assert all(torch.equal(value, weights(fresh)[name]) for name, value in weights(model).items())
+
+
 def test_a_damaged_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained()
     monkeypatch.setattr(adaptive_rounding, "_loss", lambda *args: 1 / 0)

@@ -285,3 +285,37 @@ def test_where_no_term_is_nothing_is_gathered_for_its_size(options):
         optimizer.step(closure)
     tally = next(iter(registry.owned[model[0]].values())).smoothing.tally
     assert tally.measuring.residuals.taken() is None
+
+
+@pytest.mark.parametrize("looks_after_backward", [False, True])
+def test_a_loop_that_skips_spikes_goes_on(looks_after_backward):
+    """A measuring step's loss may be one. Its noise stays until an optimizer steps, unless more forwards come."""
+    model = made()
+    optimizer, taken, usual = torch.optim.Adam(model.parameters(), 1e-30), [], None
+    for _ in range(30):
+        loss = cross_entropy(model)
+        if looks_after_backward:
+            loss.backward()
+        is_spike = usual is not None and abs(loss.item() - usual) > 1e-6
+        taken.append(not is_spike)
+        if not is_spike:
+            usual = loss.item()
+            if not looks_after_backward:
+                loss.backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    assert 0 < taken.count(False) <= 10 and all(taken[-6:])  # two of each of five measurements
+    assert "none of" in lotion_fx.report(model).unmeasured
+
+
+@pytest.mark.parametrize("passes", [(1, 4), (4, 4), (2, 1)])
+def test_forwards_of_one_step_are_no_reason_to_give_up(passes):
+    """As under accumulation, of as many parts in each step, or of more later."""
+    model = made()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-30)
+    for step in range(20):
+        for _ in range(passes[step > 2]):
+            (cross_entropy(model) / passes[step > 2]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert lotion_fx.report(model).size is not None

@@ -129,6 +129,15 @@ def test_any_optimizer_trains_scales_as_parameters_of_their_own(fmt, optimizer):
         assert (model.get_parameter(name) - weight).norm() < 2e-3 * moved, name
 
 
+def test_codes_that_rounding_does_not_keep_are_refused():
+    """A block whose largest weight saturates gets another scale when it is rounded again."""
+    name = "lopsided_for_scales"
+    lotion_fx.register_format(name, lotion_fx.codebook([-1.0, -0.4, 0.0, 0.5], block=4))
+    model = lotion_fx.transform(MLP(), "int4", only={"down.*": name}, method="ptq", inner="aot_eager")
+    with pytest.raises(ValueError, match=f"{name!r}, whose levels go from -1 to 0.5, may change .* symmetric levels"):
+        lotion_fx.hold_codes(model)
+
+
 def test_scales_that_are_powers_of_two_stay():
     model = rounded("mxfp4")
     for refused in (lambda: lotion_fx.hold_codes(model), lambda: lotion_fx.transform(MLP(), "mxfp4", method="scales")):
