@@ -33,6 +33,7 @@ from lotion_fx.scalars import check_count, check_number
 from lotion_fx.state import Weight, names_of
 
 GIB = 2.0**30
+THEN_ROUNDS = " + rounds"
 SCALES = {"absmax": ("absmax",), "searched": ("searched",), "auto": ("absmax", "searched")}
 """What scales may be asked for, and of what they are made then: of several the batches' loss takes one."""
 
@@ -43,7 +44,8 @@ class RoundedWeight:
 
     Args:
         name, format: of the weight.
-        method: what rounded it: ``"descent"``, ``"two_sided"``, ``"gptq"`` or ``"nearest"``.
+        method: what rounded it: ``"descent"``, ``"two_sided"``, ``"gptq"`` or ``"nearest"``, and ``" + rounds"`` where
+            these changed codes.
         share: its curvature's cost as a share of that of rounding to nearest; nan where no curvature is known.
         why: it was not rounded by the method that was asked for; empty where it was.
     """
@@ -302,8 +304,10 @@ def _nearest(
 
 def _changed(rounded: Rounded, known: Known, values: Tensor) -> Rounded:
     """What became of a weight in the rounds."""
+    if torch.equal(values, rounded.values):
+        return rounded
     error = (known.latent - values).reshape(known.shape)
-    return rounded._replace(values=values, cost=cost(error, known.curvature))
+    return rounded._replace(values=values, cost=cost(error, known.curvature), method=rounded.method + THEN_ROUNDS)
 
 
 def _checked(name: str, weight: Weight) -> Tensor:
@@ -388,10 +392,11 @@ def _loss(graphs: Sequence[LossGraph], weights: Iterable[str], done: Mapping[str
 
 def _row(name: str, weight: Weight, rounded: Rounded, asked: str, why: str) -> RoundedWeight:
     share = rounded.cost / rounded.nearest if rounded.nearest > 0 else math.nan
-    if rounded.method == asked:
+    first = rounded.method.removesuffix(THEN_ROUNDS)
+    if first == asked:
         why = ""
     elif not why:
         is_long = max(weight.layout.factors[1:]) > SIDE
-        cheapest = f"it costs least by {rounded.method!r}" if rounded.nearest > 0 else "its gradients vanish"
+        cheapest = f"it costs least by {first!r}" if rounded.nearest > 0 else "its gradients vanish"
         why = f"more than {SIDE} rows or columns, which get no matrix" if is_long else cheapest
     return RoundedWeight(name, _format(weight)[0].name, rounded.method, share, why)

@@ -78,6 +78,7 @@ def test_rounds_lower_the_batches_loss_and_keep_fixed_points() -> None:
         goal = sum(float(loss_of(model(x), y).detach()) for x, y in given) / len(given)
         done = lotion_fx.round_(model, given, loss_of, method="descent", rounds=rounds)
         losses.append(done.rounded)
+        assert any(w.method.endswith(" + rounds") for w in done.weights) == (rounds > 0)
         for name, weight in lotion_fx.quantized(model).items():
             assert torch.equal(weight.dequantize(), model.get_parameter(name)), name
     assert losses[0] > losses[1] >= losses[2] and losses[2] - goal < 0.8 * (losses[0] - goal)
