@@ -122,9 +122,9 @@ def round_(
             tensor, for 2 bits, and for powers of two: there few outliers make the levels of all others coarse.
             ``"auto"`` rounds with both, which takes twice the time, and takes those of the lower loss of the batches.
         likelihood: None, or what the model's output parametrizes, as under ``transform(curvature="ggn")``, whose models
-            have it already. Then gradients are those at labels that the model draws itself, four a batch, or one where
-            batches are 64 or more: for losses that have nearly vanished, as where a model is its own teacher, and whose
-            gradients say nothing.
+            have it already. Then gradients are those at labels that the model draws itself, four a batch, fewer
+            beyond 16 batches and one from 64 on: for losses that have nearly vanished, as where a model is its own
+            teacher, and whose gradients say nothing.
         rounds: of changing codes once more, by the gradient that the batches' loss has at the rounded weights, see
             `refining`. Each is a pass over the batches more (and two besides), and is undone where their loss grows;
             they end where it is as low as it was before rounding, and there are none where rounding to nearest has not
@@ -182,7 +182,7 @@ def round_(
     if known:
         views = {n: _known(latent[n], best.scaled[n], selected[n], curvature) for n, curvature in known.items()}
         values = {name: best.done[name].values for name in in_loss}
-        values = refined(graphs, views, values, rounds)
+        values = refined(graphs, views, values, rounds, losses.latent)
         best.done |= {name: _changed(best.done[name], view, values[name]) for name, view in views.items()}
         losses = losses._replace(rounded=_loss(graphs, in_loss, best.done))
     for name, rounded in best.done.items():

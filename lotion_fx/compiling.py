@@ -129,7 +129,7 @@ def compile_function(function: Callable[..., Any], args: Sequence[Any], inner: s
     fakes = [mode.from_tensor(x, static_shapes=True) for x in args]
     with torch.no_grad(), mode:
         gm = make_fx(function)(*fakes)
-    compiles["update"] += 1
+    compiles["in place"] += 1
     with torch.no_grad(), private.tracing(private.TracingContext(mode)):
         options = {private.EXACT_DIVISION: True, "unsafe_marked_cacheable_functions": cacheable()}
         compiled: Any = private.compile_fx(gm, fakes, config_patches=options)

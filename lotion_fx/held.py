@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
 from lotion_fx.numerics.uniforms import uniforms
+from lotion_fx.passes.attach.sharded import is_cut
 from lotion_fx.shards import index_of, local_of, sample
 
 if TYPE_CHECKING:
@@ -25,21 +26,46 @@ SCALED = 0.99
 class Forwards:
     """How many training forwards the step under way has had, and at most any before it.
 
-    Two more tell that its step is not to come: a loop leaves out what is far from the losses before.
+    Two more, if no gradient of the step is there, or many more tell that its optimizer is not to come: a loop leaves
+    out what is far from the losses before, which in a step that measures all to come would be.
+
+    Attributes:
+        steps: before the one under way.
+        most: of any step.
+        gave_up: on this step.
     """
 
     def __init__(self) -> None:
-        self._steps, self._now, self._most = -1, 0, 1
+        self.steps, self.most, self.gave_up, self._now = -1, 1, False, 0
 
-    def gives_up(self, steps: int, *, measures: bool) -> bool:
-        """One more comes, in the step after so many; whether they are too many for a step that measures."""
-        if steps != self._steps:
-            self._steps, self._now, self._most = steps, 0, max(self._most, self._now)
+    def come(self, steps: int) -> None:
+        """One more, in the step after so many."""
+        if steps != self.steps:
+            self.most = max(self.most, 0 if self.gave_up else self._now)
+            self.steps, self.gave_up, self._now = steps, False, 0
         self._now += 1
-        if not measures or self._now <= self._most + 1:
-            return False
-        self._now = 0  # it says nothing of how many a step has
-        return True
+
+    def give_up(self, held: Mapping[Weight, Held]) -> bool:
+        """Whether they are too many, of these weights that are held."""
+        if self._now > self.most + 1:
+            self.gave_up |= self._now > 4 * self.most + 8 or not _has_gradients(held)
+        return self.gave_up
+
+
+def _has_gradients(held: Mapping[Weight, Held]) -> bool:
+    """Whether a backward pass has left gradients since weights are held. Reads the device."""
+    seen = [weight.master for weight, each in held.items() if each.seen is not None]
+    grads = [p.grad for p in seen if p is not None and p.grad is not None and not is_partial(p.grad)]
+    return any(bool(sample(grad).any()) for grad in grads)
+
+
+def can_be_measured(weight: Weight) -> bool:
+    """Whether an optimizer will tell of a weight that its term is to be added to."""
+    parameter, in_hook = weight.master, weight.gathered.steps > 0 and weight.gathered.certificate is None
+    if parameter is None or not (parameter.requires_grad and weight.training and weight.selected and in_hook):
+        return False
+    has_curvature = weight.curvature.ema is not None or weight.smoothing.settings.reads_moment
+    return has_curvature and not is_cut(weight.quantizer, parameter)  # of which no rank could round its own part
 
 
 @dataclass

@@ -36,10 +36,16 @@ class KeptWeights:
             self.folder.mkdir(parents=True, exist_ok=True)
             for parameter in graphs[0].parameters.values():
                 self._common.update(_bytes(parameter))
+            known: dict[fx.GraphModule, int] = {}
             for graph in graphs:
-                self._common.update(graph.gm.code.encode())
-                for value in (*graph.constants, *graph.data):
-                    self._common.update(_bytes(value) if isinstance(value, Tensor) else _text(value).encode())
+                if graph.gm not in known:
+                    known[graph.gm] = len(known)
+                    self._common.update(graph.gm.code.encode())
+                    for value in graph.constants:
+                        self._common.update(_bytes(value) if isinstance(value, Tensor) else _text(value).encode())
+                self._common.update(str(known[graph.gm]).encode())
+                for value in graph.data:
+                    self._common.update(_bytes(value))
 
     def load(self, name: str, scales: str, weight: Weight, latent: Tensor) -> Rounded | None:
         """What was kept of a weight; None where there is nothing, or something else.
@@ -84,7 +90,6 @@ class KeptWeights:
     def _key(self, weight: Weight, latent: Tensor) -> str:
         key = self._common.copy()
         key.update(repr((weight.quantizer.constants, latent.dtype, tuple(latent.shape))).encode())
-        key.update(_bytes(latent))
         return key.hexdigest()
 
 

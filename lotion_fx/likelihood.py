@@ -10,6 +10,7 @@ The Gauss-Newton matrix of such a loss is the mean outer product of its gradient
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 LABELS = 4
 """Draws of a batch's labels that a curvature which is read once is averaged over."""
 ENOUGH = 64
-"""Draws of all batches together, beyond which each has one: other data tell more than other labels."""
+"""Draws of all batches together that are enough, at least one a batch: other data tell more than other labels."""
 _LOSSES = {
     F.cross_entropy: "categorical",
     nn.CrossEntropyLoss: "categorical",
@@ -41,7 +42,7 @@ _ONE_CLASS = (
 
 def labels_a_batch(batches: int) -> int:
     """Draws of labels for each of several batches that one curvature is read from."""
-    return max(1, min(LABELS, ENOUGH // batches))
+    return min(LABELS, math.ceil(ENOUGH / batches))
 
 
 def likelihood_of(loss: Any) -> str:

@@ -92,14 +92,17 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
 
 
 def loss_graphs(model: nn.Module, batches: Iterable[Any], loss_fn: Any) -> list[LossGraph]:
-    """Traces a model's loss on several batches; graphs that are equal are one, so that memory is not of each batch."""
+    """Traces a model's loss on several batches; graphs that are equal are one, so that memory is not of each batch.
+
+    But for those that write to a constant, as to a buffer that counts: each has its own.
+    """
     known: dict[str, list[LossGraph]] = {}
     found = []
     for batch in batches:
         graph = loss_graph(model, batch, loss_fn)
         alike = known.setdefault(graph.gm.code, [])
         same = next((other for other in alike if _equal(graph.constants, other.constants)), None)
-        if same is None:
+        if same is None and not _writes_constants(graph.gm):
             alike.append(graph)
         found.append(graph if same is None else replace(graph, gm=same.gm))
     return found
@@ -110,6 +113,18 @@ def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
         x is y or (isinstance(x, Tensor) and isinstance(y, Tensor) and _make(x) == _make(y) and torch.equal(x, y))
         for x, y in zip(a, b, strict=True)
     )
+
+
+def _writes_constants(gm: fx.GraphModule) -> bool:
+    """Whether an op in place may change what the graph reads besides its inputs, itself or a view of it."""
+    for node in gm.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            while isinstance(node, fx.Node) and node.op == "call_function" and node.args:
+                node = node.args[0]
+            if not isinstance(node, fx.Node) or node.op == "get_attr":
+                return True
+    return False
 
 
 def _make(x: Tensor) -> tuple[torch.dtype, torch.device]:

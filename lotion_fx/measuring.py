@@ -36,9 +36,8 @@ from torch import Tensor
 from lotion_fx import private, private_backward
 from lotion_fx.amplitude import next_amplitude
 from lotion_fx.gain import Gains, Predictions, walked
-from lotion_fx.held import Forwards, Held, clipping_of, gradient_of, is_partial, narrowed, sums_of
+from lotion_fx.held import Forwards, Held, can_be_measured, clipping_of, gradient_of, is_partial, narrowed, sums_of
 from lotion_fx.optimizers import ascending, first_moments
-from lotion_fx.passes.attach.sharded import is_cut
 from lotion_fx.residuals import Residuals, size_told
 from lotion_fx.shards import local_of, over_shards, sample, shared_amax, summed
 
@@ -169,9 +168,9 @@ class Measuring:
         Args:
             steps: optimizer steps since the term first came.
         """
-        if self._forwards.gives_up(steps, measures=self.is_holding):  # else all to come were at the same noise
+        self._forwards.come(steps)
+        if self.is_holding and self._forwards.give_up(self._held):
             self.put_back()
-            self.amplitude = 1.0
         self.begun, self.next_at = self._counts()
         self._is_interrupted = False
         # Of what is back already, part of this step's gradient will not be that at the rounded values.
@@ -182,7 +181,7 @@ class Measuring:
         if not self.is_on or steps < self.next_at:
             return
         self.put_back()
-        if not any(_can_be_measured(weight) for weight in self.weights):  # as those of a discriminator that waits
+        if not any(can_be_measured(weight) for weight in self.weights):  # as those of a discriminator that waits
             self.idle += 1
             return
         _holding.add(self)
@@ -192,7 +191,7 @@ class Measuring:
         self.next_at, self._is_told, self._since = steps + self._pause(steps), False, steps
         self._to_look_at = set()  # a measurement looks at all
         for place, weight in enumerate(self.weights):
-            if _can_be_measured(weight) and (parameter := weight.master) is not None:
+            if can_be_measured(weight) and (parameter := weight.master) is not None:
                 local, amax = local_of(parameter), shared_amax(weight.quantizer, parameter)
                 known = steps * 1_000_003 + place, amax[0] if amax else None
                 held = Held(local.clone(), private.version_of(local), *known, self.amplitude)
@@ -299,6 +298,9 @@ class Measuring:
         for weight, p, h in told:
             grad = signs.get(p, 1.0) * gradient_of(p, pending)
             sums.append(sums_of(weight, p, h, grad, moments.get(p), curvature_of(weight, p), loss_scale))
+        if self._is_given_up(group, pairs[0][1].device):
+            self.amplitude = min(self.amplitude, 1.0)
+            return {weight for weight, _ in pairs}
         if sums:
             self._expect(loss_count, loss_scale, group, told[0][1].device)
             whole = over_shards(torch.stack(sums), [p for _, p, _ in told])
@@ -309,6 +311,12 @@ class Measuring:
             curvatures = over_shards(torch.stack([total_of(weight, p) for weight, p in seen]), [p for _, p in seen])
             self._look_at([weight for weight, _ in seen], curvatures[:, 0].tolist())
         return {weight for weight, _, h in told if h.amplitude > 1}
+
+    def _is_given_up(self, group: Any, device: torch.device) -> bool:
+        """Whether any rank gave the step up, if it measures."""
+        if not self.is_on or self._since != self._forwards.steps:
+            return False
+        return bool(summed(torch.tensor(float(self._forwards.gave_up), device=device), group))
 
     def _learn(self, weights: Sequence[Weight], sums: Tensor, amplitude: float) -> None:
         """One measurement of these weights; where each optimizer steps a few, of them and those before.
@@ -382,6 +390,7 @@ class Measuring:
             "next_at": next_at,
             "amplitude": self.amplitude,
             "since": self._since,
+            "forwards": self._forwards.most,
             "fallen": self._curvatures.fallen,
             "offset": self._common.offset,
             "told": self._packed(),
@@ -403,7 +412,7 @@ class Measuring:
         self._is_interrupted = False
         self.is_on, self.begun, self.draws = saved["is_on"], saved["begun"], saved["draws"]
         self.next_at, self.amplitude, self.guess = saved["next_at"], saved["amplitude"], saved.get("guess")
-        self._left_off = saved.get("left_off", "")
+        self._left_off, self._forwards.most = saved.get("left_off", ""), saved.get("forwards", 1)
         self._factors, self._clips, self._curvatures = {}, {}, Predictions()
         self._order, self._own = [], _own_gains(0)
         if "offset" not in saved:  # of before: beliefs had another form, and all is measured anew
@@ -439,12 +448,3 @@ def _rounded(x: float) -> float:
 
 def _own_gains(count: int) -> Gains:
     return Gains(count, _OWN_REACH, _OWN_STEP, _OWN_PRIOR)
-
-
-def _can_be_measured(weight: Weight) -> bool:
-    """Whether an optimizer will tell of a weight that its term is to be added to."""
-    parameter, in_hook = weight.master, weight.gathered.steps > 0 and weight.gathered.certificate is None
-    if parameter is None or not (parameter.requires_grad and weight.training and weight.selected and in_hook):
-        return False
-    has_curvature = weight.curvature.ema is not None or weight.smoothing.settings.reads_moment
-    return has_curvature and not is_cut(weight.quantizer, parameter)  # of which no rank could round its own part

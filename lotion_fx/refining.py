@@ -45,16 +45,18 @@ def refined(
     known: Mapping[str, Known],
     values: Mapping[str, Tensor],
     rounds: int,
+    goal: float,
 ) -> dict[str, Tensor]:
-    """The rounded values after so many rounds, or fewer where the batches' loss is down at that of the latent weights.
+    """The rounded values after so many rounds, or fewer where the batches' loss is down at a goal.
 
     Args:
         graphs: of the loss, a batch each.
         known: the weights whose codes are changed, by name.
         values: of all rounded weights.
+        goal: what the loss was before rounding: below it rounds would learn the batches by heart.
     """
     wanted, latent = list(known), {name: each.latent for name, each in known.items()}
-    before, goal = _gradients(graphs, latent, wanted)
+    before, _ = _gradients(graphs, latent, wanted)
     values = dict(values)
     gradients, loss = _gradients(graphs, values, wanted)
     units = {}
@@ -63,7 +65,7 @@ def refined(
         units[name] = stiffness(error, each.curvature, (gradients[name] - before[name]).reshape(each.shape))
     care = CAREFUL
     for _ in with_a_bar("rounds", range(rounds), rounds):
-        if loss <= goal:  # below it they would learn the batches by heart
+        if loss <= goal:
             break
         tried = _stepped(known, values, gradients, units, care)
         while care > BOLDEST and all(torch.equal(tried[name], values[name]) for name in wanted):

@@ -76,6 +76,7 @@ class _Before:
     """A parameter before a step.
 
     Args:
+        weight: that it is.
         rounded: its values, rounded to nearest: of this rank's part.
         least: how much of these each block may come to, [..., blocks, 1].
         largest: magnitude of the parameter over all its shards, 0-d float32.
@@ -88,9 +89,9 @@ class _Before:
 
     @staticmethod
     def empty(weight: Weight, parameter: Tensor) -> _Before:
-        local = local_of(parameter)
-        blocks = _blocks(local, weight.quantizer)
-        least = blocks.new_empty((*blocks.shape[:-1], 1))
+        local, fmt, axis = local_of(parameter), weight.quantizer.format, weight.quantizer.axis
+        shape = (*to_blocks(local, fmt, axis).shape[:-1], 1)
+        least = local.new_empty(shape, dtype=compute_dtype(local))
         return _Before(weight, torch.empty_like(local), least, absmax(parameter))
 
     def job(self, when: str, parameter: Tensor) -> tuple[_Projection, list[Tensor]]:
@@ -111,15 +112,15 @@ def check_scales(weights: Iterable[Weight]) -> None:
     """Refuses a model whose scales have nowhere near to go, and formats that no code can be kept in.
 
     Raises:
-        ValueError: all of them are powers of two; or levels reach further on one side of zero.
+        ValueError: all of them are powers of two, or a format's levels reach further on one side of zero.
     """
     formats = [weight.format for weight in weights if weight.format is not None]
     if lopsided := [fmt for fmt in formats if -fmt.grid.levels[0] != fmt.grid.levels[-1]]:
         levels = lopsided[0].grid.levels
         raise ValueError(
             f"phase 'scales': a block rounded to {lopsided[0].name!r}, whose levels go from {levels[0]:g} to "
-            f"{levels[-1]:g}, may change when it is rounded again, so its codes cannot be kept; take a format with "
-            "symmetric levels"
+            f"{levels[-1]:g}, may change when it is rounded again, so its codes cannot be kept; take a format whose "
+            "levels reach equally far on both sides"
         )
     if formats and all(_is_discrete(fmt) for fmt in formats):
         raise ValueError(
@@ -156,8 +157,8 @@ def before_step(pairs: Sequence[tuple[Weight, Tensor]], optimizer: Any, *, begin
                 "part alone; train scales in one process, under DistributedDataParallel, or in a format whose blocks "
                 "shards leave whole"
             )
+    for weight, parameter in pairs:
         settle(parameter)
-        assert parameter.grad is not None
         is_new = begins or parameter not in _moving
         if is_new:
             _moving[parameter] = _Before.empty(weight, parameter)
@@ -169,7 +170,7 @@ def before_step(pairs: Sequence[tuple[Weight, Tensor]], optimizer: Any, *, begin
 @torch.no_grad()
 def after_step(parameters: Iterable[Any]) -> None:
     """Puts what an optimizer has stepped back on its codes."""
-    stepped = [parameter for parameter in parameters if parameter in _moving] if _moving else []
+    stepped = dict.fromkeys(parameter for parameter in parameters if parameter in _moving) if _moving else {}
     _run("ends", {parameter: _moving.pop(parameter) for parameter in stepped})
 
 

@@ -39,7 +39,8 @@ def hold_codes(model: nn.Module) -> None:
     this from its next step on.
 
     Raises:
-        ValueError: all of the model's scales are powers of two.
+        ValueError: all of the model's scales are powers of two, or a format's levels reach further on one side of zero,
+            and a block may change when it is rounded again.
     """
     check_scales(weight for weight in weights_of(model) if weight.selected)
     for smoothing in smoothings_of(model):

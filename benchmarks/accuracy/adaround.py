@@ -9,6 +9,7 @@ whose outputs are of another size, it does nothing or everything.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 
@@ -32,15 +33,18 @@ def adaround(model: nn.Module, inputs: Iterable[Tensor], formats: Mapping[str, l
         inputs: of the model, one a batch.
         formats: of each weight to round, by name; blocks run along the last dimension.
     """
-    given = list(inputs)
+    given, plain = list(inputs), copy.deepcopy(model)
     layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in formats}
     if strangers := [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]:
         raise ValueError(f"formats: {strangers[0]!r} is no linear layer's weight")
-    wanted = {name: _outputs(model, layer, given) for name, layer in layers.items()}
-    for name in _in_order(model, layers, given):
-        layer = layers[name]
-        gram, cross = _moments(model, layer, given, wanted[name])
-        layer.weight.data.copy_(learned(layer.weight.detach(), formats[name], gram, cross))
+    order = _in_order(model, layers, given)
+    if idle := layers.keys() - order:
+        raise ValueError(f"inputs: {min(idle)!r} is not used by the first of them")
+    for name in order:
+        before, after = plain.get_submodule(name.removesuffix(".weight")), layers[name]
+        gram, cross = _moments(_seen(plain, before, given), _seen(model, after, given))
+        w = after.weight.detach()
+        after.weight.data.copy_(learned(w, formats[name], gram, w @ cross))
 
 
 def learned(w: Tensor, fmt: lotion_fx.Format, gram: Tensor, cross: Tensor) -> Tensor:
@@ -80,21 +84,15 @@ def _logit(share: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, layer: nn.Linear, inputs: Iterable[Tensor]) -> list[Tensor]:
-    """What a layer's product gives for each batch, [rows, positions], without its bias."""
-    return [layer.weight @ x.T for x in _seen(model, layer, inputs)]
-
-
-@torch.no_grad()
-def _moments(
-    model: nn.Module, layer: nn.Linear, inputs: Iterable[Tensor], wanted: Iterable[Tensor]
-) -> tuple[Tensor, Tensor]:
+def _moments(before: Iterable[Tensor], after: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Means over positions of ``x x^T`` and ``x' x^T``: a layer's inputs x, and x' as they were before rounding."""
     gram, cross, count = 0.0, 0.0, 0
-    for x, y in zip(_seen(model, layer, inputs), wanted, strict=True):
-        gram, cross, count = gram + x.T @ x, cross + y @ x, count + len(x)
+    for was, x in zip(before, after, strict=True):
+        gram, cross, count = gram + x.T @ x, cross + was.T @ x, count + len(x)
     return torch.as_tensor(gram) / count, torch.as_tensor(cross) / count
 
 
+@torch.no_grad()
 def _seen(model: nn.Module, layer: nn.Linear, inputs: Iterable[Tensor]) -> list[Tensor]:
     """A layer's inputs, [positions, columns] of each batch."""
     found: list[Tensor] = []

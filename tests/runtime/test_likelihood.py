@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import jacrev
 
 import lotion_fx
-from lotion_fx.likelihood import LIKELIHOODS, draws, likelihood_of, output_in, sampled_loss
+from lotion_fx.likelihood import LIKELIHOODS, draws, labels_a_batch, likelihood_of, output_in, sampled_loss
 from tests.models import LM, MLP
 
 LOSSES = {
@@ -148,3 +148,7 @@ def test_the_dynamo_backend_refuses():
     compiled = torch.compile(MLP(), backend="lotion_fx", options={"curvature": "ggn", "inner": "aot_eager"})
     with pytest.raises(Exception, match=r"curvature='ggn' needs the model's call.*transform\(model\)"):
         compiled(torch.randn(3, 20))
+
+
+def test_many_batches_draw_once_each():
+    assert [labels_a_batch(count) for count in (1, 8, 16, 17, 32, 33, 63, 64, 100)] == [4, 4, 4, 4, 2, 2, 2, 1, 1]

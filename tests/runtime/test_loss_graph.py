@@ -32,3 +32,21 @@ def test_graphs_that_read_other_constants_are_others():
     a, b = loss_graphs(model, [given, given], F.cross_entropy)
     assert a.gm.code == b.gm.code and a.gm is not b.gm
     assert a.loss({}) != b.loss({})
+
+
+def test_a_graph_that_writes_to_a_buffer_is_its_batch_s_own():
+    """Or one batch's loss would depend on those before."""
+
+    class Counting(MLP):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls.view(-1).add_(1)
+            return super().forward(x) * self.calls
+
+    given = batch(4)
+    a, b = loss_graphs(Counting(), [given, given], F.cross_entropy)
+    assert a.gm is not b.gm
+    assert a.loss({}) == b.loss({})

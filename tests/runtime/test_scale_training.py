@@ -4,6 +4,7 @@ Broken once and seen red: gradients or steps left as they are, a zero step that 
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -73,15 +74,25 @@ def test_codes_stay_and_the_loss_falls(fmt, make):
         torch.testing.assert_close(deployed, latent, rtol=0.07 if fmt == "nvfp4" else 1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("fmt", ["int4", "nvfp4"])
-def test_compiled_as_it_is_written(fmt):
-    """Steps through Inductor and as they are, from weights that lie on no codes yet."""
+@pytest.mark.parametrize("fmt, only", [("int4", {}), ("nvfp4", {}), ("int4/tensor", {"down.*": "mxfp4"})])
+def test_compiled_as_it_is_written(fmt, only):
+    """Steps through Inductor and as they are, from weights that lie on no codes yet; the last under a closure."""
     found = {}
     for inner in ("inductor", "aot_eager"):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = lotion_fx.transform(MLP(), fmt, method="scales", inner=inner)
-        train(model, torch.optim.Adam(model.parameters(), 1e-3), steps=3)
+        model = lotion_fx.transform(MLP(), fmt, method="scales", inner=inner, only=only)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        train(model, optimizer, steps=3)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(X), LABELS)
+            loss.backward()
+            return loss
+
+        model.train()
+        optimizer.step(closure)
         found[inner] = [parameter.detach().clone() for parameter in model.parameters()]
     torch.testing.assert_close(found["inductor"], found["aot_eager"], rtol=1e-5, atol=1e-7)
 
@@ -134,8 +145,20 @@ def test_codes_that_rounding_does_not_keep_are_refused():
     name = "lopsided_for_scales"
     lotion_fx.register_format(name, lotion_fx.codebook([-1.0, -0.4, 0.0, 0.5], block=4))
     model = lotion_fx.transform(MLP(), "int4", only={"down.*": name}, method="ptq", inner="aot_eager")
-    with pytest.raises(ValueError, match=f"{name!r}, whose levels go from -1 to 0.5, may change .* symmetric levels"):
-        lotion_fx.hold_codes(model)
+    for refused in (lambda: lotion_fx.hold_codes(model), lambda: lotion_fx.transform(MLP(), name, method="scales")):
+        with pytest.raises(ValueError, match=f"{name!r}, whose levels go from -1 to 0.5, may .* far on both sides"):
+            refused()
+
+
+def test_a_parameter_that_is_listed_twice():
+    model = rounded("int4")
+    lotion_fx.hold_codes(model)
+    known = codes(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's own
+        optimizer = torch.optim.SGD([*model.parameters(), model.up.weight], 0.05)
+    train(model, optimizer, 3)
+    assert all(torch.equal(known[name], after) for name, after in codes(model).items())
 
 
 def test_scales_that_are_powers_of_two_stay():
