@@ -27,8 +27,8 @@ ROUNDINGS: dict[str, dict[str, Any]] = {
 ours."""
 
 BATCHES = {"rounds": 32, "descent_many": 100}
-"""How many a rounding sees, where not the few that the others see. Other numbers need another name, by which the log tells
-runs apart. Rounds are 224 passes forward and backward."""
+"""How many a rounding sees, where not the few that the others see. Other numbers need another name, by which the log
+tells runs apart. Rounds are 224 passes forward and backward."""
 
 SAID = {
     "gptq": "GPTQ",
