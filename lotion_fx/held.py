@@ -31,17 +31,22 @@ class Forwards:
 
     Attributes:
         steps: before the one under way.
-        most: of any step.
+        most: of any step before.
         gave_up: on this step.
     """
 
     def __init__(self) -> None:
         self.steps, self.most, self.gave_up, self._now = -1, 1, False, 0
 
+    @property
+    def most_by_now(self) -> int:
+        """Of any step, the one under way among them."""
+        return self.most if self.gave_up else max(self.most, self._now)
+
     def come(self, steps: int) -> None:
         """One more, in the step after so many."""
         if steps != self.steps:
-            self.most = max(self.most, 0 if self.gave_up else self._now)
+            self.most = self.most_by_now
             self.steps, self.gave_up, self._now = steps, False, 0
         self._now += 1
 

@@ -390,7 +390,7 @@ class Measuring:
             "next_at": next_at,
             "amplitude": self.amplitude,
             "since": self._since,
-            "forwards": self._forwards.most,
+            "forwards": self._forwards.most_by_now,
             "fallen": self._curvatures.fallen,
             "offset": self._common.offset,
             "told": self._packed(),
