@@ -84,6 +84,21 @@ def test_rounds_lower_the_batches_loss_and_keep_fixed_points() -> None:
     assert losses[0] > losses[1] >= losses[2] and losses[2] - goal < 0.8 * (losses[0] - goal)
 
 
+def test_rounds_end_at_the_loss_of_before_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searched scales clip outliers first, which costs something already."""
+    goals: list[float] = []
+
+    def watched(graphs: Any, known: Any, values: Any, rounds: int, goal: float) -> Any:
+        goals.append(goal)
+        return refining.refined(graphs, known, values, rounds, goal)
+
+    monkeypatch.setattr(adaptive_rounding, "refined", watched)
+    model, given = trained("int2/tensor"), batches(4)
+    before = sum(float(loss_of(model(x), y).detach()) for x, y in given) / len(given)
+    lotion_fx.round_(model, given, loss_of, scales="searched", rounds=1)
+    assert goals == [pytest.approx(before, rel=1e-5)]
+
+
 def test_a_round_that_raises_the_loss_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refining, "CAREFUL", 1e-9)  # codes go wherever the gradient points
     done = [lotion_fx.round_(trained("int4"), batches(8), loss_of, rounds=rounds) for rounds in (0, 1)]
