@@ -22,6 +22,7 @@ from lotion_fx.estimate import quantized_in
 from lotion_fx.kept_weights import KeptWeights
 from lotion_fx.likelihood import LIKELIHOODS, labels_a_batch, named, output_in, sampled_loss
 from lotion_fx.loss_graph import LossFunction, LossGraph, listed, loss_graphs
+from lotion_fx.making_up import MakingUp
 from lotion_fx.numerics.adaptive import METHODS, Curvature, Rounded, adaptive, cost, fixed_point
 from lotion_fx.numerics.formats import Format
 from lotion_fx.numerics.searched import clipped, limited
@@ -94,6 +95,7 @@ def round_(
     method: str = "two_sided",
     scales: str = "absmax",
     likelihood: Any = None,
+    in_order: bool = True,
     rounds: int = 0,
     memory: float = 4.0,
     folder: str | Path | None = None,
@@ -125,6 +127,9 @@ def round_(
             have it already. Then gradients are those at labels that the model draws itself, four a batch, fewer
             beyond 16 batches and one from 64 on: for losses that have nearly vanished, as where a model is its own
             teacher, and whose gradients say nothing.
+        in_order: weights are rounded as they run, and one whose inputs have changed by then is shifted first, by half
+            of what brings back its outputs, or the sums that these go into; see `making_up`. That takes two forward
+            passes over the batches more. False rounds each weight as if no other were.
         rounds: of changing codes once more, by the gradient that the batches' loss has at the rounded weights, see
             `refining`. Each is a pass over the batches more (and two besides), and is undone where their loss grows;
             they end where it is as low as it was before rounding, and there are none where rounding to nearest has not
@@ -150,27 +155,22 @@ def round_(
     in_loss = quantized_in(graphs[0], names)
     selected = {name: weight for weight, name in names.items() if weight.selected}
     latent = {name: _checked(name, weight) for name, weight in selected.items()}
-    kept = KeptWeights(folder, f"{method} {told}", graphs)
+    kept = KeptWeights(folder, f"{method} {told} {in_order}", graphs)
     tries = [_Try(way, _scaled(way, latent, selected)) for way in SCALES[scales]]
     for each in tries:
         found = {name: kept.load(name, each.scales, selected[name], latent[name]) for name in in_loss}
         each.done = {name: rounded for name, rounded in found.items() if rounded is not None}
+        if in_order and method != "nearest":
+            each.making_up = MakingUp(graphs, list(in_loss), {name: done.values for name, done in each.done.items()})
+            in_loss = {name: in_loss[name] for name in (*each.making_up.order, *in_loss)}
     why: dict[str, str] = {}
-    known: dict[str, Curvature] = {}  # for rounds
-    is_to_do = {n: rounds or any(n not in each.done for each in tries) for n in in_loss}
-    to_do = {name: weight for name, weight in in_loss.items() if is_to_do[name] and method != "nearest"}
-    turns = list(_turns(to_do, memory * GIB / 4))
+    to_do = {n: weight for n, weight in in_loss.items() if rounds or any(n not in each.done for each in tries)}
+    turns = list(_turns(to_do, memory * GIB / 4)) if method != "nearest" else []
     if rounds and len(turns) > 1:
         raise ValueError(_no_room(rounds, to_do.values(), memory))
     for turn in turns:
         curvatures = _curvatures(graphs, turn, told, why)
-        for name, curvature in with_a_bar("rounding weights", curvatures.items(), len(curvatures)):
-            for each in (each for each in tries if name not in each.done):
-                view = _known(latent[name], each.scaled[name], turn[name], curvature)
-                each.done[name] = adaptive(*view[:5], method, view.scaled_as)
-                kept.save(name, each.scales, turn[name], latent[name], each.done[name])
-            if rounds and None not in curvature:
-                known[name] = curvature
+        _round(turn, tries, latent, curvatures, method, kept)
     left = {name: weight for name, weight in selected.items() if name not in tries[0].done}
     for each in tries:
         each.done |= _nearest(each.scaled, left, {})
@@ -179,11 +179,10 @@ def round_(
     _warn(losses, method, told)
     if best.is_nearest:  # it was trained at rounded weights, or its gradients tell nothing
         why = dict.fromkeys(best.done, f"by {method!r} the batches' loss is {losses.asked:.4g}") | why
-    if known:
-        views = {n: _known(latent[n], best.scaled[n], selected[n], curvature) for n, curvature in known.items()}
+    if rounds and best.views:
         values = {name: best.done[name].values for name in in_loss}
-        values = refined(graphs, views, values, rounds, losses.latent)
-        best.done |= {name: _changed(best.done[name], view, values[name]) for name, view in views.items()}
+        values = refined(graphs, best.views, latent, values, rounds, losses.latent)
+        best.done |= {name: _changed(best.done[name], view, values[name]) for name, view in best.views.items()}
         losses = losses._replace(rounded=_loss(graphs, in_loss, best.done))
     for name, rounded in best.done.items():
         latent[name].copy_(rounded.values)
@@ -201,12 +200,36 @@ class _Try:
         scaled: what scales are made of, by name.
         done: what became of each weight.
         is_nearest: all are rounded to nearest, which is not what was asked for.
+        making_up: where weights are rounded in order.
+        views: what rounds know of the weights.
     """
 
     scales: str
     scaled: Mapping[str, Tensor]
     done: dict[str, Rounded] = field(default_factory=dict)
     is_nearest: bool = False
+    making_up: MakingUp | None = None
+    views: dict[str, Known] = field(default_factory=dict)
+
+    def view(self, name: str, weight: Weight, latent: Tensor, curvature: Curvature) -> Known:
+        """What a weight is rounded from, and by."""
+        if self.making_up is None:
+            return _known(latent, self.scaled[name], weight, curvature)
+        goal, inputs = self.making_up.shifted(name, weight, latent)
+        scaled_as = self.scaled[name] if goal is latent else _scaled(self.scales, {name: goal}, {name: weight})[name]
+        return _known(goal, scaled_as, weight, curvature.replaced_by(inputs))
+
+    def finish(self, name: str, rounded: Rounded) -> None:
+        """A weight is rounded."""
+        self.done[name] = rounded
+        if self.making_up is not None:
+            self.making_up.put(name, rounded.values)
+
+    def leave(self, weights: Mapping[str, Weight]) -> None:
+        """Weights are rounded to nearest, in the end."""
+        if self.making_up is not None:
+            for name, rounded in _nearest(self.scaled, weights, {}).items():
+                self.making_up.put(name, rounded.values)
 
 
 class _Losses(NamedTuple):
@@ -216,6 +239,27 @@ class _Losses(NamedTuple):
     asked: float
     nearest: float
     rounded: float
+
+
+def _round(
+    weights: Mapping[str, Weight],
+    tries: Sequence[_Try],
+    latent: Mapping[str, Tensor],
+    curvatures: Mapping[str, Curvature],
+    method: str,
+    kept: KeptWeights,
+) -> None:
+    """Rounds those weights that have a curvature, in every try that has not done so."""
+    for each in tries:
+        each.leave({name: weight for name, weight in weights.items() if name not in curvatures})
+    for name in with_a_bar("rounding weights", [name for name in weights if name in curvatures], len(curvatures)):
+        for each in tries:
+            view = each.view(name, weights[name], latent[name], curvatures[name])
+            if name not in each.done:
+                each.finish(name, adaptive(*view[:5], method, view.scaled_as))
+                kept.save(name, each.scales, weights[name], latent[name], each.done[name])
+            if None not in view.curvature:
+                each.views[name] = view
 
 
 def _scaled(scales: str, latent: dict[str, Tensor], weights: Mapping[str, Weight]) -> dict[str, Tensor]:
@@ -246,7 +290,8 @@ def _to_nearest(tries: Sequence[_Try], latent: dict[str, Tensor], weights: Mappi
     for scales in sorted({*by_scales, "absmax"}, reverse=True):
         scaled = by_scales[scales].scaled if scales in by_scales else latent
         beside = by_scales.get(scales, tries[0])
-        yield _Try(scales, scaled, _nearest(scaled, weights, beside.done), is_nearest=True)
+        views = {n: _known(latent[n], scaled[n], weights[n], view.curvature) for n, view in beside.views.items()}
+        yield _Try(scales, scaled, _nearest(scaled, weights, beside.done), is_nearest=True, views=views)
 
 
 def _check(method: str, scales: str, rounds: int, memory: float) -> None:

@@ -29,6 +29,7 @@ class Known(NamedTuple):
     """What a round knows of a weight: what it is rounded from, its format and axis, and the view of its curvature.
 
     Args:
+        latent: shifted, where it makes up for others.
         scaled_as: what its scales are made of.
     """
 
@@ -43,6 +44,7 @@ class Known(NamedTuple):
 def refined(
     graphs: Sequence[LossGraph],
     known: Mapping[str, Known],
+    latent: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
     rounds: int,
     goal: float,
@@ -52,16 +54,17 @@ def refined(
     Args:
         graphs: of the loss, a batch each.
         known: the weights whose codes are changed, by name.
+        latent: these as they were before rounding.
         values: of all rounded weights.
         goal: what the loss was before rounding: below it rounds would learn the batches by heart.
     """
-    wanted, latent = list(known), {name: each.latent for name, each in known.items()}
-    before, _ = _gradients(graphs, latent, wanted)
+    wanted = list(known)
+    before, _ = _gradients(graphs, {name: latent[name] for name in wanted}, wanted)
     values = dict(values)
     gradients, loss = _gradients(graphs, values, wanted)
     units = {}
     for name, each in known.items():
-        error = (each.latent - values[name]).reshape(each.shape)
+        error = (latent[name] - values[name]).reshape(each.shape)
         units[name] = stiffness(error, each.curvature, (gradients[name] - before[name]).reshape(each.shape))
     care = CAREFUL
     for _ in with_a_bar("rounds", range(rounds), rounds):

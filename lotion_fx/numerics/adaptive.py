@@ -42,6 +42,10 @@ class Curvature(NamedTuple):
     rows: Tensor | None
     columns: Tensor | None
 
+    def replaced_by(self, other: Curvature) -> Curvature:
+        """With the sides that another has."""
+        return Curvature(*(old if new is None else new for old, new in zip(self, other, strict=True)))
+
 
 class Rounded(NamedTuple):
     """An adaptively rounded weight.
@@ -174,6 +178,29 @@ def stiffness(error: Tensor, curvature: Curvature, change: Tensor) -> float:
     assert curvature.rows is not None and curvature.columns is not None
     predicted = curvature.rows.double() @ error.double() @ curvature.columns.double()
     return float(change.double().norm() / predicted.norm())
+
+
+@torch.no_grad()
+def of_inputs(curvature: Curvature, w: Tensor, axis: int, shape: tuple[int, int, int]) -> Curvature:
+    """The side alone of the dimension that products sum over."""
+    along_rows = _runs_along_rows(w, axis, shape)
+    return Curvature(curvature.rows if along_rows else None, None if along_rows else curvature.columns)
+
+
+@torch.no_grad()
+def newton(gradient: Tensor, shape: tuple[int, int, int], inputs: Curvature) -> Tensor:
+    """``-G A^-1``: the step that a gradient G asks for where the inputs' curvature is all there is, damped as theirs.
+
+    Args:
+        gradient: in the weight's shape, float64.
+        shape: as `adaptive` takes it.
+        inputs: of `of_inputs`, with its matrix.
+    """
+    seen = -gradient.reshape(shape)
+    if inputs.rows is not None:
+        return torch.linalg.solve(_damped(inputs.rows, DAMPING_COLUMNS), seen).reshape(gradient.shape)
+    assert inputs.columns is not None
+    return torch.linalg.solve(_damped(inputs.columns, DAMPING_COLUMNS), seen.mT).mT.reshape(gradient.shape)
 
 
 def fixed_point(w: Tensor, fmt: Format, axis: int) -> Tensor:
