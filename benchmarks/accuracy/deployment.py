@@ -38,7 +38,7 @@ def rounded(
     began = time.perf_counter()
     if told := ROUNDINGS[rounding]:
         batches = setting.calibration(seed, *([BATCHES[rounding]] if rounding in BATCHES else []))
-        lotion_fx.round_(model, batches, setting.loss, likelihood=setting.likelihood, **told)
+        lotion_fx.round_(model, batches, setting.loss, likelihood=setting.likelihood, **{"in_order": False, **told})
         model.eval()
     return model, time.perf_counter() - began
 

@@ -21,9 +21,11 @@ ROUNDINGS: dict[str, dict[str, Any]] = {
     "descent_searched": {"method": "descent", "scales": "searched"},
     "descent_auto": {"method": "descent", "scales": "auto"},
     "descent_many": {"method": "descent", "scales": "searched"},
+    "in_order": {"method": "descent", "in_order": True},
+    "in_order_searched": {"method": "descent", "scales": "searched", "in_order": True},
     "adaround": {},
 }
-"""What `lotion_fx.round_` is told; "nearest" is what a model in ``eval()`` runs at without it, and "adaround" is not
+"""What `lotion_fx.round_` is told, ``in_order=False`` where nothing is said; "nearest" is what a model in ``eval()`` runs at without it, and "adaround" is not
 ours."""
 
 BATCHES = {"rounds": 32, "descent_many": 100}
@@ -38,6 +40,8 @@ SAID = {
     "descent_searched": "descent at searched scales",
     "descent_auto": "descent at the better scales",
     "descent_many": "descent at searched scales, 100 batches",
+    "in_order": "descent in order",
+    "in_order_searched": "descent in order at searched scales",
     "adaround": "AdaRound",
 }
 """What the table calls a rounding, where not as it is called here."""
@@ -119,7 +123,7 @@ class Recipe:
 
 
 BOTH = ("nearest", "two_sided")
-ALL = (*BOTH, "descent", "rounds", "descent_searched", "descent_auto")
+ALL = (*BOTH, "descent", "rounds", "descent_searched", "descent_auto", "in_order", "in_order_searched")
 STE_FROM_FP = {"schedule": (("plain", 0.6), ("ste_scale", 0.4))}
 LSQ_FROM_FP = {"schedule": (("plain", 0.6), ("lsq", 0.4))}
 
@@ -167,6 +171,18 @@ RECIPES: dict[str, Recipe] = {
         "`round_` at searched scales on 100 batches, then scales and the rest",
         {"method": "scales"},
         rounded_first="descent_many",
+        held=True,
+    ),
+    "ordered_rest": Recipe(
+        "`round_` in order at searched scales, then the rest",
+        {"method": "ste"},
+        rounded_first="in_order_searched",
+        held=True,
+    ),
+    "ordered_scales": Recipe(
+        "`round_` in order at searched scales, then scales and the rest",
+        {"method": "scales"},
+        rounded_first="in_order_searched",
         held=True,
     ),
     "late_lotion": Recipe("full precision, LOTION", {"schedule": (("plain", 0.6), ("lotion", 0.4))}, BOTH),

@@ -34,7 +34,16 @@ class Text:
     pretrained: bool = False
     likelihood: str | None = None
     left_out: frozenset[str] = frozenset(
-        {"rounded_ste", "rounded_rest", "searched_rest", "searched_scales", "many_rest", "many_scales"}
+        {
+            "rounded_ste",
+            "rounded_rest",
+            "searched_rest",
+            "searched_scales",
+            "many_rest",
+            "many_scales",
+            "ordered_rest",
+            "ordered_scales",
+        }
     )
 
     @property
