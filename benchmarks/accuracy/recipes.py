@@ -25,8 +25,8 @@ ROUNDINGS: dict[str, dict[str, Any]] = {
     "in_order_searched": {"method": "descent", "scales": "searched", "in_order": True},
     "adaround": {},
 }
-"""What `lotion_fx.round_` is told, ``in_order=False`` where nothing is said; "nearest" is what a model in ``eval()`` runs
-at without it, and "adaround" is not ours."""
+"""What `lotion_fx.round_` is told, ``in_order=False`` where nothing is said; "nearest" is what a model in ``eval()``
+runs at without it, and "adaround" is not ours."""
 
 BATCHES = {"rounds": 32, "descent_many": 100}
 """How many a rounding sees, where not the few that the others see. Other numbers need another name, by which the log
