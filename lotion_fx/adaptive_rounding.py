@@ -310,7 +310,7 @@ def _warn(losses: _Losses, method: str, likelihood: str | None) -> None:
             f"round_: the batches' loss of {asked:.4g} is above the {least:.4g} of rounding to nearest, which is "
             "taken instead. A model trained at rounded weights has learned to live with those; else, if the loss has "
             "nearly vanished or rounding costs very much, its gradients say little of what rounding costs, and more "
-            "batches, of data that the model does not fit as well, may help, or likelihood=",
+            "batches, of data that the model does not fit as well, may help, or likelihood=, or in_order=False",
             stacklevel=3,
         )
     elif likelihood is None and method != "nearest" and abs(latent) < 0.01 * abs(nearest):

@@ -154,10 +154,12 @@ class _Run:
         while (node := self._to_run[self._at]) is not product.op:
             self._at += 1
             if node not in self._of_parameters:  # those are made when they are asked for
-                self._values[node] = self._value(node, {})
+                with torch.no_grad():  # each by itself: some nodes are switches of that mode
+                    self._values[node] = self._value(node, {})
                 self._release(node)
         later: dict[fx.Node, Any] = {}  # is run again in its turn, at what is rounded by then
-        return [self._value(node, later) for node in product.taken]
+        with torch.no_grad():
+            return [self._value(node, later) for node in product.taken]
 
     def _value(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         if node in self._values:
