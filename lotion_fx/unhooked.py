@@ -52,7 +52,7 @@ def look(smoothing: Smoothing, model: nn.Module) -> None:
     if not (model.training and torch.is_grad_enabled()):
         tell(smoothing)
     elif (watch := _watches.get(smoothing)) is None:
-        weights = [weight for weight in smoothing.weights if weight.selected and _is_unseen(weight)]
+        weights = [weight for weight in smoothing.weights if _is_unseen(weight)]
         found = [_Watched(weakref.ref(w), now) for w in weights if (now := _sample(w)) is not None]
         _watches[smoothing] = _Watch(1, found)
     elif watch.weights:
@@ -90,6 +90,8 @@ def _look_again(watch: _Watch) -> None:
 
 
 def _is_unseen(weight: Weight) -> bool:
+    if not weight.selected:  # steps are counted of the others alone; before the first graph it may not be known
+        return False
     return not weight.gathered.steps and (master := weight.master) is not None and master.requires_grad
 
 

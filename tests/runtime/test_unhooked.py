@@ -117,3 +117,34 @@ def test_nothing_is_told_of_what_is_stepped_loaded_or_copied():
     plain = pair(method="ptq")[0]
     no_optimizer(plain)
     assert not said(lambda: plain.eval()(X))
+
+
+class Left(torch.nn.Module):
+    """Two weights that no graph has yet told to leave alone: one reaches no product, the forward writes the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = torch.nn.Parameter(torch.randn(20, 20))
+        self.layer = torch.nn.Linear(20, 20)
+        self.classes = torch.nn.Linear(20, 7)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.layer.weight.clamp_(-0.1, 0.1)
+        return self.classes(self.layer(x[:, None] + self.positions).tanh().mean(1))
+
+
+def test_nothing_is_told_of_weights_that_graphs_leave_alone():
+    torch.manual_seed(0)
+    model = lotion_fx.transform(Left(), "int4", inner="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        backward(model)
+        optimizer.step()
+    assert not said(lambda: model.eval()(X))
+    assert [row.name for row in lotion_fx.report(model).rows if row.format] == ["classes.weight"]
+    torch._dynamo.reset()
+    model = lotion_fx.transform(Left(), "int4", inner="aot_eager")
+    no_optimizer(model)
+    told = said(lambda: model.eval()(X))
+    assert len(told) == 1 and told[0].startswith("'classes.weight' changed"), told
