@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 CONTRACTION, INNER, PRODUCT = "contraction", "inner contraction", "product"
 EMBEDDING, LOOKUP, PLACED, OVERWRITTEN = "embedding", "lookup", "placed", "overwritten"
-SUM, ELEMENTWISE, SCALE, INPUT = "sum", "elementwise", "scale", "input"
+SUM, ELEMENTWISE, SCALE, DEVIATION, INPUT = "sum", "elementwise", "scale", "deviation", "input"
 PRODUCTS = frozenset({CONTRACTION, INNER, PRODUCT})
 """The kinds of use by which a weight is in; see `passes.attach.usage.Use`."""
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from lotion_fx.passes.attach.call import CONTRACTION, ELEMENTWISE, PLACED, SCALE, SUM, Call, Meeting, Operand
+from lotion_fx.passes.attach.call import CONTRACTION, DEVIATION, ELEMENTWISE, PLACED, SCALE, SUM, Call, Meeting, Operand
 from lotion_fx.passes.attach.products import opaque
 from lotion_fx.passes.attach.values import DATA, Part, Value, aligned, broadcast, merged, scaled
 from lotion_fx.passes.dims import Dims
@@ -21,6 +21,7 @@ _LINEAR = _SCALINGS | _SUMS | {aten.where, aten.masked_fill}
 
 def elementwise(call: Call) -> Value:
     """Dimensions stay where they are."""
+    call = _beside_noise(call)
     if call.data:
         return _with_data(call)
     _leave_scales(call)
@@ -28,7 +29,17 @@ def elementwise(call: Call) -> Value:
     if call.packet in _SCALINGS | _SUMS:
         values = [_without(value, _scales(call, operand)) for value, operand in zip(values, call.operands, strict=True)]
     made = merged(values)
+    if call.packet in _SCALINGS and any(operand.value.noise for operand in call.operands):
+        made = made.map(lambda part: replace(part, deviation=True))
     return made if call.packet in _LINEAR else made.map(lambda part: None if part.multiplied else part)
+
+
+def _beside_noise(call: Call) -> Call:
+    """The call with noise as a constant, where it is all the data in it and no larger than a weight that it meets."""
+    drawn = all(operand.value.noise for operand in call.operands if operand.value.data)
+    if not drawn or not any(o.value.parts and o.shape == call.shape for o in call.operands):
+        return call
+    return replace(call, operands=[o._replace(value=replace(o.value, data=False)) for o in call.operands])
 
 
 def _without(value: Value, left_out: Iterable[int]) -> Value:
@@ -37,7 +48,12 @@ def _without(value: Value, left_out: Iterable[int]) -> Value:
 
 
 def _scales(call: Call, operand: Operand) -> list[int]:
-    """The weights of an operand that are mere scales or offsets of another operand: broadcast over it, no matrices."""
+    """The weights of an operand that are mere scales or offsets of another operand: broadcast over it, no matrices.
+
+    Or they scale the noise on it.
+    """
+    if call.packet in _SUMS and (found := _deviations(call, operand)):
+        return found
     if operand.tensor.numel() == torch.Size(call.shape).numel():
         return []
     covering = [o for o in call.operands if o is not operand and o.tensor.numel() == torch.Size(call.shape).numel()]
@@ -50,6 +66,13 @@ def _scales(call: Call, operand: Operand) -> list[int]:
     ]
 
 
+def _deviations(call: Call, operand: Operand) -> list[int]:
+    others = [part for other in call.operands if other is not operand for part in other.value.parts.values()]
+    if all(part.deviation for part in others):
+        return []
+    return [weight for weight, part in operand.value.parts.items() if part.deviation]
+
+
 def _leave_scales(call: Call) -> None:
     if call.packet not in _SCALINGS | _SUMS:
         return
@@ -57,8 +80,9 @@ def _leave_scales(call: Call) -> None:
     for operand in call.operands:
         for weight in _scales(call, operand):
             if weight not in held:
-                kind = SCALE if call.packet in _SCALINGS else SUM
-                call.record(weight, Meeting(kind, call.name, operand.value.parts[weight]))
+                part = operand.value.parts[weight]
+                kind = SCALE if call.packet in _SCALINGS else DEVIATION if part.deviation else SUM
+                call.record(weight, Meeting(kind, call.name, part))
 
 
 def _with_data(call: Call) -> Value:

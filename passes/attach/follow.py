@@ -20,7 +20,7 @@ from lotion_fx.passes.attach.elementwise import elementwise, normalization, redu
 from lotion_fx.passes.attach.placement import INDEXED, placement
 from lotion_fx.passes.attach.products import attention, contraction, convolution, opaque, transform, weight_norm
 from lotion_fx.passes.attach.strides import Box, seen
-from lotion_fx.passes.attach.values import CONSTANT, DATA, Part, Value, lost, merged, placed
+from lotion_fx.passes.attach.values import CONSTANT, DATA, NOISE, Part, Value, lost, merged, placed
 from lotion_fx.passes.ops import CONTRACTED, REARRANGED
 
 aten = torch.ops.aten
@@ -64,7 +64,7 @@ def _constant(call: Call) -> Value:
 
 
 def _random(call: Call) -> Value:
-    return DATA
+    return DATA if call.data else NOISE
 
 
 def rearrangement(call: Call) -> Value:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from lotion_fx.passes.attach.call import (
     CONTRACTION,
+    DEVIATION,
     ELEMENTWISE,
     EMBEDDING,
     INNER,
@@ -50,7 +51,8 @@ class Use:
         kind: ``"contraction"``; ``"inner contraction"``, with parameters or constants alone; ``"product"``, of an op
             that sums over nobody knows what. Of these the weight is an operand. Of the others it is not: its rows are
             chosen (``"embedding"``, ``"lookup"``), it stands among activations (``"placed"``, ``"input"``), it is added
-            to them (``"sum"``) or multiplies them (``"elementwise"``), or multiplies another weight (``"scale"``).
+            to them (``"sum"``) or multiplies them (``"elementwise"``), or multiplies another weight (``"scale"``) or
+            noise on it (``"deviation"``).
             ``"overwritten"``: a graph that has it in a product changes its values as well.
         op: the ATen op, ``"mm"``.
         axis: the weight's own dimension that is summed over; None where the op sums over none, or several.
@@ -77,6 +79,7 @@ _TOLD = {
     SUM: "added to activations",
     ELEMENTWISE: "a factor of activations, elementwise",
     SCALE: "a scale of another weight",
+    DEVIATION: "the scale of noise on another weight",
 }
 
 
@@ -187,7 +190,7 @@ class _Tracker(TorchDispatchMode):
         elif any(operand.value.parts for operand in operands) or not call.data:
             made = followed(call)
         else:
-            made = [DATA] * len(results)
+            made = [merged(operand.value for operand in operands)] * len(results)
         for tensor, value in zip(results, made, strict=True):
             self._becomes(tensor, value)
         for tensor in tree_leaves(written):
@@ -230,7 +233,7 @@ class _Tracker(TorchDispatchMode):
     def _becomes(self, tensor: Tensor, value: Value) -> None:
         self.alive.append(tensor)
         if not (tensor.is_floating_point() or tensor.is_complex()):
-            value = Value(value.data)  # an index or a mask holds no weight
+            value = Value(value.data and not value.noise)  # an index or a mask holds no weight
         if value.data:
             value = value.map(lambda part: part if part.scaled else None)
         self.values[identity_of(tensor)] = value

@@ -6,6 +6,9 @@ Three kinds of values, and one between them:
     held        made of weights and constants alone: holds weights
     data        depends on the model's inputs
     scaled      data that still holds weights: a weight times data, or chosen by an index that is data
+
+What is drawn at random in the graph, in the likeness of no data, is data too, as the input of a generator is; but where
+it meets a weight elementwise, and is no larger, it is noise on that weight, and constant.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ class Part:
         scaled: whether it was multiplied with data, or chosen by it. It is a product's operand only where it is then
             used as a matrix: one of its dimensions is summed over, another stays.
         outer: of a scaled one, whether that data is the same along one of the weight's dimensions.
+        deviation: whether it was multiplied with noise: in a sum with another weight it is a mere scale of that noise.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +40,7 @@ class Part:
     multiplied: bool = False
     scaled: bool = False
     outer: bool = False
+    deviation: bool = False
 
     def long(self, dims: Iterable[int]) -> frozenset[int]:
         """Those dimensions of the weight that are longer than one."""
@@ -60,18 +65,20 @@ class Value:
     Args:
         data: whether it depends on the model's inputs.
         parts: the weights that it holds, by index.
+        noise: whether it was drawn at random, and depends on no inputs.
     """
 
     data: bool = False
     parts: Mapping[int, Part] = field(default_factory=dict)
+    noise: bool = False
 
     def map(self, change: Callable[[Part], Part | None]) -> Value:
         """With every part changed, those left out for which there is None."""
         changed = {weight: change(part) for weight, part in self.parts.items()}
-        return Value(self.data, {weight: part for weight, part in changed.items() if part is not None})
+        return replace(self, parts={weight: part for weight, part in changed.items() if part is not None})
 
 
-CONSTANT, DATA = Value(), Value(data=True)
+CONSTANT, DATA, NOISE = Value(), Value(data=True), Value(data=True, noise=True)
 
 
 def whole(shape: Sequence[int]) -> Part:
@@ -107,12 +114,15 @@ def merged(values: Iterable[Value]) -> Value:
     for value in values:
         for weight, part in value.parts.items():
             parts[weight] = _joined(parts[weight], part) if weight in parts else part
-    return Value(any(value.data for value in values), parts)
+    data = [value for value in values if value.data]
+    return Value(bool(data), parts, noise=bool(data) and all(value.noise for value in data))
 
 
 def _joined(a: Part, b: Part) -> Part:
     if a.multiplied != b.multiplied:
         return b if a.multiplied else a
+    if a.deviation != b.deviation:
+        return b if a.deviation else a
     if a.dims is None or b.dims is None:
         return replace(a, dims=a.dims or b.dims)
     dims = tuple(x | y for x, y in zip(a.dims, b.dims, strict=True))

@@ -103,6 +103,16 @@ CASES |= {
     ),
     "pointwise, flat": (lambda w, x: x @ w.flatten(1).t(), (7, 6, 1), CONTRACTION, 1, (1, 7)),
 }  # fmt: skip
+# under noise
+CASES |= {
+    "noise": (lambda w, x: F.linear(x, w + 0.1 * torch.randn_like(w)), (7, 6), CONTRACTION, 1, (1, 7)),
+    "noise of a size": (lambda w, x: x @ (w - torch.empty(6, 7).normal_(0, 0.1)), (6, 7), CONTRACTION, 0, (1, 6)),
+    "multiplicative noise": (
+        lambda w, x: F.linear(x, w * (1 + 0.1 * torch.randn(7, 1))), (7, 6), CONTRACTION, 1, (1, 7),
+    ),
+    "noise of its own size": (lambda w, x: F.linear(x, w + w * torch.randn_like(w)), (7, 6), CONTRACTION, 1, (1, 7)),
+    "of generated data": (lambda w, x: F.linear(torch.randn(5, 6), w) + x[:, :1], (7, 6), CONTRACTION, 1, (1, 7)),
+}  # fmt: skip
 # scaled by data, and then a matrix
 CASES |= {
     "masked by data": (lambda w, x: F.linear(x, torch.where(x.sum() > w, w, 0.0)), (7, 6), CONTRACTION, 1, (1, 7)),
@@ -170,6 +180,9 @@ LEFT_ALONE = {
         lambda w, x: (x * w) @ x.transpose(-1, -2), (1, 3, 1, 4), "a factor of activations, elementwise by mul", HEADS,
     ),
     "decay": (lambda w, x: (x[..., None] * -w.exp()).exp().sum(-1), (6, 4), "a factor of activations"),
+    "bias of noise": (lambda w, x: x @ (torch.randn(9, 5, 6) + w).mT, (5, 6), "added to activations by add"),
+    "scale of noise": (lambda w, x: x * (w * torch.randn(9, 1, 1)), (5, 6), "a factor of activations"),
+    "bias of noisy data": (lambda w, x: (x + torch.randn_like(x) + w) @ x.T, (5, 6), "added to activations by add"),
     "class token": (lambda w, x: torch.cat([w.expand(5, -1), x]) @ x.T, (1, 6), "placed among activations by cat"),
     "mask token": (lambda w, x: torch.where(x > 0, x, w), (1, 6), "placed among activations by where"),
     "bias of scores": (
@@ -201,6 +214,24 @@ def test_of_a_product_of_weights_each_is_blocked_along_its_own_sum():
     queries, weight = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(4, 6))
     found = of_parameters(lambda x: F.linear(queries, weight) @ x[:, :4].T, weight, queries, X)
     assert found[0].axis == 1
+
+
+def test_of_a_distribution_of_weights_the_mean_is_quantized():
+    mean, deviation = nn.Parameter(torch.randn(7, 6)), nn.Parameter(torch.randn(7, 6))
+
+    def sampled(x):
+        return F.linear(x, mean + F.softplus(deviation) * torch.randn_like(mean))
+
+    assert [use.kind for use in of_parameters(sampled, mean, deviation, X)] == [CONTRACTION]
+    found = of_parameters(sampled, deviation, mean, X)
+    assert why_not_of(found) == "reaches no contraction: the scale of noise on another weight by add"
+
+
+def test_a_weight_with_connections_dropped_is_no_scale_of_noise():
+    kept, dropped = nn.Parameter(torch.randn(7, 6)), nn.Parameter(torch.randn(7, 6))
+    for mask in (lambda w: torch.rand_like(w) > 0.5, lambda w: F.dropout(torch.ones_like(w))):
+        found = of_parameters(lambda x, mask=mask: F.linear(x, kept + dropped * mask(dropped)), dropped, kept, X)
+        assert [use.kind for use in found] == [CONTRACTION]
 
 
 def test_a_power_iteration_fixes_no_axis():
