@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lotion_fx import kernels, numerics, passes, private
+from lotion_fx import kernels, numerics, passes, private, private_threads
 from lotion_fx.numerics.formats import registered
 from lotion_fx.numerics.noise import registered_noises
 from lotion_fx.passes.attach.attach import Plan, attach, smooth, variance
@@ -127,12 +127,13 @@ def compile_function(function: Callable[..., Any], args: Sequence[Any], inner: s
     # Without a shape env, though no shape is symbolic, the compile caches step aside.
     mode = private.FakeTensorMode(shape_env=ShapeEnv())
     fakes = [mode.from_tensor(x, static_shapes=True) for x in args]
-    with torch.no_grad(), mode:
-        gm = make_fx(function)(*fakes)
-    compiles["in place"] += 1
-    with torch.no_grad(), private.tracing(private.TracingContext(mode)):
-        options = {private.EXACT_DIVISION: True, "unsafe_marked_cacheable_functions": cacheable()}
-        compiled: Any = private.compile_fx(gm, fakes, config_patches=options)
+    with private_threads.compiling(), torch.no_grad():
+        with mode:
+            gm = make_fx(function)(*fakes)
+        compiles["in place"] += 1
+        with private.tracing(private.TracingContext(mode)):
+            options = {private.EXACT_DIVISION: True, "unsafe_marked_cacheable_functions": cacheable()}
+            compiled: Any = private.compile_fx(gm, fakes, config_patches=options)
     return compiled
 
 

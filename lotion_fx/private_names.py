@@ -17,6 +17,8 @@ WHY = {
     "torch._inductor.aoti_load_package": "likewise, to run one",
     "torch._C._aoti.AOTIModelContainerRunnerCpu": "a compiled library's constants, which must be what was trained",
     "torch._inductor.config": "functions that others marked as cacheable are to stay so beside ours",
+    "torch._dynamo.convert_frame.compile_lock": "a variant is compiled within a call, by one thread at a time",
+    "torch.compiler._is_compiling_flag": "other threads take FX's tracing for their own without it",
     # What Dynamo knows of a graph's inputs.
     "torch.fx.Node._dynamo_source": "the expression of a graph's input: AOTAutograd, DDP's splitter and we read it",
     "torch._dynamo.symbolic_convert.tls": "whether Dynamo is compiling a frame at all",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
 
-from lotion_fx import passes, private
+from lotion_fx import passes, private, private_threads
 from lotion_fx.announcing import announcer
 from lotion_fx.blocks import BLOCKS, MANY, depth
 from lotion_fx.carried import taken_now
@@ -91,7 +91,8 @@ class Variants:
         if any(isinstance(x, private.FakeTensor) for x in args):
             return self._rehearse(args)
         if not self.is_released:
-            private.release_tensors(self.gm, self.context)
+            with private_threads.compiling():  # another thread may compile from them
+                private.release_tensors(self.gm, self.context)
             self.is_released = True
         held = self._weights(args)
         plans, weights = self._plans(args, held)
@@ -156,7 +157,9 @@ class Variants:
     def _variant(self, plans: Mapping[int, Plan]) -> _Compiled:
         key = tuple(plans.items())
         if key not in self.compiled:
-            self.compiled[key] = self.compile(plans, self.backend)
+            with private_threads.compiling():
+                if key not in self.compiled:  # another thread may have been first
+                    self.compiled[key] = self.compile(plans, self.backend)
         return self.compiled[key]
 
     def compile(self, plans: Mapping[int, Plan], backend: Backend) -> _Compiled:

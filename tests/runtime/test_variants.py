@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -179,3 +181,24 @@ def test_lengths_stay_symbols(method):
     model(x)
     model(torch.randn(4, 21, 32))
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_threads_serve_a_model_whose_eval_graph_none_has_made():
+    """Each variant is compiled within a call, outside of Dynamo: once, while the others wait or run what they have."""
+    torch.manual_seed(0)
+    model = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+    x, start = torch.randn(8, 20), threading.Barrier(4)
+    model(x).square().mean().backward()
+    model.eval()
+    before = compiles["aot_eager"]
+
+    def serve(_):
+        start.wait()
+        return model(x).detach()
+
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(serve, range(4)))
+    assert compiles["aot_eager"] == before + 1
+    expected = lotion_fx.quantize(model)(x)
+    for out in outputs:
+        torch.testing.assert_close(out, expected)
