@@ -80,6 +80,8 @@ class Variants:
             for node, x in zip(nodes, live, strict=True):
                 backend.adopt(node, x)
         self.candidates = [i for i, weight in enumerate(registry.find(live)) if weight is not None]
+        for index in self.candidates:
+            self.inputs[index] = _leaf(self.inputs[index])
         self.uses = _uses(gm, example_inputs, self.candidates)
         self.taught: weakref.WeakKeyDictionary[Weight, set[int]] = weakref.WeakKeyDictionary()
         self.compiled: dict[tuple[tuple[int, Plan], ...], _Compiled] = {}
@@ -195,6 +197,11 @@ class Variants:
         for key in list(self.compiled):
             yield dict(key)
             self.compile(dict(key), replace(self.backend, inner=inner))
+
+
+def _leaf(weight: Any) -> Any:
+    """A fake weight as a parameter is one, where its stand-in was seen: the compiler writes into leaves otherwise."""
+    return weight if weight.is_leaf else weight.detach().requires_grad_()
 
 
 def _with_stand_ins(args: tuple[Any, ...], held: Mapping[int, Weight]) -> tuple[Any, ...]:

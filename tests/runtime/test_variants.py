@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lotion_fx
+from lotion_fx import rounding
 from lotion_fx.compiling import compiles
 from lotion_fx.state import registry
 from tests.models import LM, MLP, ids, lm_loss
@@ -202,3 +203,39 @@ def test_threads_serve_a_model_whose_eval_graph_none_has_made():
     expected = lotion_fx.quantize(model)(x)
     for out in outputs:
         torch.testing.assert_close(out, expected)
+
+
+class MaxNorm(nn.Module):
+    """Its forward holds the first layer's rows to a norm; ``straight_through`` rounds the other by hand."""
+
+    def __init__(self, straight_through):
+        super().__init__()
+        self.straight_through = straight_through
+        self.first, self.second = nn.Linear(20, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        self.first.weight.data.renorm_(2, 0, 0.3)
+        hidden, weight = self.first(x).relu(), self.second.weight
+        if self.straight_through:
+            weight = weight + (rounding.rtn(weight.detach(), lotion_fx.resolve("int4"), 1) - weight).detach()
+        return nn.functional.linear(hidden, weight, self.second.bias)
+
+
+@pytest.mark.parametrize("method", ["ste", "ste_scale", "rr"])
+def test_a_forward_that_writes_into_a_weight_trains_by_every_method(method):
+    """The first graph is traced with a stand-in, no leaf, in the place of what it writes to."""
+    trained = []
+    for by_hand in (True, False):
+        torch.manual_seed(0)
+        model = MaxNorm(by_hand)
+        if not by_hand:
+            lotion_fx.transform(model, "int4", method=method, inner="aot_eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(8, 20, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+        trained.append([parameter.detach() for parameter in model.parameters()])
+    assert "forward writes into it" in lotion_fx.report(model)["first.weight"].reason
+    if method == "ste":
+        torch.testing.assert_close(*trained)
