@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -61,10 +62,15 @@ def compiled(monkeypatch):
     programs = {}
 
     def compile(program, path):
-        with open(path, "wb") as file:
-            file.write(b"")
+        with zipfile.ZipFile(path, "w") as package:
+            package.writestr("model.so", "")
         programs["last"] = program
 
+    def constants(library):
+        once = {each.data_ptr(): name for name, each in programs["last"].state_dict.items()}  # by the last of its names
+        return {name: programs["last"].state_dict[name].clone() for name in once.values()}
+
+    monkeypatch.setattr(private_packages, "constants_of", constants)
     monkeypatch.setattr(private_packages, "compile_package", compile)
     monkeypatch.setattr(private_packages, "load_package", lambda path: programs["last"].module())
     return programs
@@ -85,6 +91,38 @@ def test_the_traced_program_holds_codes_and_scales_alone(tmp_path, compiled, fmt
     held = sum(t.numel() * t.element_size() for name, t in state.items() if "bias" not in name)
     assert 0 <= held - sum(w.nbytes for w in weights.values()) <= 2 * 8 * 4  # small vectors are held nine times
     assert distance(compiled["last"].module()(x), expected) < BOUND
+
+
+class Shared(nn.Module):
+    """One module under two names, and one weight of two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.tied = nn.Linear(20, 20), nn.Linear(20, 20)
+        self.tied.weight, self.again = self.first.weight, self.first
+
+    def forward(self, x):
+        return self.tied(self.again(self.first(x).tanh()).tanh())
+
+
+@pytest.mark.parametrize("fmt", ["int4", "nvfp4"])
+def test_what_has_several_names_is_held_once(tmp_path, compiled, fmt):
+    x = torch.randn(4, 20)
+    model, expected = ready(Shared(), x, fmt)
+    told = lotion_fx.export(model, tmp_path / "model.pt2", "aoti", example_inputs=(x,))
+    assert list(told.packed) == ["first.weight"]
+    assert distance(compiled["last"].module()(x), expected) < BOUND
+    codes = lotion_fx.quantized(model)["first.weight"].codes
+    held = private_packages.constants_of("").values()
+    assert sum(each.dtype == codes.dtype and each.shape == codes.shape for each in held) == 1
+
+
+@pytest.mark.slow
+def test_a_file_of_shared_weights_is_read_back(tmp_path):
+    x = torch.randn(4, 20)
+    model, expected = ready(Shared(), x, "int4")
+    told = lotion_fx.export(model, tmp_path / "m.pt2", "aoti", example_inputs=(x,))
+    assert distance(torch._inductor.aoti_load_package(str(told.path))(x), expected) < BOUND
 
 
 def test_a_compiled_model_that_computes_something_else_is_an_error(tmp_path, compiled, monkeypatch):

@@ -73,11 +73,13 @@ class Aoti(Layout):
             (library,) = (name for name in package.namelist() if name.endswith(".so"))
             constants = private_packages.constants_of(package.extract(library, folder))
         for name, weight in content.weights.items():
-            owner, _, attribute = name.rpartition(".")
-            stem = f"{owner}.parametrizations.{attribute}.original".removeprefix(".")
-            parts = [constants[f"{stem}{i}"] for i in range(3) if f"{stem}{i}" in constants]
-            if len(parts) == len(_parts(weight)):
-                yield name, Decoded(weight)(*parts)
+            for each in content.names(name):  # the program has what is shared under one of its names
+                owner, _, attribute = each.rpartition(".")
+                stem = f"{owner}.parametrizations.{attribute}.original".removeprefix(".")
+                parts = [constants[f"{stem}{i}"] for i in range(3) if f"{stem}{i}" in constants]
+                if len(parts) == len(_parts(weight)):
+                    yield name, Decoded(weight)(*parts)
+                    break
 
     def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
         """Inputs of the sizes that were compiled for."""
@@ -121,7 +123,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _hold(model: nn.Module, names: list[str], weight: QuantizedWeight) -> None:
     """Puts a weight's codes in its place, once for all of its names."""
-    first, *others = (_owner(model, name) for name in names)
+    first, *others = dict.fromkeys(_owner(model, name) for name in names)  # a module may have several names itself
     for module, attribute in (first, *others):
         parametrize.register_parametrization(module, attribute, Decoded(weight), unsafe=True)
     for module, attribute in others:
