@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from lotion_fx import private
 from lotion_fx.passes.attach.attach import LATENT
 from lotion_fx.private import tree_flatten, tree_unflatten
+from lotion_fx.private_tracing import parameters_replaced
 from lotion_fx.sampling import kept_buffers
 from lotion_fx.scalars import check_loss, shown
 from lotion_fx.switches import switched
@@ -155,7 +156,8 @@ def _traced(
 
     def run(params: dict[str, Tensor], data: list[Tensor]) -> list[Tensor]:
         def functional(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(model, params, args, kwargs)
+            with parameters_replaced(model, {parameter: params[name] for name, parameter in parameters.items()}):
+                return model(*args, **kwargs)
 
         values = iter(data)
         filled = tree_unflatten([next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)

@@ -4,9 +4,9 @@ No other module imports such a name or reads such an attribute, `private_names` 
 `tests/runtime/test_private.py` names the one which a release took away. This module knows torch alone.
 
 Not here: processes and shards, in `private_ranks`; threads, in `private_threads`; the backward pass, in
-`private_backward`; what is compiled ahead of time, in `private_packages`; names of ATen's operators, which are a schema
-of their own; what Inductor asks of a CUDA device, which `kernels/emit/absent_cuda.py` replaces; Triton's compiler,
-which that file and `kernels/audit/aot.py` drive.
+`private_backward`; what is compiled ahead of time, in `private_packages`; a model that is traced, in `private_tracing`;
+names of ATen's operators, which are a schema of their own; what Inductor asks of a CUDA device, which
+`kernels/emit/absent_cuda.py` replaces; Triton's compiler, which that file and `kernels/audit/aot.py` drive.
 """
 
 # ruff: noqa: F401 - names are imported here for others

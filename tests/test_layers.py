@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom up; the longest name that fits holds
-    {f"lotion_fx.{name}" for name in ("private", "private_backward", "private_packages", "private_ranks", "numerics")},
+    {f"lotion_fx.private{name}" for name in ("", "_backward", "_packages", "_ranks", "_threads", "_tracing")}
+    | {"lotion_fx.numerics"},
     {"lotion_fx.kernels"},
     {"lotion_fx.passes"},
     {"lotion_fx"},

@@ -1,11 +1,14 @@
-"""`loss_graphs`: graphs of batches, those that are equal held once."""
+"""`loss_graphs`: graphs of batches, those that are equal held once; and the model they are traced of, which stays."""
 
 import itertools
 
+import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from lotion_fx.loss_graph import loss_graphs
+import lotion_fx
+from lotion_fx.loss_graph import loss_graph, loss_graphs
 from tests.models import MLP
 
 
@@ -50,3 +53,48 @@ def test_a_graph_that_writes_to_a_buffer_is_its_batch_s_own():
     a, b = loss_graphs(Counting(), [given, given], F.cross_entropy)
     assert a.gm is not b.gm
     assert a.loss({}) == b.loss({})
+
+
+class Shared(nn.Module):
+    """One layer applied three times, as ALBERT's, and one that a second name leads to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(20, 20)] * 3)
+        self.head = nn.Linear(20, 7)
+        self.classifier = self.head
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = F.gelu(layer(x))
+        return self.classifier(x)
+
+
+CALLS = {
+    "expected_loss": lambda model, given: lotion_fx.expected_loss(model, given, F.cross_entropy),
+    "round_": lambda model, given: lotion_fx.round_(model, [given], F.cross_entropy),
+    "suggest": lambda model, given: lotion_fx.suggest(model, given, F.cross_entropy),
+    "diagnose": lambda model, given: lotion_fx.diagnose(model, given, F.cross_entropy),
+    "calibrate": lambda model, given: lotion_fx.calibrate(model, [given], F.cross_entropy, samples=2),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_module_of_several_names_keeps_its_parameters(call):
+    """The objects themselves, which an optimizer holds, in each place where they were."""
+    torch.manual_seed(0)
+    model = lotion_fx.transform(Shared(), "int4", inner="aot_eager")
+    held = list(model.named_parameters(remove_duplicate=False))
+    CALLS[call](model, batch(16))
+    after = list(model.named_parameters(remove_duplicate=False))
+    assert [(name, id(parameter)) for name, parameter in after] == [(name, id(parameter)) for name, parameter in held]
+    assert len(held) == 10 and all(isinstance(parameter, nn.Parameter) for _, parameter in after)
+
+
+def test_a_forward_that_raises_leaves_the_parameters():
+    model = Shared()
+    held = [id(parameter) for parameter in model.parameters()]
+    model.classifier.register_forward_hook(lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss_graph(model, batch(4), F.cross_entropy)
+    assert [id(parameter) for parameter in model.parameters()] == held
