@@ -1,7 +1,8 @@
 """The graph of a model's loss on one batch, as ATen ops before dispatch: what `expected_loss` interprets.
 
 It is traced on the batch itself, with the parameters as inputs, so any Python control flow is followed as this batch
-takes it. The model is in ``eval()`` mode meanwhile: no dropout, running statistics.
+takes it, and where sizes depend on data, as by a mask or by routing to experts, the same elements are chosen at other
+weights too. The model is in ``eval()`` mode meanwhile: no dropout, running statistics.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lotion_fx import private
+from lotion_fx.fixed_sizes import fixed_sizes
 from lotion_fx.passes.attach.attach import LATENT
 from lotion_fx.private import tree_flatten, tree_unflatten
 from lotion_fx.private_tracing import parameters_replaced
@@ -169,7 +171,7 @@ def _traced(
         value = getattr(gm, node.target)
         if isinstance(value, Tensor):
             setattr(gm, node.target, value.detach().clone())
-    return gm, parameters, tuple(tensors)
+    return fixed_sizes(gm, [*parameters.values(), *tensors]), parameters, tuple(tensors)
 
 
 def listed(batches: Any) -> list[Any]:

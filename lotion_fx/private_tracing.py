@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def parameters_replaced(model: nn.Module, others: Mapping[Tensor, Tensor]) -> Iterator[None]:
+def parameters_replaced(model: nn.Module, others: Mapping[Tensor, Any]) -> Iterator[None]:
     """Inside, other tensors stand in for some of a model's parameters, wherever in it these are.
 
     `torch.func.functional_call` goes by name, and what it puts back into a module with two names is the stand-in.
