@@ -19,7 +19,7 @@ from lotion_fx import private
 from lotion_fx.fixed_sizes import fixed_sizes
 from lotion_fx.passes.attach.attach import LATENT
 from lotion_fx.private import tree_flatten, tree_unflatten
-from lotion_fx.private_tracing import parameters_replaced
+from lotion_fx.private_tracing import checkpoints_inlined, parameters_replaced
 from lotion_fx.sampling import kept_buffers
 from lotion_fx.scalars import check_loss, shown
 from lotion_fx.switches import switched
@@ -165,7 +165,7 @@ def _traced(
         filled = tree_unflatten([next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
         return outputs(functional, filled)
 
-    with as_evaluated(model):
+    with as_evaluated(model), checkpoints_inlined():
         gm = private.trace(run, ({name: p.detach() for name, p in parameters.items()}, tensors))
     for node in gm.graph.find_nodes(op="get_attr"):  # a buffer that the graph changes is not the model's
         value = getattr(gm, node.target)

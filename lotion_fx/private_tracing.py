@@ -1,12 +1,17 @@
-"""PyTorch's private interfaces to a model that is traced at other parameters, see `private`."""
+"""PyTorch's private interfaces to a model that is traced, at other parameters than its own, see `private`."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import CheckpointFunction
+
+_one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -28,3 +33,25 @@ def parameters_replaced(model: nn.Module, others: Mapping[Tensor, Any]) -> Itera
     finally:
         for module, name, parameter in places:
             module._parameters[name] = parameter
+
+
+@contextlib.contextmanager
+def checkpoints_inlined() -> Iterator[None]:
+    """Inside, what is traced of a reentrant checkpoint is the function that it calls.
+
+    It runs that without gradients, and once more in a backward pass of its own, of which a graph knows nothing.
+    """
+
+    def apply(function: Any, preserve: bool, *args: Any) -> Any:
+        return original(function, preserve, *args) if get_proxy_mode() is None else function(*args)
+
+    with _one_at_a_time:
+        original, held = CheckpointFunction.apply, vars(CheckpointFunction).get("apply")
+        try:
+            CheckpointFunction.apply = apply  # type: ignore[method-assign]
+            yield
+        finally:
+            if held is None:
+                del CheckpointFunction.apply
+            else:
+                CheckpointFunction.apply = held  # type: ignore[method-assign]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 import lotion_fx
 from lotion_fx.loss_graph import loss_graph, loss_graphs
@@ -98,3 +99,38 @@ def test_a_forward_that_raises_leaves_the_parameters():
     with pytest.raises(ZeroDivisionError):
         loss_graph(model, batch(4), F.cross_entropy)
     assert [id(parameter) for parameter in model.parameters()] == held
+
+
+class Checkpointed(MLP):
+    """Its middle is computed again in the backward pass, in the way named."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.middle, self.reentrant = nn.Linear(33, 33), reentrant
+
+    def forward(self, x):
+        h = checkpoint(lambda h: F.gelu(self.middle(h)), F.gelu(self.up(x)), use_reentrant=self.reentrant)
+        return self.down(h)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_reentrant_checkpoint_is_as_any_other(call):
+    said = []
+    for reentrant in (True, False):
+        torch.manual_seed(0)
+        model = lotion_fx.transform(Checkpointed(reentrant), "int4", inner="aot_eager")
+        given = batch(16)
+        if call == "calibrate":
+            torch.manual_seed(1)
+        said.append((str(CALLS[call](model, given)), [parameter.tolist() for parameter in model.parameters()]))
+    assert said[0] == said[1]
+
+
+def test_checkpoints_are_themselves_again():
+    model, given = Checkpointed(True), batch(4)
+    loss_graph(model, given, F.cross_entropy)
+    assert "apply" not in vars(CheckpointFunction)
+    calls = []
+    model.middle.register_forward_hook(lambda *call: calls.append(call))
+    F.cross_entropy(model(given[0]), given[1]).backward()
+    assert len(calls) == 2
