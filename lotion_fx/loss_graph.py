@@ -75,8 +75,13 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
         loss_fn: None, or ``"model"``, where the model returns its loss.
 
     Raises:
-        ValueError: the batch is not as above, or there is no scalar loss.
+        ValueError: the batch is not as above, there is no scalar loss, or `torch.inference_mode` is on.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "model: torch.inference_mode() is on, under which its loss has no gradient; call this outside of it, or "
+            "under torch.no_grad()"
+        )
     loss_fn = None if isinstance(loss_fn, str) and loss_fn == "model" else loss_fn
     if loss_fn is not None:
         check_loss(loss_fn, where_returned="None")
@@ -154,7 +159,7 @@ def _traced(
     """The graph of what is made of a model and what it is given, its parameters, and the given tensors."""
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     leaves, spec = tree_flatten(given)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = [_ordinary(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
 
     def run(params: dict[str, Tensor], data: list[Tensor]) -> list[Tensor]:
         def functional(*args: Any, **kwargs: Any) -> Any:
@@ -172,6 +177,11 @@ def _traced(
         if isinstance(value, Tensor):
             setattr(gm, node.target, value.detach().clone())
     return fixed_sizes(gm, [*parameters.values(), *tensors]), parameters, tuple(tensors)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """A tensor that autograd may keep, which one made under `torch.inference_mode` is not."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def listed(batches: Any) -> list[Any]:

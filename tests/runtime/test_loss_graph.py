@@ -134,3 +134,24 @@ def test_checkpoints_are_themselves_again():
     model.middle.register_forward_hook(lambda *call: calls.append(call))
     F.cross_entropy(model(given[0]), given[1]).backward()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_inference_mode_is_refused(call):
+    model = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+    given = batch(16)
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode.. is on, .*; call this outside of it"):
+        CALLS[call](model, given)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_batches_that_inference_mode_made_are_as_others(call):
+    """Labels of a teacher that ran under it, for example."""
+    said = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        torch.manual_seed(0)
+        model = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+        with mode():
+            given = batch(16)
+        said.append((str(CALLS[call](model, given)), [parameter.tolist() for parameter in model.parameters()]))
+    assert said[0] == said[1]
