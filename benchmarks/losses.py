@@ -249,10 +249,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "adaptive": {"noise": "adaptive"},
     "recommended": {"noise": "adaptive", "schedule": "auto"},
     "rounds": {"noise": "adaptive", "schedule": "auto"},
+    "in order": {"noise": "adaptive", "schedule": "auto"},
+    "in order + rounds": {"noise": "adaptive", "schedule": "auto"},
 }
-ROUNDED = {"adaptive": (8, 0), "recommended": (32, 0), "rounds": (32, 4)}
-"""Those whose weights `lotion_fx.round_` rounds in the end, by how many batches and rounds; others go to nearest."""
-MINE, RIVALS = ("lotion", "finish", "early", "adaptive", "recommended", "rounds"), ("ptq", "ste", "ste scale")
+ROUNDED = {
+    "adaptive": (8, 0, False),
+    "recommended": (32, 0, False),
+    "rounds": (32, 4, False),
+    "in order": (32, 0, True),
+    "in order + rounds": (32, 4, True),
+}
+"""Those whose weights `lotion_fx.round_` rounds in the end: by how many batches and rounds, and whether in order.
+Others go to nearest."""
+MINE = ("lotion", "finish", "early", "adaptive", "recommended", "rounds", "in order", "in order + rounds")
+RIVALS = ("ptq", "ste", "ste scale")
 
 
 _trained = lru_cache(maxsize=16)(train)  # methods that train alike, and round otherwise, train once
@@ -264,9 +274,10 @@ def deployed(method: str, kind: str, name: str, fmt: str, seed: int, steps: int)
     options = {**chosen, "steps": steps} if {"finish", "schedule"} & chosen.keys() else chosen
     model = copy.deepcopy(_trained(kind, loss, steps, seed, fmt=fmt, **options)).eval()
     if method in ROUNDED:
-        count, rounds = ROUNDED[method]
+        count, rounds, in_order = ROUNDED[method]
         given = [(batch[0], batch) for batch in itertools.islice(batches(kind, 20_000 + seed), count)]
-        lotion_fx.round_(model, given, lambda out, batch: loss(lambda _: out, batch), method="descent", rounds=rounds)
+        options = {"method": "descent", "rounds": rounds, "in_order": in_order}
+        lotion_fx.round_(model, given, lambda out, batch: loss(lambda _: out, batch), **options)
     held_out = batches(kind, 10_000 + seed, rows=512)
     with torch.no_grad():
         return statistics.fmean(float(loss(model, next(held_out))) for _ in range(4))

@@ -67,7 +67,7 @@ def main() -> None:
                 torch.compiler.reset()
                 model = lotion_fx.transform(holding(setting, plain.state), fmt, method="ptq", inner="aot_eager").eval()
                 batches = setting.calibration(seed, args.batches)
-                lotion_fx.round_(model, batches, setting.loss, method="descent", rounds=count)
+                lotion_fx.round_(model, batches, setting.loss, method="descent", rounds=count, in_order=False)
                 above[count].append(setting.evaluate(model) - plain.latent)
             for method in on:
                 found = trained_on(setting, trainings, fmt, method, seed, args.train_on)
