@@ -7,7 +7,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +23,14 @@ from lotion_fx.kept_weights import KeptWeights
 from lotion_fx.likelihood import LIKELIHOODS, labels_a_batch, named, output_in, sampled_loss
 from lotion_fx.loss_graph import LossFunction, LossGraph, listed, loss_graphs
 from lotion_fx.making_up import MakingUp
-from lotion_fx.numerics.adaptive import METHODS, Curvature, Rounded, adaptive, cost, fixed_point
-from lotion_fx.numerics.formats import Format
-from lotion_fx.numerics.searched import clipped, limited
+from lotion_fx.numerics.adaptive import METHODS, Curvature, Rounded, adaptive, cost
 from lotion_fx.passes.attach.attach import LATENT, Plan
 from lotion_fx.passes.attach.probe import SIDE, Code, Header, Layout
 from lotion_fx.progress import with_a_bar
 from lotion_fx.refining import Known, refined
 from lotion_fx.scalars import check_count, check_number
 from lotion_fx.state import Weight, names_of
+from lotion_fx.tries import Try, format_of, known_of, scaled_by, to_nearest
 
 GIB = 2.0**30
 THEN_ROUNDS = " + rounds"
@@ -47,7 +46,8 @@ class RoundedWeight:
         name, format: of the weight.
         method: what rounded it: ``"descent"``, ``"two_sided"``, ``"gptq"`` or ``"nearest"``, and ``" + rounds"`` where
             these changed codes.
-        share: its curvature's cost as a share of that of rounding to nearest; nan where no curvature is known.
+        share: its curvature's cost as a share of that of rounding to nearest, both of the weight as it is shifted in
+            order, and in the curvature of then; nan where none is known.
         why: it was not rounded by the method that was asked for; empty where it was.
     """
 
@@ -129,7 +129,8 @@ def round_(
             teacher, and whose gradients say nothing.
         in_order: weights are rounded as they run, and one whose inputs have changed by then is shifted first, by half
             of what brings back its outputs, or the sums that these go into; see `making_up`. That takes two forward
-            passes over the batches more. False rounds each weight as if no other were.
+            passes over the batches more. False rounds each weight as if no other were, which is done besides where
+            in order the batches' loss is above that of rounding to nearest.
         rounds: of changing codes once more, by the gradient that the batches' loss has at the rounded weights, see
             `refining`. Each is a pass over the batches more (and two besides), and is undone where their loss grows;
             they end where it is as low as it was before rounding, and there are none where rounding to nearest has not
@@ -156,7 +157,7 @@ def round_(
     selected = {name: weight for weight, name in names.items() if weight.selected}
     latent = {name: _checked(name, weight) for name, weight in selected.items()}
     kept = KeptWeights(folder, f"{method} {told} {in_order}", graphs)
-    tries = [_Try(way, _scaled(way, latent, selected)) for way in SCALES[scales]]
+    tries = [Try(way, scaled_by(way, latent, selected)) for way in SCALES[scales]]
     for each in tries:
         found = {name: kept.load(name, each.scales, selected[name], latent[name]) for name in in_loss}
         each.done = {name: rounded for name, rounded in found.items() if rounded is not None}
@@ -170,12 +171,16 @@ def round_(
         raise ValueError(_no_room(rounds, to_do.values(), memory))
     for turn in turns:
         curvatures = _curvatures(graphs, turn, told, why)
-        _round(turn, tries, latent, curvatures, method, kept)
+        _round(turn, tries, latent, curvatures, method, kept, keeps_views=rounds > 0)
     left = {name: weight for name, weight in selected.items() if name not in tries[0].done}
     for each in tries:
-        each.done |= _nearest(each.scaled, left, {})
+        each.making_up = None  # with what it holds of the batches
+        each.done |= to_nearest(each.scaled, left, {})
     why = dict.fromkeys(left, "the loss does not depend on it") | why
     best, losses = _best(graphs, in_loss, tries, latent, selected)
+    if best.is_nearest and in_order:  # which is not always what is best, above all on few batches
+        options = {"scales": scales, "likelihood": likelihood, "rounds": rounds, "memory": memory, "folder": folder}
+        return round_(model, given, loss_fn, method=method, in_order=False, **options)
     _warn(losses, method, told)
     if best.is_nearest:  # it was trained at rounded weights, or its gradients tell nothing
         why = dict.fromkeys(best.done, f"by {method!r} the batches' loss is {losses.asked:.4g}") | why
@@ -191,47 +196,6 @@ def round_(
     return AdaptiveRounding(tuple(rows), losses.latent, losses.nearest, losses.rounded, best.scales)
 
 
-@dataclass
-class _Try:
-    """A model's weights, rounded in one way.
-
-    Args:
-        scales: "absmax" or "searched".
-        scaled: what scales are made of, by name.
-        done: what became of each weight.
-        is_nearest: all are rounded to nearest, which is not what was asked for.
-        making_up: where weights are rounded in order.
-        views: what rounds know of the weights.
-    """
-
-    scales: str
-    scaled: Mapping[str, Tensor]
-    done: dict[str, Rounded] = field(default_factory=dict)
-    is_nearest: bool = False
-    making_up: MakingUp | None = None
-    views: dict[str, Known] = field(default_factory=dict)
-
-    def view(self, name: str, weight: Weight, latent: Tensor, curvature: Curvature) -> Known:
-        """What a weight is rounded from, and by."""
-        if self.making_up is None:
-            return _known(latent, self.scaled[name], weight, curvature)
-        goal, inputs = self.making_up.shifted(name, weight, latent)
-        scaled_as = self.scaled[name] if goal is latent else _scaled(self.scales, {name: goal}, {name: weight})[name]
-        return _known(goal, scaled_as, weight, curvature.replaced_by(inputs))
-
-    def finish(self, name: str, rounded: Rounded) -> None:
-        """A weight is rounded."""
-        self.done[name] = rounded
-        if self.making_up is not None:
-            self.making_up.put(name, rounded.values)
-
-    def leave(self, weights: Mapping[str, Weight]) -> None:
-        """Weights are rounded to nearest, in the end."""
-        if self.making_up is not None:
-            for name, rounded in _nearest(self.scaled, weights, {}).items():
-                self.making_up.put(name, rounded.values)
-
-
 class _Losses(NamedTuple):
     """Mean losses of the batches: at the latent weights, as it was asked for, to nearest, and as it is taken."""
 
@@ -243,36 +207,36 @@ class _Losses(NamedTuple):
 
 def _round(
     weights: Mapping[str, Weight],
-    tries: Sequence[_Try],
+    tries: Sequence[Try],
     latent: Mapping[str, Tensor],
     curvatures: Mapping[str, Curvature],
     method: str,
     kept: KeptWeights,
+    *,
+    keeps_views: bool,
 ) -> None:
     """Rounds those weights that have a curvature, in every try that has not done so."""
     for each in tries:
         each.leave({name: weight for name, weight in weights.items() if name not in curvatures})
     for name in with_a_bar("rounding weights", [name for name in weights if name in curvatures], len(curvatures)):
         for each in tries:
+            if name in each.done and not keeps_views:
+                continue
             view = each.view(name, weights[name], latent[name], curvatures[name])
             if name not in each.done:
                 each.finish(name, adaptive(*view[:5], method, view.scaled_as))
                 kept.save(name, each.scales, weights[name], latent[name], each.done[name])
-            if None not in view.curvature:
+            if keeps_views and None not in view.curvature:
                 each.views[name] = view
-
-
-def _scaled(scales: str, latent: dict[str, Tensor], weights: Mapping[str, Weight]) -> dict[str, Tensor]:
-    return latent if scales == "absmax" else {n: clipped(latent[n], *_format(w)) for n, w in weights.items()}
 
 
 def _best(
     graphs: Sequence[LossGraph],
     in_loss: Iterable[str],
-    tries: Sequence[_Try],
+    tries: Sequence[Try],
     latent: dict[str, Tensor],
     weights: Mapping[str, Weight],
-) -> tuple[_Try, _Losses]:
+) -> tuple[Try, _Losses]:
     """The try of the lowest loss of the batches, rounding to nearest included; the first of several."""
     best, asked, least = tries[0], math.nan, math.nan
     for each in itertools.chain(tries, _to_nearest(tries, latent, weights)):
@@ -284,14 +248,14 @@ def _best(
     return best, _Losses(_loss(graphs, in_loss, {}), asked, found, least)
 
 
-def _to_nearest(tries: Sequence[_Try], latent: dict[str, Tensor], weights: Mapping[str, Weight]) -> Iterator[_Try]:
+def _to_nearest(tries: Sequence[Try], latent: dict[str, Tensor], weights: Mapping[str, Weight]) -> Iterator[Try]:
     """All weights rounded to nearest, with each of the scales; last with those of absmax. One at a time is held."""
     by_scales = {each.scales: each for each in tries}
     for scales in sorted({*by_scales, "absmax"}, reverse=True):
         scaled = by_scales[scales].scaled if scales in by_scales else latent
         beside = by_scales.get(scales, tries[0])
-        views = {n: _known(latent[n], scaled[n], weights[n], view.curvature) for n, view in beside.views.items()}
-        yield _Try(scales, scaled, _nearest(scaled, weights, beside.done), is_nearest=True, views=views)
+        views = {n: known_of(latent[n], scaled[n], weights[n], view.curvature) for n, view in beside.views.items()}
+        yield Try(scales, scaled, to_nearest(scaled, weights, beside.done), is_nearest=True, views=views)
 
 
 def _check(method: str, scales: str, rounds: int, memory: float) -> None:
@@ -310,7 +274,7 @@ def _warn(losses: _Losses, method: str, likelihood: str | None) -> None:
             f"round_: the batches' loss of {asked:.4g} is above the {least:.4g} of rounding to nearest, which is "
             "taken instead. A model trained at rounded weights has learned to live with those; else, if the loss has "
             "nearly vanished or rounding costs very much, its gradients say little of what rounding costs, and more "
-            "batches, of data that the model does not fit as well, may help, or likelihood=, or in_order=False",
+            "batches, of data that the model does not fit as well, may help, or likelihood=",
             stacklevel=3,
         )
     elif likelihood is None and method != "nearest" and abs(latent) < 0.01 * abs(nearest):
@@ -330,23 +294,6 @@ def _no_room(rounds: int, weights: Iterable[Weight], memory: float) -> str:
     )
 
 
-def _known(latent: Tensor, scaled_as: Tensor, weight: Weight, curvature: Curvature) -> Known:
-    fmt, axis = _format(weight)
-    goal = latent if scaled_as is latent else limited(latent, scaled_as, fmt, axis)
-    return Known(goal, fmt, axis, weight.layout.factors, curvature, scaled_as)
-
-
-def _nearest(
-    values: Mapping[str, Tensor], weights: Mapping[str, Weight], done: Mapping[str, Rounded]
-) -> dict[str, Rounded]:
-    """All weights rounded to nearest, with what that costs those that were rounded adaptively, by their curvature."""
-    costs = {name: done[name].nearest if name in done else math.nan for name in weights}
-    return {
-        name: Rounded(fixed_point(values[name], *_format(weight)), "nearest", costs[name], costs[name])
-        for name, weight in weights.items()
-    }
-
-
 def _changed(rounded: Rounded, known: Known, values: Tensor) -> Rounded:
     """What became of a weight in the rounds."""
     if torch.equal(values, rounded.values):
@@ -362,11 +309,6 @@ def _checked(name: str, weight: Weight) -> Tensor:
             f"model: {name!r} is sharded; round_ needs whole weights: load them into a model in one process"
         )
     return parameter
-
-
-def _format(weight: Weight) -> tuple[Format, int]:
-    assert weight.format is not None
-    return weight.format, weight.axis
 
 
 def _layout(weight: Weight) -> Layout:
@@ -444,4 +386,4 @@ def _row(name: str, weight: Weight, rounded: Rounded, asked: str, why: str) -> R
         is_long = max(weight.layout.factors[1:]) > SIDE
         cheapest = f"it costs least by {first!r}" if rounded.nearest > 0 else "its gradients vanish"
         why = f"more than {SIDE} rows or columns, which get no matrix" if is_long else cheapest
-    return RoundedWeight(name, _format(weight)[0].name, rounded.method, share, why)
+    return RoundedWeight(name, format_of(weight)[0].name, rounded.method, share, why)

@@ -110,7 +110,7 @@ def loss_graphs(model: nn.Module, batches: Iterable[Any], loss_fn: Any) -> list[
         graph = loss_graph(model, batch, loss_fn)
         alike = known.setdefault(graph.gm.code, [])
         same = next((other for other in alike if _equal(graph.constants, other.constants)), None)
-        if same is None and not _writes_constants(graph.gm):
+        if same is None and not writes_constants(graph.gm):
             alike.append(graph)
         found.append(graph if same is None else replace(graph, gm=same.gm))
     return found
@@ -123,7 +123,7 @@ def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
     )
 
 
-def _writes_constants(gm: fx.GraphModule) -> bool:
+def writes_constants(gm: fx.GraphModule) -> bool:
     """Whether an op in place may change what the graph reads besides its inputs, itself or a view of it."""
     for node in gm.graph.nodes:
         schema = getattr(node.target, "_schema", None)

@@ -11,6 +11,7 @@ derivative, and A what `passes.curvature.kronecker` makes of output gradients of
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from lotion_fx.compiling import joint_vectors
-from lotion_fx.loss_graph import LossGraph
+from lotion_fx.fixed_sizes import with_own_constants
+from lotion_fx.loss_graph import LossGraph, writes_constants
 from lotion_fx.numerics.adaptive import Curvature, newton, of_inputs
 from lotion_fx.passes.attach.attach import LATENT, Plan
 from lotion_fx.passes.attach.probe import Code, Header, Layout
@@ -31,6 +33,8 @@ _VIEWS = {op.overloadpacket for op in ALIASES | RESHAPES | PERMUTES if hasattr(o
 _WHOLE = {aten.flatten, aten.unflatten, aten.view_as, aten.reshape_as, aten.to}  # before dispatch alone
 FOLLOWED = (_VIEWS | _WHOLE | {aten.add, aten.add_, aten.sub}) - {aten.detach}
 """What keeps a product's squares, or adds to it."""
+FAR = 32
+"""Ops that are run before their turn for the sake of a sum, at most: another tower would have to be run to its end."""
 TAKEN = 0.5
 """Of the shift that the batches ask for."""
 
@@ -42,11 +46,13 @@ class Product(NamedTuple):
         gm: takes the weight and what else the op takes; returns ``[outputs]``.
         op: in the loss's graph.
         taken: what it takes besides the weight, there.
+        regions: of autocast, that it is in.
     """
 
     gm: fx.GraphModule
     op: fx.Node
     taken: tuple[fx.Node, ...]
+    regions: tuple[tuple[Any, ...], ...]
 
 
 class MakingUp:
@@ -64,7 +70,7 @@ class MakingUp:
             if graph.gm not in known:
                 known[graph.gm] = _products(graph, names)
         self._products = [known[graph.gm] for graph in graphs]
-        self._before, self._now = [_Run(graph) for graph in graphs], [_Run(graph) for graph in graphs]
+        self._before, self._now = ([_Run(graph, i) for i, graph in enumerate(graphs)] for _ in range(2))
         self._known: dict[Layout, dict[Any, Any]] = {}  # calls of the joint graphs
         self.order = list(dict.fromkeys(name for products in self._products for name in products))
         for name, values in done.items():
@@ -92,9 +98,10 @@ class MakingUp:
         if not changed or not bool(gradient.any()) or (inputs := self._inputs(weight, latent, met)) is None:
             return nothing
         step = newton(gradient, weight.layout.factors, inputs) * (latent != 0)  # what is pruned stays so
-        energy = sum(_energy(step.to(latent.dtype), each) for each in met)
+        energy = sum(_energy(latent, step.to(latent.dtype), each) for each in met)
         length = -float((gradient * step).sum()) / energy if energy > 0 else 0.0  # to the least sum, so about 1
-        return (latent + TAKEN * length * step).to(latent.dtype), inputs
+        goal = (latent + TAKEN * length * step).to(latent.dtype)
+        return (goal, inputs) if goal.isfinite().all() else nothing  # else products overflow, as in float16
 
     def _met(self, name: str) -> list[_Met]:
         """What a weight's product takes, of each batch that has it."""
@@ -102,7 +109,7 @@ class MakingUp:
         for products, before, now in zip(self._products, self._before, self._now, strict=True):
             product = products.get(name)
             if product is not None and now.is_before(product):
-                found.append(_Met(product.gm, before.reach(product), now.reach(product)))
+                found.append(_Met(product, before.reach(product), now.reach(product)))
         return found
 
     def _inputs(self, weight: Weight, latent: Tensor, met: Sequence[_Met]) -> Curvature | None:
@@ -110,11 +117,11 @@ class MakingUp:
         layout = replace(weight.layout, kind="kronecker")
         plans, known = {0: Plan(LATENT, weight.quantizer, layout)}, self._known.setdefault(layout, {})
         total = torch.zeros(layout.size, device=latent.device)
-        for gm, _, now in met:
-            for vector, _ in joint_vectors(
-                gm, [latent, *now], plans, [lambda outputs: outputs[0].sum()], known
-            ).values():
-                total += vector
+        for product, _, now in met:
+            with _autocast(product.regions):
+                given, losses = [latent, *now], [lambda outputs: outputs[0].sum()]
+                vectors = joint_vectors(product.gm, given, plans, losses, known.setdefault(product.regions, {}))
+            total = sum((vector for vector, _ in vectors.values()), total)
         found = of_inputs(Curvature(*layout.matrices(total)), latent, weight.axis, layout.factors)
         is_known = Header.of(total).common_code is Code.ANALYTIC and found != (None, None)
         return found if is_known else None
@@ -123,23 +130,35 @@ class MakingUp:
 class _Met(NamedTuple):
     """A weight's product on a batch, and what it took before and takes now."""
 
-    gm: fx.GraphModule
+    product: Product
     before: list[Any]
     now: list[Any]
 
+    def outputs(self, weight: Tensor, taken: Sequence[Any]) -> Tensor:
+        with _autocast(self.product.regions):
+            found: Tensor = self.product.gm(weight, *taken)[0]
+        return found
+
 
 class _Run:
-    """A loss's graph on its batch, run so far, at parameters that may change."""
+    """A loss's graph on its batch, run so far, at parameters that may change. Two of one batch draw the same noise.
 
-    def __init__(self, graph: LossGraph) -> None:
+    Nothing that the graph writes is seen outside: constants are its own, and the batch.
+    """
+
+    def __init__(self, graph: LossGraph, batch: int) -> None:
         nodes = graph.gm.graph.find_nodes(op="placeholder")
-        self._interpreter = fx.Interpreter(graph.gm)
+        self._interpreter = fx.Interpreter(with_own_constants(graph.gm) if writes_constants(graph.gm) else graph.gm)
         self._parameters = dict(zip(graph.parameters, nodes, strict=False))
         self._values: dict[fx.Node, Any] = dict(zip(nodes, graph.inputs({}), strict=True))
+        for node in nodes[len(graph.parameters) :]:
+            self._values[node] = self._values[node].clone()
         self._of_parameters = _of_parameters(graph.gm.graph, set(self._parameters.values()))
+        self._regions = _regions(graph.gm.graph)
         self._uses = {node: len(node.users) for node in graph.gm.graph.nodes}
         self._to_run = [n for n in graph.gm.graph.nodes if n.op not in ("placeholder", "output")]
         self._at = 0
+        self._seed = batch * len(self._to_run)
 
     def put(self, name: str, values: Tensor) -> None:
         if name in self._parameters:
@@ -153,21 +172,31 @@ class _Run:
         """What a product takes besides its weight: all that comes before is run."""
         while (node := self._to_run[self._at]) is not product.op:
             self._at += 1
-            if node not in self._of_parameters:  # those are made when they are asked for
-                with torch.no_grad():  # each by itself: some nodes are switches of that mode
-                    self._values[node] = self._value(node, {})
+            if node not in self._of_parameters and node in self._regions:  # those are made when they are asked for
+                self._values[node] = self._value(node, {})
                 self._release(node)
         later: dict[fx.Node, Any] = {}  # is run again in its turn, at what is rounded by then
-        with torch.no_grad():
-            return [self._value(node, later) for node in product.taken]
+        return [self._value(node, later) for node in product.taken]
 
     def _value(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         if node in self._values:
             return self._values[node]
         if node not in known:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda x: self._value(x, known))
-            known[node] = getattr(self._interpreter, node.op)(node.target, args, kwargs)
+            # Each by itself, for some are switches of gradient mode.
+            with torch.no_grad(), _autocast(self._regions[node]), self._drawing(node):
+                known[node] = getattr(self._interpreter, node.op)(node.target, args, kwargs)
         return known[node]
+
+    @contextlib.contextmanager
+    def _drawing(self, node: fx.Node) -> Iterator[None]:
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            yield
+            return
+        devices = {x.device.index for x in self._values.values() if isinstance(x, Tensor) and x.is_cuda}
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self._seed + self._to_run.index(node))
+            yield
 
     def _release(self, done: fx.Node) -> None:
         """Forgets what no op will ask for any more."""
@@ -181,19 +210,35 @@ def _same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
+def _autocast(regions: Sequence[tuple[Any, ...]]) -> contextlib.ExitStack:
+    with contextlib.ExitStack() as stack:
+        for region in regions:
+            stack.enter_context(torch.autocast(*region))
+        return stack.pop_all()
+
+
 def _gradient(weight: Tensor, met: _Met) -> Tensor:
     """Of half the squares by which a product's outputs are off, by the weight, float64."""
     leaf = weight.detach().clone().requires_grad_()
     with torch.enable_grad():
-        off = met.gm(leaf, *met.now)[0] - met.gm(weight, *met.before)[0]
-        (found,) = torch.autograd.grad(off, leaf, off.detach())
-    return found.double()
+        off = met.outputs(leaf, met.now) - met.outputs(weight, met.before)
+        if not off.requires_grad:
+            return torch.zeros_like(weight, dtype=torch.float64)
+        known = off.detach().nan_to_num(0, 0, 0)  # a mask of -inf is off by nan
+        largest = known.abs().max().clamp(min=torch.finfo(off.dtype).tiny)
+        (found,) = torch.autograd.grad(off, leaf, known / largest)
+    return found.double() * largest
 
 
-def _energy(step: Tensor, met: _Met) -> float:
-    """The squares that a step adds to a product's outputs, which are affine in the weight."""
-    without = met.gm(torch.zeros_like(step), *met.now)[0]
-    return float((met.gm(step, *met.now)[0] - without).double().square().sum())
+def _energy(weight: Tensor, step: Tensor, met: _Met) -> float:
+    """The squares that a step adds to a product's outputs."""
+    leaf = weight.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        outputs = met.outputs(leaf, met.now)
+        pulled = torch.zeros_like(outputs, requires_grad=True)
+        (back,) = torch.autograd.grad(outputs, leaf, pulled, create_graph=True)
+        (added,) = torch.autograd.grad(back, pulled, step)  # the derivative along the step, twice transposed
+    return float(added.double().square().sum())
 
 
 def _products(graph: LossGraph, names: Sequence[str]) -> dict[str, Product | None]:
@@ -201,6 +246,8 @@ def _products(graph: LossGraph, names: Sequence[str]) -> dict[str, Product | Non
     nodes = list(graph.gm.graph.nodes)
     parameters = dict(zip(graph.parameters, graph.gm.graph.find_nodes(op="placeholder"), strict=False))
     own = _of_parameters(graph.gm.graph, set(parameters.values()))
+    if any(_is_mutable(node) for node in own):  # whose writes nobody asks for
+        return {}
     made = {name: {parameters[name]} for name in names if name in parameters}
     met: dict[str, list[fx.Node]] = {}
     for node in nodes:
@@ -210,10 +257,40 @@ def _products(graph: LossGraph, names: Sequence[str]) -> dict[str, Product | Non
             else:
                 met.setdefault(name, []).append(node)
     at = {node: i for i, node in enumerate(nodes)}
-    return {
-        name: _product(graph.gm, parameters[name], {*made[name], *_followed(op, at)}, op) if not more else None
-        for name, (op, *more) in met.items()
-    }
+    regions = _regions(graph.gm.graph)
+    found: dict[str, Product | None] = {}
+    for name, ops in met.items():
+        found[name], op = None, ops[0]
+        if len(ops) == 1 and op in regions and _is_one_tensor(op):
+            inside = {*made[name], *_followed(op, at)}
+            if len({regions[node] for node in inside if node is not parameters[name]}) == 1:
+                found[name] = _product(graph.gm, parameters[name], inside, op, regions[op])
+    return found
+
+
+def _is_one_tensor(op: fx.Node) -> bool:
+    """Whether an op makes one tensor, and changes none."""
+    schema = getattr(op.target, "_schema", None)
+    return schema is not None and not schema.is_mutable and [str(x.type) for x in schema.returns] == ["Tensor"]
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _regions(graph: fx.Graph) -> dict[fx.Node, tuple[tuple[Any, ...], ...]]:
+    """What `torch.autocast` is to be told for each node; without those that say where its regions begin and end."""
+    regions, found = list[tuple[fx.Node, tuple[Any, ...]]](), dict[fx.Node, tuple[tuple[Any, ...], ...]]()
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name == "_enter_autocast":
+            regions.append((node, tuple(node.args)))
+        elif name == "_exit_autocast":
+            regions = [(begin, args) for begin, args in regions if begin is not node.args[0]]
+        else:
+            found[node] = tuple(args for _, args in regions)
+    return found
 
 
 def _followed(op: fx.Node, at: Mapping[fx.Node, int]) -> Iterator[fx.Node]:
@@ -238,8 +315,8 @@ def _can_be_known(node: fx.Node, op: fx.Node, at: Mapping[fx.Node, int]) -> bool
         if node in seen or at[node] < at[op]:
             continue
         seen.add(node)
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and (schema is None or schema.is_mutable):
+        is_known = node.op != "call_function" or getattr(node.target, "_schema", None) is not None
+        if not is_known or _is_mutable(node) or len(seen) > FAR:
             return False
         to_see += node.all_input_nodes
     return True
@@ -255,7 +332,9 @@ def _of_parameters(graph: fx.Graph, parameters: set[fx.Node]) -> set[fx.Node]:
     return own - parameters
 
 
-def _product(gm: fx.GraphModule, weight: fx.Node, inside: set[fx.Node], op: fx.Node) -> Product:
+def _product(
+    gm: fx.GraphModule, weight: fx.Node, inside: set[fx.Node], op: fx.Node, regions: tuple[tuple[Any, ...], ...]
+) -> Product:
     """Of the nodes inside, which end in the outputs."""
     graph, known = fx.Graph(), dict[fx.Node, fx.Node]()
     known[weight] = last = graph.placeholder("weight")
@@ -268,4 +347,4 @@ def _product(gm: fx.GraphModule, weight: fx.Node, inside: set[fx.Node], op: fx.N
         target = aten.add.Tensor if node.target is aten.add_.Tensor else node.target
         known[node] = last = graph.create_node(node.op, target, args, kwargs)
     graph.output([last])
-    return Product(fx.GraphModule(gm, graph), op, tuple(taken))
+    return Product(fx.GraphModule(gm, graph), op, tuple(taken), regions)

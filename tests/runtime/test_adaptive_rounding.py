@@ -327,11 +327,10 @@ def test_an_export_holds_it(fmt: str, scales: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, weights(model)[name]) for name, value in held.state_dict().items())
 
 
-@pytest.mark.filterwarnings("ignore:round_")
-@pytest.mark.parametrize("scales", ["absmax", "searched", "auto"])
-def test_it_can_be_resumed(scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("scales", "in_order"), [("absmax", True), ("searched", False), ("auto", False)])
+def test_it_can_be_resumed(scales: str, in_order: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, whole, given = trained(), trained(), batches()
-    lotion_fx.round_(whole, given, loss_of, scales=scales)
+    lotion_fx.round_(whole, given, loss_of, scales=scales, in_order=in_order)
     before, calls = weights(model), []
 
     def breaks(w: Tensor, *args: Any) -> Any:
@@ -342,12 +341,21 @@ def test_it_can_be_resumed(scales: str, tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(adaptive_rounding, "adaptive", breaks)
     with pytest.raises(KeyboardInterrupt):
-        lotion_fx.round_(model, given, loss_of, scales=scales, folder=tmp_path / "kept")
+        lotion_fx.round_(model, given, loss_of, scales=scales, in_order=in_order, folder=tmp_path / "kept")
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
-    lotion_fx.round_(model, given, loss_of, scales=scales, folder=tmp_path / "kept")
+    lotion_fx.round_(model, given, loss_of, scales=scales, in_order=in_order, folder=tmp_path / "kept")
     assert len(calls) == 3 * len(SCALES[scales]) + 1  # three weights, and the one again that was interrupted
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(model).items())
     assert not (tmp_path / "kept").exists()
+
+
+def test_where_order_does_not_help_weights_are_rounded_apart() -> None:
+    """On few rows shifts are of what is particular to them."""
+    model, apart, given = trained(), trained(), batches()
+    done = lotion_fx.round_(apart, given, loss_of, scales="searched", in_order=False)
+    assert {w.method for w in done.weights} != {"nearest"}
+    assert lotion_fx.round_(model, given, loss_of, scales="searched") == done
+    assert all(torch.equal(value, weights(apart)[name]) for name, value in weights(model).items())
 
 
 @pytest.mark.parametrize("steps, seed", [(60, 5), (20, 0)])

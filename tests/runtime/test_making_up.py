@@ -224,3 +224,150 @@ def test_the_loss_is_lower_in_order(make: Callable[[], nn.Module], fmt: str, sca
         with torch.no_grad():
             lost.append(float(loss(model(given[8]), batches[8][1])))
     assert lost[1] < 0.95 * lost[0]
+
+
+# ------------------------------------------------------------------------------------------------- graphs of all kinds
+
+
+class Chain(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, between: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.between = between
+        self.register_buffer("count", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self, self.first(x)))
+
+
+def counted(model: Any, h: Tensor) -> Tensor:
+    model.count.add_(1)
+    return h / model.count
+
+
+def subtracted(model: Any, h: Tensor) -> Tensor:
+    h = torch.tanh(h)
+    h -= 0.5
+    return h.relu_()
+
+
+CHAINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "noise is drawn once": lambda model, h: torch.tanh(h + torch.randn_like(h)),
+    "a buffer is written": counted,
+    "in place": subtracted,
+}
+
+
+@pytest.mark.parametrize("between", CHAINS.values(), ids=CHAINS)
+def test_what_is_not_rounded_shifts_nothing(between: Callable[[Any, Tensor], Tensor]) -> None:
+    """Both runs of a graph see the same, but for rounded weights."""
+    torch.manual_seed(0)
+    graphs, weights, latent = of(Chain(between), [torch.randn(30, 8), torch.randn(30, 8)])
+    made = MakingUp(graphs, list(weights), {"first.weight": latent["first.weight"].clone()})
+    assert (
+        made.shifted("second.weight", weights["second.weight"], latent["second.weight"])[0] is latent["second.weight"]
+    )
+
+
+def test_precision_is_that_of_the_region_around_an_op() -> None:
+    """And regions end with it, whatever is run by then."""
+
+    class Regions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                h = torch.tanh(self.b(torch.tanh(self.a(x))))
+                with torch.autocast("cpu", enabled=False):
+                    h = torch.tanh(self.c(h.float()))
+                return self.b(h).float() if len(x) == 1 else self.c(h).float() * 0 + h
+
+    torch.manual_seed(0)
+    model, x = Regions(), torch.randn(30, 8)
+    graphs, weights, latent = of(model, [x])
+    made = MakingUp(graphs, list(weights), {"a.weight": moved(latent["a.weight"])})
+    goal, _ = made.shifted("b.weight", weights["b.weight"], latent["b.weight"])
+    assert not torch.is_autocast_enabled("cpu") and goal.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        was, now = (torch.tanh(F.linear(x, w, model.a.bias)) for w in (latent["a.weight"], moved(latent["a.weight"])))
+        off = model.b(now) - model.b(was)
+    torch.testing.assert_close(goal.double(), expected(latent["b.weight"], now, off), rtol=0.1, atol=0.01)
+    assert (goal - latent["b.weight"]).abs().max() > 0.02
+    with torch.autocast("cpu", torch.bfloat16):
+        made.shifted("c.weight", weights["c.weight"], latent["c.weight"])
+        assert torch.is_autocast_enabled("cpu")
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.lstm, self.last = nn.Linear(8, 8), nn.LSTM(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.lstm(self.first(x))[0])
+
+
+class Masked(nn.Module):
+    """Logits of which some are minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.where(torch.arange(8) == 3, -torch.inf, 0.0)
+        return (self.last(torch.tanh(self.first(x))) + mask).softmax(-1)
+
+
+class Towers(nn.Module):
+    """A sum with what takes many ops, and comes later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.other = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        short, long = self.last(torch.tanh(self.first(x))), self.other(x)
+        for _ in range(500):
+            long = torch.sin(long) * 1.01
+        return short + long
+
+
+class Assembled(nn.Module):
+    """A matrix that a weight is written into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = torch.zeros(8, 8)
+        w[:4] = self.last
+        return F.linear(torch.tanh(self.first(x)), w)
+
+
+class Accumulated(nn.Module):
+    """A product that is added in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return (h * 2).addmm_(h, self.last)
+
+
+@pytest.mark.filterwarnings("ignore:round_")
+@pytest.mark.parametrize("make", [Recurrent, Masked, Towers, Assembled, Accumulated])
+def test_any_graph_is_rounded(make: Callable[[], nn.Module]) -> None:
+    """What cannot be shifted is rounded as if no other were."""
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(12, 3, 8)[:, 0] if make is not Recurrent else torch.randn(4, 3, 8)
+    lotion_fx.transform(model, "int4", method="ptq", inner="aot_eager").eval()
+    done = lotion_fx.round_(model, [(x, torch.zeros_like(x))], lambda out, y: (out - y).square().mean())
+    assert all(torch.isfinite(p).all() for p in model.parameters()) and done.rounded <= done.nearest
