@@ -281,7 +281,8 @@ def test_precision_is_that_of_the_region_around_an_op() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                h = torch.tanh(self.b(torch.tanh(self.a(x))))
+                h = torch.tanh(self.a(x)).view(torch.int16).view(torch.bfloat16)  # which float32 would not survive
+                h = torch.tanh(self.b(h))
                 with torch.autocast("cpu", enabled=False):
                     h = torch.tanh(self.c(h.float()))
                 return self.b(h).float() if len(x) == 1 else self.c(h).float() * 0 + h
@@ -371,3 +372,16 @@ def test_any_graph_is_rounded(make: Callable[[], nn.Module]) -> None:
     lotion_fx.transform(model, "int4", method="ptq", inner="aot_eager").eval()
     done = lotion_fx.round_(model, [(x, torch.zeros_like(x))], lambda out, y: (out - y).square().mean())
     assert all(torch.isfinite(p).all() for p in model.parameters()) and done.rounded <= done.nearest
+
+
+def test_a_mask_of_minus_infinity_is_no_reason_to_shift_nothing() -> None:
+    graphs, weights, latent = of(Masked(), [torch.randn(30, 8)])
+    made = MakingUp(graphs, list(weights), {"first.weight": moved(latent["first.weight"])})
+    goal, _ = made.shifted("last.weight", weights["last.weight"], latent["last.weight"])
+    assert (goal != latent["last.weight"]).any(1).tolist() == [row != 3 for row in range(8)]
+
+
+def test_a_graph_that_writes_into_a_weights_values_is_left_alone() -> None:
+    """Nobody asks for what such an op makes, in the order in which the rest is run."""
+    graphs, weights, _ = of(Assembled(), [torch.randn(30, 8)])
+    assert MakingUp(graphs, list(weights), {}).order == []
