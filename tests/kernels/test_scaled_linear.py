@@ -96,7 +96,8 @@ def test_it_is_the_product_of_the_rounded_operands(
         else:
             y = launch(decoded_rows(x_codes, x_scales, fmt), *weight, fmt, row_scales=row_scales, dtype=dtype)
         assert y.dtype == dtype
-        assert excess(y.cpu(), *products(x, w, fmt, bias)).max() <= 1e-6
+        worst = (features + 1) * 2.0**-24  # of a sum of so many terms in float32, in whatever order (Higham 2002, 4.2)
+        assert excess(y.cpu(), *products(x, w, fmt, bias)).max() <= worst
 
 
 @names
