@@ -95,7 +95,7 @@ def round_(
     method: str = "two_sided",
     scales: str = "absmax",
     likelihood: Any = None,
-    in_order: bool = True,
+    in_order: bool | None = None,
     rounds: int = 0,
     memory: float = 4.0,
     folder: str | Path | None = None,
@@ -129,8 +129,9 @@ def round_(
             teacher, and whose gradients say nothing.
         in_order: weights are rounded as they run, and one whose inputs have changed by then is shifted first, by half
             of what brings back its outputs, or the sums that these go into; see `making_up`. That takes two forward
-            passes over the batches more. False rounds each weight as if no other were, which is done besides where
-            in order the batches' loss is above that of rounding to nearest.
+            passes over the batches more. Where the batches' loss then is above that of rounding to nearest, and for
+            False, each weight is rounded as if no other were. None is True for ``"descent"`` and False for the others,
+            which are the recursions as they were published.
         rounds: of changing codes once more, by the gradient that the batches' loss has at the rounded weights, see
             `refining`. Each is a pass over the batches more (and two besides), and is undone where their loss grows;
             they end where it is as low as it was before rounding, and there are none where rounding to nearest has not
@@ -149,7 +150,8 @@ def round_(
             refuses; values that are no finite numbers; a format that cannot keep what is rounded to it.
         TypeError: the batches are one batch.
     """
-    _check(method, scales, rounds, memory)
+    _check(method, scales, in_order, rounds, memory)
+    in_order = method == "descent" if in_order is None else in_order
     names, given = names_of(model), listed(batches)
     told = next(iter(names)).smoothing.settings.likelihood if likelihood is None else named(likelihood)
     graphs = loss_graphs(model, with_a_bar("tracing the loss", given, len(given)), loss_fn)
@@ -258,10 +260,12 @@ def _to_nearest(tries: Sequence[Try], latent: dict[str, Tensor], weights: Mappin
         yield Try(scales, scaled, to_nearest(scaled, weights, beside.done), is_nearest=True, views=views)
 
 
-def _check(method: str, scales: str, rounds: int, memory: float) -> None:
+def _check(method: str, scales: str, in_order: bool | None, rounds: int, memory: float) -> None:
     for parameter, value, expected in (("method", method, METHODS), ("scales", scales, SCALES)):
         if value not in expected:
             raise ValueError(f"{parameter}={value!r}: expected one of {', '.join(expected)}")
+    if in_order not in (None, True, False):
+        raise ValueError(f"in_order={in_order!r}: expected True, False, or None for what is best with the method")
     check_number("memory", memory, lambda x: x > 0, "a number of GiB above 0")
     check_count("rounds", rounds, 0, "the number of rounds, 0 or more")
 

@@ -193,7 +193,7 @@ class Seed:
         given = [batch for batch, _ in zip(self.task.batches(5000 + self.seed), range(ROUNDING_BATCHES), strict=False)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # where it ends above rounding to nearest the table shows it
-            lotion_fx.round_(copied, given, self.task.loss, in_order=False)
+            lotion_fx.round_(copied, given, self.task.loss)
         return {name: p.detach() for name, p in copied.named_parameters() if name in lotion_fx.quantized(model)}
 
     def deployed(self, model: nn.Module) -> Point:

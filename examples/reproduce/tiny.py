@@ -85,8 +85,7 @@ class Tiny:
         with lotion_fx.full_precision(model):
             latent = quickstart.evaluate(model, self._held_out)
         began = time.perf_counter()
-        batches = quickstart.calibration(self._text[0], job.seed)
-        lotion_fx.round_(model, batches, quickstart.cross_entropy, in_order=False)
+        lotion_fx.round_(model, quickstart.calibration(self._text[0], job.seed), quickstart.cross_entropy)
         seconds += time.perf_counter() - began
         return Result(quickstart.evaluate(model, self._held_out), None, latent, curve, round(seconds, 1))
 

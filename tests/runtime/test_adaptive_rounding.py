@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lotion_fx
 from lotion_fx import adaptive_rounding, refining
 from lotion_fx.adaptive_rounding import SCALES
+from lotion_fx.making_up import MakingUp
 from lotion_fx.numerics.adaptive import Curvature, adaptive
 from lotion_fx.numerics.formats import resolve
 
@@ -117,7 +118,7 @@ def test_where_it_does_not_help_it_says_so_and_rounds_to_nearest() -> None:
     easy = model(x)[0].argmax(1)
     near = {name: weight.dequantize() for name, weight in lotion_fx.quantized(model).items()}
     with pytest.warns(UserWarning, match=r"round_: .* is above .* of rounding to nearest, which is taken"):
-        done = lotion_fx.round_(model, [(x, easy)], lambda out, y: loss_of((50 * out[0], out[1]), y), in_order=False)
+        done = lotion_fx.round_(model, [(x, easy)], lambda out, y: loss_of((50 * out[0], out[1]), y))
     assert {w.method for w in done.weights} == {"nearest"} and done.rounded == pytest.approx(done.nearest, rel=1e-6)
     assert any("by 'two_sided' the batches' loss is" in w.why for w in done.weights)
     for name, values in near.items():
@@ -293,7 +294,7 @@ def test_each_layer_has_the_curvature_of_its_own_inputs_and_gradients() -> None:
         a += (inputs * g.square().sum(1, keepdim=True)).T @ inputs
         b += g.T @ g
     latent = model.get_parameter("hidden.weight").detach().clone()
-    lotion_fx.round_(model, given, loss_of, in_order=False)
+    lotion_fx.round_(model, given, loss_of)
     expected = adaptive(latent, resolve("nvfp4"), 1, (1, 20, 54), Curvature(b[None], a[None]))
     assert expected.method == "two_sided"
     assert (model.get_parameter("hidden.weight") == expected.values).float().mean() > 0.99  # float32 may tip one
@@ -349,12 +350,27 @@ def test_it_can_be_resumed(scales: str, in_order: bool, tmp_path: Path, monkeypa
     assert not (tmp_path / "kept").exists()
 
 
+def test_order_goes_with_descent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are the recursions as they are known."""
+    made: list[Any] = []
+    monkeypatch.setattr(adaptive_rounding, "MakingUp", lambda *given: made.append(given) or MakingUp(*given))
+    for method, in_order, expected in [
+        ("two_sided", None, 0),
+        ("gptq", None, 0),
+        ("descent", None, 1),
+        ("gptq", True, 1),
+    ]:
+        made.clear()
+        lotion_fx.round_(trained(), batches(), loss_of, method=method, in_order=in_order)
+        assert len(made) == expected, method
+
+
 def test_where_order_does_not_help_weights_are_rounded_apart() -> None:
     """On few rows shifts are of what is particular to them."""
     model, apart, given = trained(), trained(), batches()
     done = lotion_fx.round_(apart, given, loss_of, scales="searched", in_order=False)
     assert {w.method for w in done.weights} != {"nearest"}
-    assert lotion_fx.round_(model, given, loss_of, scales="searched") == done
+    assert lotion_fx.round_(model, given, loss_of, scales="searched", in_order=True) == done
     assert all(torch.equal(value, weights(apart)[name]) for name, value in weights(model).items())
 
 
@@ -461,6 +477,7 @@ def test_bad_arguments() -> None:
         (ValueError, "method='best': expected one of descent, two_sided, gptq, nearest", {"method": "best"}),
         (ValueError, "scales='mse': expected one of absmax, searched, auto", {"scales": "mse"}),
         (ValueError, "likelihood='normal': expected one of categorical, bernoulli, gaussian", {"likelihood": "normal"}),
+        (ValueError, "in_order='yes': expected True, False, or None", {"in_order": "yes"}),
         (ValueError, "memory=0: expected a number of GiB above 0", {"memory": 0}),
         (ValueError, "rounds=-1: expected the number of rounds, 0 or more", {"rounds": -1}),
         (ValueError, "batches: expected at least one batch", {"batches": []}),
