@@ -126,13 +126,18 @@ def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
 def writes_constants(gm: fx.GraphModule) -> bool:
     """Whether an op in place may change what the graph reads besides its inputs, itself or a view of it."""
     for node in gm.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
+        if is_mutable(node):
             while isinstance(node, fx.Node) and node.op == "call_function" and node.args:
                 node = node.args[0]
             if not isinstance(node, fx.Node) or node.op == "get_attr":
                 return True
     return False
+
+
+def is_mutable(node: fx.Node) -> bool:
+    """Whether an op changes one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def _make(x: Tensor) -> tuple[torch.dtype, torch.device]:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from lotion_fx.compiling import joint_vectors
 from lotion_fx.fixed_sizes import with_own_constants
-from lotion_fx.loss_graph import LossGraph, writes_constants
+from lotion_fx.loss_graph import LossGraph, is_mutable, writes_constants
 from lotion_fx.numerics.adaptive import Curvature, newton, of_inputs
 from lotion_fx.passes.attach.attach import LATENT, Plan
 from lotion_fx.passes.attach.probe import Code, Header, Layout
@@ -246,7 +246,7 @@ def _products(graph: LossGraph, names: Sequence[str]) -> dict[str, Product | Non
     nodes = list(graph.gm.graph.nodes)
     parameters = dict(zip(graph.parameters, graph.gm.graph.find_nodes(op="placeholder"), strict=False))
     own = _of_parameters(graph.gm.graph, set(parameters.values()))
-    if any(_is_mutable(node) for node in own):  # whose writes nobody asks for
+    if any(is_mutable(node) for node in own):  # whose writes nobody asks for
         return {}
     made = {name: {parameters[name]} for name in names if name in parameters}
     met: dict[str, list[fx.Node]] = {}
@@ -271,12 +271,7 @@ def _products(graph: LossGraph, names: Sequence[str]) -> dict[str, Product | Non
 def _is_one_tensor(op: fx.Node) -> bool:
     """Whether an op makes one tensor, and changes none."""
     schema = getattr(op.target, "_schema", None)
-    return schema is not None and not schema.is_mutable and [str(x.type) for x in schema.returns] == ["Tensor"]
-
-
-def _is_mutable(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
+    return schema is not None and not is_mutable(op) and [str(x.type) for x in schema.returns] == ["Tensor"]
 
 
 def _regions(graph: fx.Graph) -> dict[fx.Node, tuple[tuple[Any, ...], ...]]:
@@ -316,7 +311,7 @@ def _can_be_known(node: fx.Node, op: fx.Node, at: Mapping[fx.Node, int]) -> bool
             continue
         seen.add(node)
         is_known = node.op != "call_function" or getattr(node.target, "_schema", None) is not None
-        if not is_known or _is_mutable(node) or len(seen) > FAR:
+        if not is_known or is_mutable(node) or len(seen) > FAR:
             return False
         to_see += node.all_input_nodes
     return True

@@ -58,10 +58,12 @@ class Try:
 
 
 def scaled_by(scales: str, latent: dict[str, Tensor], weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """What each weight's scales are made of, in its shape: for "absmax" the weight itself, else a clipped one."""
     return latent if scales == "absmax" else {n: clipped(latent[n], *format_of(w)) for n, w in weights.items()}
 
 
 def known_of(latent: Tensor, scaled_as: Tensor, weight: Weight, curvature: Curvature) -> Known:
+    """What a weight is rounded by: its goal is ``latent``, no further out than its scales reach."""
     fmt, axis = format_of(weight)
     goal = latent if scaled_as is latent else limited(latent, scaled_as, fmt, axis)
     return Known(goal, fmt, axis, weight.layout.factors, curvature, scaled_as)
@@ -79,5 +81,6 @@ def to_nearest(
 
 
 def format_of(weight: Weight) -> tuple[Format, int]:
+    """The format of a weight that is selected, and the dimension that its blocks run along."""
     assert weight.format is not None
     return weight.format, weight.axis

@@ -127,6 +127,14 @@ ALL = (*BOTH, "descent", "rounds", "descent_searched", "descent_auto", "in_order
 STE_FROM_FP = {"schedule": (("plain", 0.6), ("ste_scale", 0.4))}
 LSQ_FROM_FP = {"schedule": (("plain", 0.6), ("lsq", 0.4))}
 
+
+def _held(name: str, label: str, rounding: str) -> dict[str, Recipe]:
+    """Rounded first, then trained with its codes held: all but the quantized weights, or their scales as well."""
+    rest = Recipe(f"{label}, then the rest", {"method": "ste"}, rounded_first=rounding, held=True)
+    scales = Recipe(f"{label}, then scales and the rest", {"method": "scales"}, rounded_first=rounding, held=True)
+    return {f"{name}_rest": rest, f"{name}_scales": scales}
+
+
 RECIPES: dict[str, Recipe] = {
     "ptq": Recipe("PTQ", {"method": "ptq"}, tuple(ROUNDINGS), rival=True),
     "ste_from_fp": Recipe("full precision, then STE", STE_FROM_FP, BOTH, rival=True),
@@ -152,39 +160,9 @@ RECIPES: dict[str, Recipe] = {
     "adaptive": Recipe("LOTION for `round_`", {"noise": "adaptive", "calibrate": False}, ALL),
     "rounded_ste": Recipe("`round_`, then STE", {"method": "ste_scale"}, rounded_first="two_sided"),
     "rounded_rest": Recipe("`round_`, then the rest", {"method": "ste"}, rounded_first="descent", held=True),
-    "searched_rest": Recipe(
-        "`round_` at searched scales, then the rest", {"method": "ste"}, rounded_first="descent_searched", held=True
-    ),
-    "searched_scales": Recipe(
-        "`round_` at searched scales, then scales and the rest",
-        {"method": "scales"},
-        rounded_first="descent_searched",
-        held=True,
-    ),
-    "many_rest": Recipe(
-        "`round_` at searched scales on 100 batches, then the rest",
-        {"method": "ste"},
-        rounded_first="descent_many",
-        held=True,
-    ),
-    "many_scales": Recipe(
-        "`round_` at searched scales on 100 batches, then scales and the rest",
-        {"method": "scales"},
-        rounded_first="descent_many",
-        held=True,
-    ),
-    "ordered_rest": Recipe(
-        "`round_` in order at searched scales, then the rest",
-        {"method": "ste"},
-        rounded_first="in_order_searched",
-        held=True,
-    ),
-    "ordered_scales": Recipe(
-        "`round_` in order at searched scales, then scales and the rest",
-        {"method": "scales"},
-        rounded_first="in_order_searched",
-        held=True,
-    ),
+    **_held("searched", "`round_` at searched scales", "descent_searched"),
+    **_held("many", "`round_` at searched scales on 100 batches", "descent_many"),
+    **_held("ordered", "`round_` in order at searched scales", "in_order_searched"),
     "late_lotion": Recipe("full precision, LOTION", {"schedule": (("plain", 0.6), ("lotion", 0.4))}, BOTH),
     "late_start": Recipe(
         "full precision, LOTION, STE", {"schedule": (("plain", 0.6), ("lotion", 0.2), ("ste_scale", 0.2))}, BOTH
