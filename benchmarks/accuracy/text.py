@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import lotion_fx
+from accuracy.recipes import RECIPES
 from lotion_fx.examples import quickstart
 
 
@@ -33,18 +34,7 @@ class Text:
     name: str = "text"
     pretrained: bool = False
     likelihood: str | None = None
-    left_out: frozenset[str] = frozenset(
-        {
-            "rounded_ste",
-            "rounded_rest",
-            "searched_rest",
-            "searched_scales",
-            "many_rest",
-            "many_scales",
-            "ordered_rest",
-            "ordered_scales",
-        }
-    )
+    left_out: frozenset[str] = frozenset(name for name, recipe in RECIPES.items() if recipe.rounded_first)
 
     @property
     def conditions(self) -> dict[str, Any]:
