@@ -27,6 +27,8 @@ from lotion_fx.numerics.rounding import compute_dtype, from_blocks, rtn, scale, 
 METHODS = ("descent", "two_sided", "gptq", "nearest")
 DAMPING_COLUMNS, DAMPING_ROWS = 0.01, 0.05
 """What is added to the diagonals of A and B, in shares of their mean."""
+UNDERFLOWN = 1e-30
+"""A float32 matrix with a mean diagonal below this may have negative eigenvalues for want of bits."""
 TILE = 32  # rows and columns whose errors are handed on one by one; beyond, by products of matrices
 PATIENCE = 64  # roundings to nearest in which a fixed point must be reached
 
@@ -45,6 +47,10 @@ class Curvature(NamedTuple):
     def replaced_by(self, other: Curvature) -> Curvature:
         """With the sides that another has."""
         return Curvature(*(old if new is None else new for old, new in zip(self, other, strict=True)))
+
+    def semidefinite(self) -> Curvature:
+        """Without the negative eigenvalues that coarse rounding gives what has all but underflowed."""
+        return Curvature(*(None if side is None else _semidefinite(side) for side in self))
 
 
 class Rounded(NamedTuple):
@@ -101,6 +107,7 @@ def adaptive(
     Raises:
         ValueError: the format has no fixed points, as some codebooks without the negative of their largest level.
     """
+    curvature = curvature.semidefinite()
     scaled_as = w if scaled_as is None else scaled_as
     nearest = fixed_point(scaled_as, fmt, axis)
     latent = w.reshape(shape).double()
@@ -156,7 +163,7 @@ def stepped(
     turned = _runs_along_rows(w, axis, shape)
     problem = _problem(w, w if scaled_as is None else scaled_as, fmt, axis, shape, turned)
     now, slope = (x.reshape(shape).double() for x in (values, -gradient / stiffness))
-    rows, columns = curvature
+    rows, columns = curvature.semidefinite()
     if turned:
         now, slope, rows, columns = now.mT, slope.mT, columns, rows
     assert rows is not None and columns is not None
@@ -291,6 +298,14 @@ def _damped(h: Tensor, damping: float) -> Tensor:
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)[:, None]
     return h + torch.diag_embed(torch.where(mean > 0, damping * mean, 1.0).expand_as(diagonal))
+
+
+def _semidefinite(h: Tensor) -> Tensor:
+    mean = h.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    if not ((mean > 0) & (mean < UNDERFLOWN)).any():
+        return h
+    values, vectors = torch.linalg.eigh(h.double())
+    return vectors * values.clamp(min=0)[:, None, :] @ vectors.mT
 
 
 def _gathered(x: Tensor, order: Tensor, dim: int) -> Tensor:

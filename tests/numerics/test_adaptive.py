@@ -173,6 +173,17 @@ def test_a_group_that_no_data_reached_is_rounded_to_nearest() -> None:
     assert torch.equal(made[1], rtn(w[1], resolve("int3/8"))) and not torch.equal(made[0], rtn(w[0], resolve("int3/8")))
 
 
+@pytest.mark.parametrize("method", ["descent", "two_sided", "gptq"])
+def test_curvature_that_underflowed_is_no_error(method: str) -> None:
+    """As hundreds of layers without residuals leave it, in whose products few bits are left."""
+    w, curvature = layer(24, 32, 1)
+    shrunk = [(m * (3e-45 / m.diagonal(dim1=-2, dim2=-1).mean())).float() for m in curvature]  # type: ignore[union-attr]
+    assert all(torch.linalg.eigvalsh(m.double()).min() < -1e-45 for m in shrunk)
+    made = adaptive(w[0], resolve("int4"), 1, (1, 24, 32), Curvature(*shrunk), method)  # type: ignore[arg-type]
+    assert made.method == method and 0 < made.cost < made.nearest
+    assert torch.equal(rtn(made.values, resolve("int4")), made.values)
+
+
 def test_a_format_that_keeps_nothing_is_refused() -> None:
     fmt = codebook([-2.0, 0.0, 1.0], block=4, name="lopsided")
     with pytest.raises(ValueError, match=r"fmt='lopsided'.*changes when it is rounded again.*symmetric levels"):
