@@ -34,21 +34,26 @@ def install() -> None:
     riding.take_in_waiting()
 
 
+_HOOKED_IN = torch.optim.Optimizer.__module__
 _ONCE = ("torch.optim.", "lotion_fx.optim")
 _handles: list[Any] = []
 _stepping: list[torch.optim.Optimizer] = []  # one may step another inside its own step: ZeroRedundancyOptimizer does
 _rehearsing: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # taking a step that is none
+_closed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those whose last step was given a closure
 _done: weakref.WeakSet[Weight] = weakref.WeakSet()  # weights that have their term in the outermost of those steps
 
 
 @torch.compiler.disable  # a compiled train step leaves the term to Python, which has a graph of its own for it
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     """Adds the term now, or after each call of the closure where the optimizer makes the gradients itself."""
-    _stepping[:] = [outer for outer in _stepping if outer is not optimizer and _is_running(outer)]
+    where = "kwargs" if kwargs.get("closure") is not None else "args" if len(args) > 1 and callable(args[1]) else None
+    if _steps_running(optimizer) > 1 and (where is None or optimizer in _closed):
+        return None  # the step around it has the term
+    _stepping[:] = [outer for outer in _stepping if outer is not optimizer and _steps_running(outer)]
     if not _stepping:
         _done.clear()
     _stepping.append(optimizer)
-    where = "kwargs" if kwargs.get("closure") is not None else "args" if len(args) > 1 and callable(args[1]) else None
+    _closed.discard(optimizer)
     if where is None:
         add_term(optimizer)
         return None
@@ -56,21 +61,27 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, 
     if isinstance(closure, _WithTerm):  # of the optimizer around this one
         return None
     closure = _WithTerm(closure, optimizer)
+    _closed.add(optimizer)
     return (args, {**kwargs, "closure": closure}) if where == "kwargs" else ((args[0], closure, *args[2:]), kwargs)
 
 
-def _is_running(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step of this optimizer is on the stack: one that raised never came to its end."""
-    frame = inspect.currentframe()
+def _steps_running(optimizer: torch.optim.Optimizer) -> int:
+    """How many of an optimizer's hooked steps are on the stack.
+
+    None where it raised, and never came to its end; two where a subclass calls the step of its base class, which torch
+    hooks as well.
+    """
+    found, frame = 0, inspect.currentframe()
     while frame is not None:
-        if frame.f_locals.get("self") is optimizer:
-            return True
+        found += frame.f_globals.get("__name__") == _HOOKED_IN and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
-    return False
+    return found
 
 
 @torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+    if _steps_running(optimizer) > 1:
+        return
     if optimizer in _rehearsing:
         _rehearsing.discard(optimizer)
         riding.stay(optimizer)

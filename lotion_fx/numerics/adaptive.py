@@ -249,9 +249,10 @@ def _problem(
     s = scale(scaled_as, fmt, axis)
     last, keep = fmt.grid.max, _least_that_keeps(fmt)
     is_largest = blocks.abs() == amax
-    # Blocks of zeros stay so: pruned weights are to remain what they are.
-    high = torch.where(amax == 0, 0.0, torch.where(is_largest & (blocks < 0), -keep, last))
-    low = torch.where(amax == 0, 0.0, torch.where(is_largest & (blocks > 0), keep, -last))
+    # Pruned weights are to remain what they are.
+    is_pruned = (blocks == 0) & (0.0 in fmt.grid.levels or amax == 0)
+    high = torch.where(is_pruned, 0.0, torch.where(is_largest & (blocks < 0), -keep, last))
+    low = torch.where(is_pruned, 0.0, torch.where(is_largest & (blocks > 0), keep, -last))
     parts = (blocks, s.expand_as(blocks), low, high)
     seen = [from_blocks(part, fmt, axis, w.shape).reshape(shape).double() for part in parts]
     return _Problem(*(part.mT if turned else part for part in seen))

@@ -174,6 +174,19 @@ def test_a_group_that_no_data_reached_is_rounded_to_nearest() -> None:
 
 
 @pytest.mark.parametrize("method", ["descent", "two_sided", "gptq"])
+@pytest.mark.parametrize("fmt", ["int2", "int4/tensor", "nvfp4", "nf4"])
+def test_zeros_of_a_sparse_weight_stay(fmt: str, method: str) -> None:
+    w, curvature = layer(24, 32, 1)
+    kept = torch.zeros(24, 8, 4).scatter(-1, w[0].view(24, 8, 4).abs().topk(2, -1).indices, 1.0).view(24, 32)
+    made = adaptive(w[0] * kept, resolve(fmt), 1, (1, 24, 32), curvature, method)  # type: ignore[arg-type]
+    assert made.method == method and made.values[kept == 0].eq(0).all()
+    gradient = torch.randn(24, 32, generator=torch.Generator().manual_seed(2))
+    rows = (w[0] * kept, made.values, resolve(fmt), 1, (1, 24, 32), curvature, gradient, 1e-7)
+    moved = stepped(*rows)  # type: ignore[arg-type]
+    assert moved[kept == 0].eq(0).all() and not torch.equal(moved, made.values)
+
+
+@pytest.mark.parametrize("method", ["descent", "two_sided", "gptq"])
 def test_curvature_that_underflowed_is_no_error(method: str) -> None:
     """As hundreds of layers without residuals leave it, in whose products few bits are left."""
     w, curvature = layer(24, 32, 1)

@@ -101,6 +101,37 @@ def test_grad_scaler_is_divided_out(kind, unscale_first):
         torch.testing.assert_close(mine, recorders[0].given[name], rtol=1e-4, atol=1e-7, msg=name)
 
 
+class _Sub(torch.optim.SGD):
+    """Its step calls that of its base class, which torch hooks as well once there is an optimizer of that class."""
+
+    def step(self, closure=None):
+        return super().step(closure and (lambda: closure()))
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_step_that_calls_its_base_class_s_has_the_term_once(closes):
+    halves, x, labels = (("plain", 0.5), ("lotion", 0.5)), torch.randn(8, 20), torch.arange(8) % 7
+    models = [MLP()]
+    models.append(copy.deepcopy(models[0]))
+    for model, kind in zip(models, (torch.optim.SGD, _Sub), strict=True):
+        counted(model, "int2", inner="aot_eager", schedule=halves, steps=4)
+        optimizer = kind(model.parameters(), lr=0.1)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), labels)
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if not closes:
+                closure()
+            optimizer.step(closure if closes else None)
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    assert len({str(lotion_fx.report(model)).splitlines()[-1] for model in models}) == 1
+
+
 def test_an_lbfgs_closure_gets_the_term():
     model = MLP()
     plain = copy.deepcopy(model)
