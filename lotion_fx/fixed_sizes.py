@@ -38,26 +38,16 @@ def fixed_sizes(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     with torch.set_grad_enabled(torch.is_grad_enabled()):  # whatever mode a graph ends in
         if _runs_without_data(gm, given):
             return gm
-        return private.trace(lambda *args: _Fixing(with_own_constants(gm)).run(*args), given)
+        return private.trace(lambda *args: _Fixing(gm).run(*args), given)
 
 
 def _runs_without_data(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     try:
         with private.faked(inputs) as fakes:
-            _Looking(with_own_constants(gm)).run(*fakes)  # an op of constants alone runs in earnest, and may write
+            _Looking(gm).run(*fakes)
     except Exception:  # whatever a kernel without data may raise
         return False
     return True
-
-
-def with_own_constants(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose run changes nothing of the original."""
-    own = fx.GraphModule(gm, gm.graph)
-    for node in gm.graph.find_nodes(op="get_attr"):
-        value = getattr(gm, str(node.target))
-        if isinstance(value, Tensor):
-            setattr(own, str(node.target), value.detach().clone())
-    return own
 
 
 class _NeedsData(Exception):

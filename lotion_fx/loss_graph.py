@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lotion_fx import private
+from lotion_fx.copied import copied
 from lotion_fx.fixed_sizes import fixed_sizes
 from lotion_fx.passes.attach.attach import LATENT
 from lotion_fx.private import tree_flatten, tree_unflatten
@@ -100,17 +101,14 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
 
 
 def loss_graphs(model: nn.Module, batches: Iterable[Any], loss_fn: Any) -> list[LossGraph]:
-    """Traces a model's loss on several batches; graphs that are equal are one, so that memory is not of each batch.
-
-    But for those that write to a constant, as to a buffer that counts: each has its own.
-    """
+    """Traces a model's loss on several batches; graphs that are equal are one, so that memory is not of each batch."""
     known: dict[str, list[LossGraph]] = {}
     found = []
     for batch in batches:
         graph = loss_graph(model, batch, loss_fn)
         alike = known.setdefault(graph.gm.code, [])
         same = next((other for other in alike if _equal(graph.constants, other.constants)), None)
-        if same is None and not writes_constants(graph.gm):
+        if same is None:
             alike.append(graph)
         found.append(graph if same is None else replace(graph, gm=same.gm))
     return found
@@ -121,23 +119,6 @@ def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
         x is y or (isinstance(x, Tensor) and isinstance(y, Tensor) and _make(x) == _make(y) and torch.equal(x, y))
         for x, y in zip(a, b, strict=True)
     )
-
-
-def writes_constants(gm: fx.GraphModule) -> bool:
-    """Whether an op in place may change what the graph reads besides its inputs, itself or a view of it."""
-    for node in gm.graph.nodes:
-        if is_mutable(node):
-            while isinstance(node, fx.Node) and node.op == "call_function" and node.args:
-                node = node.args[0]
-            if not isinstance(node, fx.Node) or node.op == "get_attr":
-                return True
-    return False
-
-
-def is_mutable(node: fx.Node) -> bool:
-    """Whether an op changes one of its arguments."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 def _make(x: Tensor) -> tuple[torch.dtype, torch.device]:
@@ -176,12 +157,39 @@ def _traced(
         return outputs(functional, filled)
 
     with as_evaluated(model), checkpoints_inlined():
-        gm = private.trace(run, ({name: p.detach() for name, p in parameters.items()}, tensors))
-    for node in gm.graph.find_nodes(op="get_attr"):  # a buffer that the graph changes is not the model's
+        versions = {buffer: private.version_of(buffer) for buffer in model.buffers()}
+        own = copied(tensors)
+        gm = private.trace(run, ({name: p.detach() for name, p in parameters.items()}, own))
+        _copy_what_is_written(gm, own, versions)
+    for node in gm.graph.find_nodes(op="get_attr"):  # the model's buffers may change later
         value = getattr(gm, node.target)
         if isinstance(value, Tensor):
             setattr(gm, node.target, value.detach().clone())
     return fixed_sizes(gm, [*parameters.values(), *tensors]), parameters, tuple(tensors)
+
+
+def _copy_what_is_written(gm: fx.GraphModule, data: Sequence[Tensor], versions: Mapping[Tensor, int]) -> None:
+    """Has a graph copy what it writes into, so that it computes the same each time and changes nothing outside.
+
+    Args:
+        gm: just traced.
+        data: its last inputs, as the trace left them.
+        versions: of its constants before the trace, 0 where they are of the trace itself.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    values = dict(zip(placeholders[len(placeholders) - len(data) :], data, strict=True))
+    values |= {node: getattr(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
+    copies: dict[Any, fx.Node] = {}
+    for node, value in values.items():
+        if not isinstance(value, Tensor) or private.version_of(value) == versions.get(value, 0):
+            continue
+        if node.target not in copies:
+            with gm.graph.inserting_after(placeholders[-1] if node.op == "placeholder" else node):
+                copies[node.target] = gm.graph.call_function(torch.ops.aten.clone.default, (node,))
+        copy = copies[node.target]
+        node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
 
 
 def _ordinary(tensor: Tensor) -> Tensor:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from lotion_fx.compiling import joint_vectors
-from lotion_fx.fixed_sizes import with_own_constants
-from lotion_fx.loss_graph import LossGraph, is_mutable, writes_constants
+from lotion_fx.loss_graph import LossGraph
 from lotion_fx.numerics.adaptive import Curvature, newton, of_inputs
 from lotion_fx.passes.attach.attach import LATENT, Plan
 from lotion_fx.passes.attach.probe import Code, Header, Layout
@@ -141,18 +140,13 @@ class _Met(NamedTuple):
 
 
 class _Run:
-    """A loss's graph on its batch, run so far, at parameters that may change. Two of one batch draw the same noise.
-
-    Nothing that the graph writes is seen outside: constants are its own, and the batch.
-    """
+    """A loss's graph on its batch, run so far, at parameters that may change. Two of one batch draw the same noise."""
 
     def __init__(self, graph: LossGraph, batch: int) -> None:
         nodes = graph.gm.graph.find_nodes(op="placeholder")
-        self._interpreter = fx.Interpreter(with_own_constants(graph.gm) if writes_constants(graph.gm) else graph.gm)
+        self._interpreter = fx.Interpreter(graph.gm)
         self._parameters = dict(zip(graph.parameters, nodes, strict=False))
         self._values: dict[fx.Node, Any] = dict(zip(nodes, graph.inputs({}), strict=True))
-        for node in nodes[len(graph.parameters) :]:
-            self._values[node] = self._values[node].clone()
         self._of_parameters = _of_parameters(graph.gm.graph, set(self._parameters.values()))
         self._regions = _regions(graph.gm.graph)
         self._uses = {node: len(node.users) for node in graph.gm.graph.nodes}
@@ -204,6 +198,12 @@ class _Run:
             self._uses[node] -= node is not done
             if not self._uses[node] and node.op != "placeholder":
                 self._values.pop(node, None)
+
+
+def is_mutable(node: fx.Node) -> bool:
+    """Whether an op changes one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -2,7 +2,7 @@
 
 The model runs once in the variant of its graphs that carries probes, labels are drawn from its output, and the probes'
 gradients of that loss are added to the step's curvature. The user's own forward carries no probe, and finds gradients,
-random numbers and buffers as if nothing had been there.
+random numbers, buffers and its inputs as if nothing had been there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lotion_fx import private, private_ranks
 from lotion_fx.carried import MADE_ITSELF
+from lotion_fx.copied import copied
 from lotion_fx.likelihood import draws, output_in, sampled_loss
 from lotion_fx.state import Smoothing
 from lotion_fx.tally import Tally
@@ -39,7 +40,7 @@ def sample_first(
             if tally.has_term and tally.pass_is_due and not tally.override:
                 check_placement(model, smoothing)
                 with _undone(model):
-                    _sample(smoothing, call, args, kwargs)
+                    _sample(smoothing, call, *copied((args, kwargs)))
         return forward(*args, **kwargs)
 
     return run

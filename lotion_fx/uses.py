@@ -56,7 +56,7 @@ def learn_in_python(smoothing: Smoothing, model: nn.Module, args: Any, kwargs: A
     leaves, spec = tree_flatten((args, kwargs))
     if not all(leaf is None or isinstance(leaf, _HARMLESS) for leaf in leaves):  # a cache is not to be filled twice
         return
-    given = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    given = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     places = {id(parameter): name for name, parameter in model.named_parameters()}
     names = {weight: places[id(weight.master)] for weight in unknown if id(weight.master) in places}
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}

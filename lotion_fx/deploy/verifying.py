@@ -13,6 +13,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
+from lotion_fx.copied import copied
 from lotion_fx.deploy import manifest
 from lotion_fx.deploy.content import Content, first_tensor
 from lotion_fx.deploy.exporting import same
@@ -160,11 +161,11 @@ def _outputs(layout: Layout, place: Path, model: nn.Module, inputs: Any) -> tupl
     if inputs is None:
         return None, "no batch was given"
     with _in_eval(model), switched(model, override=""):
-        wanted = first_tensor(called(model, inputs))
+        wanted = first_tensor(called(model, copied(inputs)))
     if not wanted.numel() or not wanted.isfinite().all():
         raise ValueError(f"batch: outputs {list(wanted.shape)} of the model are empty or no finite numbers")
     try:
-        found = layout.outputs(place, model, inputs)
+        found = layout.outputs(place, model, copied(inputs))
     except NotImplementedError as error:
         return None, str(error)
     difference = found.double().cpu() - wanted.double().cpu()
@@ -191,9 +192,10 @@ def _losses(
     expected = {name: float(term.detach()) for name, term in expected_loss(model, batch, loss_fn).terms.items()}
 
     def loss() -> float:
+        given = copied(batch)
         if loss_fn is not None:
-            return float(loss_fn(called(model, batch[0]), batch[1]))
-        return float(loss_of(called(model, batch)))
+            return float(loss_fn(called(model, given[0]), given[1]))
+        return float(loss_of(called(model, given)))
 
     parameters = dict(model.named_parameters())
     realized = {}

@@ -125,6 +125,18 @@ def test_a_file_of_shared_weights_is_read_back(tmp_path):
     assert distance(torch._inductor.aoti_load_package(str(told.path))(x), expected) < BOUND
 
 
+def test_a_forward_that_changes_its_inputs_is_compared_on_what_was_given(tmp_path, compiled):
+    class Scaled(MLP):
+        def forward(self, x):
+            return super().forward(x.mul_(0.25))
+
+    x = torch.randn(4, 20)
+    model, _ = ready(Scaled(), x.clone(), "int4")
+    before = x.clone()
+    lotion_fx.export(model, tmp_path / "model.pt2", "aoti", example_inputs=(x,))
+    assert torch.equal(x, before)
+
+
 def test_a_compiled_model_that_computes_something_else_is_an_error(tmp_path, compiled, monkeypatch):
     x = torch.randn(4, 20)
     model, _ = ready(MLP(), x, "int4")

@@ -71,6 +71,27 @@ def test_each_weight_s_part_of_the_loss_is_told(tmp_path):
     assert all(torch.equal(p, own[name]) for name, p in model.named_parameters()) and model.training
 
 
+def test_a_forward_that_changes_its_inputs_is_compared_on_what_was_given(tmp_path):
+    class Scaled(MLP):
+        def forward(self, x):
+            return super().forward(x.mul_(0.25))
+
+    model = lotion_fx.transform(Scaled(), "int4", inner="aot_eager")
+    batch = torch.randn(64, 20), torch.randn(64, 7)
+    F.mse_loss(model(batch[0].clone()), batch[1]).backward()
+    lotion_fx.export(model, tmp_path / "model")
+    given = batch[0].clone(), batch[1]
+    found = lotion_fx.verify(tmp_path / "model", model, given, F.mse_loss)
+    assert found.outputs == (0.0, 0.0) and torch.equal(given[0], batch[0])
+    latent, alone = MLP(), MLP()
+    for name, weight in lotion_fx.quantized(model).items():
+        latent.load_state_dict(dict(model.named_parameters()))
+        alone.load_state_dict({**dict(model.named_parameters()), name: weight.dequantize()})
+        losses = [F.mse_loss(each(batch[0] * 0.25), batch[1]).item() for each in (latent, alone)]
+        realized = next(w.realized for w in found.weights if w.name == name)
+        assert realized == pytest.approx(losses[1] - losses[0], abs=1e-6)
+
+
 def test_what_is_no_export_or_is_damaged_is_refused(tmp_path):
     model = trained()
     with pytest.raises(ValueError, match="no export of lotion_fx is here"):

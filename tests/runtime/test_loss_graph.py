@@ -38,8 +38,8 @@ def test_graphs_that_read_other_constants_are_others():
     assert a.loss({}) != b.loss({})
 
 
-def test_a_graph_that_writes_to_a_buffer_is_its_batch_s_own():
-    """Or one batch's loss would depend on those before."""
+def test_each_pass_finds_a_buffer_that_it_writes_to_as_the_first_did():
+    """Or a loss would depend on those taken before."""
 
     class Counting(MLP):
         def __init__(self):
@@ -50,10 +50,25 @@ def test_a_graph_that_writes_to_a_buffer_is_its_batch_s_own():
             self.calls.view(-1).add_(1)
             return super().forward(x) * self.calls
 
-    given = batch(4)
-    a, b = loss_graphs(Counting(), [given, given], F.cross_entropy)
-    assert a.gm is not b.gm
-    assert a.loss({}) == b.loss({})
+    model, given = Counting(), batch(4)
+    a, b = loss_graphs(model, [given, given], F.cross_entropy)
+    torch.testing.assert_close(a.loss({}), F.cross_entropy(model(given[0]), given[1]))
+    assert a.gm is b.gm and a.loss({}) == a.loss({}) == b.loss({})
+
+
+class Scaled(MLP):
+    """Its inputs are scaled in place, or not; what is looked at is a view, as it is after most first lines."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x):
+        if self.in_place:
+            x.view(-1).mul_(0.25)
+        else:
+            x = x * 0.25
+        return super().forward(x)
 
 
 class Shared(nn.Module):
@@ -99,6 +114,41 @@ def test_a_forward_that_raises_leaves_the_parameters():
     with pytest.raises(ZeroDivisionError):
         loss_graph(model, batch(4), F.cross_entropy)
     assert [id(parameter) for parameter in model.parameters()] == held
+
+
+@pytest.mark.parametrize("call", [*CALLS, "in order, and rounds"])
+def test_a_forward_that_changes_its_inputs_sees_each_time_what_was_given(call):
+    calls = CALLS | {
+        "in order, and rounds": lambda model, given: lotion_fx.round_(
+            model, [given], F.cross_entropy, method="descent", rounds=2
+        )
+    }
+    said = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model = lotion_fx.transform(Scaled(in_place), "int2", inner="aot_eager")
+        given = batch(16)
+        before = given[0].clone()
+        torch.manual_seed(1)
+        said.append((str(calls[call](model, given)), [parameter.tolist() for parameter in model.parameters()]))
+        assert torch.equal(given[0], before)
+    assert said[0] == said[1]
+
+
+def test_a_batch_that_is_its_own_target_changes_with_it():
+    """As in training: the two are one tensor."""
+    model = Scaled(True)
+    model.down = nn.Linear(33, 20)
+    x = torch.randn(4, 20)
+    graph = loss_graph(model, (x, x), F.mse_loss)
+    given = x.clone()
+    torch.testing.assert_close(graph.loss({}), F.mse_loss(model(given), given))
+
+
+def test_only_what_is_written_is_copied():
+    for in_place in (False, True):
+        nodes = loss_graph(Scaled(in_place), batch(4), F.cross_entropy).gm.graph.nodes
+        assert sum(node.target is torch.ops.aten.clone.default for node in nodes) == in_place
 
 
 class Checkpointed(MLP):

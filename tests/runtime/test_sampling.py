@@ -76,6 +76,39 @@ def test_the_user_s_own_step_is_that_of_plain_training():
     assert lotion_fx.report(model)["conv.weight"].estimator == "ggn"
 
 
+class Greedy(nn.Module):
+    """Changes all that it is given: its inputs, through a slice of a larger tensor, and what lies in a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.head = nn.Linear(7, 9), nn.Linear(9, 5)
+
+    def forward(self, x, state):
+        x.mul_(0.25)
+        state["calls"] += 1
+        state["sums"].add_(x.sum(0))
+        return self.head(self.up(x + state["sums"]).relu()) * state["calls"]
+
+
+def test_the_user_s_forward_finds_its_inputs_as_they_were_and_leaves_them_changed():
+    def run(**options):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = lotion_fx.transform(Greedy(), "int4/tensor", inner="aot_eager", calibrate=False, **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        state, seen = {"calls": 0, "sums": torch.zeros(7)}, []
+        for _ in range(2):
+            optimizer.zero_grad()
+            x = torch.randn(6, 8)[:, 1:]
+            loss = F.cross_entropy(model(x, state), torch.arange(6) % 5)
+            loss.backward()
+            seen += [loss.detach(), x.clone(), state["sums"].clone(), torch.tensor(state["calls"])]
+            optimizer.step()
+        return seen
+
+    assert all(map(torch.equal, run(curvature="ggn", strength=0.0), run(method="ptq")))
+
+
 def test_the_pass_touches_no_gradient_and_the_user_s_forward_carries_no_probe(passes):
     model = lotion_fx.transform(LM(), inner="aot_eager", curvature="ggn")
     parameter = model.head.weight

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lotion_fx import private_packages
+from lotion_fx.copied import copied
 from lotion_fx.deploy.content import Content, first_tensor
 from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.layouts.tracing import arguments, traceable
@@ -51,7 +52,8 @@ class Aoti(Layout):
             raise ValueError(
                 f"model: it is on {elsewhere.pop()}, and layout='aoti' compiles for CPUs; call model.cpu()"
             )
-        expected = made(*args, **kwargs)
+        given, keywords = copied((args, kwargs))
+        expected = made(*given, **keywords)
         dense = {}
         for name, weight in content.weights.items():
             names = content.names(name)
@@ -64,7 +66,8 @@ class Aoti(Layout):
             package = Path(folder, f"model{self.suffix}")  # the compiler wants the suffix
             private_packages.compile_package(program, str(package))
             place.write_bytes(package.read_bytes())
-            _compare(private_packages.load_package(str(package))(*args, **kwargs), expected)
+            given, keywords = copied((args, kwargs))
+            _compare(private_packages.load_package(str(package))(*given, **keywords), expected)
         return dense
 
     def read(self, place: Path, content: Content) -> Iterator[tuple[str, Tensor]]:
