@@ -20,7 +20,7 @@ from lotion_fx.compiling import joint_vectors
 from lotion_fx.deploy.weights import checked_values
 from lotion_fx.estimate import quantized_in
 from lotion_fx.kept_weights import KeptWeights
-from lotion_fx.likelihood import LIKELIHOODS, labels_a_batch, named, output_in, sampled_loss
+from lotion_fx.likelihood import LIKELIHOODS, labels_a_batch, named, parametrizing, sampled_loss
 from lotion_fx.loss_graph import LossFunction, LossGraph, listed, loss_graphs
 from lotion_fx.making_up import MakingUp
 from lotion_fx.numerics.adaptive import METHODS, Curvature, Rounded, adaptive, cost
@@ -366,7 +366,7 @@ def _drawn(likelihood: str, seed: int, labels: int) -> list[Callable[[Sequence[T
     generators: dict[torch.device, torch.Generator] = {}
 
     def loss(outputs: Sequence[Tensor]) -> Tensor:
-        output = output_in(outputs[1:], likelihood)
+        output = parametrizing(outputs[1:], likelihood)
         device = output.device
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed)

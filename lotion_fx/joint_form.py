@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lotion_fx.compiling import joint_vectors
-from lotion_fx.likelihood import LABELS, draws, likelihood_of, output_in, sampled_loss
+from lotion_fx.likelihood import LABELS, draws, likelihood_of, parametrizing, sampled_loss
 from lotion_fx.loss_graph import LossFunction, LossGraph
 from lotion_fx.passes.attach.attach import LATENT, Plan
 from lotion_fx.passes.attach.part import Part
@@ -60,7 +60,7 @@ def _at_drawn_labels(graph: LossGraph, plans: Mapping[int, Plan], likelihood: st
 
     def drawn(outputs: Sequence[Tensor]) -> Tensor:
         nonlocal count
-        output = output_in(outputs[1:], likelihood)
+        output = parametrizing(outputs[1:], likelihood)
         count = draws(output, likelihood)
         return sampled_loss(output, likelihood)
 

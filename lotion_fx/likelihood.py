@@ -11,7 +11,7 @@ The Gauss-Newton matrix of such a loss is the mean outer product of its gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,12 @@ _LOSSES = {
 _ONE_CLASS = (
     "likelihood='categorical' (the default): the model's output is {shape}, and a softmax over one column has no "
     "curvature; name what it parametrizes, 'gaussian' (F.mse_loss) or 'bernoulli' (binary cross entropy with logits)"
+)
+
+_NO_OUTPUT = (
+    "likelihood={likelihood} (under curvature='ggn' 'categorical' unless told) draws labels from the model's output, "
+    "which holds no differentiable floating-point tensor of 2 or more dimensions; return logits or predictions (beside "
+    "the loss, if you like), name another likelihood, or do without, as curvature='factored' does"
 )
 
 
@@ -84,24 +90,35 @@ def named(likelihood: Any) -> str:
 def output_in(out: Any, likelihood: str) -> Tensor:
     """The tensor, among what a model returned, that parametrizes the likelihood.
 
-    It is the tensor itself, ``logits`` of an output that has them, else the first differentiable floating-point tensor
-    of two or more dimensions.
-
     Raises:
         ValueError: there is none; or it has one column, over which a softmax says nothing.
     """
-    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
-    wanted = 2 if likelihood == "categorical" or not isinstance(out, Tensor) else 1
-    for leaf in [logits] if isinstance(logits, Tensor) else tree_leaves(out):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad and leaf.dim() >= wanted:
-            if likelihood == "categorical" and leaf.shape[-1] == 1:
-                raise ValueError(_ONE_CLASS.format(shape=tuple(leaf.shape)))
-            return leaf
-    raise ValueError(
-        f"curvature='ggn' draws labels from the model's output, and this {type(out).__name__} holds no differentiable "
-        f"floating-point tensor of {wanted} or more dimensions, as likelihood={likelihood!r} asks for; return logits "
-        "or predictions (beside the loss, if you like), name another likelihood, or take curvature='factored'"
-    )
+    return parametrizing(outputs_in(out), likelihood)
+
+
+def outputs_in(out: Any) -> list[Tensor]:
+    """The tensors, among what a model returned, that may parametrize a likelihood; the first differentiable one does.
+
+    Of floating-point ones it is the output itself, its ``logits`` if it has them, else all of two or more dimensions.
+    """
+    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+    leaves, least = ([logits], 1) if isinstance(logits, Tensor) else (tree_leaves(out), 2)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= least]
+
+
+def parametrizing(outputs: Sequence[Tensor], likelihood: str) -> Tensor:
+    """The first of `outputs_in` that is differentiable and has the dimensions that the likelihood asks for.
+
+    Raises:
+        ValueError: as `output_in`.
+    """
+    least = 2 if likelihood == "categorical" else 1
+    for output in outputs:
+        if output.requires_grad and output.dim() >= least:
+            if likelihood == "categorical" and output.shape[-1] == 1:
+                raise ValueError(_ONE_CLASS.format(shape=tuple(output.shape)))
+            return output
+    raise ValueError(_NO_OUTPUT.format(likelihood=repr(likelihood)))
 
 
 def draws(output: Tensor, likelihood: str) -> int:

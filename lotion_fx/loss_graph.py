@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from lotion_fx import private
 from lotion_fx.copied import copied
 from lotion_fx.fixed_sizes import fixed_sizes
+from lotion_fx.likelihood import outputs_in
 from lotion_fx.passes.attach.attach import LATENT
 from lotion_fx.private import tree_flatten, tree_unflatten
 from lotion_fx.private_tracing import checkpoints_inlined, parameters_replaced
@@ -41,8 +42,8 @@ class LossGraph:
     """A traced loss.
 
     Args:
-        gm: takes the parameters, then the batch's tensors; returns ``[loss]``, or ``[loss, prediction]`` where the
-            prediction is a tensor.
+        gm: takes the parameters, then the batch's tensors; returns ``[loss]``, or ``[loss, output]`` with what of the
+            model's outputs may parametrize a likelihood.
         parameters: the model's own, by name, in the order of the placeholders.
         data: the batch's tensors, flat.
     """
@@ -92,12 +93,14 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
     def losses(functional: Callable[..., Any], given: Any) -> list[Tensor]:
         if loss_fn is None:
             out = called(functional, given)
-            return [loss_of(out), *_prediction(out)]
+            return [loss_of(out), *outputs_in(out)]
         inputs, targets = given
         out = called(functional, inputs)
-        return [scalar(loss_fn(out, targets), "loss_fn"), *_prediction(out)]
+        return [scalar(loss_fn(out, targets), "loss_fn"), *outputs_in(out)]
 
-    return LossGraph(*_traced(model, batch, losses))
+    gm, parameters, data = _traced(model, batch, losses)
+    _keep_one_output(gm, len(parameters))
+    return LossGraph(fixed_sizes(gm, [*parameters.values(), *data]), parameters, data)
 
 
 def loss_graphs(model: nn.Module, batches: Iterable[Any], loss_fn: Any) -> list[LossGraph]:
@@ -136,7 +139,8 @@ def forward_graph(model: nn.Module, args: Any, kwargs: Any) -> tuple[fx.GraphMod
         return [leaf for leaf in tree_flatten(functional(*given[0], **given[1]))[0] if isinstance(leaf, Tensor)]
 
     gm, parameters, data = _traced(model, (args, kwargs), outputs)
-    return gm, parameters, [*parameters.values(), *data]
+    inputs = [*parameters.values(), *data]
+    return fixed_sizes(gm, inputs), parameters, inputs
 
 
 def _traced(
@@ -165,7 +169,20 @@ def _traced(
         value = getattr(gm, node.target)
         if isinstance(value, Tensor):
             setattr(gm, node.target, value.detach().clone())
-    return fixed_sizes(gm, [*parameters.values(), *tensors]), parameters, tuple(tensors)
+    return gm, parameters, tuple(tensors)
+
+
+def _keep_one_output(gm: fx.GraphModule, parameters: int) -> None:
+    """Of the outputs beside the loss leaves the first that has a gradient: others may hide how weights are used."""
+    reached = set(gm.graph.find_nodes(op="placeholder")[:parameters])
+    for node in gm.graph.nodes:
+        if node.target is not torch.ops.aten.detach.default and not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    end: Any = gm.graph.output_node()
+    loss, *outputs = end.args[0]
+    end.args = ([loss, *[x for x in outputs if x in reached and x.op != "placeholder"][:1]],)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
 
 
 def _copy_what_is_written(gm: fx.GraphModule, data: Sequence[Tensor], versions: Mapping[Tensor, int]) -> None:
@@ -250,12 +267,6 @@ def scalar(loss: Any, what: str) -> Tensor:
         shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"{what}: expected a scalar loss, got {shape}; reduce it, by its mean for example")
     return loss.reshape(())
-
-
-def _prediction(out: Any) -> list[Tensor]:
-    """What a likelihood reads: the model's output, or a Hugging Face output's logits."""
-    found = out if isinstance(out, Tensor) else getattr(out, "logits", None)
-    return [found] if isinstance(found, Tensor) and found.dim() > 0 else []
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from lotion_fx.adaptive_rounding import SCALES
 from lotion_fx.making_up import MakingUp
 from lotion_fx.numerics.adaptive import Curvature, adaptive
 from lotion_fx.numerics.formats import resolve
+from tests.models import MLP
 
 Batch = tuple[Tensor, Tensor]
 
@@ -263,6 +264,61 @@ def test_a_model_under_ggn_has_told_what_its_output_parametrizes() -> None:
     model = lotion_fx.transform(nn.Linear(24, 12), "int3", **options).eval()  # type: ignore[arg-type]
     done = lotion_fx.round_(model, own_outputs(model, 2, seed=1), F.mse_loss)
     assert done.rounded < 0.7 * done.nearest
+
+
+RETURNED = {
+    "logits": lambda x, z, w, loss: z,
+    "a tuple": lambda x, z, w, loss: (z, loss),
+    "a dictionary": lambda x, z, w, loss: {"loss": loss, "out": z},
+    "logits by name": lambda x, z, w, loss: {"loss": loss, "features": x * w, "logits": z},
+    "behind what has no gradient": lambda x, z, w, loss: [loss, x.view(-1, 8), z.detach().exp(), [z, w]],
+}
+
+
+class Returning(MLP):
+    """Its logits, its loss, and what else there is."""
+
+    def __init__(self, returned: str) -> None:
+        super().__init__()
+        self.returned, self.scale = returned, nn.Parameter(torch.ones(20))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        z = super().forward(x)
+        return RETURNED[self.returned](x, z, self.scale, F.cross_entropy(z, labels))
+
+
+@pytest.mark.parametrize("likelihood", [None, "categorical"])
+def test_labels_are_drawn_from_the_output_wherever_a_model_returns_it(likelihood: str | None) -> None:
+    said = set()
+    for returned in RETURNED:
+        torch.manual_seed(0)
+        options: Any = {} if likelihood else {"curvature": "ggn"}
+        model = lotion_fx.transform(Returning(returned), "int3", inner="aot_eager", **options)
+        x, labels = torch.randn(16, 20), torch.arange(16) % 7
+        if returned == "logits":
+            given, loss_fn = ((x, labels), labels), F.cross_entropy
+        else:
+            given, loss_fn = (x, labels), None
+        found = lotion_fx.round_(model, [given], loss_fn, method="descent", likelihood=likelihood)
+        said.add(f"{found} {[weight.tolist() for weight in weights(model).values()]}")
+    assert len(said) == 1
+
+
+def test_a_prediction_of_one_dimension_is_one() -> None:
+    torch.manual_seed(0)
+    model = lotion_fx.transform(nn.Sequential(nn.Linear(24, 1), nn.Flatten(0)), "int3", method="ptq", inner="eager")
+    done = lotion_fx.round_(model, own_outputs(model, 4, seed=1), F.mse_loss, likelihood="gaussian")
+    assert done.rounded < done.nearest
+
+
+def test_a_model_without_an_output_is_told_what_labels_are_drawn_by() -> None:
+    class Mean(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mean()
+
+    model = lotion_fx.transform(Mean(24, 12), "int3", inner="eager")
+    with pytest.raises(ValueError, match="^likelihood='bernoulli' .* draws labels .* return logits or predictions"):
+        lotion_fx.round_(model, [(torch.randn(4, 24),)], likelihood="bernoulli")
 
 
 def test_the_losses_are_those_of_the_models() -> None:

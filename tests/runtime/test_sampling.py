@@ -133,7 +133,7 @@ def test_a_pass_that_raises_leaves_things_as_they_were():
     model.good = False
     before, state = [b.clone() for b in model.buffers()], torch.get_rng_state()
     x = torch.ones(2, 3, 7, 7)
-    with pytest.raises(ValueError, match="curvature='ggn' draws labels.*Tensor holds no differentiable"):
+    with pytest.raises(ValueError, match="curvature='ggn'.* draws labels.*holds no differentiable"):
         model(x)
     assert all(map(torch.equal, model.buffers(), before)) and torch.equal(torch.get_rng_state(), state)
     model.good = True
