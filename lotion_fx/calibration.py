@@ -41,8 +41,9 @@ def calibrate(
     """Multiplies each weight's term so that the increase of the loss it predicts is the one that roundings show.
 
     A weight's factor is the measured over the predicted increase with it alone rounded; all are then scaled to meet the
-    increase with all rounded. Exact terms keep theirs, 1. The factors hold for training and for `expected_loss`, and
-    `state_dict` saves them; what steps measure by themselves (`transform`'s ``calibrate``) ends here.
+    increase with all rounded. Exact terms keep theirs, 1; weights on their levels, as after `round_`, keep what they
+    have, for rounding them tells nothing. The factors hold for training and for `expected_loss`, and `state_dict` saves
+    them; what steps measure by themselves (`transform`'s ``calibrate``) ends here.
 
     Args:
         model: transformed; best trained for a while.
@@ -54,7 +55,7 @@ def calibrate(
         generator: of the roundings.
 
     Returns:
-        The factor of each weight's term in training, by name; empty where nothing was done.
+        The factor of each weight's term in training, by name, of those that it was measured for.
 
     Raises:
         ValueError: no batches, fewer than 2 samples, or what `expected_loss` raises.
@@ -81,6 +82,8 @@ def calibrate(
                 estimates[form].append(estimate(model, batch, loss_fn, form))
             measured.add(estimates[forms[0]][-1], samples, generator)
         streamed, joint = (_fit(estimates[form], measured) for form in forms)
+    if not joint:
+        return {}
     for name in streamed:
         names[name].gains = (streamed[name], joint[name])
     for tally in tallies:
@@ -98,8 +101,9 @@ class _Measured:
     error2: dict[str, float] = field(default_factory=dict)
 
     def add(self, estimate: Estimate, samples: int, generator: torch.Generator | None) -> None:
-        self.together += estimate.sample(list(estimate.weights), samples, generator)[0]
-        for name in estimate.weights:
+        names = estimate.off_levels
+        self.together += estimate.sample(names, samples, generator)[0] if names else 0.0
+        for name in names:
             increase, error = estimate.sample([name], samples, generator)
             self.alone[name] = self.alone.get(name, 0.0) + increase
             self.error2[name] = self.error2.get(name, 0.0) + error**2
@@ -108,8 +112,8 @@ class _Measured:
 def _fit(estimates: list[Estimate], measured: _Measured) -> dict[str, float]:
     """The factors for one form of the term."""
     first = estimates[0]
-    free = [name for name in first.weights if first.certificates[name].kind != EXACT]
-    factors = dict.fromkeys(first.weights, 1.0)
+    free = [name for name in measured.alone if first.certificates[name].kind != EXACT]
+    factors = dict.fromkeys(measured.alone, 1.0)
     if not free:
         return factors
     predicted = {name: sum(e.predicted([name], {}) for e in estimates) for name in free}
@@ -128,7 +132,8 @@ def _own(predicted: float, measured: float, error2: float, common: float) -> flo
     """One weight's ratio, drawn to the common one as far as its noise reaches (the mean of two Gaussians)."""
     if predicted <= 0:
         return _limited(common)
-    trust = 1 / (1 + error2 / (predicted * common * _SPREAD) ** 2)
+    prior2 = (predicted * common * _SPREAD) ** 2
+    trust = prior2 / (prior2 + error2) if error2 > 0 else 1.0
     return _limited(trust * measured / predicted + (1 - trust) * common)
 
 

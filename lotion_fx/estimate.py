@@ -124,6 +124,14 @@ class Estimate:
         error = statistics.stdev(increases) / math.sqrt(samples) if samples > 1 else math.nan
         return statistics.fmean(increases), error
 
+    @property
+    @torch.no_grad()
+    def off_levels(self) -> list[str]:
+        """The weights that rounding changes."""
+        return [
+            n for n, w in self.weights.items() if not torch.equal(w.quantizer.rtn(self._latent(n)), self._latent(n))
+        ]
+
     def _latent(self, name: str) -> Tensor:
         return self.graph.parameters[name].detach()
 

@@ -19,6 +19,7 @@ import lotion_fx
 from lotion_fx.calibration import _fit, _Measured, _own
 from lotion_fx.examples import quickstart
 from lotion_fx.passes.moments.certificate import Certificate
+from lotion_fx.state import names_of
 from tests.models import LM
 from tests.runtime.expected_cases import affine, enumerated, lm_batch, lm_loss
 
@@ -32,6 +33,7 @@ def test_a_factor_is_the_mean_of_what_was_measured_and_of_the_common_one_weighte
             expected = (of_ratio * measured / predicted + of_prior * common) / (of_ratio + of_prior)
             assert _own(predicted, measured, error**2, common) == pytest.approx(expected)
     assert _own(0.0, 3.0, 0.0, common) == common  # nothing predicted, nothing to compare with
+    assert _own(predicted, 0.0, 0.0, 0.0) == _own(predicted, 0.0, 0.0, 1e-9)  # no rounding changed the loss
 
 
 @pytest.mark.parametrize(("measured", "expected"), [(1e3, 8.0), (1e-3, 1 / 8), (-5.0, 1 / 8), (3.0, 3.0)])
@@ -150,6 +152,26 @@ def test_calibration_leaves_the_user_s_strength_and_what_it_cannot_redo():
         with pytest.raises(ValueError):
             lotion_fx.calibrate(model, bad, F.mse_loss)
     assert lotion_fx.state_dict(model)["weights"]["0.weight"]["gains"] == before
+
+
+def test_weights_on_their_levels_keep_their_factors():
+    """Rounding them tells nothing: all of them after `round_`, or some."""
+    model, given = trained_lm(), [lm_batch(50)]
+    weights = names_of(model)
+    for weight in weights:
+        weight.gains = (2.0, 3.0)
+    moving = "head.weight"
+    latent = model.get_parameter(moving).detach().clone()
+    lotion_fx.round_(model, given, lm_loss)
+    assert lotion_fx.calibrate(model, given, lm_loss) == {}
+    assert {weight.gains for weight in weights} == {(2.0, 3.0)}
+    with torch.no_grad():
+        model.get_parameter(moving).copy_(latent)
+    found = lotion_fx.calibrate(model, given, lm_loss, generator=torch.Generator().manual_seed(0))
+    assert set(found) == {moving} and 1 / 3 < found[moving] < 3
+    assert {weights[weight]: weight.gains == (2.0, 3.0) for weight in weights if weight.selected} == {
+        name: name != moving for name in lotion_fx.quantized(model)
+    }
 
 
 @pytest.mark.parametrize(
