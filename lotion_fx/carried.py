@@ -402,8 +402,11 @@ def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:
     if mode == RR:
         values = weight.quantizer.rr(parameter.detach())
     elif tracer in ("torch.func", "make_fx") or not _is_real(parameter):
-        real = weight.place.tensor() if tracer == "torch.export" and weight.place is not None else None
-        values = weight.quantizer.rtn(parameter.detach()) if real is None else rounded(weight, real)
+        real = private.real_of(parameter) if tracer == "torch.export" else None
+        if real is not None and _is_real(real):
+            values = rounded(weight, real)
+        else:
+            values = weight.quantizer.rtn(parameter.detach())
         if tracer == "torch.export":
             values.requires_grad_(parameter.requires_grad)  # by which some kernels choose their way
             # torch.export takes it for a parameter that was not registered. It is a constant, and meant.

@@ -67,7 +67,6 @@ def _current(weight: Weight, parameter: Tensor) -> nn.Parameter:
     if known is not None and known.version == version:
         return known.values
     with private.outside_of_modes():
-        weight.place = private.Place(parameter)
         values = nn.Parameter(rounded(weight, parameter), requires_grad=parameter.requires_grad)
         sample = _sample(parameter)
         if sample is None:

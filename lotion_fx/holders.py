@@ -136,5 +136,5 @@ def _place(tensor: Tensor | None) -> int | None:
 
 
 def _place_of(weight: Weight) -> int | None:
-    """Where a weight's values lie; while its model is exported, where they did."""
-    return _place(weight.master) or _place(None if weight.place is None else weight.place.tensor())
+    """Where a weight's values lie, also while its model is exported and a fake stands for it."""
+    return _place(weight.master) or _place(private.real_of(weight.master))

@@ -44,7 +44,6 @@ from torch._inductor.runtime.triton_heuristics import GridExpr
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -266,22 +265,16 @@ def is_wrapped(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
 
 
-class Place:
-    """Where a tensor's values lie, without keeping them, or the tensor from being swapped as a weak reference does.
+def real_of(tensor: Any) -> Tensor | None:
+    """The tensor that a fake one was made of, None where there is none or its mode does not know.
 
-    Args:
-        tensor: one with a storage of its own.
+    `torch.export` puts such fakes into a model's parameters, at whatever values these hold then.
     """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.storage = StorageWeakRef(tensor.untyped_storage())
-        self.like, self.view = tensor.new_empty(0), (tensor.storage_offset(), tensor.shape, tensor.stride())
-
-    def tensor(self) -> Tensor | None:
-        """The values as they are now, None where they are gone."""
-        with outside_of_modes():
-            storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
-            return None if storage is None else self.like.clone().set_(storage, *self.view)
+    if not isinstance(tensor, FakeTensor):
+        return None
+    converter = tensor.fake_mode.fake_tensor_converter.meta_converter
+    number = next((number for number, made in converter.tensor_memo.items() if made is tensor), None)
+    return next((real for real, known in converter.describer.lookup_tensor.items() if known == number), None)
 
 
 @contextlib.contextmanager

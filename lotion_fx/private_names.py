@@ -33,8 +33,7 @@ WHY = {
     "torch._dynamo.graph_break": "another's graph ends where a model of ours is called",
     "torch._C._functorch.peek_interpreter_stack": "whether torch.func transforms what runs now",
     "torch._C.DisableTorchFunction": "likewise",
-    "torch.UntypedStorage._new_with_weak_ptr": "a weight's values while torch.export has a fake in its place",
-    "torch._C._get_tracing_state": "likewise, of a traced one",
+    "torch._C._get_tracing_state": "a weight's values are rounded as they are while something traces the call",
     "torch._C._set_tracing_state": "likewise",
     "torch._C._functorch.is_functorch_wrapped_tensor": "whether a weight is one that torch.func transforms",
     "torch._is_functional_tensor": "whether a weight is one that is being exported",
@@ -43,7 +42,7 @@ WHY = {
     "torch._guards.tracing": "enters that context again",
     # Graphs, and tensors without data.
     "torch._subclasses.fake_tensor.FakeTensor": "an input without data is nobody's weight",
-    "torch._subclasses.fake_tensor.FakeTensorMode": "analyses run a graph without data",
+    "torch._subclasses.fake_tensor.FakeTensorMode": "analyses run a graph without data; it knows what a fake is of",
     "torch._dispatch.python.enable_python_dispatcher": "sizes stay symbols: 2.11's matmul in C++ makes them numbers",
     "torch._ops.OpOverload": "a graph's operator, apart from other callables",
     "torch._ops.HigherOrderOperator": "a region that must stay whole, such as a checkpointed one",

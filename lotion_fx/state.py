@@ -172,7 +172,6 @@ class Weight:
         curvature: over the steps.
         gains: of the strength, in a moment stream and in the joint-graph form.
         standing: what stands in the parameter's place now, see `carried`.
-        place: where the parameter's values were when the model last ran at rest.
     """
 
     name: str
@@ -189,7 +188,6 @@ class Weight:
     curvature: Curvature = field(default_factory=Curvature)
     gains: tuple[float, float] = (1.0, 1.0)
     standing: StandIn | None = None
-    place: private.Place | None = None
     _plans: dict[tuple[str, bool], Plan | None] = field(default_factory=dict)
     _layout: Layout | None = None
     _quantizer: Quantizer | None = None
@@ -201,8 +199,6 @@ class Weight:
         references = [(weakref.ref(module), attribute) for module, attribute in owners]
         weight = Weight(owners=references, shape=tuple(parameter.shape), shard=None, **identity)
         weight.is_stepped_as(parameter)
-        if type(parameter) is nn.Parameter and not parameter.is_meta:
-            weight.place = private.Place(parameter)
         return weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
@@ -218,7 +214,6 @@ class Weight:
                 gathered=Gathered(steps=self.gathered.steps),
                 curvature=Curvature(known.code, None if known.ema is None else known.ema.clone()),
                 standing=None,
-                place=None,
                 _plans={},
                 _gain=None,
             )

@@ -172,6 +172,40 @@ def test_traced_it_is_rounded(how, fmt, ran, with_grad):
     assert torch.equal(model(X), rounded(X)) and model.a.weight.requires_grad  # everything is back in its place
 
 
+def swapped(model, other):
+    """What a library of moving averages does, which keeps the former values."""
+    kept = [parameter.data for parameter in model.parameters()]
+    for parameter, value in zip(model.parameters(), other.parameters(), strict=True):
+        parameter.data = value.detach().clone()
+    return kept
+
+
+def assigned(model, other):
+    kept = model.state_dict()
+    model.load_state_dict({name: value.clone() for name, value in other.state_dict().items()}, assign=True)
+    return kept
+
+
+SINCE = {  # what happens to a model between a call and its export
+    "values swapped": swapped,
+    "values assigned": assigned,
+    "cast and back": lambda m, other: m.to(torch.bfloat16).float(),
+    "cast": lambda m, other: m.to(torch.bfloat16),
+    "called at others": lambda m, other: torch.func.functional_call(m, dict(other.named_parameters()), (X,)),
+}
+
+
+@pytest.mark.parametrize("what", SINCE)
+def test_an_exported_program_holds_the_weights_of_now(what):
+    model, _ = pair()
+    model.eval()(X)
+    kept = SINCE[what](model, Net())  # by which nothing is freed
+    x = X.to(model.a.weight.dtype)
+    plain = Net().to(x.dtype)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), by_hand(plain)(x)), kept
+
+
 class Raw(nn.Module):
     """A parameter of no module that tells its use."""
 

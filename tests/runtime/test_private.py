@@ -208,6 +208,15 @@ def test_an_identity_guard_keeps_a_second_module_from_the_first_one_s_code():
     assert (compiled_for(False), compiled_for(True)) == (1, 2)
 
 
+def test_a_fake_knows_what_it_was_made_of():
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    with private.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (first, second)]
+        assert [private.real_of(fake) is x for fake, x in zip(fakes, (first, second), strict=True)] == [True, True]
+        assert private.real_of(torch.ones(2)) is None
+    assert private.real_of(first) is None
+
+
 def test_inputs_without_a_source_say_so():
     gm = fx.symbolic_trace(lambda x, y: x + y)
     first, second = gm.graph.find_nodes(op="placeholder")
