@@ -176,6 +176,8 @@ def carry(model: nn.Module, smoothing: Smoothing) -> None:
     for module, weights in owned.items():
         before, known = Before(weights, smoothing if module is model else None), private.before_of(module)
         if isinstance(known, Before):
+            if known.weights == weights and known.model is before.model:
+                continue
             before.call = known.call
         if known is None:
             module.register_state_dict_pre_hook(_before_saving)

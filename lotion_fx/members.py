@@ -1,7 +1,8 @@
 """Which parameters are a transformed model's: those it had, and those that were put into it afterwards.
 
 A new head for new classes, one more block, resized embeddings: whatever is registered in some module after `transform`
-is taken in at the model's next call, or question, under the same ``fmt`` and ``only``.
+is taken in at the model's next call, or question, under the same ``fmt`` and ``only``. A parameter that is put in
+another's place is the same weight still; of a weight that was tied, and is no more, each part is a new one.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from lotion_fx import private
 from lotion_fx.carried import carry
 from lotion_fx.choosing import Formats, weights_for
 from lotion_fx.numerics.formats import Format
-from lotion_fx.state import Smoothing, registry
+from lotion_fx.state import Smoothing, Weight, registry
 
 _handles: list[Any] = []
 
@@ -42,22 +44,29 @@ def take_in(fmt: Format, only: Formats, smoothing: Smoothing, model: nn.Module) 
         fmt, only: as `transform` was given them.
         smoothing: the model's.
     """
-    known = {weight for module in model.modules() for weight in registry.owned.get(module, {}).values()}
-    held = {id(tensor): weight for weight in known for tensor in weight.tensors()}
-    current = [weight for weight in smoothing.weights if weight in known and weight.fits()]
-    added = []
-    for weight in weights_for(smoothing, model, fmt, only, is_later=True):
-        parameter = weight.parameter()
-        before = held.get(id(parameter))
-        if before is None or not before.fits():
-            added.append(weight)
+    held = [_known(found) or found for found in weights_for(smoothing, model, fmt, only, is_later=True)]
+    for weight in held:
+        registry.add(weight)
+    smoothing.weights[:] = [weight for weight in held if weight.smoothing is smoothing]
+    carry(model, smoothing)
+
+
+def _known(found: Weight) -> Weight | None:
+    """The weight that was known where one is found, which may have got more owners since.
+
+    None where one that it had holds something else now: what was tied tells nothing of its parts, such as its uses.
+    """
+    parameter, places = found.parameter(), _places(found)
+    for module, attribute in places:
+        known = registry.owned.get(module, {}).get(attribute)
+        if known is None or known.shape != found.shape:
             continue
-        for ref, attribute in weight.owners:  # one more than before where it was tied meanwhile
-            if (module := ref()) is not None:
-                before.is_owned_by(module, attribute)
-        registry.add(before)
-    if added or len(current) < len(smoothing.weights):
-        smoothing.weights[:] = [*current, *added]
-        for weight in added:
-            registry.add(weight)
-        carry(model, smoothing)
+        if all(private.parameters_of(owner).get(name) is parameter for owner, name in _places(known)):
+            for place in places:
+                known.is_owned_by(*place)
+            return known
+    return None
+
+
+def _places(weight: Weight) -> list[tuple[nn.Module, str]]:
+    return [(module, attribute) for ref, attribute in weight.owners if (module := ref()) is not None]

@@ -25,9 +25,8 @@ class Registry:
 
     def add(self, weight: Weight) -> None:
         for ref, attribute in weight.owners:
-            module = ref()
-            assert module is not None
-            self.owned.setdefault(module, {})[attribute] = weight
+            if (module := ref()) is not None:
+                self.owned.setdefault(module, {})[attribute] = weight
 
     def __getitem__(self, tensor: Any) -> Weight | None:
         """The weight that this tensor is right now, None if it is none."""

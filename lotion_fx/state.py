@@ -256,11 +256,6 @@ class Weight:
         """An optimizer steps it as this parameter."""
         self.shard = parameter if isinstance(parameter, DTensor) else None
 
-    def fits(self) -> bool:
-        """Whether its owner holds a tensor of its shape."""
-        parameter = self.parameter()
-        return parameter is not None and tuple(parameter.shape) == self.shape
-
     def is_now(self, tensor: Tensor) -> bool:
         """Whether this tensor is the weight at this moment."""
         for ref, attribute in self.owners:  # plainly: it is asked many times a step

@@ -1,6 +1,7 @@
 """What is put into a model after `transform` is the model's too, under the same formats."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -133,6 +134,48 @@ def test_a_weight_tied_later_is_one_weight():
     tied = model.eval()["b"](X)
     by_hand = rounding.rtn(model["a"].weight.detach(), lotion_fx.resolve("int4"), 1)
     assert torch.equal(tied, F.linear(X, by_hand, model["b"].bias))
+
+
+class Tied(nn.Module):
+    """Its head comes first, and takes part in a lookup for as long as it is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.table = nn.Linear(32, 20, bias=False), nn.Embedding(20, 32)
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.table.weight, self.b.weight = self.head.weight, self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(F.gelu(self.a(x + self.table(torch.arange(len(x)))))))
+
+
+@pytest.mark.parametrize("names", [["b", "table"], ["a", "head"], ["a", "b", "head", "table"]])
+def test_what_was_tied_comes_apart(names):
+    model = lotion_fx.transform(Tied(), "int4", inner="aot_eager")
+    step(model)
+    assert lotion_fx.quantized(model).keys() == {"a.weight"}
+    for name in names:
+        module = model.get_submodule(name)
+        module.weight = nn.Parameter(module.weight.detach().clone())
+    step(model)
+    report = lotion_fx.report(model)
+    assert {row.name for row in report.rows} == {name for name, _ in model.named_parameters()}
+    assert lotion_fx.quantized(model).keys() == {"a.weight", "b.weight", "head.weight"}
+    assert {report[name].estimator for name in ("a.weight", "b.weight", "head.weight")} == {"analytic"}
+    plain = Tied()
+    plain.b.weight, plain.table.weight = nn.Parameter(torch.ones(32, 32)), nn.Parameter(torch.ones(20, 32))
+    assert torch.equal(model.eval()(X), rounded(model, plain, skip=("table.weight",))(X))
+
+
+def test_one_tied_module_takes_another_s_place():
+    model = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32)})
+    model["b"].weight = model["a"].weight
+    lotion_fx.transform(model, "int4", inner="aot_eager")
+    model["b"] = nn.Linear(32, 32)
+    model["b"].weight = model["a"].weight
+    gc.collect()
+    assert lotion_fx.quantized(model).keys() == {"a.weight"}
+    assert registry.owned[model["b"]]["weight"] is registry.owned[model["a"]]["weight"]
 
 
 def test_other_models_are_no_members():
