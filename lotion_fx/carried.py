@@ -107,8 +107,9 @@ class Before:
                 private.replace_call(module, None)  # regions are called by the module's own
             self.model.settle(module)
         for attribute, weight in self.weights.items():
-            weight.is_owned_by(module, attribute)
-            registry.add(weight)
+            if private.parameters_of(module).get(attribute) is not None:  # it may be a parametrization's by now
+                weight.is_owned_by(module, attribute)
+                registry.add(weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Before:
         made = Before(copy.deepcopy(self.weights, memo), copy.deepcopy(self.model, memo))

@@ -44,9 +44,15 @@ def take_in(fmt: Format, only: Formats, smoothing: Smoothing, model: nn.Module) 
         fmt, only: as `transform` was given them.
         smoothing: the model's.
     """
+    before = registry.of(smoothing)
     held = [_known(found) or found for found in weights_for(smoothing, model, fmt, only, is_later=True)]
     for weight in held:
         registry.add(weight)
+    now = {id(tensor) for weight in held for tensor in weight.tensors()}
+    for weight in before.difference(held):
+        # One whose module was taken out of the model stays as it is, for it may be put back.
+        if all(id(tensor) in now for tensor in weight.tensors()):
+            registry.drop(weight)
     smoothing.weights[:] = [weight for weight in held if weight.smoothing is smoothing]
     carry(model, smoothing)
 

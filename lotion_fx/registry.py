@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from lotion_fx.state import Weight
+    from lotion_fx.state import Smoothing, Weight
 
 
 class Registry:
@@ -27,6 +27,18 @@ class Registry:
         for ref, attribute in weight.owners:
             if (module := ref()) is not None:
                 self.owned.setdefault(module, {})[attribute] = weight
+
+    def drop(self, weight: Weight) -> None:
+        """Whatever a weight's owners hold, it is this weight no more."""
+        self._seen.clear()
+        for ref, attribute in weight.owners:
+            if (module := ref()) is not None and self.owned.get(module, {}).get(attribute) is weight:
+                del self.owned[module][attribute]
+
+    def of(self, smoothing: Smoothing) -> set[Weight]:
+        """The weights of one model, those included whose module is no part of it now."""
+        known = (weight for attributes in self.owned.values() for weight in attributes.values())
+        return {weight for weight in known if weight.smoothing is smoothing}
 
     def __getitem__(self, tensor: Any) -> Weight | None:
         """The weight that this tensor is right now, None if it is none."""

@@ -155,7 +155,7 @@ def checked_values(name: str, weight: Weight) -> Tensor:
     if parameter is None:
         parameter = weight.parameter()
     if parameter is None:
-        raise ValueError(f"model: its weight {name!r} is gone from the module that held it; call transform again")
+        raise ValueError(f"model: its weight {name!r} is gone from the module that held it; register one there again")
     if parameter.is_meta:
         raise ValueError(f"model: {name!r} has no values (it is on the meta device); load the trained weights first")
     if not parameter.isfinite().all():

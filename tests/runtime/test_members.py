@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import lotion_fx
 from lotion_fx.compiling import compiles
@@ -176,6 +177,57 @@ def test_one_tied_module_takes_another_s_place():
     gc.collect()
     assert lotion_fx.quantized(model).keys() == {"a.weight"}
     assert registry.owned[model["b"]]["weight"] is registry.owned[model["a"]]["weight"]
+
+
+PUT_ON = {  # for a while: how it is put on a module's weight, and taken off
+    "spectral norm": (parametrizations.spectral_norm, lambda m: parametrize.remove_parametrizations(m, "weight")),
+    "weight norm": (parametrizations.weight_norm, lambda m: parametrize.remove_parametrizations(m, "weight")),
+    "pruning": (lambda m: prune.l1_unstructured(m, "weight", 0.5), lambda m: prune.remove(m, "weight")),
+    "old weight norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "old spectral norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("what", PUT_ON)
+def test_a_parametrization_is_put_on_and_taken_off(what):
+    put_on, take_off = PUT_ON[what]
+    model = lotion_fx.transform(Net(), "int4", inner="aot_eager")
+    step(model)
+    for _ in range(2):
+        put_on(model.head)
+        step(model)
+        # torch copies no model with one of the others.
+        for each in [model, copy.deepcopy(model)] if parametrize.is_parametrized(model.head) else [model]:
+            assert {row.name for row in lotion_fx.report(each).rows} == {name for name, _ in each.named_parameters()}
+        held = [model.head, *model.head.modules()]  # by whoever looks at them
+        take_off(model.head)
+        copies = [copy.deepcopy(model)]
+        step(model)
+        copies.append(copy.deepcopy(model))
+        expected = rounded(model)(X)
+        assert torch.equal(model.eval()(X), expected) and torch.equal(copy.deepcopy(model)(X), expected)
+        report = lotion_fx.report(model)
+        assert {row.name for row in report.rows} == {name for name, _ in model.named_parameters()}
+        assert report["head.weight"].estimator == "analytic" and not report["head.weight"].reason, held
+        assert lotion_fx.quantized(model).keys() == {"body.0.weight", "head.weight"}
+        for each in copies:
+            assert torch.equal(each.eval()(X), rounded(each)(X))
+        model.train()
+
+
+def test_a_module_that_is_taken_out_and_put_back_is_the_model_s_again():
+    model = lotion_fx.transform(Net(), "int4", inner="aot_eager")
+    step(model)
+    head, model.head = model.head, nn.Identity()
+    model.eval()(X)
+    known = registry[head.weight]
+    assert known not in smoothings_of(model)[0].weights
+    model.head = head
+    model.train()
+    step(model)
+    assert known in smoothings_of(model)[0].weights
+    assert torch.equal(copy.deepcopy(model).eval()(X), rounded(model)(X))
 
 
 def test_other_models_are_no_members():
