@@ -191,6 +191,7 @@ def round_(
         values = refined(graphs, best.views, latent, values, rounds, losses.latent)
         best.done |= {name: _changed(best.done[name], view, values[name]) for name, view in best.views.items()}
         losses = losses._replace(rounded=_loss(graphs, in_loss, best.done))
+    why = {name: "it lies on its levels already" for name in _unmoved(latent, best.done)} | why
     for name, rounded in best.done.items():
         latent[name].copy_(rounded.values)
     kept.clear(list(selected))
@@ -276,9 +277,9 @@ def _warn(losses: _Losses, method: str, likelihood: str | None) -> None:
     if asked > least:
         warnings.warn(
             f"round_: the batches' loss of {asked:.4g} is above the {least:.4g} of rounding to nearest, which is "
-            "taken instead. A model trained at rounded weights has learned to live with those; else, if the loss has "
-            "nearly vanished or rounding costs very much, its gradients say little of what rounding costs, and more "
-            "batches, of data that the model does not fit as well, may help, or likelihood=",
+            "taken instead. That is as expected where a model was trained at rounded weights. Otherwise its gradients "
+            "may say little, as where the loss is near 0 or the format very coarse: try more batches, batches that the "
+            "model fits less well, or likelihood=",
             stacklevel=3,
         )
     elif likelihood is None and method != "nearest" and abs(latent) < 0.01 * abs(nearest):
@@ -379,6 +380,10 @@ def _loss(graphs: Sequence[LossGraph], weights: Iterable[str], done: Mapping[str
     """The mean loss of the batches, with what became of these weights in their places."""
     changed = {name: done[name].values for name in weights if name in done}
     return statistics.fmean(float(graph.loss(changed)) for graph in graphs)
+
+
+def _unmoved(latent: Mapping[str, Tensor], done: Mapping[str, Rounded]) -> list[str]:
+    return [name for name, rounded in done.items() if torch.equal(latent[name], rounded.values)]
 
 
 def _row(name: str, weight: Weight, rounded: Rounded, asked: str, why: str) -> RoundedWeight:

@@ -14,6 +14,7 @@ from torch import nn
 from lotion_fx.by_hand import PATIENCE
 from lotion_fx.missing import IDLE
 from lotion_fx.passes.attach.probe import Code
+from lotion_fx.schedule import METHODS
 from lotion_fx.shards import local_of
 from lotion_fx.state import Weight, names_of, registry, smoothings_of
 from lotion_fx.unhooked import tell
@@ -217,7 +218,8 @@ def _assumed(weight: Weight) -> str:
 def _estimator(weight: Weight) -> tuple[str | None, str]:
     settings, certificate, code = weight.smoothing.settings, weight.gathered.certificate, weight.curvature.code
     if not weight.smoothing.tally.has_term:
-        is_alone = len(settings.schedule.shares) == 1 and weight.smoothing.tally.chosen is None
+        is_alone = settings.schedule.shares == METHODS[settings.method] and weight.smoothing.tally.chosen is None
+        is_alone &= len(settings.schedule.shares) == 1
         told = f"method={settings.method!r}" if is_alone else f"phase {weight.smoothing.tally.phase.name!r}"
         return None, f"{told} has no expected-loss term"
     parameter = weight.parameter()

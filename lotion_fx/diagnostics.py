@@ -122,6 +122,9 @@ class Diagnosis:
         lines.append(f"loss {self.latent:.6g} at the weights; the basin ends {self.growth:.4g} above")
         for how, rounded in both.items():
             where = "inside" if self.stays_inside(rounded) else "outside"
+            if not rounded.over_all.length:
+                lines.append(f"rounded {how}: the weights lie on their levels already, and there is no way back")
+                continue
             lines.append(f"rounded {how}: loss {rounded.loss:.6g}, {where}; edge at {rounded.edge:.2g} of the way")
         if self.randomized is None:
             lines.append("randomized rounding: none, for the noise law is of no random rounding")

@@ -199,7 +199,7 @@ def check_rounds(what: str, weights: Iterable[Weight]) -> None:
         if not noise.rounds:
             raise ValueError(
                 f"{what}: the model was transformed with noise={noise.name!r}, whose variance is that of no random "
-                "rounding, so that none can be sampled to compare; `round_` prints what its loss becomes"
+                "rounding, so that none can be sampled to compare; leave it out: `round_` prints what its loss becomes"
             )
 
 

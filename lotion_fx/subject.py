@@ -101,7 +101,9 @@ def transformed(source: str, fmt: str | None, only: str | None, inner: str = "ao
             raise ValueError(f"--fmt, --only: the model of {source!r} is transformed already; leave them out")
         return found
     if fmt is None:
-        raise ValueError(f"--fmt: the model of {source!r} is not transformed; it needs a format, such as nvfp4")
+        raise ValueError(
+            f"--fmt: the model of {source!r} is not transformed; it needs a format, such as int4 or nvfp4/pow2"
+        )
     chosen = None if only is None else preset(only)
     transform(found.model, fmt, only=chosen, inner=inner, calibrate=False)  # whose first step has a term
     return found

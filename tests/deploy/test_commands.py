@@ -67,7 +67,7 @@ def test_a_model_is_exported_by_the_name_of_what_returns_it(tmp_path):
 def test_user_errors_are_one_line(checkpoint, tmp_path):
     lotion_fx.export(trained(), tmp_path / "export")
     for arguments, message in [
-        (["export", str(checkpoint), str(tmp_path / "x")], "it needs a format, such as nvfp4"),
+        (["export", str(checkpoint), str(tmp_path / "x")], "it needs a format, such as int4 or nvfp4/pow2"),
         (["export", str(tmp_path / "no"), str(tmp_path / "x"), "--fmt", "int4"], "no Hugging Face checkpoint is there"),
         (
             ["export", str(checkpoint), str(tmp_path / "x"), "--fmt", "int4", "--layout", "zip"],

@@ -20,14 +20,16 @@ def next_token(output: Any, tokens: Tensor) -> Tensor:
 
 
 def llama() -> Names:
-    """A language model of one layer as transformers has them, a loader of two batches and an optimizer."""
+    """A language model of one layer as transformers has them, a loader of sixteen batches and an optimizer."""
     from lotion_fx.examples import tiny
 
     model, rows = tiny.llama(), tiny.rows(4)
     return {
         "model": model,
-        "optimizer": torch.optim.AdamW(model.parameters(), 1e-3),
-        "loader": [SimpleNamespace(x=rows, y=rows)] * 2,
+        "optimizer": torch.optim.AdamW(model.parameters(), 1e-2),
+        "loader": [SimpleNamespace(x=rows, y=rows)] * 16,
+        "n": 16,
+        "batches": [(rows, rows)],
         "loss_fn": next_token,
         "x": rows,
         "y": rows,

@@ -97,7 +97,7 @@ def test_doctor_s_exit_code_says_whether_training_runs(monkeypatch):
         (["quickstart", "--methods", "ptq,sgd"], "unknown method 'sgd'"),
         (["quickstart", "--seeds", "0"], "--seeds"),
         (["quickstart", "--plot", "/no/such/folder/curves.png"], "there is no folder /no/such/folder"),
-        (["report", f"{HERE}:alone"], "it needs a format, such as nvfp4"),
+        (["report", f"{HERE}:alone"], "it needs a format, such as int4 or nvfp4/pow2"),
         (["report", f"{HERE}:alone", "--fmt", "nvpf4"], "nvpf4"),
         (["report", f"{HERE}:alone", "--fmt", "int4", "--only", "some"], "some"),
         (["report", f"{HERE}:number", "--fmt", "int4"], "it returned int"),

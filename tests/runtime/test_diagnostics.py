@@ -132,6 +132,7 @@ def test_weights_at_their_levels_have_no_way_back() -> None:
         model.weight.copy_(nearest())
     found = lotion_fx.diagnose(model, batch, half_squares)
     assert found.nearest.edge == math.inf and math.isnan(found.nearest.over_all.ste)
+    assert "the weights lie on their levels already" in str(found)
 
 
 def test_a_noise_law_without_rounding_says_so() -> None:

@@ -78,7 +78,7 @@ def test_a_model_is_transformed_once():
     assert transformed(f"{HERE}:alone", "int4", "linear").model is not None
     with pytest.raises(ValueError, match="is transformed already; leave them out"):
         transformed(f"{HERE}:transformed", "int4", None)
-    with pytest.raises(ValueError, match="it needs a format, such as nvfp4"):
+    with pytest.raises(ValueError, match="it needs a format, such as int4 or nvfp4/pow2"):
         transformed(f"{HERE}:alone", None, None)
     with pytest.raises(ValueError, match="it gives a model alone"):
         transformed(f"{HERE}:alone", "int4", None).loss()
