@@ -1,4 +1,4 @@
-"""A loop of your own: two lines differ from plain PyTorch, those with `lotion_fx`.
+"""A loop of your own: three lines differ from plain PyTorch, those with `lotion_fx`.
 
 python examples/own_loop.py
 """
@@ -22,7 +22,7 @@ def main() -> None:
         nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)
     )
 
-    lotion_fx.transform(model, fmt="int2")
+    lotion_fx.transform(model, "int2", noise="adaptive", schedule="auto", steps=300)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(300):
         rows = torch.randint(1500, (64,))
@@ -32,6 +32,8 @@ def main() -> None:
         optimizer.step()
 
     print(lotion_fx.report(model))
+    batches = [(images[rows], labels[rows]) for rows in torch.arange(1500).split(188)]
+    print(lotion_fx.round_(model, batches, F.cross_entropy, method="descent"))
     model.eval()  # from here on the forward pass is at the weights that will be deployed
     with torch.no_grad():
         hits = (model(images[1500:]).argmax(1) == labels[1500:]).float().mean()
