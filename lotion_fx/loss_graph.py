@@ -152,13 +152,11 @@ def _traced(
     tensors = [_ordinary(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
 
     def run(params: dict[str, Tensor], data: list[Tensor]) -> list[Tensor]:
-        def functional(*args: Any, **kwargs: Any) -> Any:
-            with parameters_replaced(model, {parameter: params[name] for name, parameter in parameters.items()}):
-                return model(*args, **kwargs)
-
         values = iter(data)
         filled = tree_unflatten([next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-        return outputs(functional, filled)
+        # A loss may call the model too, or read its weights.
+        with parameters_replaced(model, {parameter: params[name] for name, parameter in parameters.items()}):
+            return outputs(model, filled)
 
     with as_evaluated(model), checkpoints_inlined():
         versions = {buffer: private.version_of(buffer) for buffer in model.buffers()}
@@ -168,6 +166,7 @@ def _traced(
     for node in gm.graph.find_nodes(op="get_attr"):  # the model's buffers may change later
         value = getattr(gm, node.target)
         if isinstance(value, Tensor):
+            delattr(gm, node.target)  # a parameter, as a teacher's in the loss, would take no other tensor
             setattr(gm, node.target, value.detach().clone())
     return gm, parameters, tuple(tensors)
 

@@ -22,6 +22,7 @@ import torch
 from functorch.compile import aot_function, nop
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import config as dynamo_config
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import _clear_fake_mode_weakrefs
@@ -62,9 +63,13 @@ def cacheable_functions() -> dict[str, str]:
 
 
 def trace(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
-    """A function's graph of ATen ops before dispatch: ``linear``, ``layer_norm``, ``cross_entropy_loss`` are whole."""
-    # A value that Python branches on is taken as it is here; the op that read it is then dead.
-    gm = make_fx(function, pre_dispatch=True, _error_on_data_dependent_ops=False)(*args)
+    """A function's graph of ATen ops before dispatch: ``linear``, ``layer_norm``, ``cross_entropy_loss`` are whole.
+
+    What it calls that Dynamo has compiled, such as a block or a teacher, runs in Python, and is part of the graph.
+    """
+    with dynamo_config.patch(error_on_nested_fx_trace=False):
+        # A value that Python branches on is taken as it is here; the op that read it is then dead.
+        gm = make_fx(function, pre_dispatch=True, _error_on_data_dependent_ops=False)(*args)
     gm.graph.eliminate_dead_code()
     gm.graph.set_codegen(fx.graph.CodeGen())  # flat arguments, in the order of the placeholders
     gm.recompile()

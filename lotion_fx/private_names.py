@@ -26,6 +26,7 @@ WHY = {
     "torch._dynamo.guards.install_guard": "a model that was not registered must not run the code of one that was",
     "torch._dynamo.guards.GuardBuilder": "that guard is on the parameter's identity",
     "torch._dynamo.convert_frame._clear_fake_mode_weakrefs": "a tensor that has weak references cannot be swapped",
+    "torch._dynamo.config": "a loss is traced through functions that someone compiled",
     "torch._dynamo.trace_rules": "Dynamo skips forwards of torch's own, such as Sequential's",
     "torch._dynamo.eval_frame.skip_code": "our hooks are no graphs of their own",
     "torch._dynamo.eval_frame.innermost_backend": "whether Dynamo traces for a backend of ours or another's",

@@ -205,3 +205,47 @@ def test_batches_that_inference_mode_made_are_as_others(call):
             given = batch(16)
         said.append((str(CALLS[call](model, given)), [parameter.tolist() for parameter in model.parameters()]))
     assert said[0] == said[1]
+
+
+class _Loss:
+    """Of outputs, labels and a model: with parameters of its own, a teacher, a compiled part, the model again."""
+
+    def __init__(self):
+        torch.manual_seed(3)
+        self.log_scale, self.teacher = nn.Parameter(torch.tensor(0.3)), MLP()
+        self.compiled = torch.compile(MLP(), backend="eager")
+
+    def __call__(self, model, outputs, x, labels):
+        loss = F.cross_entropy(outputs, labels) * torch.exp(-self.log_scale)
+        with torch.no_grad():
+            targets = self.teacher(x) + self.compiled(x)
+        loss = loss + (outputs - targets).square().mean() + 3 * (model(0.5 * x) - outputs).square().mean()
+        return loss + 0.05 * sum(p.square().sum() for p in model.parameters())
+
+
+class _Inside(nn.Module):
+    def __init__(self, net, loss):
+        super().__init__()
+        self.net, self.loss = net, [loss]
+
+    def forward(self, x, labels):
+        return {"loss": self.loss[0](self.net, self.net(x), x, labels)}
+
+
+def test_a_loss_function_may_hold_parameters_and_call_or_read_the_model():
+    loss, x, labels = _Loss(), *batch(12)
+    own = lotion_fx.transform(MLP(), "int2", inner="aot_eager", calibrate=False)
+    whole = _Inside(MLP(), loss)
+    whole.net.load_state_dict(own.state_dict())
+    lotion_fx.transform(whole, "int2", inner="aot_eager", calibrate=False)
+
+    def loss_fn(outputs, given):
+        return loss(own, outputs, *given)
+
+    by_function = lotion_fx.round_(own, [(x, (x, labels))], loss_fn, method="descent")
+    inside = lotion_fx.round_(whole, [{"x": x, "labels": labels}], method="descent")
+    for name in ("latent", "nearest", "rounded"):
+        assert getattr(by_function, name) == pytest.approx(getattr(inside, name), rel=1e-5)
+    own.eval()
+    assert by_function.rounded == pytest.approx(float(loss(own, own(x), x, labels).detach()), rel=1e-5)
+    assert loss.log_scale.grad is None and isinstance(loss.teacher.up.weight, nn.Parameter)
