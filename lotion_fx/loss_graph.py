@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from lotion_fx import private
-from lotion_fx.copied import copied
+from lotion_fx.copied import Given, copied
 from lotion_fx.fixed_sizes import fixed_sizes
 from lotion_fx.likelihood import outputs_in
 from lotion_fx.passes.attach.attach import LATENT
-from lotion_fx.private import tree_flatten, tree_unflatten
+from lotion_fx.private import tree_flatten
 from lotion_fx.private_tracing import checkpoints_inlined, parameters_replaced
 from lotion_fx.sampling import kept_buffers
 from lotion_fx.scalars import check_loss, shown
@@ -148,15 +148,13 @@ def _traced(
 ) -> tuple[fx.GraphModule, dict[str, Tensor], tuple[Tensor, ...]]:
     """The graph of what is made of a model and what it is given, its parameters, and the given tensors."""
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    leaves, spec = tree_flatten(given)
-    tensors = [_ordinary(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    taken = Given(given)
+    tensors = [_ordinary(x) for x in taken.tensors]
 
     def run(params: dict[str, Tensor], data: list[Tensor]) -> list[Tensor]:
-        values = iter(data)
-        filled = tree_unflatten([next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
         # A loss may call the model too, or read its weights.
         with parameters_replaced(model, {parameter: params[name] for name, parameter in parameters.items()}):
-            return outputs(model, filled)
+            return outputs(model, taken.filled(data))
 
     with as_evaluated(model), checkpoints_inlined():
         versions = {buffer: private.version_of(buffer) for buffer in model.buffers()}

@@ -1,6 +1,9 @@
 """`loss_graphs`: graphs of batches, those that are equal held once; and the model they are traced of, which stays."""
 
 import itertools
+from collections import UserDict
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +136,85 @@ def test_a_forward_that_changes_its_inputs_sees_each_time_what_was_given(call):
         said.append((str(calls[call](model, given)), [parameter.tolist() for parameter in model.parameters()]))
         assert torch.equal(given[0], before)
     assert said[0] == said[1]
+
+
+class Holder:
+    def __init__(self, x):
+        self.x = x
+
+
+@dataclass
+class Batch:
+    x: torch.Tensor
+
+
+HOLDERS = {
+    "mapping": lambda x: UserDict(x=x),
+    "object": Holder,
+    "dataclass": Batch,
+    "inside": lambda x: [SimpleNamespace(x=Holder([x]))],
+}
+
+
+def tensor_of(held):
+    while not isinstance(held, torch.Tensor):
+        held = held[0] if isinstance(held, list) else held["x"] if isinstance(held, UserDict) else held.x
+    return held
+
+
+class Opening(Scaled):
+    def forward(self, x):
+        return super().forward(tensor_of(x))
+
+
+@pytest.mark.parametrize("call", ["expected_loss", "in order"])
+@pytest.mark.parametrize("make", HOLDERS.values(), ids=HOLDERS)
+def test_tensors_in_objects_are_inputs_as_all_others(make, call):
+    """What came of them counted as constants: weights were rounded in no order, on what the last pass had left."""
+    calls = CALLS | {
+        "in order": lambda model, given: lotion_fx.round_(model, [given], F.cross_entropy, method="descent")
+    }
+    said = []
+    for held in (lambda x: x, make):
+        torch.manual_seed(0)
+        model = lotion_fx.transform(Opening(True), "int2", inner="aot_eager")
+        x, labels = batch(16)
+        before, given = x.clone(), held(x)
+        torch.manual_seed(1)
+        said.append((str(calls[call](model, (given, labels))), [p.tolist() for p in model.parameters()]))
+        assert tensor_of(given) is x and torch.equal(x, before)
+    assert said[0] == said[1]
+
+
+class Memory:
+    """Of what was seen before, as a cache of keys and values is."""
+
+    def __init__(self, sums):
+        self.sums, self.calls = sums, 0
+
+    def update(self, x):
+        self.sums, self.calls = self.sums + x.mean(0), self.calls + 1
+        return self.sums * self.calls
+
+
+class Remembering(MLP):
+    def forward(self, x, memory):
+        return super().forward(x + memory.update(x))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_object_that_a_forward_changes_is_each_time_what_was_given(call):
+    torch.manual_seed(0)
+    model = lotion_fx.transform(Remembering(), "int2", inner="aot_eager", calibrate=False)
+    (x, labels), sums = batch(16), torch.ones(20)
+    memory = Memory(sums)
+    CALLS[call](model, ((x, memory), labels))
+    assert memory.sums is sums and memory.calls == 0 and torch.equal(sums, torch.ones(20))
+    graphs = loss_graphs(model, [((x, memory), labels)] * 2, F.cross_entropy)
+    with lotion_fx.full_precision(model):
+        expected = F.cross_entropy(model(x, Memory(sums)), labels)
+    for graph in graphs:
+        torch.testing.assert_close(graph.loss({}), expected)
 
 
 def test_a_batch_that_is_its_own_target_changes_with_it():

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,17 +91,26 @@ class Greedy(nn.Module):
         return self.head(self.up(x + state["sums"]).relu()) * state["calls"]
 
 
-def test_the_user_s_forward_finds_its_inputs_as_they_were_and_leaves_them_changed():
+class Opening(Greedy):
+    """What it is given lies in an object."""
+
+    def forward(self, x, held):
+        return super().forward(x, held.state)
+
+
+@pytest.mark.parametrize("make", [Greedy, Opening])
+def test_the_user_s_forward_finds_its_inputs_as_they_were_and_leaves_them_changed(make):
     def run(**options):
         torch.manual_seed(0)
         torch._dynamo.reset()
-        model = lotion_fx.transform(Greedy(), "int4/tensor", inner="aot_eager", calibrate=False, **options)
+        model = lotion_fx.transform(make(), "int4/tensor", inner="aot_eager", calibrate=False, **options)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         state, seen = {"calls": 0, "sums": torch.zeros(7)}, []
+        given = state if make is Greedy else SimpleNamespace(state=state)
         for _ in range(2):
             optimizer.zero_grad()
             x = torch.randn(6, 8)[:, 1:]
-            loss = F.cross_entropy(model(x, state), torch.arange(6) % 5)
+            loss = F.cross_entropy(model(x, given), torch.arange(6) % 5)
             loss.backward()
             seen += [loss.detach(), x.clone(), state["sums"].clone(), torch.tensor(state["calls"])]
             optimizer.step()
