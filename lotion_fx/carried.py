@@ -106,6 +106,9 @@ class Before:
             if isinstance(private.call_of(module), _FirstCall):
                 private.replace_call(module, None)  # regions are called by the module's own
             self.model.settle(module)
+            for part in module.modules():  # it may have been another model's, and graphs settle nothing
+                if getattr(before := private.before_of(part), "is_copy", False):
+                    before.settle(part)
         for attribute, weight in self.weights.items():
             if private.parameters_of(module).get(attribute) is not None:  # it may be a parametrization's by now
                 weight.is_owned_by(module, attribute)

@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 from lotion_fx import private
 from lotion_fx.copied import Given, copied
 from lotion_fx.fixed_sizes import fixed_sizes
+from lotion_fx.kept_state import Kept, kept_state
 from lotion_fx.likelihood import outputs_in
 from lotion_fx.passes.attach.attach import LATENT
 from lotion_fx.private import tree_flatten
 from lotion_fx.private_tracing import checkpoints_inlined, parameters_replaced
-from lotion_fx.sampling import kept_buffers
 from lotion_fx.scalars import check_loss, shown
 from lotion_fx.switches import switched
 
@@ -156,11 +156,11 @@ def _traced(
         with parameters_replaced(model, {parameter: params[name] for name, parameter in parameters.items()}):
             return outputs(model, taken.filled(data))
 
-    with as_evaluated(model), checkpoints_inlined():
-        versions = {buffer: private.version_of(buffer) for buffer in model.buffers()}
+    with as_evaluated(model) as kept, checkpoints_inlined():
         own = copied(tensors)
+        inputs = [*(kept.get(p) or Kept(p, by_value=False) for p in parameters.values()), *map(Kept, own)]
         gm = private.trace(run, ({name: p.detach() for name, p in parameters.items()}, own))
-        _copy_what_is_written(gm, own, versions)
+        _copy_what_is_written(gm, inputs, kept)
     for node in gm.graph.find_nodes(op="get_attr"):  # the model's buffers may change later
         value = getattr(gm, node.target)
         if isinstance(value, Tensor):
@@ -182,21 +182,22 @@ def _keep_one_output(gm: fx.GraphModule, parameters: int) -> None:
     gm.recompile()
 
 
-def _copy_what_is_written(gm: fx.GraphModule, data: Sequence[Tensor], versions: Mapping[Tensor, int]) -> None:
+def _copy_what_is_written(gm: fx.GraphModule, inputs: Sequence[Kept], known: Mapping[Tensor, Kept]) -> None:
     """Has a graph copy what it writes into, so that it computes the same each time and changes nothing outside.
 
     Args:
         gm: just traced.
-        data: its last inputs, as the trace left them.
-        versions: of its constants before the trace, 0 where they are of the trace itself.
+        inputs: its inputs as they were before.
+        known: its constants as they were, those left out that are of the trace itself.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
-    values = dict(zip(placeholders[len(placeholders) - len(data) :], data, strict=True))
-    values |= {node: getattr(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
+    written = [node for node, kept in zip(placeholders, inputs, strict=True) if kept.is_changed]
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = getattr(gm, str(node.target))
+        if isinstance(value, Tensor) and (known[value].is_changed if value in known else private.version_of(value)):
+            written.append(node)
     copies: dict[Any, fx.Node] = {}
-    for node, value in values.items():
-        if not isinstance(value, Tensor) or private.version_of(value) == versions.get(value, 0):
-            continue
+    for node in written:
         if node.target not in copies:
             with gm.graph.inserting_after(placeholders[-1] if node.op == "placeholder" else node):
                 copies[node.target] = gm.graph.call_function(torch.ops.aten.clone.default, (node,))
@@ -267,14 +268,19 @@ def scalar(loss: Any, what: str) -> Tensor:
 
 
 @contextlib.contextmanager
-def as_evaluated(model: nn.Module) -> Iterator[None]:
-    """Inside, the model runs in Python at its latent weights, in ``eval()`` mode."""
+def as_evaluated(model: nn.Module) -> Iterator[dict[Tensor, Kept]]:
+    """Inside, the model runs in Python at its latent weights, in ``eval()`` mode; gives its state before that."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         # Gradients are on, as a region without them ends in what it began in; the parameters given are detached.
-        with switched(model, override=LATENT), private.uncompiled(model), kept_buffers(model), torch.enable_grad():
-            yield
+        with (
+            switched(model, override=LATENT),
+            private.uncompiled(model),
+            kept_state(model) as kept,
+            torch.enable_grad(),
+        ):
+            yield kept
     finally:
         for module, mode in training.items():
             module.training = mode

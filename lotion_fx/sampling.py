@@ -17,9 +17,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lotion_fx import private, private_ranks
+from lotion_fx import private_ranks
 from lotion_fx.carried import MADE_ITSELF
 from lotion_fx.copied import copied
+from lotion_fx.kept_state import kept_state
 from lotion_fx.likelihood import draws, output_in, sampled_loss
 from lotion_fx.state import Smoothing
 from lotion_fx.tally import Tally
@@ -93,27 +94,8 @@ def _generator(tally: Tally, device: torch.device) -> torch.Generator:
 
 @contextlib.contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
-    """Puts back, at the end, the random number generators and every buffer."""
+    """Puts back, at the end, the random number generators, every buffer, and what is not trained."""
     devices = sorted({parameter.device for parameter in model.parameters()} - {torch.device("cpu")}, key=str)
     kind = devices[0].type if devices else "cuda"
-    with torch.random.fork_rng(devices, device_type=kind), kept_buffers(model):
+    with torch.random.fork_rng(devices, device_type=kind), kept_state(model):
         yield
-
-
-@contextlib.contextmanager
-def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Puts every buffer back at the end, as a tensor and in its values."""
-    held = [
-        (private.buffers_of(module), name, buffer)
-        for module in model.modules()
-        for name, buffer in private.buffers_of(module).items()
-    ]
-    kept = [(owner, name, b, private.version_of(b), b.detach().clone()) for owner, name, b in held if b is not None]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for owner, name, buffer, version, values in kept:
-                owner[name] = buffer
-                if private.version_of(buffer) != version:
-                    buffer.copy_(values)

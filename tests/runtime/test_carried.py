@@ -329,6 +329,22 @@ def test_a_copied_part_is_rounded():
     assert torch.equal(part(X), rounded.a(X)) and torch.equal(part(X), rounded.a(X))
 
 
+@pytest.mark.parametrize("by_regions", [False, True])
+def test_a_copy_rounds_a_layer_that_was_another_model_s(by_regions):
+    def made():
+        net = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 10))
+        return lotion_fx.transform(net, "int2", inner="aot_eager", regions=[*net] if by_regions else None)
+
+    model, other = made(), made()
+    other(X)
+    model[1] = other[1]
+    model(X)
+    clone = copy.deepcopy(model).eval()
+    torch.testing.assert_close(clone(X), model.eval()(X))
+    assert registry[clone[1].weight] is not None is not registry[model[1].weight]
+    assert registry[clone[1].weight] is not registry[model[1].weight]
+
+
 def test_tied_weights_of_a_copy_stay_tied():
     class Tied(Net):
         def __init__(self) -> None:

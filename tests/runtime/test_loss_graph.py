@@ -59,6 +59,54 @@ def test_each_pass_finds_a_buffer_that_it_writes_to_as_the_first_did():
     assert a.gm is b.gm and a.loss({}) == a.loss({}) == b.loss({})
 
 
+class Following(MLP):
+    """Its statistics are made of each batch in `eval()` too, by kernels and writes that bump no version."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.norm = how, nn.BatchNorm1d(20)
+        self.register_buffer("mean", torch.zeros(20))
+        self.untrained = nn.Parameter(torch.zeros(20), requires_grad=False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.train()
+        return self
+
+    def forward(self, x):
+        new = x.detach().mean(0)
+        if self.how == "norm":
+            return super().forward(self.norm(x))
+        if self.how == "data":
+            self.mean.data.add_(new)
+        else:
+            with torch.no_grad():
+                self.untrained.add_(new)
+        return super().forward(x + self.mean + self.untrained)
+
+
+@pytest.mark.parametrize("how", ["norm", "data", "untrained"])
+@pytest.mark.parametrize("call", ["graph", "expected", "round_", "suggest"])
+def test_what_a_forward_changes_without_a_version_stays(call, how):
+    torch._dynamo.reset()
+    model, given = Following(how), batch(4)
+    if call != "suggest":
+        lotion_fx.transform(model, "int4", inner="aot_eager", calibrate=False)
+        model(given[0])
+    before = {name: x.clone() for name, x in model.state_dict().items() if name.startswith(("norm", "mean", "untr"))}
+    if call == "graph":
+        graph = loss_graph(model, given, F.cross_entropy)
+        assert graph.loss({}) == graph.loss({})
+    elif call == "expected":
+        lotion_fx.expected_loss(model, given, F.cross_entropy, samples=2)
+    elif call == "round_":
+        lotion_fx.round_(model, [given], F.cross_entropy)
+    else:
+        lotion_fx.suggest(model, given, F.cross_entropy, bits=5.0)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+
+
 class Scaled(MLP):
     """Its inputs are scaled in place, or not; what is looked at is a view, as it is after most first lines."""
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lotion_fx
-from lotion_fx import sampling
+from lotion_fx import kept_state, sampling
 from lotion_fx.likelihood import sampled_loss
 from lotion_fx.passes.attach.probe import Code
 from lotion_fx.state import registry
@@ -75,6 +75,66 @@ def test_the_user_s_own_step_is_that_of_plain_training():
     assert model.calls == 3 and model.norm.num_batches_tracked == 3
     assert list(map(id, model.buffers())) != list(map(id, plain.buffers())) and model.largest > 0
     assert lotion_fx.report(model)["conv.weight"].estimator == "ggn"
+
+
+class Tracking(nn.Module):
+    """Keeps a mean of its inputs, in ways that count as no change, or in what is no buffer."""
+
+    def __init__(self, how, breaks):
+        super().__init__()
+        self.how, self.norm, self.head = how, nn.BatchNorm1d(24), nn.Linear(24, 5)
+        self.register_buffer("held", torch.zeros(1, 24))
+        self.register_buffer("spread", torch.zeros(1).expand(3), persistent=False)  # no write in place is possible
+        self.mean = nn.Parameter(torch.zeros(24), requires_grad=False)
+        self.followed = torch.compiler.disable(self.follow) if breaks else self.follow
+
+    def follow(self, x):
+        new = x.detach().mean(0)
+        if self.how == "norm":
+            return self.norm(x)
+        if self.how == "data":
+            self.held.data.mul_(0.9).add_(new, alpha=0.1)
+        elif self.how == "data replaced":
+            self.held.data = self.held.data * 0.9 + new * 0.1
+        else:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(new, alpha=0.1)
+        return x - self.held - self.mean
+
+    def forward(self, x):
+        return self.head(self.followed(x).tanh())
+
+
+@pytest.mark.parametrize(
+    ("how", "breaks"),
+    [("norm", True), ("data", False), ("data", True), ("data replaced", True), ("param", False), ("param", True)],
+)
+def test_what_changes_without_a_version_is_put_back(how, breaks, passes):
+    torch._dynamo.reset()
+    plain = Tracking(how, breaks)
+    model = Tracking(how, breaks)
+    model.load_state_dict(plain.state_dict())
+    lotion_fx.transform(model, "int4", inner="aot_eager", curvature="ggn")
+    memory = model.held.data_ptr()
+    for step in range(2):
+        x = torch.randn(8, 24) + step
+        plain(x)
+        F.cross_entropy(model(x), torch.arange(8) % 5).backward()
+    assert passes and (how == "data replaced" or model.held.data_ptr() == memory)
+    for name, expected in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], expected, msg=name)
+
+
+def test_only_small_untrained_parameters_are_copied(monkeypatch):
+    """Or each pass under LoRA would copy the model; what nothing wrote to counts no change."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5), nn.BatchNorm1d(5))
+    model[0].requires_grad_(False)
+    monkeypatch.setattr(kept_state, "LARGEST", 10)
+    versions = [x._version for x in model.state_dict(keep_vars=True).values()]
+    with kept_state.kept_state(model) as kept:
+        by_value = {x for x, each in kept.items() if each.values is not None}
+    assert by_value == {model[0].bias, *model.buffers()} and len(kept) == len(versions)
+    assert versions == [x._version for x in model.state_dict(keep_vars=True).values()]
 
 
 class Greedy(nn.Module):
