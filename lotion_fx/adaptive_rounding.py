@@ -191,7 +191,7 @@ def round_(
         values = refined(graphs, best.views, latent, values, rounds, losses.latent)
         best.done |= {name: _changed(best.done[name], view, values[name]) for name, view in best.views.items()}
         losses = losses._replace(rounded=_loss(graphs, in_loss, best.done))
-    why = {name: "it lies on its levels already" for name in _unmoved(latent, best.done)} | why
+    why |= dict.fromkeys(_unmoved(latent, best.done), "it lies on its levels already")
     for name, rounded in best.done.items():
         latent[name].copy_(rounded.values)
     kept.clear(list(selected))

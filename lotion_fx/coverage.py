@@ -218,9 +218,9 @@ def _assumed(weight: Weight) -> str:
 def _estimator(weight: Weight) -> tuple[str | None, str]:
     settings, certificate, code = weight.smoothing.settings, weight.gathered.certificate, weight.curvature.code
     if not weight.smoothing.tally.has_term:
-        is_alone = settings.schedule.shares == METHODS[settings.method] and weight.smoothing.tally.chosen is None
-        is_alone &= len(settings.schedule.shares) == 1
-        told = f"method={settings.method!r}" if is_alone else f"phase {weight.smoothing.tally.phase.name!r}"
+        phase = weight.smoothing.tally.phase.name
+        is_method_s = settings.schedule.shares == METHODS[settings.method] == ((phase, 1.0),)
+        told = f"method={settings.method!r}" if is_method_s else f"phase {phase!r}"
         return None, f"{told} has no expected-loss term"
     parameter = weight.parameter()
     if parameter is not None and not parameter.requires_grad:

@@ -68,7 +68,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, 
 def _steps_running(optimizer: torch.optim.Optimizer) -> int:
     """How many of an optimizer's hooked steps are on the stack.
 
-    None where it raised, and never came to its end; two where a subclass calls the step of its base class, which torch
+    0 where it raised, and never came to its end; 2 where a subclass calls the step of its base class, which torch
     hooks as well.
     """
     found, frame = 0, inspect.currentframe()

@@ -23,14 +23,13 @@ ROUNDINGS: dict[str, dict[str, Any]] = {
     "descent_many": {"method": "descent", "scales": "searched"},
     "in_order": {"method": "descent", "in_order": True},
     "in_order_searched": {"method": "descent", "scales": "searched", "in_order": True},
-    "in_order_many": {"method": "descent", "scales": "searched", "in_order": True},
     "in_order_rounds": {"method": "descent", "rounds": 4, "in_order": True},
     "adaround": {},
 }
 """What `lotion_fx.round_` is told, ``in_order=False`` where nothing is said; "nearest" is what a model in ``eval()``
 runs at without it, and "adaround" is not ours."""
 
-BATCHES = {"rounds": 32, "in_order_rounds": 32, "descent_many": 100, "in_order_many": 100}
+BATCHES = {"rounds": 32, "in_order_rounds": 32, "descent_many": 100}
 """How many a rounding sees, where not the few that the others see. Other numbers need another name, by which the log
 tells runs apart. Rounds are 224 passes forward and backward."""
 
@@ -44,7 +43,6 @@ SAID = {
     "descent_many": "descent at searched scales, 100 batches",
     "in_order": "descent in order",
     "in_order_searched": "descent in order at searched scales",
-    "in_order_many": "descent in order at searched scales, 100 batches",
     "in_order_rounds": "descent in order, rounds",
     "adaround": "AdaRound",
 }
@@ -176,7 +174,6 @@ RECIPES: dict[str, Recipe] = {
     **_held("searched", "`round_` at searched scales", "descent_searched"),
     **_held("many", "`round_` at searched scales on 100 batches", "descent_many"),
     **_held("ordered", "`round_` in order at searched scales", "in_order_searched"),
-    **_held("ordered_many", "`round_` in order at searched scales on 100 batches", "in_order_many"),
     "late_lotion": Recipe("full precision, LOTION", {"schedule": (("plain", 0.6), ("lotion", 0.4))}, BOTH),
     "late_start": Recipe(
         "full precision, LOTION, STE", {"schedule": (("plain", 0.6), ("lotion", 0.2), ("ste_scale", 0.2))}, BOTH

@@ -237,6 +237,16 @@ def own_outputs(model: nn.Module, count: int, seed: int) -> list[tuple[Tensor, T
         return [(x, model(x)) for x in found]
 
 
+def test_weights_that_are_rounded_already_are_said_to_be() -> None:
+    torch.manual_seed(0)
+    model = lotion_fx.transform(nn.Linear(24, 12), "int3", method="ptq", inner="eager").eval()
+    given = [(torch.randn(64, 24), torch.randn(64, 12))]
+    lotion_fx.round_(model, given, F.mse_loss, method="nearest")
+    before = weights(model)["weight"].clone()
+    again = lotion_fx.round_(model, given, F.mse_loss)
+    assert again.weights[0].why == "it lies on its levels already" and torch.equal(before, model.weight)
+
+
 def test_a_loss_that_has_vanished_is_seen_by_labels_that_the_model_draws() -> None:
     torch.manual_seed(0)
     model = lotion_fx.transform(nn.Linear(24, 12), "int3", method="ptq", inner="eager").eval()

@@ -10,7 +10,7 @@ from lotion_fx.measuring import FIRST
 from lotion_fx.numerics.noise import resolve_noise
 from lotion_fx.schedule import AUTO, PHASES, Schedule, automatic, shared_out
 from lotion_fx.state import registry
-from tests.models import LM, counted, ids, lm_loss
+from tests.models import LM, MLP, counted, ids, lm_loss
 from tests.runtime.steps import Recorder, one_step
 
 THREE = (("plain", 0.6), ("lotion", 0.2), ("ste_scale", 0.2))
@@ -265,3 +265,11 @@ def test_a_finish_by_hand_is_kept_by_a_resume():
     for model, stepping in ((first, optimizer), (resumed, other)):
         run(model, stepping, range(2, 4))
     assert_same(first, resumed)
+
+
+def test_the_report_names_the_phase_that_auto_chose():
+    """And the method where it is the method that has no term."""
+    chosen = lotion_fx.transform(MLP(), "nvfp4", noise="adaptive", schedule="auto", steps=10)
+    assert lotion_fx.report(chosen)["up.weight"].reason == "phase 'plain' has no expected-loss term"
+    plain = lotion_fx.transform(MLP(), "nvfp4", method="ptq")
+    assert lotion_fx.report(plain)["up.weight"].reason == "method='ptq' has no expected-loss term"
