@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lotion_fx.saved import loaded_by_hand, restore, saved_of
+from lotion_fx.saved import loaded_by_hand, restore, resume, saved_of
 from lotion_fx.shards import local_of
 from lotion_fx.state import Smoothing, Weight, registry
 
@@ -285,7 +285,7 @@ def _restore(weight: Weight, entry: Any) -> str:
         if saved.get(name) != now and not _is_plain(saved):
             return f"{name}={saved.get(name)!r}, where the model has {now!r},"
     if "phases" in saved:
-        weight.smoothing.tally.restore(saved["phases"])
+        resume(weight.smoothing, saved["phases"])
     if not _is_plain(saved) and _is_of_another(weight, saved.get("name")):
         return "parameters in another order"
     restore(weight, saved)

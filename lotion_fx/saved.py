@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -93,10 +94,28 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
                 "on each rank of as many, or take AdamW"
             )
     for smoothing, phase in zip(smoothings, state["phases"], strict=True):
-        smoothing.tally.restore(phase)
+        resume(smoothing, phase)
     for weight, name in names.items():
         restore(weight, state["weights"][name])
     loaded_by_hand.update(smoothings)
+
+
+def resume(smoothing: Smoothing, phases: Mapping[str, Any]) -> None:
+    """Has a training stand where `Tally.saved` was called; says so where the schedule has another phase there.
+
+    A plain phase may go on as any, so that one plain training is the beginning of several.
+    """
+    tally = smoothing.tally
+    tally.restore(phases)
+    before, now = phases.get("phase"), tally.phase.name
+    last = now if tally.chosen else smoothing.settings.schedule.phase(max(0, tally.steps - 1)).name  # between two
+    if tally.steps and before not in (None, "plain", now, last):
+        warnings.warn(
+            f"the loaded state was saved after {tally.steps} steps in phase {before!r}, and this model goes "
+            f"on in phase {now!r}, by its own method, schedule and steps: transform it as the saved one was, unless "
+            "that is meant",
+            stacklevel=3,
+        )
 
 
 def _shard(weight: Weight) -> list[list[int]] | None:

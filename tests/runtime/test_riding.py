@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import warnings
 
 import pytest
@@ -206,6 +207,35 @@ def test_one_of_another_transform_is_told_and_left_out():
         assert len(said) == 1 and "gathered anew" in str(said[0].message), [str(w.message) for w in said]
         assert lotion_fx.state_dict(model)["weights"]["head.weight"]["ema"] is None, told
         run(model, other, range(1))
+
+
+LATE = {"schedule": (("lotion", 0.5), ("ste_scale", 0.5)), "steps": STEPS}
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize(
+    "before, after, told",
+    [
+        ({}, {"method": "ste"}, "in phase 'lotion'.*in phase 'ste'"),
+        ({"method": "ste"}, {}, "in phase 'ste'.*in phase 'lotion'"),
+        ({}, LATE | {"steps": HALF + 1}, "in phase 'lotion'.*in phase 'ste_scale'"),
+        (LATE, LATE, ""),  # between its phases
+        ({"method": "ptq"}, {}, ""),  # one plain training is the beginning of several
+    ],
+)
+def test_a_resume_in_another_phase_is_told(before, after, told, by_hand):
+    first, optimizer = built(**before)
+    run(first, optimizer, range(HALF))
+    state, ours = through_a_file(optimizer.state_dict()), lotion_fx.state_dict(first)
+    resumed, optimizer = built(**after)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if by_hand:
+            lotion_fx.load_state_dict(resumed, ours)
+        optimizer.load_state_dict(state)
+    messages = [str(each.message) for each in caught]
+    assert len(messages) == bool(told), messages
+    assert not told or re.search(f"saved after {HALF} steps {told}", messages[0])
 
 
 def test_parameters_in_another_order_are_told():
