@@ -123,7 +123,7 @@ class Before:
 
     def __reduce__(self) -> Any:
         smoothing = self.model or next(iter(self.weights.values())).smoothing
-        smoothing.tally.measuring.put_back()  # torch.save writes values after all that it has met
+        smoothing.tally.measuring.holding.put_back()  # torch.save writes values after all that it has met
         return Unpickled, (smoothing.said,)
 
 
@@ -192,7 +192,7 @@ def carry(model: nn.Module, smoothing: Smoothing) -> None:
 def _before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     """What is saved are the weights' own values."""
     for weight in registry.owned.get(module, {}).values():
-        weight.smoothing.tally.measuring.put_back()
+        weight.smoothing.tally.measuring.holding.put_back()
 
 
 def _before_loading(module: nn.Module, state: Any, prefix: str, *rest: Any) -> None:

@@ -43,9 +43,9 @@ class Forwards:
         """Of any step, the one under way among them."""
         return self.most if self.gave_up else max(self.most, self._now)
 
-    def come(self, steps: int) -> None:
-        """One more, in the step after so many."""
-        if steps != self.steps:
+    def come(self, steps: int, *, is_first: bool) -> None:
+        """One more, in the step after so many; ``is_first`` where it is made anew."""
+        if steps != self.steps or is_first:
             self.most = self.most_by_now
             self.steps, self.gave_up, self._now = steps, False, 0
         self._now += 1
@@ -78,12 +78,12 @@ class Held:
     """A parameter that holds other values for the step under way.
 
     Args:
-        own: its own values while it holds rounded ones; afterwards the rounded ones.
+        own: its own values while it holds rounded ones; else the rounded ones.
         version: of the parameter when it came to hold them.
         seed: by which they were drawn.
         amax: the absmax of the whole weight, where it is needed of a shard; else None.
         amplitude: of the noise, in units of that of randomized rounding.
-        is_back: whether it has its own again.
+        is_back: whether it has its own.
         seen: some of its gradient as the backward pass left it, the loss scale included; None where nobody looked.
     """
 
@@ -115,6 +115,14 @@ class Held:
         noisy = self.noisy(weight, parameter, own)
         is_same = private.version_of(local) == self.version and torch.equal(local, noisy)
         return None if is_same else own - noisy
+
+    def has_moved(self, weight: Weight, parameter: Tensor) -> bool:
+        """Whether a parameter that has its own values was changed since, through ``.data`` perhaps."""
+        local, noisy = local_of(parameter), self.own
+        if (local.device, local.dtype, local.shape) != (noisy.device, noisy.dtype, noisy.shape):
+            return True
+        is_same = private.version_of(local) == self.version
+        return not (is_same and torch.equal(self.noisy(weight, parameter, local.detach()), noisy))
 
 
 def sums_of(

@@ -12,12 +12,7 @@ What it holds of the loss's slope at w has mean zero and most of the spread: the
 keeps one, is taken out as far as it agrees, and eps is scaled to show beside what remains (`amplitude`). What scales or
 clips gradients between backward and step scales the term: it is told apart, for one step's is not that of all. `gain`
 holds what is believed after each measurement: of the whole term, and of each weight's share in it.
-
-From such a step's first forward until an optimizer steps, the parameters *hold* the noisy values, so that all that
-reads them computes with the same ones: recomputation, a head applied outside of the model, other compilers, shards.
-They hold their own values again before anything else looks: a step, of any model's optimizer, or one that a GradScaler
-skips; a forward in `eval()` or without gradients, or that a step has no more of; a `state_dict`, loading one, a pickle,
-a function of this package.
+`holding` tells when parameters are at such weights.
 """
 
 from __future__ import annotations
@@ -25,21 +20,20 @@ from __future__ import annotations
 import base64
 import math
 import statistics
-import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lotion_fx import private, private_backward
 from lotion_fx.amplitude import next_amplitude
 from lotion_fx.gain import Gains, Predictions, walked
-from lotion_fx.held import Forwards, Held, can_be_measured, clipping_of, gradient_of, is_partial, narrowed, sums_of
+from lotion_fx.held import Forwards, can_be_measured, clipping_of, gradient_of, narrowed, sums_of
+from lotion_fx.holding import Holding
 from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.residuals import Residuals, size_told
-from lotion_fx.shards import local_of, over_shards, sample, shared_amax, summed
+from lotion_fx.shards import over_shards, summed
 
 if TYPE_CHECKING:
     from lotion_fx.state import Weight
@@ -58,28 +52,6 @@ NOTHING_TOLD = "none of {} measurements told anything: do weights change between
 _OWN_REACH, _OWN_STEP, _OWN_PRIOR = math.log(8.0), 0.1, 0.25  # of one weight's factor beside the common one
 
 
-_holding: weakref.WeakSet[Measuring] = weakref.WeakSet()
-
-
-def optimizer_comes(optimizer: Any, own: Collection[Measuring]) -> None:
-    """An optimizer is about to step: no model's parameters are noisy from here on, for it and what follows to read.
-
-    One that steps inside a backward pass leaves alone what the rest of the pass needs.
-
-    Args:
-        own: of the models that have weights among its parameters. What others were measuring begins anew.
-    """
-    if _holding and private_backward.current_backward() == -1:
-        for measuring in list(_holding):
-            measuring.put_back() if measuring in own else measuring.interrupted()
-
-
-def step_may_be_skipped() -> None:
-    """No model's parameters are noisy any more, and what is measured begins anew if no step comes."""
-    for measuring in list(_holding):
-        measuring.interrupted()
-
-
 class Measuring:
     """When a model's term is measured, and what is known of its size.
 
@@ -96,6 +68,7 @@ class Measuring:
         amplitude: of its noise, in units of that of randomized rounding.
         idle: forwards that were to measure, and no weight could be.
         guess: the size as the gradients at the outputs of the first step tell it; None before.
+        holding: the parameters that are at noisy values for it.
     """
 
     def __init__(self, weights: Sequence[Weight], *, is_on: bool, counts: bool = True) -> None:
@@ -103,7 +76,7 @@ class Measuring:
         self.begun, self.draws, self.next_at, self.amplitude, self.idle = 0, 0, 1, 1.0, 0
         self.residuals = Residuals()
         self.guess: float | None = None
-        self._is_told, self._is_interrupted, self._since, self._left_off = False, False, 0, ""
+        self._is_told, self._is_stepped, self._since, self._left_off = False, False, 0, ""
         self._common, self._own, self._walk = Gains(1), _own_gains(0), 0.0
         self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
         self._clips: dict[Weight, float] = {}  # what gradients were scaled by after their backward pass, of late
@@ -111,8 +84,8 @@ class Measuring:
         self._factors: dict[Weight, float] = {}
         self._curvatures = Predictions()  # the sum of each weight's
         self._to_look_at: set[Weight] = set()
-        self._held: dict[Weight, Held] = {}
-        self._forwards = Forwards()
+        self._begun_from = 0, 0, 0  # how often, when due, since when, before the measurement under way
+        self.holding, self._forwards = Holding(), Forwards()
 
     # ----------------------------------------------------------------------------------------------------- the outcome
 
@@ -152,7 +125,7 @@ class Measuring:
 
     def leave_off(self, why: str = "") -> None:
         """Nothing is measured any more; what was, holds."""
-        self.put_back()
+        self.holding.drop()
         self.is_on, self._left_off = False, why
 
     def forget(self) -> None:
@@ -160,7 +133,7 @@ class Measuring:
         self.leave_off()
         self.begun, self.draws, self.guess, self._factors = 0, 0, None, {}
 
-    # --------------------------------------------------------------------------------------------------------- holding
+    # ------------------------------------------------------------------------------------------------------- measuring
 
     def hold(self, steps: int) -> None:
         """A training forward of the step after so many begins, and it is to measure if one is due.
@@ -168,90 +141,40 @@ class Measuring:
         Args:
             steps: optimizer steps since the term first came.
         """
-        self._forwards.come(steps)
-        if self.is_holding and self._forwards.give_up(self._held):
-            self.put_back()
-        self.begun, self.next_at = self._counts()
-        self._is_interrupted = False
-        # Of what is back already, part of this step's gradient will not be that at the rounded values.
-        self._held = {weight: held for weight, held in self._held.items() if not held.is_back}
+        holding = self.holding
+        self._forwards.come(steps, is_first=holding.is_anew)
+        holding.is_anew = False
+        if holding.held and (steps != holding.steps or self._forwards.give_up(holding.held)):
+            holding.drop()
+        if holding.held:
+            holding.go_on()
+            return
         looks, gap = steps - self._since, max(self.next_at - self._since, 1)
         is_due = self.draws and LOOKS * looks // gap > LOOKS * (looks - 1) // gap
         self._to_look_at = set(self.weights) if is_due else set()
         if not self.is_on or steps < self.next_at:
             return
-        self.put_back()
         if not any(can_be_measured(weight) for weight in self.weights):  # as those of a discriminator that waits
             self.idle += 1
             return
-        _holding.add(self)
+        self._begun_from = self.begun, self.next_at, self._since
         self.begun += 1
         self._walk = walked(self._since, steps)
         self.residuals.clear()
-        self.next_at, self._is_told, self._since = steps + self._pause(steps), False, steps
-        self._to_look_at = set()  # a measurement looks at all
-        for place, weight in enumerate(self.weights):
-            if can_be_measured(weight) and (parameter := weight.master) is not None:
-                local, amax = local_of(parameter), shared_amax(weight.quantizer, parameter)
-                known = steps * 1_000_003 + place, amax[0] if amax else None
-                held = Held(local.clone(), private.version_of(local), *known, self.amplitude)
-                self._held[weight] = held
-                local.data.copy_(held.noisy(weight, parameter, held.own))
-
-    def _counts(self) -> tuple[int, int]:
-        """`begun` and `next_at` as the next forward finds them: what was interrupted and never told does not count."""
-        begins_anew = self._is_interrupted and self._held and not self._is_told
-        return (self.begun - 1, self._since) if begins_anew else (self.begun, self.next_at)
+        self.next_at, self._since = steps + self._pause(steps), steps
+        self._is_told, self._is_stepped, self._to_look_at = False, False, set()  # a measurement looks at all
+        holding.begin(self.weights, steps, self.amplitude)
 
     def _pause(self, steps: int) -> int:
         """Steps to the next measurement."""
         return 1 if self.begun < FIRST else min(max(steps, 1), EVERY)
 
-    def put_back(self, weights: Iterable[Weight] | None = None) -> None:
-        """Parameters hold their own values again: of these weights, or of all.
-
-        Not counted as a change in place, for a backward pass may be to come.
-        """
-        if weights is None:
-            _holding.discard(self)
-        for weight in list(self._held) if weights is None else weights if self._held else ():
-            held = self._held.get(weight)
-            if held is None or held.is_back or (parameter := weight.master) is None:
-                continue
-            local, own = local_of(parameter), held.own
-            held.is_back, held.own = True, local.clone()
-            if (back := held.back_from_moved(weight, parameter, own)) is None:
-                local.data.copy_(own)
-            else:  # someone has moved it meanwhile: the move stays, and tells nothing
-                local.data.add_(back)
-                del self._held[weight]
-
-    def interrupted(self) -> None:
-        """What is being measured begins anew if a forward comes before a step of this model's optimizer."""
-        self.put_back()
-        self._is_interrupted = True
-
     # ------------------------------------------------------------------------------------------------------- observing
-
-    def backward_ended(self) -> None:
-        """Gradients are as the backward pass left them: samples tell by what they are scaled or clipped from here.
-
-        Not where a loop averages them over processes by itself.
-        """
-        for weight, held in self._held.items():
-            parameter = weight.master if weight.smoothing.settings.process_group is None else None
-            grad = None if parameter is None else parameter.grad
-            held.seen = None if grad is None or is_partial(grad) else sample(grad).clone()
-
-    @property
-    def is_holding(self) -> bool:
-        """Whether parameters hold rounded values for a measurement under way."""
-        return any(not held.is_back for held in self._held.values())
 
     @property
     def watches(self) -> bool:
         """Whether the gradients at the outputs are to tell of the loss in the step under way."""
-        return self.is_holding or (bool(self._left_off) and self.begun <= 1 and self.guess is None)
+        return self.holding.is_noisy or (bool(self._left_off) and self.begun <= 1 and self.guess is None)
 
     def _expect(self, loss_count: Tensor | None, loss_scale: Tensor | None, group: Any, device: torch.device) -> None:
         """Before anything was measured: what the size may be expected to be, see `residuals.size_told`."""
@@ -291,7 +214,8 @@ class Measuring:
         Returns:
             The weights whose noise was wider than rounding's: what the step gathered is curvature elsewhere.
         """
-        told = [(weight, p, h) for weight, p in pairs if (h := self._held.pop(weight, None)) is not None]
+        self._is_stepped = True
+        told = [(weight, p, h) for weight, p in pairs if (h := self.holding.held.pop(weight, None)) is not None]
         moments = first_moments(optimizer, [parameter for _, parameter in pairs]) if told else {}
         signs = {parameter: -1.0 for parameter in ascending(optimizer)} if told else {}
         sums = []
@@ -380,7 +304,8 @@ class Measuring:
 
     def saved(self) -> dict[str, Any]:
         """What `restore` takes, in the order of the weights."""
-        begun, next_at = self._counts()
+        is_anew = self.holding.held and not self._is_stepped  # who resumes measures in this step
+        begun, next_at, since = self._begun_from if is_anew else (self.begun, self.next_at, self._since)
         return {
             "is_on": self.is_on,
             "left_off": self._left_off,
@@ -389,7 +314,7 @@ class Measuring:
             "draws": self.draws,
             "next_at": next_at,
             "amplitude": self.amplitude,
-            "since": self._since,
+            "since": since,
             "forwards": self._forwards.most_by_now,
             "fallen": self._curvatures.fallen,
             "offset": self._common.offset,
@@ -407,9 +332,7 @@ class Measuring:
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Stands where `saved` was called; of other weights than now only what holds for all is taken."""
-        self.put_back()
-        self._held.clear()
-        self._is_interrupted = False
+        self.holding.drop()
         self.is_on, self.begun, self.draws = saved["is_on"], saved["begun"], saved["draws"]
         self.next_at, self.amplitude, self.guess = saved["next_at"], saved["amplitude"], saved.get("guess")
         self._left_off, self._forwards.most = saved.get("left_off", ""), saved.get("forwards", 1)
@@ -432,13 +355,6 @@ class Measuring:
             self._clips = {weight: clip for weight, (*_, clip) in told.items() if clip > 0}
             known = {weight: (base, now) for weight, (_, base, now, _) in told.items() if now > 0}
         self._curvatures.restore(known, saved["fallen"])
-
-    def copied(self, memo: Mapping[int, Any]) -> None:
-        """The model is copied, and what was copied of it so far gets its own values."""
-        for weight, held in self._held.items():
-            if not held.is_back and (copied := memo.get(id(weight.master))) is not None:
-                local_of(copied).data.copy_(held.own)
-        self.put_back()
 
 
 def _rounded(x: float) -> float:

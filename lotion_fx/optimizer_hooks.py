@@ -7,6 +7,7 @@ gradient to ``.grad``: after accumulation, after reduction over ranks, after cli
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lotion_fx import private, riding, scale_training
 from lotion_fx.by_hand import warn_of_reduction
-from lotion_fx.measuring import optimizer_comes, step_may_be_skipped
+from lotion_fx.holding import optimizer_comes, step_may_be_skipped
 from lotion_fx.missing import has_curvature, look_for_missing
 from lotion_fx.pull import pull
 from lotion_fx.scalars import shown
@@ -37,10 +38,24 @@ def install() -> None:
 _HOOKED_IN = torch.optim.Optimizer.__module__
 _ONCE = ("torch.optim.", "lotion_fx.optim")
 _handles: list[Any] = []
-_stepping: list[torch.optim.Optimizer] = []  # one may step another inside its own step: ZeroRedundancyOptimizer does
 _rehearsing: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # taking a step that is none
 _closed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those whose last step was given a closure
-_done: weakref.WeakSet[Weight] = weakref.WeakSet()  # weights that have their term in the outermost of those steps
+
+
+class _UnderWay(threading.local):
+    """The steps on a thread's stack.
+
+    Attributes:
+        optimizers: one may step another inside its own step: ZeroRedundancyOptimizer does.
+        done: weights that have their term in the outermost of these steps.
+    """
+
+    def __init__(self) -> None:
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.done: weakref.WeakSet[Weight] = weakref.WeakSet()
+
+
+_under_way = _UnderWay()
 
 
 @torch.compiler.disable  # a compiled train step leaves the term to Python, which has a graph of its own for it
@@ -49,10 +64,10 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, 
     where = "kwargs" if kwargs.get("closure") is not None else "args" if len(args) > 1 and callable(args[1]) else None
     if _steps_running(optimizer) > 1 and (where is None or optimizer in _closed):
         return None  # the step around it has the term
-    _stepping[:] = [outer for outer in _stepping if outer is not optimizer and _steps_running(outer)]
-    if not _stepping:
-        _done.clear()
-    _stepping.append(optimizer)
+    outer = [each for each in _under_way.optimizers if each is not optimizer and _steps_running(each)]
+    if not outer:
+        _under_way.done.clear()
+    _under_way.optimizers = [*outer, optimizer]
     _closed.discard(optimizer)
     if where is None:
         add_term(optimizer)
@@ -86,8 +101,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, A
         _rehearsing.discard(optimizer)
         riding.stay(optimizer)
     scale_training.after_step(parameter for group in optimizer.param_groups for parameter in group["params"])
-    if optimizer in _stepping:
-        del _stepping[_stepping.index(optimizer) :]
+    if optimizer in (stepping := _under_way.optimizers):
+        del stepping[stepping.index(optimizer) :]
 
 
 class _WithTerm:
@@ -101,7 +116,7 @@ class _WithTerm:
             _compares(self.optimizer)
         with torch.enable_grad():
             loss = self.closure()
-        _done.clear()
+        _under_way.done.clear()
         add_term(self.optimizer, counts=self.calls == 0)
         self.calls += 1
         return loss
@@ -146,8 +161,8 @@ def apply_term(parameters: Iterable[Tensor]) -> None:
         raise ValueError(
             f"parameters: no quantized weight has a .grad, {weights[0][1].name!r} among them; call backward() before"
         )
-    if not _stepping:
-        _done.clear()
+    if not _under_way.optimizers:
+        _under_way.done.clear()
     add_term(_ByHand(given))
 
 
@@ -173,9 +188,9 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     held = [(p, weight) for p, weight in zip(parameters, registry.find(parameters), strict=True) if weight is not None]
     is_left_out = bool(held) and _is_left_out(optimizer)
-    optimizer_comes(optimizer, set() if is_left_out else {weight.smoothing.tally.measuring for _, weight in held})
+    optimizer_comes({weight.smoothing.tally.measuring.holding for _, weight in held})
     riding.before_step(optimizer, held)
-    if counts and len(_stepping) <= 1:  # else it is a part of the step around it
+    if counts and len(_under_way.optimizers) <= 1:  # else it is a part of the step around it
         scale_training.forget(parameters)
     if is_left_out:
         return
@@ -183,15 +198,15 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
         _rehearsing.add(optimizer)
         return
     for parameter, weight in held:
-        if weight not in _done:
+        if weight not in _under_way.done:
             weight.smoothing.tally.step_begins()
-            weight.smoothing.tally.measuring.put_back([weight])
+            weight.smoothing.tally.measuring.holding.put_back([weight])
             weight.is_stepped_as(parameter)
             weight.gathered.is_in_optimizer()
             if parameter.grad is not None and weight.selected:
                 weight.gathered.is_handed_over()
                 mine.setdefault(weight.smoothing, []).append((weight, parameter))
-                _done.add(weight)
+                _under_way.done.add(weight)
     unscaled_by, pending = private.take_grad_scale(optimizer), getattr(optimizer, "grad_scale", None)
     for smoothing, pairs in mine.items():
         # What a moment stream put into the loss needs no more, unless another graph without the loss used the weight.

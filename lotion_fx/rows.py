@@ -69,20 +69,23 @@ def _learns(weight: Weight) -> bool:
 
 
 def watch_residuals(out: Any, tally: Tally) -> None:
-    """Tells a step that measures the term, or guesses its size, what gradients outputs have, row by row, and weights.
+    """Tells a step that measures the term, or guesses its size, of backward passes and what gradients outputs have.
+
+    Row by row, and with each row's weight in the loss.
 
     Args:
         out: what the model returned, tensors in any nesting.
     """
     for leaf in tree_leaves(out) if torch.is_grad_enabled() else ():
         if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(partial(_tell, tally, leaf.detach()))
+            leaf.register_hook(partial(_tell, tally, tally.measuring.holding.pass_to_come, leaf.detach()))
 
 
-def _tell(tally: Tally, output: Tensor, grad: Tensor | None) -> None:
+def _tell(tally: Tally, forward: int | None, output: Tensor, grad: Tensor | None) -> None:
+    tally.measuring.holding.backward_comes(forward)
     if grad is None or not _fills_grad([weight for weight in tally.weights if _learns(weight)]):
         return
-    private_backward.after_backward(tally.measuring.backward_ended)
+    private_backward.after_backward(tally.measuring.holding.backward_ended)
     if grad.dim():
         squares = grad.detach().float().square()
         energies = squares.sum(-1) if grad.dim() > 1 else squares

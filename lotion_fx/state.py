@@ -103,7 +103,7 @@ class Smoothing:
         made.is_whole = self.is_whole
         made.compile, made.bring_up_to_date = self.compile, self.bring_up_to_date
         made.seen_changes = self.seen_changes
-        self.tally.measuring.copied(memo)
+        self.tally.measuring.holding.copied(memo)
         made.weights.extend(copy.deepcopy(weight, memo) for weight in self.weights)
         made.tally.restore(copy.deepcopy(self.tally.saved()))
         copies = dict(zip(self.weights, made.weights, strict=True))
@@ -432,7 +432,7 @@ def names_of(model: nn.Module) -> dict[Weight, str]:
     """
     weights_of(model)
     for smoothing in smoothings_of(model):
-        smoothing.tally.measuring.put_back()
+        smoothing.tally.measuring.holding.put_back()
     names: dict[Weight, str] = {}
     for prefix, module in model.named_modules():
         for attribute, weight in registry.owned.get(module, {}).items():

@@ -25,7 +25,7 @@ def finish(model: nn.Module, *, term: bool = True) -> None:
     weights_of(model)
     check_flag("term", term)
     for smoothing in smoothings_of(model):
-        smoothing.tally.measuring.put_back()
+        smoothing.tally.measuring.holding.put_back()
         smoothing.tally.enter("finish" if term and smoothing.settings.schedule.has_term else "ste_scale")
 
 
@@ -44,7 +44,7 @@ def hold_codes(model: nn.Module) -> None:
     """
     check_scales(weight for weight in weights_of(model) if weight.selected)
     for smoothing in smoothings_of(model):
-        smoothing.tally.measuring.put_back()
+        smoothing.tally.measuring.holding.put_back()
         smoothing.tally.enter("scales")
 
 

@@ -234,7 +234,7 @@ class Tally:
         """
         self.reached = self.steps
         if not trains or self.override:
-            self.measuring.put_back()
+            self.measuring.holding.put_back()
         elif self.phase.measures:
             self.measuring.hold(self.term_steps)
 

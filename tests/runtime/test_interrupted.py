@@ -7,6 +7,7 @@ told by an observation without noise.
 import copy
 import io
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def values(model):
 
 
 def holds(model):
-    return smoothings_of(model)[0].tally.measuring.is_holding
+    return smoothings_of(model)[0].tally.measuring.holding.is_noisy
 
 
 def step(model, optimizer, seed, loss=lambda out: out.square().mean()):
@@ -143,8 +144,8 @@ def test_a_step_that_a_scaler_skips_leaves_no_noise():
         before = values(model)
         optimizer.zero_grad()
         loss = model(data(i)).square().mean() * (float("inf") if i in (1, 2) else 1.0)
-        scaler.scale(loss).backward()
         was_holding |= i in (1, 2) and holds(model)
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         assert torch.equal(values(model), before) == (i in (1, 2))
@@ -152,12 +153,12 @@ def test_a_step_that_a_scaler_skips_leaves_no_noise():
 
 
 def amid_a_measurement():
-    """A model between backward and step, its parameters noisy, and its own values."""
+    """A model between forward and backward, its parameters noisy, and its own values."""
     model = smoothed()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     step(model, optimizer, 0)
     own = values(model)
-    model(data(1)).square().mean().backward()
+    model(data(1)).square().mean()
     assert holds(model) and not torch.equal(values(model), own)
     return model, optimizer, own
 
@@ -185,6 +186,74 @@ def test_a_model_pickled_amid_a_measurement_has_its_own_values():
     torch.save(model, file)
     file.seek(0)
     assert torch.equal(values(torch.load(file, weights_only=False)), own)
+
+
+def test_a_generator_s_gradient_is_that_of_its_forward():
+    """A discriminator steps between the forward and the backward pass of what made its examples."""
+    generator, critic = smoothed(1), net(2)
+    optimizers = [torch.optim.SGD(each.parameters(), 1e-3) for each in (generator, critic)]
+    for i in range(5):
+        optimizers[0].zero_grad()
+        made = generator(data(i))
+        noisy, measures = copy.deepcopy(net(1)), holds(generator)
+        for mine, theirs in zip(noisy.parameters(), generator.parameters(), strict=True):
+            mine.data.copy_(theirs.data)
+        step(critic, optimizers[1], i)
+        assert not holds(generator)
+        critic(made).square().mean().backward()
+        critic(noisy(data(i))).square().mean().backward()
+        for mine, theirs in zip(generator.parameters(), noisy.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad)
+        assert measures == (i in (1, 2, 4))
+        optimizers[0].step()
+
+
+@pytest.mark.parametrize("curvature", ["factored", "fisher"])
+@pytest.mark.parametrize("amid", ["forward", "backward"])
+def test_what_is_saved_amid_a_step_resumes_with_that_step(amid, curvature):
+    """As whoever is interrupted saves: the step is lost, and is the first of the resumed run."""
+
+    def run(model, optimizer, begin, end):
+        for i in range(begin, end):
+            step(model, optimizer, i, lambda out, i=i: F.mse_loss(out, data(i + 50)))
+
+    for at in range(1, 6):
+        whole, saved = [smoothed(curvature=curvature) for _ in range(2)]
+        optimizers = [torch.optim.AdamW(each.parameters(), 1e-3) for each in (whole, saved)]
+        run(whole, optimizers[0], 0, 8)
+        run(saved, optimizers[1], 0, at)
+        optimizers[1].zero_grad()
+        loss = F.mse_loss(saved(data(at)), data(at + 50))
+        if amid == "backward":
+            loss.backward()
+        file = io.BytesIO()
+        torch.save((saved.state_dict(), optimizers[1].state_dict()), file)
+        file.seek(0)
+        resumed = smoothed(curvature=curvature)
+        optimizer = torch.optim.AdamW(resumed.parameters(), 1e-3)
+        for each, state in zip((resumed, optimizer), torch.load(file), strict=True):
+            each.load_state_dict(state)
+        run(resumed, optimizer, at, 8)
+        assert torch.equal(values(resumed), values(whole)), at
+        assert lotion_fx.report(resumed).size == lotion_fx.report(whole).size
+
+
+def test_models_that_threads_train_are_as_trained_alone():
+    batches = [(data(i), data(i + 50)) for i in range(40)]
+
+    def trained(model):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        for inputs, targets in batches:
+            optimizer.zero_grad()
+            F.mse_loss(model(inputs), targets).backward()
+            optimizer.step()
+        return values(model)
+
+    alone = [trained(smoothed(seed)) for seed in (1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(trained, [smoothed(seed) for seed in (1, 2)]))
+    for mine, theirs in zip(together, alone, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 # ---------------------------------------------------------------------------------------------------------- up the hill

@@ -159,7 +159,7 @@ def test_nobody_sees_the_rounded_values(look):
     model, _ = trained(1)
     own, plain = model.head.weight.detach().clone(), LM()
     plain.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
-    lm_loss(model, ids()).backward()
+    loss = lm_loss(model, ids())
     assert not torch.equal(model.head.weight, own)
     if look == "state_dict":
         assert torch.equal(model.state_dict()["head.weight"], own)
@@ -179,6 +179,8 @@ def test_nobody_sees_the_rounded_values(look):
         with lotion_fx.full_precision(model):
             assert torch.equal(model(ids()), plain(ids()))
     assert torch.equal(model.head.weight, own)
+    loss.backward()
+    assert torch.equal(model.head.weight, own)
 
 
 @pytest.mark.parametrize("through_data", [False, True])
@@ -196,16 +198,71 @@ def test_what_an_optimizer_unseen_has_moved_stays_moved(through_data):
     torch.testing.assert_close(model.head.weight, own + 1.0)
 
 
-def test_a_validation_amid_micro_batches_spoils_the_measurement_alone():
+def looks_by(model, how):
+    if how == "validates":
+        model.eval()(ids())
+        model.train()
+    elif how == "saves":
+        model.state_dict()
+    elif how == "steps another":
+        other = nn.Linear(4, 4)
+        other(torch.ones(1, 4)).sum().backward()
+        torch.optim.SGD(other.parameters(), 0.1).step()
+
+
+@pytest.mark.parametrize("how", ["validates", "saves", "steps another"])
+@pytest.mark.parametrize("amid", ["forward and backward", "micro-batches"])
+def test_who_looks_amid_a_step_changes_nothing(how, amid):
+    """The gradient stays that of the loss at the noisy weights, and is measured."""
+    found = []
+    for looks in (how, ""):
+        model, optimizer = trained(1)
+        for batch in range(2):
+            loss = lm_loss(model, ids(seed=batch))
+            if batch == 0 and amid == "forward and backward":
+                looks_by(model, looks)
+            loss.backward()
+            if batch == 0 and amid == "micro-batches":
+                looks_by(model, looks)
+        grads = [parameter.grad.clone() for parameter in model.parameters()]
+        optimizer.step()
+        assert measuring_of(model).draws == 1
+        found.append((grads, measuring_of(model).common))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[0][0], found[1][0], strict=True))
+    assert found[0][1] == found[1][1]
+
+
+def test_two_backward_passes_of_one_forward_are_at_its_weights(monkeypatch):
+    found = []
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)  # which retain_graph=True asks for
+    for at_once in (True, False):
+        model, _ = trained(1)
+        logits = model(ids())
+        losses = logits.square().mean(), logits.logsumexp(-1).mean()
+        if at_once:
+            sum(losses).backward()
+        else:
+            losses[0].backward(retain_graph=True)
+            losses[1].backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_parameters_are_their_own_between_backward_and_step():
+    """Who keeps a copy of them there, to put back in place of a step that is rejected, keeps no noise."""
     model, optimizer = trained(1)
-    lm_loss(model, ids()).backward()
-    model.eval()(ids())
-    model.train()
-    lm_loss(model, ids()).backward()
-    optimizer.step()
-    assert measuring_of(model).draws == 0 and measuring_of(model).begun == 1
-    run(model, optimizer, 1)
-    assert measuring_of(model).draws == 1
+    own = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(3):
+        lm_loss(model, ids()).backward()
+        kept = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), kept, strict=True):
+                parameter.copy_(value)
+        optimizer.zero_grad()
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), own, strict=True))
+    assert measuring_of(model).draws > 0
 
 
 def test_curvature_at_noisy_weights_is_left_out():
