@@ -257,6 +257,11 @@ def check_weights(smoothing: Smoothing) -> None:
                 f"model: {weight.name!r} is {parameter.dtype}, expected real floating-point numbers, complex ones as "
                 f"pairs behind torch.view_as_complex; leave it out with only={{{weight.name!r}: None}}"
             )
+        if parameter.element_size() < 2:
+            raise TypeError(
+                f"model: {weight.name!r} is {parameter.dtype}, of which no optimizer trains; make it bfloat16 or "
+                f"wider, or leave it out with only={{{weight.name!r}: None}}"
+            )
         if parameter.is_meta:
             raise ValueError(f"model: {weight.name!r} is on the meta device; materialize the model before transform")
         if not bool(torch.isfinite(parameter.detach()).all()):

@@ -77,9 +77,9 @@ def calibrate(
     estimates: dict[str, list[Estimate]] = {form: [] for form in forms}
     # Terms as they are: without factors, the user's strength included, which is no estimate's fault.
     with switched(model, plain=True):
-        for batch in batches:
+        for place, batch in enumerate(batches):
             for form in forms:
-                estimates[form].append(estimate(model, batch, loss_fn, form))
+                estimates[form].append(estimate(model, batch, loss_fn, form, called_batch=f"batches[{place}]"))
             measured.add(estimates[forms[0]][-1], samples, generator)
         streamed, joint = (_fit(estimates[form], measured) for form in forms)
     if not joint:

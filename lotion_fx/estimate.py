@@ -147,12 +147,14 @@ class Estimate:
         return {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
 
 
-def estimate(model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments: str) -> Estimate:
+def estimate(
+    model: nn.Module, batch: Any, loss_fn: LossFunction | None, moments: str, *, called_batch: str = "batch"
+) -> Estimate:
     names = names_of(model)
     for weight, name in names.items():
         if isinstance(weight.parameter(), DTensor):
             raise ValueError(f"model: {name!r} is sharded; expected_loss needs whole weights")
-    graph = loss_graph(model, batch, loss_fn)
+    graph = loss_graph(model, batch, loss_fn, called_batch=called_batch)
     weights = quantized_in(graph, names)
     at = {name: index for index, name in enumerate(graph.parameters)}
     certificates: dict[str, Certificate] = {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +53,11 @@ def step_may_be_skipped() -> None:
         holding.is_anew = True
 
 
+def _in_python(method: Callable[..., None]) -> Callable[..., None]:
+    """Noise is drawn again to be compared with: the same to the last bit, which another compiler's code is not."""
+    return torch.compiler.disable(torch.no_grad()(method))
+
+
 class Holding:
     """Of one model.
 
@@ -72,7 +77,7 @@ class Holding:
         """Whether any parameter holds noisy values."""
         return any(not held.is_back for held in self.held.values())
 
-    @torch.no_grad()
+    @_in_python
     def begin(self, weights: Iterable[Weight], steps: int, amplitude: float) -> None:
         """The parameters that can be measured come to hold noisy values, in the step after so many."""
         self.steps, self.thread = steps, threading.get_ident()
@@ -86,7 +91,7 @@ class Holding:
         with _changing:
             _under_way.add(self)
 
-    @torch.no_grad()
+    @_in_python
     def go_on(self) -> None:
         """They hold the same noisy values again; one that was changed since is left as it is, and tells nothing."""
         for weight, held in list(self.held.items()):
@@ -99,13 +104,17 @@ class Holding:
             held.own, held.is_back = local.clone(), False
             local.data.copy_(noisy)
 
-    @torch.no_grad()
     def put_back(self, weights: Iterable[Weight] | None = None) -> None:
         """Parameters hold their own values again: of these weights, or of all.
 
         Not counted as a change in place, for a backward pass may be to come.
         """
-        for weight in list(self.held) if weights is None else weights if self.held else ():
+        if self.held:
+            self._put_back(list(self.held) if weights is None else weights)
+
+    @_in_python
+    def _put_back(self, weights: Iterable[Weight]) -> None:
+        for weight in weights:
             held = self.held.get(weight)
             if held is None or held.is_back or (parameter := weight.master) is None:
                 continue

@@ -8,6 +8,8 @@ weights too. The model is in ``eval()`` mode meanwhile: no dropout, running stat
 from __future__ import annotations
 
 import contextlib
+import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +69,7 @@ class LossGraph:
             return self.gm(*self.inputs(changed))[0]
 
 
-def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
+def loss_graph(model: nn.Module, batch: Any, loss_fn: Any, *, called_batch: str = "batch") -> LossGraph:
     """Traces a model's loss on one batch.
 
     Args:
@@ -75,9 +77,11 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
         batch: ``(inputs, targets)`` for ``loss_fn(model(inputs), targets)``, where a tuple or dictionary of inputs is
             spread; or without ``loss_fn`` the model's own arguments, a dictionary as keywords.
         loss_fn: None, or ``"model"``, where the model returns its loss.
+        called_batch: by its user.
 
     Raises:
-        ValueError: the batch is not as above, there is no scalar loss, or `torch.inference_mode` is on.
+        ValueError: the batch is not as above, there is no scalar loss, it is no finite number or does not depend on any
+            parameter, or `torch.inference_mode` is on.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError(
@@ -89,17 +93,27 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any) -> LossGraph:
         check_loss(loss_fn, where_returned="None")
     if loss_fn is not None:
         pair(batch)
+    else:
+        _check_arguments(model, batch, called_batch)
+    seen: list[Tensor] = []
 
     def losses(functional: Callable[..., Any], given: Any) -> list[Tensor]:
-        if loss_fn is None:
-            out = called(functional, given)
-            return [loss_of(out), *outputs_in(out)]
-        inputs, targets = given
+        inputs, targets = (given, None) if loss_fn is None else given
         out = called(functional, inputs)
-        return [scalar(loss_fn(out, targets), "loss_fn"), *outputs_in(out)]
+        seen[:] = [loss_of(out) if loss_fn is None else scalar(loss_fn(out, targets), "loss_fn")]
+        return [*seen, *outputs_in(out)]
 
     gm, parameters, data = _traced(model, batch, losses)
-    _keep_one_output(gm, len(parameters))
+    if not math.isfinite(value := float(seen[0].detach())):
+        raise ValueError(
+            f"{called_batch}: its loss is {value} at the weights as they are; leave out batches without rows, or all "
+            "of whose labels are ignored, and look for what is no finite number in the others"
+        )
+    if not _keep_one_output(gm, len(parameters)):
+        raise ValueError(
+            f"{'model' if loss_fn is None else 'loss_fn'}: the loss has no gradient of any parameter; is it of "
+            "detached outputs, or made under torch.no_grad()?"
+        )
     return LossGraph(fixed_sizes(gm, [*parameters.values(), *data]), parameters, data)
 
 
@@ -107,8 +121,8 @@ def loss_graphs(model: nn.Module, batches: Iterable[Any], loss_fn: Any) -> list[
     """Traces a model's loss on several batches; graphs that are equal are one, so that memory is not of each batch."""
     known: dict[str, list[LossGraph]] = {}
     found = []
-    for batch in batches:
-        graph = loss_graph(model, batch, loss_fn)
+    for place, batch in enumerate(batches):
+        graph = loss_graph(model, batch, loss_fn, called_batch=f"batches[{place}]")
         alike = known.setdefault(graph.gm.code, [])
         same = next((other for other in alike if _equal(graph.constants, other.constants)), None)
         if same is None:
@@ -169,8 +183,25 @@ def _traced(
     return gm, parameters, tuple(tensors)
 
 
-def _keep_one_output(gm: fx.GraphModule, parameters: int) -> None:
-    """Of the outputs beside the loss leaves the first that has a gradient: others may hide how weights are used."""
+def _check_arguments(model: nn.Module, batch: Any, called_batch: str) -> None:
+    """Raises where a batch cannot be a model's own arguments, as where ``loss_fn`` was forgotten."""
+    with contextlib.suppress(ValueError):  # of what has no signature
+        signature = inspect.signature(model.forward)
+        try:
+            called(signature.bind, batch)
+        except TypeError as error:
+            raise TypeError(
+                f"{called_batch}: {type(model).__name__}.forward does not take it ({error}); without loss_fn it is the "
+                "model's own arguments and the model returns its loss; pass loss_fn if it is (inputs, targets)"
+            ) from None
+
+
+def _keep_one_output(gm: fx.GraphModule, parameters: int) -> bool:
+    """Of the outputs beside the loss leaves the first that has a gradient: others may hide how weights are used.
+
+    Returns:
+        Whether the loss has one.
+    """
     reached = set(gm.graph.find_nodes(op="placeholder")[:parameters])
     for node in gm.graph.nodes:
         if node.target is not torch.ops.aten.detach.default and not reached.isdisjoint(node.all_input_nodes):
@@ -180,6 +211,7 @@ def _keep_one_output(gm: fx.GraphModule, parameters: int) -> None:
     end.args = ([loss, *[x for x in outputs if x in reached and x.op != "placeholder"][:1]],)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+    return loss in reached
 
 
 def _copy_what_is_written(gm: fx.GraphModule, inputs: Sequence[Kept], known: Mapping[Tensor, Kept]) -> None:

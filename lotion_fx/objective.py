@@ -32,9 +32,9 @@ class _Term(torch.autograd.Function):
 def penalty(model: nn.Module) -> Tensor:
     """The term ``strength * 1/2 sum_i h_i sigma_i^2``, 0-d and differentiable, for objectives of one's own.
 
-    It takes the curvature gathered up to the last step: it is 0 before the first, for a method without term, and for
-    weights whose term is in the loss itself (``loss_fn``). A step whose backward pass ran through it gets no second
-    term from the optimizer's hook.
+    It takes the curvature gathered up to the last step: it is 0 before the first, for a method without term, for frozen
+    weights, and for those whose term is in the loss itself (``loss_fn``). A step whose backward pass ran through it
+    gets no second term from the optimizer's hook.
 
     Raises:
         ValueError: the model is not under lotion_fx, or its parameters are sharded.
@@ -42,12 +42,13 @@ def penalty(model: nn.Module) -> Tensor:
     total = None
     for weight in weights_of(model):
         parameter = weight.parameter()
-        if parameter is None or not weight.selected or not weight.smoothing.tally.has_term:
+        tally = weight.smoothing.tally
+        if parameter is None or not weight.selected or not tally.has_term or tally.is_frozen(weight):
             continue
         if isinstance(parameter, DTensor):
             raise ValueError(f"model: {weight.name!r} is sharded; penalty needs whole weights, use the step's term")
         total = parameter.new_zeros((), dtype=torch.float32) if total is None else total
         h = curvature_of(weight, parameter)
         if h is not None:
-            total = total + weight.smoothing.tally.strength_of(weight) * _Term.apply(parameter, h, weight)
+            total = total + tally.strength_of(weight) * _Term.apply(parameter, h, weight)
     return next(model.parameters()).new_zeros((), dtype=torch.float32) if total is None else total

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -64,10 +66,17 @@ def subject(source: str) -> Subject:
             checkpoint, whose batch is some tokens with themselves as labels.
 
     Raises:
+        TypeError: the callable takes arguments.
         ValueError: it names nothing, or the callable returns something else.
     """
     if is_reference(source):
-        found = _referenced(source)()
+        make = _referenced(source)
+        with contextlib.suppress(ValueError):  # of what has no signature
+            try:
+                inspect.signature(make).bind()
+            except TypeError as error:
+                raise TypeError(f"source={source!r}: expected a callable without arguments, {error}") from None
+        found = make()
         parts = found if isinstance(found, tuple) else (found,)
         if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
             raise ValueError(

@@ -180,9 +180,10 @@ def _add_by_kernel(
 
 
 def term_of(weight: Weight) -> Tensor | None:
-    """This rank's ``1/2 sum_i h_i sigma_i^2`` of one weight, 0-d, without strength; None before its first step."""
+    """This rank's ``1/2 sum_i h_i sigma_i^2`` of one weight, 0-d, without strength; None before a step and frozen."""
     parameter = weight.parameter()
-    h = None if parameter is None or not weight.selected else curvature_of(weight, parameter)
+    has_term = weight.selected and not weight.smoothing.tally.is_frozen(weight)
+    h = curvature_of(weight, parameter) if parameter is not None and has_term else None
     if parameter is None or h is None:
         return None
     size = weight.smoothing.tally.measuring.size(weight)

@@ -78,6 +78,8 @@ def verify(
             told = f"{path}: {count} weights, every checksum holds; --source compares it with what it was made from"
             print(json.dumps({"weights": count, "checksums_hold": True}) if as_json else told)
             return
+        if not source.is_dir():
+            raise ValueError(f"--source={str(source)!r}: expected the folder of an export of layout lotion")
         found = verifying.verify(path, source, tokens_for(content_of(source).model))
     if as_json:
         print(json.dumps({**asdict(found), "is_exact": found.is_exact}))

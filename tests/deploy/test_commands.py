@@ -76,6 +76,10 @@ def test_user_errors_are_one_line(checkpoint, tmp_path):
         (["export", str(tmp_path / "export"), str(tmp_path / "x"), "--fmt", "int4"], "leave them out"),
         (["export", str(tmp_path / "export"), str(tmp_path / "x")], "no config.json to make a model from"),
         (["verify", str(tmp_path / "no.gguf")], "no export of lotion_fx is here"),
+        (
+            ["verify", str(tmp_path), "--source", "a.py:model"],
+            "--source='a.py:model': expected the folder of an export",
+        ),
     ]:
         result = run(*arguments)
         assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output

@@ -56,6 +56,20 @@ def test_a_frozen_weight_runs_at_its_rounded_values_in_training(method, names, i
         assert_runs_as(model, at_rounded(model, []))
 
 
+def test_a_weight_frozen_in_mid_training_has_no_term_any_more():
+    torch.manual_seed(0)
+    model = lotion_fx.transform(MLP(), "int4", calibrate=False, inner="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for step in range(5):
+        model.down.weight.requires_grad_(step < 3)
+        model.down.weight.grad = None
+        gradients(model)
+        optimizer.step()
+    terms = {row.name: row.term for row in lotion_fx.report(model).rows if row.format}
+    assert terms.pop("down.weight") is None and list(terms) == ["up.weight"]
+    torch.testing.assert_close(float(lotion_fx.penalty(model).detach()), sum(terms.values()), rtol=1e-5, atol=0)
+
+
 def test_what_waits_for_its_turn_is_not_frozen():
     """The half of a GAN that the other half's loss passes through."""
     torch.manual_seed(0)

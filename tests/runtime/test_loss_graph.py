@@ -317,6 +317,40 @@ def test_checkpoints_are_themselves_again():
     assert len(calls) == 2
 
 
+IGNORED = torch.full((16,), -100)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("given", [(batch(16)[0], IGNORED), (batch(16)[0] * torch.nan, batch(16)[1]), batch(0)])
+def test_a_batch_whose_loss_is_no_number_is_refused(given, call):
+    model = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+    with pytest.raises(ValueError, match=r"batch(es\[0\])?: its loss is nan at the weights as they are; leave out"):
+        CALLS[call](model, given)
+
+
+def test_of_several_the_one_is_named():
+    model = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+    batches = [batch(16), batch(16), (batch(16)[0], IGNORED)]
+    for call in (lotion_fx.round_, lotion_fx.calibrate):
+        with pytest.raises(ValueError, match=r"batches\[2\]: its loss is nan"):
+            call(model, batches, F.cross_entropy)
+
+
+def test_a_forgotten_loss_is_asked_for():
+    model = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+    for call in (lotion_fx.expected_loss, lotion_fx.suggest, lambda m, b: lotion_fx.round_(m, [b])):
+        with pytest.raises(TypeError, match=r"forward does not take it .*; pass loss_fn if it is \(inputs, targets\)"):
+            call(model, batch(16))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_loss_without_gradient_is_refused(call):
+    model = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
+    model.register_forward_hook(lambda module, args, out: out.detach())
+    with pytest.raises(ValueError, match=r"loss_fn: the loss has no gradient of any parameter; is it of detached"):
+        CALLS[call](model, batch(16))
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_inference_mode_is_refused(call):
     model = lotion_fx.transform(MLP(), "int4", inner="aot_eager")

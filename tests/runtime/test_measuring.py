@@ -232,9 +232,9 @@ def test_who_looks_amid_a_step_changes_nothing(how, amid):
     assert found[0][1] == found[1][1]
 
 
-def test_two_backward_passes_of_one_forward_are_at_its_weights(monkeypatch):
+@torch._functorch.config.patch(donated_buffer=False)  # which retain_graph=True asks for
+def test_two_backward_passes_of_one_forward_are_at_its_weights():
     found = []
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)  # which retain_graph=True asks for
     for at_once in (True, False):
         model, _ = trained(1)
         logits = model(ids())

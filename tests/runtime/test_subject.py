@@ -74,6 +74,13 @@ def test_what_names_nothing_is_said_in_a_sentence(source, message):
     assert str(caught.value).startswith(f"source={source!r}: ") and message in str(caught.value)
 
 
+def test_a_callable_with_arguments_is_refused(tmp_path):
+    path = tmp_path / "made.py"
+    path.write_text("from torch import nn\ndef small(width): return nn.Linear(width, 2)\n")
+    with pytest.raises(TypeError, match=r"source=.*made.py:small': expected a callable without arguments, missing"):
+        subject(f"{path}:small")
+
+
 def test_a_model_is_transformed_once():
     assert transformed(f"{HERE}:alone", "int4", "linear").model is not None
     with pytest.raises(ValueError, match="is transformed already; leave them out"):
