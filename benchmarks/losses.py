@@ -198,8 +198,14 @@ def increase(model: nn.Module, loss: Loss, data: Iterator[Batch], rounds: int) -
     return statistics.fmean(found), statistics.stdev(found) / math.sqrt(rounds)
 
 
-def train(kind: str, loss: Loss, count: int, seed: int, rate: float = 3e-3, **options: Any) -> nn.Module:
-    """A net trained by Adam on fresh batches, under `lotion_fx.transform` with these options."""
+def train(
+    kind: str, loss: Loss, count: int, seed: int, rate: float = 3e-3, *, decays: bool = True, **options: Any
+) -> nn.Module:
+    """A net trained by Adam on fresh batches, under `lotion_fx.transform` with these options.
+
+    Args:
+        decays: the learning rate does, by a cosine to 0 at the end.
+    """
     torch.manual_seed(seed)
     torch.compiler.reset()
     model, data = lotion_fx.transform(NETS[kind](), inner="aot_eager", **options), batches(kind, seed)
@@ -209,7 +215,8 @@ def train(kind: str, loss: Loss, count: int, seed: int, rate: float = 3e-3, **op
         loss(model, next(data)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        if decays:
+            schedule.step()
     return model
 
 
@@ -218,7 +225,8 @@ def size(args: argparse.Namespace) -> None:
     for kind, name, curvature in itertools.product(args.nets, args.losses, args.curvatures):
         start, ratios, told, terms, increases = time.perf_counter(), [], [], [], []
         for seed in args.seeds:
-            model = train(kind, LOSSES[name], args.steps, seed, fmt=args.formats[0], curvature=curvature)
+            options = {"fmt": args.formats[0], "curvature": curvature, "decays": not args.constant}
+            model = train(kind, LOSSES[name], args.steps, seed, **options)
             report = lotion_fx.report(model)
             measured, _ = increase(model, LOSSES[name], batches(kind, 12345 + seed), args.rounds)
             size, error = report.size or (math.nan, math.nan)
@@ -314,6 +322,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--constant", action="store_true", help="the learning rate, of size; it decays to 0 otherwise")
     args = parser.parse_args()
     args.seeds = range(args.first_seed, args.first_seed + args.seeds)
     args.formats = args.formats or (["int4"] if args.what == "size" else ["int4", "int3"])

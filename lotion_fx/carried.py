@@ -228,7 +228,7 @@ def _forward_comes(before: Before, module: nn.Module) -> None:
     """Tells of a forward outside of any call of its model."""
     smoothings = {weight.smoothing for weight in before.weights.values() if not weight.smoothing.is_running}
     for smoothing in smoothings:
-        smoothing.tally.forward_comes(trains=module.training and torch.is_grad_enabled())
+        smoothing.tally.forward_comes(trains=module.training and torch.is_grad_enabled(), of_part=True)
 
 
 @torch.compiler.disable

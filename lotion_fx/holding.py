@@ -65,12 +65,13 @@ class Holding:
         held: the weights that take part in the measurement under way.
         steps: how many came before the step that it is of.
         thread: that ran the last forward which was to measure.
+        stays: whether a part of the model ran at the noisy values by itself: nothing tells of its backward pass.
         is_anew: whether the forward to come may be the first of that step once more, for an optimizer was asked for it.
     """
 
     def __init__(self) -> None:
         self.held: dict[Weight, Held] = {}
-        self.steps, self.thread, self.is_anew = -1, 0, False
+        self.steps, self.thread, self.stays, self.is_anew = -1, 0, False, False
 
     @property
     def is_noisy(self) -> bool:
@@ -78,9 +79,9 @@ class Holding:
         return any(not held.is_back for held in self.held.values())
 
     @_in_python
-    def begin(self, weights: Iterable[Weight], steps: int, amplitude: float) -> None:
+    def begin(self, weights: Iterable[Weight], steps: int, amplitude: float, *, of_part: bool) -> None:
         """The parameters that can be measured come to hold noisy values, in the step after so many."""
-        self.steps, self.thread = steps, threading.get_ident()
+        self.steps, self.thread, self.stays = steps, threading.get_ident(), of_part
         for place, weight in enumerate(weights):
             if can_be_measured(weight) and (parameter := weight.master) is not None:
                 local, amax = local_of(parameter), shared_amax(weight.quantizer, parameter)
@@ -92,8 +93,9 @@ class Holding:
             _under_way.add(self)
 
     @_in_python
-    def go_on(self) -> None:
+    def go_on(self, *, of_part: bool = False) -> None:
         """They hold the same noisy values again; one that was changed since is left as it is, and tells nothing."""
+        self.stays |= of_part
         for weight, held in list(self.held.items()):
             if not held.is_back or (parameter := weight.master) is None or not can_be_measured(weight):
                 continue
@@ -152,7 +154,8 @@ class Holding:
             parameter = weight.master if weight.smoothing.settings.process_group is None else None
             grad = None if parameter is None else parameter.grad
             held.seen = None if grad is None or is_partial(grad) else sample(grad).clone()
-        self.put_back()
+        if not self.stays:  # else another may be to come
+            self.put_back()
 
     # ---------------------------------------------------------------------------------------------------------- copies
 

@@ -135,11 +135,12 @@ class Measuring:
 
     # ------------------------------------------------------------------------------------------------------- measuring
 
-    def hold(self, steps: int) -> None:
+    def hold(self, steps: int, *, of_part: bool = False) -> None:
         """A training forward of the step after so many begins, and it is to measure if one is due.
 
         Args:
             steps: optimizer steps since the term first came.
+            of_part: it is a forward of a part of the model, after which noise stays until the step.
         """
         holding = self.holding
         self._forwards.come(steps, is_first=holding.is_anew)
@@ -147,7 +148,7 @@ class Measuring:
         if holding.held and (steps != holding.steps or self._forwards.give_up(holding.held)):
             holding.drop()
         if holding.held:
-            holding.go_on()
+            holding.go_on(of_part=of_part)
             return
         looks, gap = steps - self._since, max(self.next_at - self._since, 1)
         is_due = self.draws and LOOKS * looks // gap > LOOKS * (looks - 1) // gap
@@ -163,7 +164,7 @@ class Measuring:
         self.residuals.clear()
         self.next_at, self._since = steps + self._pause(steps), steps
         self._is_told, self._is_stepped, self._to_look_at = False, False, set()  # a measurement looks at all
-        holding.begin(self.weights, steps, self.amplitude)
+        holding.begin(self.weights, steps, self.amplitude, of_part=of_part)
 
     def _pause(self, steps: int) -> int:
         """Steps to the next measurement."""

@@ -226,8 +226,8 @@ class Tally:
         self.step_of_forwards, self.is_closed = self.step_of_forwards + self.is_closed, False
         self.reached = self.steps
 
-    def forward_comes(self, *, trains: bool) -> None:
-        """Code that reads weights is about to run; parameters hold what it is to read.
+    def forward_comes(self, *, trains: bool, of_part: bool = False) -> None:
+        """Code that reads weights is about to run, the model or a part of it; parameters hold what it is to read.
 
         Args:
             trains: it is a training forward, whose gradient an optimizer is to step with.
@@ -236,7 +236,7 @@ class Tally:
         if not trains or self.override:
             self.measuring.holding.put_back()
         elif self.phase.measures:
-            self.measuring.hold(self.term_steps)
+            self.measuring.hold(self.term_steps, of_part=of_part)
 
     def forward_began(self) -> None:
         self.counted_in_graph = False

@@ -249,6 +249,26 @@ def test_two_backward_passes_of_one_forward_are_at_its_weights():
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_part_that_runs_by_itself_goes_backward_at_its_forward_s_weights(place):
+    """Another backward pass comes before its own. A layer within a member of a list has no compiled call."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+    model = lotion_fx.transform(nn.Sequential(block, nn.Linear(32, 8)), "int4", inner="aot_eager")
+    optimizer, x = torch.optim.SGD(model.parameters(), 0.0), torch.randn(16, 32)
+    one_step(model, optimizer, lambda m: m(x).square().mean())
+    part = block[0] if place == 0 else model[1]
+    given = torch.randn(4, 32, requires_grad=True)
+    whole, out = model(x).square().mean(), part(given).square().mean()
+    noisy = part.weight.detach().clone()
+    whole.backward()
+    out.backward()
+    expected = given.detach().requires_grad_()
+    F.linear(expected, noisy, part.bias).square().mean().backward()
+    assert measuring_of(model).holding.held
+    torch.testing.assert_close(given.grad, expected.grad)
+
+
 def test_parameters_are_their_own_between_backward_and_step():
     """Who keeps a copy of them there, to put back in place of a step that is rejected, keeps no noise."""
     model, optimizer = trained(1)
