@@ -104,11 +104,7 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any, *, called_batch: str 
         return [*seen, *outputs_in(out)]
 
     gm, parameters, data = _traced(model, batch, losses)
-    if not math.isfinite(value := float(seen[0].detach())):
-        raise ValueError(
-            f"{called_batch}: its loss is {value} at the weights as they are; leave out batches without rows, or all "
-            "of whose labels are ignored, and look for what is no finite number in the others"
-        )
+    _check_finite(float(seen[0].detach()), parameters, called_batch)
     if not _keep_one_output(gm, len(parameters)):
         raise ValueError(
             f"{'model' if loss_fn is None else 'loss_fn'}: the loss has no gradient of any parameter; is it of "
@@ -194,6 +190,19 @@ def _check_arguments(model: nn.Module, batch: Any, called_batch: str) -> None:
                 f"{called_batch}: {type(model).__name__}.forward does not take it ({error}); without loss_fn it is the "
                 "model's own arguments and the model returns its loss; pass loss_fn if it is (inputs, targets)"
             ) from None
+
+
+def _check_finite(loss: float, parameters: Mapping[str, Tensor], called_batch: str) -> None:
+    """Raises where a loss is no finite number, and names the parameter that is to blame if one is."""
+    if math.isfinite(loss):
+        return
+    for name, parameter in parameters.items():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"model: {name!r} has values that are no finite numbers; load a checkpoint of before")
+    raise ValueError(
+        f"{called_batch}: its loss is {loss} at the weights as they are; leave out batches without rows, or all of "
+        "whose labels are ignored, and look for what is no finite number in the others"
+    )
 
 
 def _keep_one_output(gm: fx.GraphModule, parameters: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from lotion_fx import private, private_backward, private_ranks
-from lotion_fx.measuring import step_may_be_skipped
+from lotion_fx.holding import step_may_be_skipped
 from lotion_fx.private_names import WHY
 from tests.models import MLP
 
