@@ -80,6 +80,7 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any, *, called_batch: str 
         called_batch: by its user.
 
     Raises:
+        TypeError: without ``loss_fn``, the model does not take the batch.
         ValueError: the batch is not as above, there is no scalar loss, it is no finite number or does not depend on any
             parameter, or `torch.inference_mode` is on.
     """
@@ -93,8 +94,6 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any, *, called_batch: str 
         check_loss(loss_fn, where_returned="None")
     if loss_fn is not None:
         pair(batch)
-    else:
-        _check_arguments(model, batch, called_batch)
     seen: list[Tensor] = []
 
     def losses(functional: Callable[..., Any], given: Any) -> list[Tensor]:
@@ -103,7 +102,15 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any, *, called_batch: str 
         seen[:] = [loss_of(out) if loss_fn is None else scalar(loss_fn(out, targets), "loss_fn")]
         return [*seen, *outputs_in(out)]
 
-    gm, parameters, data = _traced(model, batch, losses)
+    try:
+        gm, parameters, data = _traced(model, batch, losses)
+    except TypeError as error:
+        if loss_fn is not None or not (why := misfit(model.forward, batch)):
+            raise
+        raise TypeError(
+            f"{called_batch}: {type(model).__name__}.forward does not take it ({why}); without loss_fn it is the "
+            "model's own arguments and the model returns its loss; pass loss_fn if it is (inputs, targets)"
+        ) from error
     _check_finite(float(seen[0].detach()), parameters, called_batch)
     if not _keep_one_output(gm, len(parameters)):
         raise ValueError(
@@ -179,19 +186,6 @@ def _traced(
     return gm, parameters, tuple(tensors)
 
 
-def _check_arguments(model: nn.Module, batch: Any, called_batch: str) -> None:
-    """Raises where a batch cannot be a model's own arguments, as where ``loss_fn`` was forgotten."""
-    with contextlib.suppress(ValueError):  # of what has no signature
-        signature = inspect.signature(model.forward)
-        try:
-            called(signature.bind, batch)
-        except TypeError as error:
-            raise TypeError(
-                f"{called_batch}: {type(model).__name__}.forward does not take it ({error}); without loss_fn it is the "
-                "model's own arguments and the model returns its loss; pass loss_fn if it is (inputs, targets)"
-            ) from None
-
-
 def _check_finite(loss: float, parameters: Mapping[str, Tensor], called_batch: str) -> None:
     """Raises where a loss is no finite number, and names the parameter that is to blame if one is."""
     if math.isfinite(loss):
@@ -215,6 +209,10 @@ def _keep_one_output(gm: fx.GraphModule, parameters: int) -> bool:
     for node in gm.graph.nodes:
         if node.target is not torch.ops.aten.detach.default and not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
+            written = node if is_mutable(node) else None
+            while written is not None:  # up to what it is a view of, as the outputs of steps that fill one tensor
+                reached.add(written)
+                written = next(iter(written.all_input_nodes), None)
     end: Any = gm.graph.output_node()
     loss, *outputs = end.args[0]
     end.args = ([loss, *[x for x in outputs if x in reached and x.op != "placeholder"][:1]],)
@@ -275,6 +273,25 @@ def pair(batch: Any) -> tuple[Any, Any]:
             "the model's own arguments and the model returns its loss"
         )
     return batch[0], batch[1]
+
+
+def is_mutable(node: fx.Node) -> bool:
+    """Whether a node of a graph writes into one of its inputs."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def misfit(function: Callable[..., Any], inputs: Any) -> str:
+    """Why a function cannot be called with inputs as `called` does, by its signature; empty where nothing tells."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return ""
+    try:
+        called(signature.bind, inputs)
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 def called(function: Callable[..., Any], inputs: Any) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from lotion_fx.compiling import joint_vectors
-from lotion_fx.loss_graph import LossGraph
+from lotion_fx.loss_graph import LossGraph, is_mutable
 from lotion_fx.numerics.adaptive import Curvature, newton, of_inputs
 from lotion_fx.passes.attach.attach import LATENT, Plan
 from lotion_fx.passes.attach.probe import Code, Header, Layout
@@ -198,12 +198,6 @@ class _Run:
             self._uses[node] -= node is not done
             if not self._uses[node] and node.op != "placeholder":
                 self._values.pop(node, None)
-
-
-def is_mutable(node: fx.Node) -> bool:
-    """Whether an op changes one of its arguments."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 def _same(a: Any, b: Any) -> bool:

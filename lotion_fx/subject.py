@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
-import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lotion_fx.loss_graph import LossFunction, called, loss_of, pair, scalar
+from lotion_fx.loss_graph import LossFunction, called, loss_of, misfit, pair, scalar
 from lotion_fx.presets import preset
 from lotion_fx.state import smoothings_of
 from lotion_fx.transformation import transform
@@ -71,11 +69,8 @@ def subject(source: str) -> Subject:
     """
     if is_reference(source):
         make = _referenced(source)
-        with contextlib.suppress(ValueError):  # of what has no signature
-            try:
-                inspect.signature(make).bind()
-            except TypeError as error:
-                raise TypeError(f"source={source!r}: expected a callable without arguments, {error}") from None
+        if why := misfit(make, ()):
+            raise TypeError(f"source={source!r}: expected a callable without arguments, {why}")
         found = make()
         parts = found if isinstance(found, tuple) else (found,)
         if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):

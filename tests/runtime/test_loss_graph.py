@@ -343,6 +343,28 @@ def test_a_forgotten_loss_is_asked_for():
             call(model, batch(16))
 
 
+def test_a_hook_may_take_what_the_forward_does_not():
+    model, given = lotion_fx.transform(nn.Linear(20, 7), "int4", inner="aot_eager"), (torch.randn(4, 20),) * 2
+    model.register_forward_pre_hook(lambda module, args: (args[0] + args[1],))
+    model.register_forward_hook(lambda module, args, out: out.square().mean())
+    torch.testing.assert_close(lotion_fx.expected_loss(model, given).loss, model(*given))
+
+
+class Filling(MLP):
+    """Writes its output step by step into one tensor, through views."""
+
+    def forward(self, x):
+        out, made = torch.zeros(len(x), 7), super().forward(x)
+        for place in range(7):
+            out[:, place] = made[:, place]
+        return out
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_output_that_is_filled_has_a_gradient(call):
+    CALLS[call](lotion_fx.transform(Filling(), "int4", inner="aot_eager"), batch(16))
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_a_loss_without_gradient_is_refused(call):
     model = lotion_fx.transform(MLP(), "int4", inner="aot_eager")
