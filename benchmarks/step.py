@@ -1,13 +1,14 @@
 """What a training step costs under each method, next to the plain compiled step.
 
-    python benchmarks/step.py [--width 256] [--depth 4] [--fmt nvfp4] [--rounds 40] [--json PATH]
+    python benchmarks/step.py [--width 256] [--depth 4] [--fmt nvfp4] [--rounds 40] [--after 3] [--json PATH]
 
 One process, one model a method, all from one seed. Rounds interleave the methods in a new random order each; a row is
 the median over rounds of its step time over the plain step's of the same round, and the middle half of those ratios.
 'plain again' is a second plain model: its spread is the noise. FLOPs and bytes are Inductor's own counters over the
 forward, backward and update graphs; they do not depend on the machine's load. State is what stays allocated between
 steps beyond the plain model's, over the number of quantized parameters. 'lotion at rest' is a step that gathers no
-curvature, three of four after the first thousand.
+curvature, three of four after the first thousand. ``--after`` so many steps rounds begin: the first of a training look
+at the size of the term more often than all others.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def persistent(model: nn.Module) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--after", type=int, default=3, help="steps of each model before the first round")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32)
@@ -121,9 +123,9 @@ def main() -> None:
         steps[name]()
         compiling = time.perf_counter() - began
         rows[name] = {"bytes": metrics.num_bytes_accessed, "flops": CountFlops.total, "compile": compiling}
-        steps[name]()  # Adam's second moment exists only now: curvature='fisher' compiles once more
+        for _ in range(max(args.after, 3) - 1):  # the second has Adam's moments: curvature='fisher' compiles once more
+            steps[name]()
         rows[name]["state"] = persistent(model)
-        steps[name]()
     cpu = torch.device("cpu")
     timed = interleaved({name: partial(seconds, step, cpu) for name, step in steps.items()}, args.rounds)
     plain = rows["plain"]

@@ -6,7 +6,7 @@ The cause is looked for when an optimizer steps, stands in the report until the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,10 +42,11 @@ def look_for_missing(smoothing: Smoothing, weights: Sequence[Weight], gradients:
         weights: those that an optimizer is about to step, with their gradients.
     """
     told: dict[str, list[str]] = {}
-    idle = _idle(smoothing, weights, gradients)
+    due = [weight for weight in weights if _is_due(weight)] if _is_asked(smoothing) else []
+    idle = _idle(due, dict(zip(weights, gradients, strict=True)))
     for weight in weights:
         known = weight.curvature
-        known.absent = IDLE if weight in idle else _cause(weight)
+        known.absent = IDLE if weight in idle else _cause(weight, is_due=weight in due)
         if known.absent not in ("", IDLE) and not known.is_missed:
             known.is_missed = True
             told.setdefault(_effect(weight) + "; " + _ADVICE[known.absent], []).append(weight.name)
@@ -58,36 +59,37 @@ def has_curvature(weight: Weight) -> bool:
     return weight.gathered.probe is not None and weight.gathered.probe.grad is not None
 
 
+def _is_asked(smoothing: Smoothing) -> bool:
+    """Whether graphs are asked for curvature in this step."""
+    tally = smoothing.tally
+    return tally.has_term and not tally.settings.reads_moment and (tally.pass_is_due or not tally.resting)
+
+
 def _is_due(weight: Weight) -> bool:
-    """Whether curvature should have come from a graph in this step, and did not."""
+    """Whether curvature should have come from a graph in this step, which asked for it, and did not."""
     if has_curvature(weight) or weight.gathered.in_loss:
         return False
-    tally = weight.smoothing.tally
-    if not tally.has_term or tally.settings.reads_moment:
-        return False
-    if tally.resting and not tally.pass_is_due:
-        return False
     # Another rank's batch may have used the weight. What no graph contained in its first step with a term is known.
-    return tally.group is None if weight.is_analytic else weight.curvature.code is None
+    return weight.smoothing.tally.group is None if weight.is_analytic else weight.curvature.code is None
 
 
-def _idle(smoothing: Smoothing, weights: Sequence[Weight], gradients: Sequence[Tensor]) -> set[Weight]:
-    """The weights that nothing used in this step, though they have a gradient: of zeros. May read the device."""
-    due = [(weight, grad) for weight, grad in zip(weights, gradients, strict=True) if _is_due(weight)]
+def _idle(due: Sequence[Weight], gradients: Mapping[Weight, Tensor]) -> set[Weight]:
+    """Those due that nothing used in this step, though they have a gradient: of zeros. May read the device."""
     if not due:
         return set()
-    used = torch.stack([sample(grad).any().to(due[0][1].device) for _, grad in due]).tolist()
-    return {weight for (weight, _), is_used in zip(due, used, strict=True) if not is_used}
+    used = torch.stack([sample(gradients[w]).any().to(gradients[due[0]].device) for w in due]).tolist()
+    return {weight for weight, is_used in zip(due, used, strict=True) if not is_used}
 
 
-def _cause(weight: Weight) -> str:
+def _cause(weight: Weight, *, is_due: bool) -> str:
     tally = weight.smoothing.tally
-    if not weight.training and not has_curvature(weight) and tally.forward_mode != STE:
+    has_none = not has_curvature(weight)
+    if has_none and not weight.training and tally.forward_mode != STE:
         return IN_EVAL
-    outside = not weight.is_analytic and not has_curvature(weight) and tally.has_term
+    outside = has_none and not weight.is_analytic and tally.has_term
     if outside and not tally.settings.reads_moment and not tally.was_called(weight):
         return NOT_CALLED
-    if not _is_due(weight):
+    if not is_due:
         return ""
     if private_backward.current_backward() != -1:  # from the next forward on, curvature is there first
         return "" if tally.steps_inside == tally.forwards else IN_BACKWARD

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import alike, private_backward
+from lotion_fx.factors import Factors
 from lotion_fx.optimizers import ascending
 from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import HEADER, Code, Header
@@ -27,10 +28,6 @@ from lotion_fx.passes.attach.sharded import gathered, is_cut
 from lotion_fx.shards import Ranks, local_of, part_of, sample, settle, shared_amax, summed
 from lotion_fx.state import Smoothing, Weight
 from lotion_fx.update import FISHER, KEPT, MOMENT, SIZE, VECTOR, Spec, curvature_of, stored, total_of
-
-BOUND = 0.5
-"""How large a term may be beside the root of a second moment that holds its squares too, and a step of it beside a
-weight, see `update`."""
 
 STRONG = 4.0
 """A strength above this may make the term outweigh the loss, and is kept within bounds."""
@@ -72,27 +69,6 @@ class TakesTerms(Protocol):
     terms: dict[Tensor, Term]
 
     def can_take(self, parameter: Tensor, weight: Weight) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What one step's curvatures and gradients are multiplied by, 0-d float32 each.
-
-    Args:
-        row: T over the squared loss scale: of payloads, which are made of gradients as backward saw them.
-        gradient: T over the squared factor by which ``.grad`` was scaled or clipped: of squares of it.
-        total: T of the step, over all ranks.
-        gains: of each weight's term.
-        limit: of a term, over what ``bounded`` says, see `update`.
-        bounded: by what terms are kept small.
-    """
-
-    row: Tensor
-    gradient: Tensor
-    total: Tensor
-    gains: tuple[Tensor, ...]
-    limit: Tensor
-    bounded: str
 
 
 class Step:
@@ -143,7 +119,7 @@ class Step:
         vectors = self._payloads(factors)
         if self.group is not None or self.ranks:
             vectors = self._reduced(vectors, factors.row)
-            factors = replace(factors, row=torch.ones_like(factors.row))
+            factors = replace(factors, is_in=True)
         triples = zip(self.pairs, vectors, factors.gains, strict=True)
         jobs = []
         for (weight, parameter), vector, gain in triples:
@@ -162,28 +138,25 @@ class Step:
     # --------------------------------------------------------------------------------------------------------- factors
 
     def _factors(self, shrunk: Tensor | float) -> Factors:
-        count, scale = self._loss_count(), 1.0 if self.loss_scale is None else self._on(self.loss_scale)
-        total = summed(count, self.group).float()
+        scale = 1.0 if self.loss_scale is None else self._on(self.loss_scale)
+        total = summed(self._loss_count(), self.group).float()
         self.tally.counted(total)
-        row = (total / scale**2).float()
-        if self.settings.samples_labels:  # of the pass's own loss, which nothing scaled
-            row = torch.full_like(row, 1 / self.tally.draws)
         rising = ascending(self.optimizer)
         strengths = [
             0.0 if w.gathered.in_objective else self.tally.strength_of(w) * (-1.0 if p in rising else 1.0)
             for w, p in self.pairs
         ]
-        pending = torch.ones_like(total) if self.pending is None else self._on(self.pending).float()
-        gains = torch.tensor(strengths, dtype=torch.float32, device=self.device) * pending
-        bounded, unit = self._bound(total)
-        limit = BOUND * pending / unit
+        gains = torch.tensor(strengths, dtype=torch.float32, device=self.device)
+        pending = None if self.pending is None else self._on(self.pending).float()
+        gains = gains if pending is None else gains * pending
+        clip = None
         if self.settings.reads_moment:  # of clipped gradients; what is added to them is too, or its squares feed it
             clip = torch.as_tensor(self._clip(shrunk), dtype=torch.float32, device=self.device)
-            limit = limit * clip.abs()
             if not self.tally.measuring.draws:  # else its size holds the clipping
                 reads = [self._has_moment(p) for _, p in self.pairs]
                 gains = torch.where(torch.tensor(reads, device=self.device), gains * clip, gains)
-        return Factors(row, (total / (scale * shrunk) ** 2).float(), total, gains.unbind(), limit, bounded)
+        draws = self.tally.draws if self.settings.samples_labels else None
+        return Factors(total, gains.unbind(), scale, shrunk, pending, clip, *self._bound(total), draws)
 
     def _bound(self, total: Tensor) -> tuple[str, Tensor]:
         """By what terms are kept small, and what that is to be divided by. T is ``total``."""
@@ -353,23 +326,25 @@ class Step:
         payload = [] if vector is None else [vector]
         is_kept = known.code in (None, Code.ANALYTIC) or (self.is_resting and self._rests(weight))
         source = VECTOR if payload else KEPT if is_kept else FISHER
-        state = known.ema
+        state, factor = known.ema, None
         if self.settings.reads_moment:
             moment = self._moment_of(parameter)
             if self._is_taken(weight, parameter, moment, factors, gain):
                 return None
             if isinstance(moment, Tensor):  # no state of our own then
                 known.ema = None
-                source, payload, state = MOMENT, [held_of(moment)], values.new_zeros(0)
-                factors = replace(factors, gradient=self._moment_factor(weight, factors))
+                source, payload, state, factor = MOMENT, [], held_of(moment), self._moment_factor(weight, factors)
         if source != MOMENT and (state is None or state.numel() != part.layout.payload + 1):
             state = known.ema = torch.zeros(part.layout.payload + 1, dtype=torch.float32, device=values.device)
         assert state is not None
-        if weight in self.noisy and source != MOMENT:  # curvature at other weights, and what is not finite teaches none
-            factors = replace(factors, row=factors.row * math.nan, gradient=factors.gradient * math.nan)
-        shared = [x for x in amax if x is not None]
-        args = [values, grad, state, *payload, *shared, factors.row, factors.gradient, gain, factors.limit]
-        return Spec.of(weight, source, part, self._bound_of(weight, factors), args), args
+        if source in (VECTOR, FISHER):
+            factor = factors.row if source == VECTOR else factors.gradient
+            if weight in self.noisy:  # curvature at other weights, and what is not finite teaches none
+                factor = factor * math.nan
+        bounded = self._bound_of(weight, factors)
+        scalars = [factor, gain, factors.limit if bounded else None]
+        args = [values, grad, state, *payload, *(x for x in (*amax, *scalars) if x is not None)]
+        return Spec.of(weight, source, part, bounded, args), args
 
     def _bound_of(self, weight: Weight, factors: Factors) -> str:
         """By what one weight's term is kept small."""
@@ -405,7 +380,7 @@ class Step:
             return False
         if not optimizer.can_take(parameter, weight):
             return False
-        zero = torch.zeros_like(factors.gradient)
+        zero = torch.zeros_like(factors.total)
         pair = (self._moment_factor(weight, factors), zero) if has_moment else (zero, factors.gradient)
         optimizer.terms[parameter] = Term(weight, *pair, gain)
         weight.curvature.ema = None

@@ -116,27 +116,29 @@ def marginals(h: Tensor, layout: Layout) -> Tensor:
 def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
     """Moves one weight's state and adds the term's gradient to its ``grad``, both in place.
 
-    ``args``: weight, grad, state, the payload (vector) or exp_avg_sq (moment) if any, amax_tensor if the format needs
-    one from elsewhere, and last the 0-d ``row_factor`` (T over the squared loss scale), ``grad_factor`` (T over the
-    squared factor by which ``grad`` was scaled or clipped), ``gain`` and ``limit``.
+    ``args``: weight, grad, its state (moment: exp_avg_sq), the payload (vector), amax_tensor if the format needs one
+    from elsewhere, and 0-d what h is multiplied by (none of a state that is kept), the gain of the term, and its
+    ``limit`` if it is bounded. A payload is multiplied by T over the squared loss scale, the square of ``grad`` by T
+    over the squared factor by which it was scaled or clipped, exp_avg_sq by what makes it a mean of such squares.
 
     Where h is read from a second moment that holds the squares of the term as well, the term is at most ``limit`` times
     the root of h, half of the gradients' root mean square: so it can no more than double that moment's root, and what
     it is made of does not grow with it. Under an optimizer that divides by no such root the term is at most ``limit``
     times the largest weight, by which no step of it makes a weight more than half as large again.
     """
-    weight, grad, state, *given, row_factor, grad_factor, gain, limit = args
-    layout = spec.part.layout
-    h = moved = None
-    if spec.source == MOMENT:
-        h = given.pop(0).float() * grad_factor
-    elif spec.source == KEPT:
+    weight, grad, state, *given = args
+    limit = given.pop() if spec.bounded else None
+    gain, layout, h, moved = given.pop(), spec.part.layout, None, None
+    if spec.source == KEPT:
         moved = state
+    elif spec.source == MOMENT:
+        h = state.float() * given.pop()
     else:
+        factor = given.pop()
         if spec.source == VECTOR:
-            payload = layout.scaled(given.pop(0).float(), row_factor)
+            payload = layout.scaled(given.pop(0).float(), factor)
         else:
-            squared = grad.float().square() * grad_factor
+            squared = grad.float().square() * factor
             payload = marginals(squared, layout) if layout.kind == "factored" else squared.reshape(-1)
         fresh = torch.cat([payload, payload.new_ones(1)])
         # A step that overflowed in half precision teaches nothing.
@@ -150,7 +152,7 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
     h = dense(moved, spec.part) if moved is not None else h
     assert h is not None
     term = 0.5 * gain * spec.quantizer.variance_vjp(weight, h.view(weight.shape), amax_tensor=amax)
-    if spec.bounded:
+    if limit is not None:
         reach = limit * (h.view(weight.shape).sqrt() if spec.bounded == MOMENT else weight.abs().amax().float())
         term = torch.minimum(torch.maximum(term, -reach), reach)
     grad.add_(term.to(grad.dtype))
