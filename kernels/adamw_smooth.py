@@ -3,7 +3,8 @@
 Per weight w with gradient g, moments m and v, and per block of it with scale s and absmax elements M:
 
     h  = of_moment v + of_square g^2                                    curvature times half the strength
-    g' = unscale (g + h s v'(z) + [i in M] share sign(w)),              z = w / s, see `rounding.variance_vjp`
+    t  = h s v'(z) + [i in M] share sign(w),                            z = w / s, see `rounding.variance_vjp`
+    g' = unscale (g + t), t within limit sqrt(h)
     m  = beta1 m + (1 - beta1) g'
     v  = beta2 v + (1 - beta2) g'^2
     w  = keep w - step m / (sqrt(v) + eps)
@@ -47,7 +48,7 @@ from lotion_fx.numerics.formats import resolve
 from lotion_fx.numerics.noise import resolve_noise
 
 # Columns of `factors`: what differs from weight to weight.
-FACTORS = ("of_moment", "of_square", "unscale", "keep", "step", "eps")
+FACTORS = ("of_moment", "of_square", "unscale", "keep", "step", "eps", "limit")
 
 # A program takes many tiles of one weight, so that the tables are read once for them.
 CONFIGS = tuple(
@@ -71,9 +72,15 @@ def term_slope(w, h, inside, ts):
 
 
 @template
+def within(x, reach):
+    """x in [-reach, reach]; what is no number stays none."""
+    return tl.maximum(tl.minimum(x, reach, tl.PropagateNan.ALL), -reach, tl.PropagateNan.ALL)
+
+
+@template
 def adamw_smooth_kernel(
     table,  # int64 [n, 6]: addresses of w, g, m and v, elements, first program
-    factors,  # float32 [n, 6]: FACTORS
+    factors,  # float32 [n, 7]: FACTORS
     owner,  # int32 [programs]: the weight of each program
     amax,  # float32 [n]
     amax_after,  # int32 [n]: bits of a float32, 0 before
@@ -90,7 +97,7 @@ def adamw_smooth_kernel(
 ):
     program = tl.program_id(0)
     n = tl.load(owner + program)
-    row, of = table + n * 6, factors + n * 6
+    row, of = table + n * 6, factors + n * 7
     start = (program - tl.load(row + 5)) * (TILE * TILES)
     w_at = tl.multiple_of(tl.load(row).to(tl.pointer_type(WEIGHT)), ALIGNMENT) + start
     g_at = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), ALIGNMENT) + start
@@ -100,7 +107,7 @@ def adamw_smooth_kernel(
     left = tl.minimum(elements - start, TILE * TILES).to(tl.int32)
     left = tl.multiple_of(tl.where(elements > 0, left, 0), BLOCK)  # 0 elements upon an overflow
     of_moment, of_square, unscale = tl.load(of), tl.load(of + 1), tl.load(of + 2)
-    keep, step, eps = tl.load(of + 3), tl.load(of + 4), tl.load(of + 5)
+    keep, step, eps, limit = tl.load(of + 3), tl.load(of + 4), tl.load(of + 5), tl.load(of + 6)
     ts = tensor_scale(tl.load(amax + n)) if TWO_LEVEL else 1.0
     in_tile = tl.arange(0, TILE // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     largest = tl.full((), 0.0, tl.float32)
@@ -112,7 +119,8 @@ def adamw_smooth_kernel(
         m = tl.load(m_at + i, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(v_at + i, mask=inside, other=0.0).to(tl.float32)
         h = of_moment * v + of_square * g * g
-        g = unscale * (g + term_slope(w, h, inside, ts))
+        reach = limit * tl.sqrt(tl.abs(h))
+        g = unscale * (g + within(term_slope(w, h, inside, ts), reach))
         m = beta1 * m + rest1 * g
         v = beta2 * v + rest2 * g * g
         w = (keep * w - tl.div_rn(step * m, tl.sqrt_rn(v) + eps)).to(WEIGHT)
@@ -131,7 +139,7 @@ class Step(NamedTuple):
     Args:
         params, grads, exp_avgs, exp_avg_sqs: n contiguous tensors each, float32, bfloat16 or float16, of one dtype per
             list, on one device. The last dimension holds whole blocks.
-        factors: float32 [n, 6], `FACTORS` of each weight.
+        factors: float32 [n, 7], `FACTORS` of each weight.
         amax: float32 [n], the absmax of each weight, for a two-level format; else empty.
         found_inf: 0-d, not 0 where the gradients overflowed, upon which nothing is written.
         fmt, noise: names of the format and of the noise law.
@@ -189,11 +197,13 @@ def reference(step: Step) -> Tensor:
     law, form, beta1, beta2 = resolve_noise(step.noise), resolve(step.fmt), step.beta1, step.beta2
     for i, (w, grad, m, v) in enumerate(zip(*step[:4], strict=True)):
         dtype = rounding.compute_dtype(w)
-        of_moment, of_square, unscale, keep, size, eps = step.factors[i].to(dtype)
+        of_moment, of_square, unscale, keep, size, eps, limit = step.factors[i].to(dtype)
         before, g, first, second = (t.to(dtype) for t in (w, grad, m, v))
         h = of_moment * second + of_square * g.square()
         largest = step.amax[i] if form.law.two_level else None
-        g = unscale * (g + rounding.variance_vjp(before, h, form, law=law, amax_tensor=largest))
+        reach = limit * h.abs().sqrt()
+        slope = rounding.variance_vjp(before, h, form, law=law, amax_tensor=largest)
+        g = unscale * (g + torch.maximum(torch.minimum(slope, reach), -reach))
         first = beta1 * first + (1 - beta1) * g
         second = beta2 * second + (1 - beta2) * g.square()
         m.copy_(first)

@@ -137,9 +137,10 @@ class AdamW(torch.optim.AdamW):
     ) -> Tensor:
         """The columns of `adamw_smooth.FACTORS`; in float64, as Python's numbers are, up to the last."""
         steps_taken = torch.stack(list(steps)).to(device, torch.float64)
-        of_moment, of_square, gain = (
-            torch.stack([getattr(term, name) for term in terms]) for name in ("of_moment", "of_square", "gain")
+        of_moment, of_square, gain, limit = (
+            torch.stack([getattr(term, name) for term in terms]) for name in ("of_moment", "of_square", "gain", "limit")
         )
+        strength = (0.5 * gain).abs().sqrt()  # which is in the root of the kernel's h
         beta1, beta2 = group["betas"]
         lr = torch.as_tensor(group["lr"], dtype=torch.float64).to(device)
         scale = getattr(self, "grad_scale", None)
@@ -152,6 +153,7 @@ class AdamW(torch.optim.AdamW):
             (1 - lr * group["weight_decay"]).expand(len(terms)),
             lr * root / (1 - beta1**steps_taken),
             group["eps"] * root,
+            torch.where(strength > 0, limit / strength, 0.0),
         ]
         return torch.stack([column.float() for column in columns], dim=1)
 

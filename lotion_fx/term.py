@@ -32,10 +32,6 @@ from lotion_fx.update import FISHER, KEPT, MOMENT, SIZE, VECTOR, Spec, curvature
 STRONG = 4.0
 """A strength above this may make the term outweigh the loss, and is kept within bounds."""
 
-WIDE, COARSE = 128, 2
-"""Where more weights than this share a scale, or levels have no more bits than this, terms outgrow the loss in a second
-moment that holds their squares, at any strength: the largest weight, which is the scale, has those of all in it."""
-
 _PROVISIONAL = (None, Code.UNREACHED, Code.UNRESOLVED)  # another graph may yet show more
 _UNCOUNTED = "nothing counted the loss terms of this step, which scale the term, so they are taken as 1"
 Pairs = Sequence[tuple[Weight, Tensor]]  # each with the parameter that the optimizer steps
@@ -50,12 +46,14 @@ class Term:
             it is before the step and ``.grad`` as it is in memory.
         of_moment, of_square: 0-d float32, one of them 0.
         gain: 0-d float32: the strength, times the loss scale if that is still in ``.grad``.
+        limit: 0-d float32: how large the term may be, times the root of ``h``.
     """
 
     weight: Weight
     of_moment: Tensor
     of_square: Tensor
     gain: Tensor
+    limit: Tensor
 
 
 @runtime_checkable
@@ -161,7 +159,7 @@ class Step:
     def _bound(self, total: Tensor) -> tuple[str, Tensor]:
         """By what terms are kept small, and what that is to be divided by. T is ``total``."""
         if self.settings.reads_moment:
-            return (MOMENT if self.settings.strength > STRONG else ""), total.sqrt()
+            return MOMENT, total.sqrt()
         if self.settings.strength <= STRONG:
             return "", total
         rates = [group["lr"] for group in self.optimizer.param_groups if "dampening" in group]  # as SGD alone has
@@ -341,14 +339,9 @@ class Step:
             factor = factors.row if source == VECTOR else factors.gradient
             if weight in self.noisy:  # curvature at other weights, and what is not finite teaches none
                 factor = factor * math.nan
-        bounded = self._bound_of(weight, factors)
-        scalars = [factor, gain, factors.limit if bounded else None]
+        scalars = [factor, gain, factors.limit if factors.bounded else None]
         args = [values, grad, state, *payload, *(x for x in (*amax, *scalars) if x is not None)]
-        return Spec.of(weight, source, part, bounded, args), args
-
-    def _bound_of(self, weight: Weight, factors: Factors) -> str:
-        """By what one weight's term is kept small."""
-        return MOMENT if self.settings.reads_moment and _feeds_itself(weight) else factors.bounded
+        return Spec.of(weight, source, part, factors.bounded, args), args
 
     def _has_moment(self, parameter: Tensor) -> bool:
         """Whether the optimizer averages squared gradients, or is to begin with its first step."""
@@ -372,26 +365,15 @@ class Step:
     def _is_taken(self, weight: Weight, parameter: Tensor, moment: Any, factors: Factors, gain: Tensor) -> bool:
         """Hands the term to an optimizer that makes it in its own pass, if it can; True if so."""
         optimizer, has_moment = self.optimizer, isinstance(moment, Tensor)
-        if (
-            not isinstance(optimizer, TakesTerms)
-            or self._bound_of(weight, factors)
-            or not (has_moment or weight.curvature.ema is None)
-        ):
+        if not isinstance(optimizer, TakesTerms) or not (has_moment or weight.curvature.ema is None):
             return False
         if not optimizer.can_take(parameter, weight):
             return False
         zero = torch.zeros_like(factors.total)
         pair = (self._moment_factor(weight, factors), zero) if has_moment else (zero, factors.gradient)
-        optimizer.terms[parameter] = Term(weight, *pair, gain)
+        optimizer.terms[parameter] = Term(weight, *pair, gain, factors.limit)
         weight.curvature.ema = None
         return True
-
-
-def _feeds_itself(weight: Weight) -> bool:
-    """Whether a term of moderate strength that is made of a second moment may grow by what it adds to it."""
-    fmt, shape = weight.quantizer.format, weight.shape
-    shared = {"tensor": math.prod(shape), "channel": shape[weight.quantizer.axis]}
-    return fmt.grid.bits <= COARSE or (fmt.block if isinstance(fmt.block, int) else shared[fmt.block]) > WIDE
 
 
 def _summed(group: Any, vectors: dict[Weight, Tensor]) -> dict[Weight, Tensor]:
