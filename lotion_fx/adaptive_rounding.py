@@ -263,7 +263,7 @@ def _to_nearest(tries: Sequence[Try], latent: dict[str, Tensor], weights: Mappin
 
 def _check(method: str, scales: str, in_order: bool | None, rounds: int, memory: float) -> None:
     for parameter, value, expected in (("method", method, METHODS), ("scales", scales, SCALES)):
-        if value not in expected:
+        if not isinstance(value, str) or value not in expected:
             raise ValueError(f"{parameter}={value!r}: expected one of {', '.join(expected)}")
     if in_order not in (None, True, False):
         raise ValueError(f"in_order={in_order!r}: expected True, False, or None for what is best with the method")
@@ -346,7 +346,8 @@ def _curvatures(
     labels = labels_a_batch(len(graphs))
     for turn, graph in enumerate(with_a_bar("curvatures", graphs, len(graphs))):
         losses = [lambda outputs: outputs[0]] if likelihood is None else _drawn(likelihood, turn, labels)
-        vectors = joint_vectors(graph.gm, graph.inputs({}), plans, losses, known)
+        with graph.same_draws():
+            vectors = joint_vectors(graph.gm, graph.inputs({}), plans, losses, known)
         for i, (vector, _) in vectors.items():
             sums[at[i]] = sums[at[i]] + vector if at[i] in sums else vector
     found = {}

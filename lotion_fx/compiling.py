@@ -204,6 +204,8 @@ def _lifted(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]]:
     last = graph.find_nodes(op="placeholder")[-1]
     for node in graph.find_nodes(op="get_attr"):
         value = operator.attrgetter(str(node.target))(gm)
+        if isinstance(value, fx.GraphModule):  # a branch of `torch.cond`
+            continue
         values.append(value)
         with graph.inserting_after(last):
             last = graph.placeholder(f"constant_{len(values)}")

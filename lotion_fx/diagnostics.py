@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -173,6 +173,8 @@ def diagnose(
     check_count("samples", samples, 2, "the number of randomized roundings, 2 or more")
     check_count("directions", directions, 2, "the number of random directions, 2 or more")
     check_generator(generator)
+    if not isinstance(times, Iterable):
+        raise TypeError(f"times={times!r}: expected numbers, such as {TIMES}")
     for t in times:
         check_number("times", t, math.isfinite, "finite numbers, 0 at the weights and 1 at the rounded ones")
     if growth is not None:

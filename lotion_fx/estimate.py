@@ -49,7 +49,7 @@ class Estimate:
     def total(self, shares: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:
         """The expected loss with each weight's noise at a share of its variance; 0 for one that is not named."""
         changed, joint = self._noisy(shares, parameters)
-        with grad_mode_kept():
+        with grad_mode_kept(), self.graph.same_draws():
             loss = interpret(self.graph.gm, self.graph.inputs({**parameters, **changed})).outputs[0]
         loss = loss.mean if isinstance(loss, Random) else loss
         return loss + torch.stack(joint).sum() if joint else loss

@@ -36,7 +36,8 @@ def curvatures_of(
         return {}
     at = {list(graph.parameters).index(name): name for name in weights}
     plans = {index: Plan(LATENT, weights[name].quantizer, weights[name].layout) for index, name in at.items()}
-    given = joint_vectors(graph.gm, graph.inputs({}), plans, [lambda outputs: outputs[0]])
+    with graph.same_draws():
+        given = joint_vectors(graph.gm, graph.inputs({}), plans, [lambda outputs: outputs[0]])
     vectors = {i: (vector, grad, _loss_count(vector)) for i, (vector, grad) in given.items()}
     likelihood = next(weight.smoothing.settings.likelihood for weight in weights.values())
     if likelihood is not None:
@@ -64,7 +65,8 @@ def _at_drawn_labels(graph: LossGraph, plans: Mapping[int, Plan], likelihood: st
         count = draws(output, likelihood)
         return sampled_loss(output, likelihood)
 
-    found = joint_vectors(graph.gm, graph.inputs({}), plans, [drawn] * LABELS)
+    with graph.same_draws():
+        found = joint_vectors(graph.gm, graph.inputs({}), plans, [drawn] * LABELS)
     return {i: vector for i, (vector, _) in found.items()}, count
 
 

@@ -33,7 +33,11 @@ class KeptWeights:
         self.folder = None if folder is None else Path(folder)
         self._common = hashlib.sha256(method.encode())
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                why = f"folder={str(folder)!r}: no folder can be made there ({error.strerror}); name a writable place"
+                raise OSError(error.errno, why) from error
             for parameter in graphs[0].parameters.values():
                 self._common.update(_bytes(parameter))
             known: dict[fx.GraphModule, int] = {}

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,8 +22,10 @@ from torch import Tensor, fx, nn
 from lotion_fx import private
 from lotion_fx.copied import Given, copied
 from lotion_fx.fixed_sizes import fixed_sizes
+from lotion_fx.followed import ADVICE, NEAR, check_followed, draws, moved, same_draws
 from lotion_fx.kept_state import Kept, kept_state
 from lotion_fx.likelihood import outputs_in
+from lotion_fx.names import plain_name
 from lotion_fx.passes.attach.attach import LATENT
 from lotion_fx.private import tree_flatten
 from lotion_fx.private_tracing import checkpoints_inlined, parameters_replaced
@@ -54,6 +58,11 @@ class LossGraph:
     parameters: dict[str, Tensor]
     data: tuple[Tensor, ...]
 
+    @cached_property
+    def draws(self) -> bool:
+        """Whether ops may draw random numbers, as those of a variational model do in ``eval()`` too."""
+        return draws(self.gm)
+
     @property
     def constants(self) -> list[Any]:
         """What the graph reads besides its inputs."""
@@ -64,12 +73,18 @@ class LossGraph:
         return [*(changed.get(name, value) for name, value in self.parameters.items()), *self.data]
 
     def loss(self, changed: Mapping[str, Any]) -> Tensor:
-        """The loss with some parameters replaced."""
-        with grad_mode_kept():
+        """The loss with some parameters replaced, of the same random numbers each time."""
+        with grad_mode_kept(), self.same_draws():
             return self.gm(*self.inputs(changed))[0]
 
+    def same_draws(self, seed: int = 0) -> contextlib.AbstractContextManager[None]:
+        """Inside, the graph draws the same random numbers each time, and none of the program's."""
+        return same_draws([*self.parameters.values(), *self.data], seed) if self.draws else contextlib.nullcontext()
 
-def loss_graph(model: nn.Module, batch: Any, loss_fn: Any, *, called_batch: str = "batch") -> LossGraph:
+
+def loss_graph(
+    model: nn.Module, batch: Any, loss_fn: Any, *, called_batch: str = "batch", is_checked: bool = True
+) -> LossGraph:
     """Traces a model's loss on one batch.
 
     Args:
@@ -78,11 +93,12 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any, *, called_batch: str 
             spread; or without ``loss_fn`` the model's own arguments, a dictionary as keywords.
         loss_fn: None, or ``"model"``, where the model returns its loss.
         called_batch: by its user.
+        is_checked: whether to look if the graph computes what the model does, see `followed`.
 
     Raises:
         TypeError: without ``loss_fn``, the model does not take the batch.
         ValueError: the batch is not as above, there is no scalar loss, it is no finite number or does not depend on any
-            parameter, or `torch.inference_mode` is on.
+            parameter, it depends on some in a way that no trace follows, or `torch.inference_mode` is on.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError(
@@ -111,13 +127,19 @@ def loss_graph(model: nn.Module, batch: Any, loss_fn: Any, *, called_batch: str 
             f"{called_batch}: {type(model).__name__}.forward does not take it ({why}); without loss_fn it is the "
             "model's own arguments and the model returns its loss; pass loss_fn if it is (inputs, targets)"
         ) from error
-    _check_finite(float(seen[0].detach()), parameters, called_batch)
+    loss = float(seen[0].detach())
+    _check_finite(loss, parameters, called_batch)
+    if is_checked:
+        check_followed(gm, lambda moves: _traced(model, batch, losses, moves=moves)[0])
     if not _keep_one_output(gm, len(parameters)):
         raise ValueError(
             f"{'model' if loss_fn is None else 'loss_fn'}: the loss has no gradient of any parameter; is it of "
             "detached outputs, or made under torch.no_grad()?"
         )
-    return LossGraph(fixed_sizes(gm, [*parameters.values(), *data]), parameters, data)
+    graph = LossGraph(fixed_sizes(gm, [*parameters.values(), *data]), parameters, data)
+    if is_checked:
+        _check_equal(graph, loss)
+    return graph
 
 
 def loss_graphs(model: nn.Module, batches: Iterable[Any], loss_fn: Any) -> list[LossGraph]:
@@ -125,7 +147,7 @@ def loss_graphs(model: nn.Module, batches: Iterable[Any], loss_fn: Any) -> list[
     known: dict[str, list[LossGraph]] = {}
     found = []
     for place, batch in enumerate(batches):
-        graph = loss_graph(model, batch, loss_fn, called_batch=f"batches[{place}]")
+        graph = loss_graph(model, batch, loss_fn, called_batch=f"batches[{place}]", is_checked=not place)
         alike = known.setdefault(graph.gm.code, [])
         same = next((other for other in alike if _equal(graph.constants, other.constants)), None)
         if same is None:
@@ -161,10 +183,14 @@ def forward_graph(model: nn.Module, args: Any, kwargs: Any) -> tuple[fx.GraphMod
 
 
 def _traced(
-    model: nn.Module, given: Any, outputs: Callable[[Callable[..., Any], Any], list[Tensor]]
+    model: nn.Module, given: Any, outputs: Callable[[Callable[..., Any], Any], list[Tensor]], *, moves: bool = False
 ) -> tuple[fx.GraphModule, dict[str, Tensor], tuple[Tensor, ...]]:
-    """The graph of what is made of a model and what it is given, its parameters, and the given tensors."""
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    """The graph of what is made of a model and what it is given, its parameters, and the given tensors.
+
+    Args:
+        moves: at parameters near the model's own.
+    """
+    parameters: dict[str, Tensor] = {plain_name(name): p for name, p in model.named_parameters()}
     taken = Given(given)
     tensors = [_ordinary(x) for x in taken.tensors]
 
@@ -173,17 +199,31 @@ def _traced(
         with parameters_replaced(model, {parameter: params[name] for name, parameter in parameters.items()}):
             return outputs(model, taken.filled(data))
 
-    with as_evaluated(model) as kept, checkpoints_inlined():
+    drawn = same_draws([*parameters.values(), *tensors])
+    with _functions_refused(), as_evaluated(model) as kept, checkpoints_inlined(), drawn:
         own = copied(tensors)
         inputs = [*(kept.get(p) or Kept(p, by_value=False) for p in parameters.values()), *map(Kept, own)]
-        gm = private.trace(run, ({name: p.detach() for name, p in parameters.items()}, own))
+        at = {name: moved(p) if moves else p.detach() for name, p in parameters.items()}
+        gm = private.trace(run, (at, own))
         _copy_what_is_written(gm, inputs, kept)
-    for node in gm.graph.find_nodes(op="get_attr"):  # the model's buffers may change later
-        value = getattr(gm, node.target)
-        if isinstance(value, Tensor):
-            delattr(gm, node.target)  # a parameter, as a teacher's in the loss, would take no other tensor
-            setattr(gm, node.target, value.detach().clone())
+    with _functions_refused():
+        for node in gm.graph.find_nodes(op="get_attr"):  # the model's buffers may change later
+            value = getattr(gm, node.target)
+            if isinstance(value, Tensor):
+                delattr(gm, node.target)  # a parameter, as a teacher's in the loss, would take no other tensor
+                setattr(gm, node.target, value.detach().clone())
     return gm, parameters, tuple(tensors)
+
+
+@contextlib.contextmanager
+def _functions_refused() -> Iterator[None]:
+    """Inside, what `torch.func` says of a trace that it does not allow is one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "functorch" not in str(error):
+            raise
+        raise ValueError(f"model: no trace of its loss can be made, for torch.func is in it: {ADVICE}") from error
 
 
 def _check_finite(loss: float, parameters: Mapping[str, Tensor], called_batch: str) -> None:
@@ -197,6 +237,21 @@ def _check_finite(loss: float, parameters: Mapping[str, Tensor], called_batch: s
         f"{called_batch}: its loss is {loss} at the weights as they are; leave out batches without rows, or all of "
         "whose labels are ignored, and look for what is no finite number in the others"
     )
+
+
+def _check_equal(graph: LossGraph, loss: float) -> None:
+    """Raises where a graph's loss at the model's weights is not the model's; warns of one that draws at random."""
+    with torch.no_grad():
+        found = float(graph.loss({}))
+    if not abs(found - loss) <= NEAR * abs(loss) + 1e-30:
+        raise ValueError(f"model: its loss is {loss:.6g}, and that of its trace {found:.6g}: {ADVICE}")
+    with torch.no_grad(), graph.same_draws(1):
+        other = float(graph.gm(*graph.inputs({}))[0]) if graph.draws else found
+    if other != found:
+        warnings.warn(
+            "model: its forward draws random numbers in eval() too; losses are compared at one draw of them",
+            stacklevel=3,
+        )
 
 
 def _keep_one_output(gm: fx.GraphModule, parameters: int) -> bool:
@@ -268,9 +323,10 @@ def listed(batches: Any) -> list[Any]:
 def pair(batch: Any) -> tuple[Any, Any]:
     """A batch as inputs and targets."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        single = " (of a single batch, pass [batch])" if isinstance(batch, Tensor) else ""
         raise ValueError(
-            f"batch: expected (inputs, targets) with loss_fn, got {type(batch).__name__}; without loss_fn the batch is "
-            "the model's own arguments and the model returns its loss"
+            f"batch: expected (inputs, targets) with loss_fn, got {type(batch).__name__}{single}; without loss_fn the "
+            "batch is the model's own arguments and the model returns its loss"
         )
     return batch[0], batch[1]
 
@@ -320,6 +376,8 @@ def loss_of(out: Any) -> Tensor:
 def scalar(loss: Any, what: str) -> Tensor:
     """The loss, 0-d; ``what`` made it."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            raise ValueError(f"{what}: expected a loss of real numbers, which has a gradient, got {loss.dtype}")
         shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"{what}: expected a scalar loss, got {shape}; reduce it, by its mean for example")
     return loss.reshape(())

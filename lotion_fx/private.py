@@ -26,7 +26,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import _clear_fake_mode_weakrefs
-from torch._dynamo.eval_frame import innermost_backend, skip_code
+from torch._dynamo.eval_frame import OptimizedModule, innermost_backend, skip_code
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator, tls
 from torch._functorch import config as functorch_config
@@ -383,15 +383,20 @@ class _CallOfOne:
 
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Inside, no module of the model runs compiled."""
+    """Inside, no module of the model runs compiled, neither by ``compile()`` nor wrapped by `torch.compile`."""
     compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    wrapped = {m: m.forward for m in model.modules() if isinstance(m, OptimizedModule)}
     try:
         for module in compiled:
             module._compiled_call_impl = None
+        for module in wrapped:
+            module.forward = module._orig_mod.__call__
         yield
     finally:
         for module, call in compiled.items():
             module._compiled_call_impl = call
+        for module, forward in wrapped.items():
+            module.forward = forward
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Suggestion:
 
     def __str__(self) -> str:
         rows = [
-            (c.name, c.size, c.format.name, f"{c.costs[0]:.3g}", f"{c.costs[1]:.3g}", f"{c.gain / c.extra:.3g}")
+            (c.name, c.size, c.format.name, f"{c.costs[0]:.3g}", f"{c.costs[1]:.3g}", f"{_density(c):.3g}")
             for c in self.choices
         ]
         headers = ("parameter", "elements", "format", "cost narrow", "cost wide", "gain per bit")

@@ -339,9 +339,15 @@ class Step:
             factor = factors.row if source == VECTOR else factors.gradient
             if weight in self.noisy:  # curvature at other weights, and what is not finite teaches none
                 factor = factor * math.nan
-        scalars = [factor, gain, factors.limit if factors.bounded else None]
+        bounded = self._bound_of(parameter, factors)
+        scalars = [factor, gain, factors.limit if bounded else None]
         args = [values, grad, state, *payload, *(x for x in (*amax, *scalars) if x is not None)]
-        return Spec.of(weight, source, part, factors.bounded, args), args
+        return Spec.of(weight, source, part, bounded, args), args
+
+    def _bound_of(self, parameter: Tensor, factors: Factors) -> str:
+        """By what one weight's term is kept small: not where it is made of a gradient that no average takes in."""
+        is_mild = self.settings.reads_moment and self.settings.strength <= STRONG
+        return "" if is_mild and not self._has_moment(parameter) else factors.bounded
 
     def _has_moment(self, parameter: Tensor) -> bool:
         """Whether the optimizer averages squared gradients, or is to begin with its first step."""

@@ -32,6 +32,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, packed
         TypeError: the model is no module.
     """
     check_flag("packed", packed)
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path={shown(path)}: expected the folder that lotion_fx.export wrote")
     made, weights = _loaded(Path(path).expanduser(), model)
     if packed:
         hold(made, weights)

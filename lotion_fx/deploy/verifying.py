@@ -21,9 +21,13 @@ from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.layouts import LAYOUTS, layout_of
 from lotion_fx.deploy.loading import content_of
 from lotion_fx.expected import expected_loss
-from lotion_fx.loss_graph import called, loss_of
+from lotion_fx.loss_graph import called, loss_of, pair
 from lotion_fx.progress import with_a_bar
+from lotion_fx.scalars import shown
 from lotion_fx.switches import full_precision, switched
+
+LOTION = "lotion"
+"""The layout that holds all of a model's state, under the model's own names."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Verification:
         outputs: the largest absolute and the relative (L2) difference of the client's outputs from those of `eval()`;
             None where there were no inputs, or no client runs it.
         why: no outputs were compared.
-        others: the other tensors of the state, biases and norms, that differ; only layout "lotion" compares them.
+        others: the other tensors of the state, biases and norms, that differ, and names that only the model or only
+            the export has, or has for another tensor; only layout "lotion" compares them.
     """
 
     layout: str
@@ -112,19 +117,30 @@ def verify(
         loss_fn: of outputs and targets; None where the model returns its loss, or for no losses.
 
     Raises:
-        ValueError: ``path`` is no export, is damaged, or the model is not under lotion_fx.
+        TypeError: ``path`` is no path.
+        ValueError: ``path`` is no export, is damaged, or the model is not under lotion_fx; or ``loss_fn`` has no batch,
+            or one that is no pair.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path={shown(path)}: expected the file or folder that lotion_fx.export wrote")
+    if loss_fn is not None:
+        pair(batch)
     place = Path(path).expanduser()
     layout, dense = _found(place)
     is_transformed = not isinstance(model, (str, os.PathLike))
     content = content_of(Path(model).expanduser()) if isinstance(model, (str, os.PathLike)) else Content.of(model)
     model = content.model
-    read, others = {}, []
+    read, others, known = {}, list[str](), set[str]()
     for name, tensor in with_a_bar("verifying", layout.read(place, content), len(content.weights)):
         if name in content.weights:
             read[name] = same(tensor, content.weights[name].dequantize())
-        elif name in content.others and not same(tensor, content.others[name]):
+        elif layout.name == LOTION and not (name in content.others and same(tensor, content.others[name])):
             others.append(name)
+        known.add(name)
+    if layout.name == LOTION:
+        read |= dict.fromkeys(content.weights.keys() - read.keys(), False)
+        tied = manifest.read(place)["tied"].items() ^ content.tied.items()
+        others += sorted((content.others.keys() - known) | {name for name, _ in tied} - set(others))
     losses = _losses(model, batch, loss_fn, content) if is_transformed else {}
     weights = tuple(
         Compared(

@@ -65,6 +65,10 @@ def _check(target: Path, is_folder: bool) -> None:
     if is_folder != target.is_dir():
         has = "a folder" if target.is_dir() else "a file"
         raise ValueError(f"path={str(target)!r}: there is {has} of this name; expected {_expected(is_folder)}")
+    if is_folder and target in (here := Path.cwd(), *here.parents):
+        raise ValueError(
+            f"path={str(target)!r}: the folder that this program runs in would be replaced; give a new folder in it"
+        )
     if is_folder and (others := _others(target)):
         raise ValueError(
             f"path={str(target)!r}: this folder holds other files than an export, such as {others[0]!r}, which would "

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import lotion_fx
 from lotion_fx.deploy.layouts import lotion
@@ -102,3 +103,56 @@ def test_what_is_no_export_or_is_damaged_is_refused(tmp_path):
     (tmp_path / "model" / lotion.FILE).write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged: it has 1 bytes"):
         lotion_fx.verify(tmp_path / "model", model)
+
+
+def exported(model, path, fmt="int2/16", **options):
+    model = lotion_fx.transform(model, fmt, inner="eager", **options).eval()
+    lotion_fx.export(model, path)
+    return model
+
+
+def layers(*more):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), *more)
+
+
+def test_an_export_is_read_by_what_it_tells_itself(tmp_path):
+    """By the formats of the model that it was compared with, what differed was called exact, or damaged."""
+    exported(layers(), tmp_path / "model")
+    kept = lotion_fx.transform(layers(), "int2/16", inner="eager", only={"1.weight": None})
+    assert lotion_fx.verify(tmp_path / "model", kept).others == ("1.weight",)
+    finer = lotion_fx.transform(layers(), "int4/16", inner="eager")
+    found = lotion_fx.verify(tmp_path / "model", finer)
+    assert not found.is_exact and [w.is_equal for w in found.weights] == [False, False]
+
+
+@pytest.mark.parametrize("is_longer", [True, False])
+def test_what_only_one_has_is_different(tmp_path, is_longer):
+    exported(layers(nn.Linear(16, 4)) if is_longer else layers(), tmp_path / "model")
+    other = lotion_fx.transform(layers() if is_longer else layers(nn.Linear(16, 4)), "int2/16", inner="eager")
+    found = lotion_fx.verify(tmp_path / "model", other)
+    assert not found.is_exact and "2.bias" in found.others
+    assert ("2.weight" in found.others) is is_longer
+    assert [w.name for w in found.weights if not w.is_equal] == ([] if is_longer else ["2.weight"])
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_tied_is_another_than_untied(tmp_path, is_tied):
+    def made(ties):
+        model = layers()
+        model[1].weight = model[0].weight if ties else nn.Parameter(model[0].weight.detach().clone())
+        return model
+
+    exported(made(is_tied), tmp_path / "model")
+    other = lotion_fx.transform(made(not is_tied), "int2/16", inner="eager").eval()
+    assert not lotion_fx.verify(tmp_path / "model", other).is_exact
+
+
+def test_arguments_that_do_not_fit_are_told(tmp_path):
+    model = exported(layers(), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"batch: expected \(inputs, targets\) with loss_fn, got NoneType"):
+        lotion_fx.verify(tmp_path / "model", model, loss_fn=F.mse_loss)
+    with pytest.raises(TypeError, match="path=None"):
+        lotion_fx.verify(None, model)
+    with pytest.raises(TypeError, match="path=None"):
+        lotion_fx.load(None)

@@ -136,3 +136,13 @@ def test_where_nothing_can_be_written_the_path_is_named(tmp_path, is_folder):
     with pytest.raises(OSError, match=r"path='.*model': nothing can be written there .*writable folder"):
         write(target, "new", is_folder)
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "no folder"
+
+
+def test_the_folder_that_one_is_in_stays(tmp_path, monkeypatch):
+    """It was replaced, and the program ran on in one that was deleted."""
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for path in (".", "..", tmp_path / "here"):
+        with pytest.raises(ValueError, match="the folder that this program runs in would be replaced"):
+            write(Path(path), "new")
+    assert Path.cwd().is_dir()

@@ -542,6 +542,8 @@ def test_bad_arguments() -> None:
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "method='best': expected one of descent, two_sided, gptq, nearest", {"method": "best"}),
         (ValueError, "scales='mse': expected one of absmax, searched, auto", {"scales": "mse"}),
+        (ValueError, r"scales=\['absmax'\]: expected one of absmax, searched, auto", {"scales": ["absmax"]}),
+        (OSError, "folder=.*no folder can be made there", {"folder": __file__}),
         (ValueError, "likelihood='normal': expected one of categorical, bernoulli, gaussian", {"likelihood": "normal"}),
         (ValueError, "in_order='yes': expected True, False, or None", {"in_order": "yes"}),
         (ValueError, "memory=0: expected a number of GiB above 0", {"memory": 0}),

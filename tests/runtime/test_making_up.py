@@ -260,6 +260,7 @@ CHAINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:model. its forward draws")
 @pytest.mark.parametrize("between", CHAINS.values(), ids=CHAINS)
 def test_what_is_not_rounded_shifts_nothing(between: Callable[[Any, Tensor], Tensor]) -> None:
     """Both runs of a graph see the same, but for rounded weights."""

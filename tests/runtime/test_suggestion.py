@@ -165,3 +165,10 @@ def test_bad_arguments_are_named(arguments, error, message):
     arguments = {"model": Deep(), "batch": batch(), "loss_fn": F.mse_loss} | arguments
     with pytest.raises(error, match=message):
         lotion_fx.suggest(**arguments)
+
+
+def test_a_weight_of_eight_bits_already_gains_nothing():
+    """Its gain a bit was a division by 0 when it was shown."""
+    x, y = torch.randn(8, 20), torch.arange(8) % 7
+    found = lotion_fx.suggest(MLP(), (x, y), F.cross_entropy, bits=7.9, fmt="int4", only={"up.weight": "int8"})
+    assert {c.name: c.extra for c in found.choices}["up.weight"] == 0 and "up.weight" in str(found)

@@ -51,8 +51,11 @@ class Lotion(Layout):
         return {}
 
     def read(self, place: Path, content: Content) -> Iterator[tuple[str, Tensor]]:
-        told = {name: manifest.describe(weight) for name, weight in content.weights.items()}
-        weights, others = parse((place / FILE).read_bytes(), told)
+        if (place / MARK).is_file():  # which tells of formats by itself
+            weights, others, _ = read(place)
+        else:
+            told = {name: manifest.describe(weight) for name, weight in content.weights.items()}
+            weights, others = parse((place / FILE).read_bytes(), told)
         for name, weight in weights.items():
             yield name, weight.dequantize()
         yield from others.items()
