@@ -47,7 +47,12 @@ class Subject:
 
     def run(self) -> Any:
         """The model's output for the batch."""
-        return called(self.model, self.batch if self.loss_fn is None else pair(self.batch)[0])
+        return called(self.model, self.inputs)
+
+    @property
+    def inputs(self) -> Any:
+        """What of the batch the model takes."""
+        return self.batch if self.loss_fn is None else pair(self.batch)[0]
 
     def needs_batch(self) -> None:
         """Raises `ValueError` where there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,11 +49,10 @@ def export(
     lotion-fx export my_code.models:trained out/ --json
     """
     with errors_in_a_line():
-        model = _model(source, fmt, only)
-        traced = "example_inputs" in inspect.signature(layout_of(layout).write).parameters
+        model, inputs = _model(source, fmt, only)
         options = {}
-        if traced:
-            options["example_inputs"] = tokens_for(content_of(model).model if isinstance(model, Path) else model)
+        if "example_inputs" in inspect.signature(layout_of(layout).write).parameters:
+            options["example_inputs"] = _example_inputs(model, inputs, layout)
         told = exporting.export(model, path, layout, tokenizer=_tokenizer(source), **options)
     if as_json:
         print(json.dumps({**asdict(told), "path": str(told.path)}))
@@ -98,17 +97,28 @@ def errors_in_a_line() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from error
 
 
-def _model(source: Path, fmt: str | None, only: str | None) -> nn.Module | Path:
+def _model(source: Path, fmt: str | None, only: str | None) -> tuple[nn.Module | Path, Any]:
+    """A transformed model, or the folder of an export, and inputs of the source's own; None of none."""
     if (source / MARK).is_file():
         if fmt is not None or only is not None:
             raise ValueError(f"--fmt, --only: {source} is an export, whose weights have their formats; leave them out")
-        return source
+        return source, None
     found = transformed(str(source), fmt, only, inner="eager")
     found.model.eval()
     if found.batch is not None:
         with torch.no_grad():
             found.run()  # which tells the dimensions that no module does
-    return found.model
+    return found.model, None if found.batch is None else found.inputs
+
+
+def _example_inputs(model: nn.Module | Path, inputs: Any, layout: str) -> Any:
+    """What a layout that traces runs: tokens of a language model, else the source's own inputs."""
+    tokens = tokens_for(content_of(model).model if isinstance(model, Path) else model)
+    if tokens is not None:
+        return tokens
+    if inputs is None:
+        raise ValueError(f"source: --layout {layout} traces the model; let SOURCE return (model, batch), not it alone")
+    return inputs if isinstance(inputs, (Mapping, tuple, list)) else (inputs,)
 
 
 def _tokenizer(source: Path) -> Any:

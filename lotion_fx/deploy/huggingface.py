@@ -57,6 +57,28 @@ def save_settings(
 
 
 @torch.no_grad()
+def made(folder: Path) -> nn.Module:
+    """A Hugging Face model of a folder's configuration, at random weights.
+
+    Raises:
+        ValueError: there is no configuration, or of no class that transformers has.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"path={str(folder)!r}: the export has no config.json to make a model from; pass model=, a plain module of "
+            "the architecture that was exported"
+        )
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or ["?"])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ValueError(f"path={str(folder)!r}: transformers has no {name}; pass model=, made by its own class")
+    model: nn.Module = kind(config)
+    return model
+
+
 def loaded_outputs(place: Path, inputs: Any) -> Tensor:
     """What the model computes that `from_pretrained` makes of a checkpoint, with default arguments, in eval()."""
     import transformers

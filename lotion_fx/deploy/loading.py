@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lotion_fx import private
+from lotion_fx.deploy import huggingface
 from lotion_fx.deploy.content import Content
 from lotion_fx.deploy.layouts import lotion
 from lotion_fx.deploy.packed_model import hold
@@ -49,32 +50,10 @@ def content_of(path: Path, model: nn.Module | None = None, tokenizer: Any = None
 def _loaded(folder: Path, model: nn.Module | None) -> tuple[nn.Module, dict[str, QuantizedWeight]]:
     """A plain module at the dense values of an export, in eval(), and the weights' codes."""
     weights, others, tied = lotion.read(folder)
-    made = from_transformers(folder) if model is None else model
+    made = huggingface.made(folder) if model is None else model
     if not isinstance(made, nn.Module):
         raise TypeError(f"model={shown(model)}: expected a plain nn.Module, not {type(model).__name__}")
     if any(private.before_of(module) is not None for module in made.modules()):
         raise ValueError("model: it is under lotion_fx; give a plain module, and transform it afterwards to train on")
     lotion.fill(made, weights, others, tied)
     return made.eval(), weights
-
-
-def from_transformers(folder: Path) -> nn.Module:
-    """A Hugging Face model of a folder's configuration, at random weights.
-
-    Raises:
-        ValueError: there is no configuration, or of no class that transformers has.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"path={str(folder)!r}: the export has no config.json to make a model from; pass model=, a plain module of "
-            "the architecture that was exported"
-        )
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.architectures or ["?"])[0]
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise ValueError(f"path={str(folder)!r}: transformers has no {name}; pass model=, made by its own class")
-    made: nn.Module = kind(config)
-    return made

@@ -1,6 +1,7 @@
 """`lotion-fx export` and `lotion-fx verify`."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -62,6 +63,19 @@ def test_a_model_is_exported_by_the_name_of_what_returns_it(tmp_path):
         loaded = lotion_fx.load(out, subjects.alone(), packed=False)
         by_hand = subjects.transformed().eval()
         assert torch.equal(loaded(torch.ones(2, 32)), by_hand(torch.ones(2, 32)))
+
+
+def test_a_layout_that_traces_runs_the_source_s_own_batch(tmp_path):
+    """It asked for example_inputs=, which no option of the command gives."""
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed)
+    path, source = tmp_path / "model.onnx", "tests.runtime.subjects:transformed_classifier"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # onnxscript's and torch.onnx's own
+        told = run("export", source, str(path), "--layout", "onnx")
+    assert told.exit_code == 0 and path.is_file(), told.output
+    alone = run("export", "tests.runtime.subjects:transformed", str(path), "--layout", "onnx")
+    assert alone.exit_code == 2 and "let SOURCE return (model, batch)" in " ".join(alone.output.split())
 
 
 def test_user_errors_are_one_line(checkpoint, tmp_path):

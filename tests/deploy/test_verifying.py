@@ -156,3 +156,18 @@ def test_arguments_that_do_not_fit_are_told(tmp_path):
         lotion_fx.verify(None, model)
     with pytest.raises(TypeError, match="path=None"):
         lotion_fx.load(None)
+
+
+def test_outputs_are_of_the_model_that_load_gives(tmp_path):
+    """Cast to bfloat16 with its rotary frequencies, which no state holds, a model runs otherwise than as loaded."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    model = exported(transformers.LlamaForCausalLM(config).bfloat16(), tmp_path / "model", "mxfp4")
+    given = {"input_ids": torch.randint(96, (3, 12))}
+    with torch.no_grad():
+        loaded = lotion_fx.load(tmp_path / "model", packed=False)(**given).logits.double()
+        apart = float((loaded - model(**given).logits.double()).abs().max())
+    found = lotion_fx.verify(tmp_path / "model", model, given)
+    assert found.is_exact and found.outputs[0] == apart > 0

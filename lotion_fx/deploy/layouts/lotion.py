@@ -61,8 +61,10 @@ class Lotion(Layout):
         yield from others.items()
 
     def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
-        made = without_hooks(model).eval()
-        fill(made, *read(place))
+        # What is in no state, such as a rotary embedding's frequencies, is of the model that `load` gives.
+        is_made = (place / "config.json").is_file()
+        made = huggingface.made(place).to(next(model.parameters()).device) if is_made else without_hooks(model)
+        fill(made.eval(), *read(place))
         return first_tensor(called(made, inputs))
 
 
