@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 BOUND = 0.5
-"""How large a term may be beside the root of a second moment that holds its squares too, and a step of it beside a
-weight, see `update`."""
+"""How large a term may be beside the root mean square of gradients: of each element's, as a second moment that holds
+the term's squares too tells it, or of a weight's, see `update`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +24,8 @@ class Factors:
         scale: the loss scale that backward saw.
         shrunk: by what factor the gradients shrank since the backward pass, the loss scale included.
         pending: the loss scale that is still in ``.grad``; None of none.
-        clip: by which second moments' terms are bounded, as their gradients are clipped.
+        clip: by which second moments' terms are bounded, as their gradients are clipped; None where there are none.
         bounded: by what terms are kept small, see `update`.
-        unit: what a bound is divided by.
         draws: labels that curvature was drawn for in a pass of its own, whose loss nothing scaled; None of none.
         is_in: whether payloads are multiplied by ``row`` already.
     """
@@ -38,7 +37,6 @@ class Factors:
     pending: Tensor | None
     clip: Tensor | None
     bounded: str
-    unit: Tensor
     draws: int | None
     is_in: bool = False
 
@@ -58,7 +56,8 @@ class Factors:
 
     @cached_property
     def limit(self) -> Tensor:
-        """Of a term, over what ``bounded`` says. 0-d float32."""
+        """Of a term, over the root of what ``bounded`` says, which is of gradients without T. 0-d float32."""
         pending = 1.0 if self.pending is None else self.pending
-        limit = BOUND * pending / self.unit
-        return limit if self.clip is None else limit * self.clip.abs()
+        if self.clip is None:  # of ``.grad`` as it is: what that was scaled and clipped by is divided out
+            return torch.full_like(self.total, BOUND) * pending / (self.scale * self.shrunk)
+        return BOUND * pending / self.total.sqrt() * self.clip.abs()

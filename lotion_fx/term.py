@@ -27,7 +27,7 @@ from lotion_fx.passes.attach.probe import HEADER, Code, Header
 from lotion_fx.passes.attach.sharded import gathered, is_cut
 from lotion_fx.shards import Ranks, local_of, part_of, sample, settle, shared_amax, summed
 from lotion_fx.state import Smoothing, Weight
-from lotion_fx.update import FISHER, KEPT, MOMENT, SIZE, VECTOR, Spec, curvature_of, stored, total_of
+from lotion_fx.update import FISHER, GRADIENT, KEPT, MOMENT, VECTOR, Spec, curvature_of, stored, total_of
 
 STRONG = 4.0
 """A strength above this may make the term outweigh the loss, and is kept within bounds."""
@@ -154,17 +154,17 @@ class Step:
                 reads = [self._has_moment(p) for _, p in self.pairs]
                 gains = torch.where(torch.tensor(reads, device=self.device), gains * clip, gains)
         draws = self.tally.draws if self.settings.samples_labels else None
-        return Factors(total, gains.unbind(), scale, shrunk, pending, clip, *self._bound(total), draws)
+        bounded = self._bound()
+        clip = clip if bounded == MOMENT else None
+        return Factors(total, gains.unbind(), scale, shrunk, pending, clip, bounded, draws)
 
-    def _bound(self, total: Tensor) -> tuple[str, Tensor]:
-        """By what terms are kept small, and what that is to be divided by. T is ``total``."""
-        if self.settings.reads_moment:
-            return MOMENT, total.sqrt()
-        if self.settings.strength <= STRONG:
-            return "", total
-        rates = [group["lr"] for group in self.optimizer.param_groups if "dampening" in group]  # as SGD alone has
-        rate = max((float(rate) for rate in rates), default=0.0)
-        return (SIZE, torch.full_like(total, max(rate, 1e-30))) if rates else ("", total)
+    def _bound(self) -> str:
+        """By what terms are kept small."""
+        reads = self.settings.reads_moment
+        if reads and self._has_moment(self.pairs[0][1]):
+            return MOMENT
+        divides_by_none = any("dampening" in group for group in self.optimizer.param_groups)  # as SGD alone has
+        return GRADIENT if (self.settings.strength > STRONG) + reads + divides_by_none > 1 else ""
 
     def _on(self, factor: Tensor) -> Tensor:
         return factor.to(self.device)
@@ -339,15 +339,9 @@ class Step:
             factor = factors.row if source == VECTOR else factors.gradient
             if weight in self.noisy:  # curvature at other weights, and what is not finite teaches none
                 factor = factor * math.nan
-        bounded = self._bound_of(parameter, factors)
-        scalars = [factor, gain, factors.limit if bounded else None]
+        scalars = [factor, gain, factors.limit if factors.bounded else None]
         args = [values, grad, state, *payload, *(x for x in (*amax, *scalars) if x is not None)]
-        return Spec.of(weight, source, part, bounded, args), args
-
-    def _bound_of(self, parameter: Tensor, factors: Factors) -> str:
-        """By what one weight's term is kept small: not where it is made of a gradient that no average takes in."""
-        is_mild = self.settings.reads_moment and self.settings.strength <= STRONG
-        return "" if is_mild and not self._has_moment(parameter) else factors.bounded
+        return Spec.of(weight, source, part, factors.bounded, args), args
 
     def _has_moment(self, parameter: Tensor) -> bool:
         """Whether the optimizer averages squared gradients, or is to begin with its first step."""

@@ -30,7 +30,7 @@ from lotion_fx.shards import local_of, part_of
 from lotion_fx.state import Weight
 
 VECTOR, FISHER, MOMENT, KEPT = "vector", "fisher", "moment", "kept"  # where an update takes its curvature from
-SIZE = "size"  # what bounds a term beside `MOMENT`
+GRADIENT = "gradient"  # what bounds a term beside `MOMENT`
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Spec:
         part: of the weight that this rank holds.
         decay: of the EMA.
         tensors: of the arguments.
-        bounded: by what the term is kept small, `MOMENT`, `SIZE` or nothing: see `_update_one`.
+        bounded: by what the term is kept small, `MOMENT`, `GRADIENT` or nothing: see `_update_one`.
         kernel: whether a Triton kernel adds the term, see `passes.lower`.
     """
 
@@ -123,8 +123,8 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
 
     Where h is read from a second moment that holds the squares of the term as well, the term is at most ``limit`` times
     the root of h, half of the gradients' root mean square: so it can no more than double that moment's root, and what
-    it is made of does not grow with it. Under an optimizer that divides by no such root the term is at most ``limit``
-    times the largest weight, by which no step of it makes a weight more than half as large again.
+    it is made of does not grow with it. Under an optimizer that divides by no such root a strong term is at most
+    ``limit`` times the root of the weight's mean squared gradient: bound by weights it could grow with them.
     """
     weight, grad, state, *given = args
     limit = given.pop() if spec.bounded else None
@@ -153,7 +153,8 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
     assert h is not None
     term = 0.5 * gain * spec.quantizer.variance_vjp(weight, h.view(weight.shape), amax_tensor=amax)
     if limit is not None:
-        reach = limit * (h.view(weight.shape).sqrt() if spec.bounded == MOMENT else weight.abs().amax().float())
+        square = h.view(weight.shape) if spec.bounded == MOMENT else grad.float().square().mean()
+        reach = limit * square.sqrt()
         term = torch.minimum(torch.maximum(term, -reach), reach)
     grad.add_(term.to(grad.dtype))
 

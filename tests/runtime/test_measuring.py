@@ -465,6 +465,22 @@ def test_a_resume_amid_the_first_measurements_is_bit_identical(optimizer):
     assert lotion_fx.report(resumed).to_dict() == lotion_fx.report(whole).to_dict()
 
 
+@pytest.mark.parametrize("fmt", ["int3", "int2/tensor"])
+@pytest.mark.parametrize("curvature", ["factored", "fisher"])
+@pytest.mark.parametrize("strength", [1.0, 30.0, 1e3])
+def test_no_strength_ends_in_nan_where_momentum_gathers(strength, curvature, fmt):
+    """Terms bound by the largest weight drove that up, and themselves with it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
+    model = lotion_fx.transform(net, fmt, inner="aot_eager", curvature=curvature, strength=strength)
+    x = torch.randn(512, 32)
+    y = x[:, :8].argmax(-1)
+    steps = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for _ in range(150):
+        one_step(model, steps, lambda m: F.cross_entropy(m(x), y))
+    assert max(float(p.detach().abs().max()) for p in model.parameters()) < 10
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
 @pytest.mark.parametrize("curvature", ["factored", "fisher"])
 def test_no_strength_ends_in_nan(curvature, optimizer):
