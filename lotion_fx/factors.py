@@ -56,7 +56,7 @@ class Factors:
 
     @cached_property
     def limit(self) -> Tensor:
-        """Of a term, over the root of what ``bounded`` says, which is of gradients without T. 0-d float32."""
+        """Of a term, over the root of h, or of the mean square of ``.grad``, as ``bounded`` says. 0-d float32."""
         pending = 1.0 if self.pending is None else self.pending
         if self.clip is None:  # of ``.grad`` as it is: what that was scaled and clipped by is divided out
             return torch.full_like(self.total, BOUND) * pending / (self.scale * self.shrunk)

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from lotion_fx.optimizers import ascending
 from lotion_fx.passes.attach.part import Part
 from lotion_fx.passes.attach.probe import HEADER, Code, Header
 from lotion_fx.passes.attach.sharded import gathered, is_cut
-from lotion_fx.shards import Ranks, local_of, part_of, sample, settle, shared_amax, summed
+from lotion_fx.shards import Ranks, local_of, over_shards, part_of, sample, settle, shared_amax, summed
 from lotion_fx.state import Smoothing, Weight
 from lotion_fx.update import FISHER, GRADIENT, KEPT, MOMENT, VECTOR, Spec, curvature_of, stored, total_of
 
@@ -67,6 +67,13 @@ class TakesTerms(Protocol):
     terms: dict[Tensor, Term]
 
     def can_take(self, parameter: Tensor, weight: Weight) -> bool: ...
+
+
+class Own(NamedTuple):
+    """What one weight's term is multiplied by, and how large it may be, see `update`; 0-d float32."""
+
+    gain: Tensor
+    limit: Tensor | None
 
 
 class Step:
@@ -118,12 +125,12 @@ class Step:
         if self.group is not None or self.ranks:
             vectors = self._reduced(vectors, factors.row)
             factors = replace(factors, is_in=True)
-        triples = zip(self.pairs, vectors, factors.gains, strict=True)
+        each = zip(self.pairs, vectors, map(Own, factors.gains, self._limits(factors)), strict=True)
         jobs = []
-        for (weight, parameter), vector, gain in triples:
+        for (weight, parameter), vector, own in each:
             if is_cut(weight.quantizer, parameter):
-                self._add_to_cut(weight, parameter, vector, factors, gain)
-            elif (job := self._job(weight, parameter, vector, factors, gain)) is not None:
+                self._add_to_cut(weight, parameter, vector, factors, own)
+            elif (job := self._job(weight, parameter, vector, factors, own)) is not None:
                 jobs.append(job)
         alike.run(self.settings.inner, jobs)
         if self.settings.reads_moment:
@@ -165,6 +172,14 @@ class Step:
             return MOMENT
         divides_by_none = any("dampening" in group for group in self.optimizer.param_groups)  # as SGD alone has
         return GRADIENT if (self.settings.strength > STRONG) + reads + divides_by_none > 1 else ""
+
+    def _limits(self, factors: Factors) -> list[Tensor | None]:
+        """How large each weight's term may be, see `update`; None where it is not bounded."""
+        if factors.bounded != GRADIENT:
+            return [factors.limit if factors.bounded else None] * len(self.pairs)
+        squares = torch.stack([local_of(_grad(p)).square().sum(dtype=torch.float64).view(1) for _, p in self.pairs])
+        squares = over_shards(squares, [p for _, p in self.pairs])[:, 0]
+        return [factors.limit * (x / p.numel()).sqrt().float() for x, (_, p) in zip(squares, self.pairs, strict=True)]
 
     def _on(self, factor: Tensor) -> Tensor:
         return factor.to(self.device)
@@ -289,22 +304,20 @@ class Step:
     # ------------------------------------------------------------------------------------------------------------ jobs
 
     def _job(
-        self, weight: Weight, parameter: Tensor, vector: Tensor | None, factors: Factors, gain: Tensor
+        self, weight: Weight, parameter: Tensor, vector: Tensor | None, factors: Factors, own: Own
     ) -> tuple[Spec, list[Tensor]] | None:
         """The update of one weight and its arguments; None of an empty shard, and where an optimizer makes the term."""
         amax = shared_amax(weight.quantizer, parameter)  # by all ranks, also one whose shard is empty
         local, grad, part = local_of(parameter), local_of(_grad(parameter)), stored(weight, parameter)
         if not local.numel():
             return None
-        return self._update(weight, parameter, (local, grad, part, local_of), [vector, *amax], factors, gain)
+        return self._update(weight, parameter, (local, grad, part, local_of), [vector, *amax], factors, own)
 
-    def _add_to_cut(
-        self, weight: Weight, parameter: Tensor, vector: Tensor | None, factors: Factors, gain: Tensor
-    ) -> None:
+    def _add_to_cut(self, weight: Weight, parameter: Tensor, vector: Tensor | None, factors: Factors, own: Own) -> None:
         """Updates a weight of which no rank can scale its own shard: whole on every rank, one weight at a time."""
         grad, part = gathered(_grad(parameter)), stored(weight, parameter)
         whole = gathered(parameter).detach(), grad, Part.whole(part.layout), gathered
-        job = self._update(weight, parameter, whole, [vector], factors, gain)
+        job = self._update(weight, parameter, whole, [vector], factors, own)
         assert job is not None  # no optimizer takes the term of a sharded weight
         alike.run(self.settings.inner, [job])
         local_of(_grad(parameter)).copy_(part.cut(grad))
@@ -316,7 +329,7 @@ class Step:
         held: tuple[Tensor, Tensor, Part, Callable[[Tensor], Tensor]],
         given: list[Tensor | None],
         factors: Factors,
-        gain: Tensor,
+        own: Own,
     ) -> tuple[Spec, list[Tensor]] | None:
         """The update of what is held of a weight: values, gradient, part, and how the like of its tensors is had."""
         known, (values, grad, part, held_of) = weight.curvature, held
@@ -327,7 +340,7 @@ class Step:
         state, factor = known.ema, None
         if self.settings.reads_moment:
             moment = self._moment_of(parameter)
-            if self._is_taken(weight, parameter, moment, factors, gain):
+            if self._is_taken(weight, parameter, moment, factors, own):
                 return None
             if isinstance(moment, Tensor):  # no state of our own then
                 known.ema = None
@@ -339,8 +352,8 @@ class Step:
             factor = factors.row if source == VECTOR else factors.gradient
             if weight in self.noisy:  # curvature at other weights, and what is not finite teaches none
                 factor = factor * math.nan
-        scalars = [factor, gain, factors.limit if factors.bounded else None]
-        args = [values, grad, state, *payload, *(x for x in (*amax, *scalars) if x is not None)]
+        scalars = (x for x in (*amax, factor, own.gain, own.limit) if x is not None)
+        args = [values, grad, state, *payload, *scalars]
         return Spec.of(weight, source, part, factors.bounded, args), args
 
     def _has_moment(self, parameter: Tensor) -> bool:
@@ -362,16 +375,20 @@ class Step:
             self.moment_factors[key] = self.tally.clipping.over_moment(factors.total, *key)
         return self.moment_factors[key]
 
-    def _is_taken(self, weight: Weight, parameter: Tensor, moment: Any, factors: Factors, gain: Tensor) -> bool:
+    def _is_taken(self, weight: Weight, parameter: Tensor, moment: Any, factors: Factors, own: Own) -> bool:
         """Hands the term to an optimizer that makes it in its own pass, if it can; True if so."""
         optimizer, has_moment = self.optimizer, isinstance(moment, Tensor)
-        if not isinstance(optimizer, TakesTerms) or not (has_moment or weight.curvature.ema is None):
+        if (
+            not isinstance(optimizer, TakesTerms)
+            or not (has_moment or weight.curvature.ema is None)
+            or own.limit is None
+        ):
             return False
         if not optimizer.can_take(parameter, weight):
             return False
         zero = torch.zeros_like(factors.total)
         pair = (self._moment_factor(weight, factors), zero) if has_moment else (zero, factors.gradient)
-        optimizer.terms[parameter] = Term(weight, *pair, gain, factors.limit)
+        optimizer.terms[parameter] = Term(weight, *pair, own.gain, own.limit)
         weight.curvature.ema = None
         return True
 

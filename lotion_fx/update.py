@@ -124,7 +124,7 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
     Where h is read from a second moment that holds the squares of the term as well, the term is at most ``limit`` times
     the root of h, half of the gradients' root mean square: so it can no more than double that moment's root, and what
     it is made of does not grow with it. Under an optimizer that divides by no such root a strong term is at most
-    ``limit`` times the root of the weight's mean squared gradient: bound by weights it could grow with them.
+    ``limit``, half of the root of the weight's mean squared gradient: bound by weights it could grow with them.
     """
     weight, grad, state, *given = args
     limit = given.pop() if spec.bounded else None
@@ -153,8 +153,7 @@ def _update_one(spec: Spec, args: Sequence[Tensor]) -> None:
     assert h is not None
     term = 0.5 * gain * spec.quantizer.variance_vjp(weight, h.view(weight.shape), amax_tensor=amax)
     if limit is not None:
-        square = h.view(weight.shape) if spec.bounded == MOMENT else grad.float().square().mean()
-        reach = limit * square.sqrt()
+        reach = limit * h.view(weight.shape).sqrt() if spec.bounded == MOMENT else limit
         term = torch.minimum(torch.maximum(term, -reach), reach)
     grad.add_(term.to(grad.dtype))
 
