@@ -59,5 +59,5 @@ class Factors:
         """Of a term, over the root of h, or of the mean square of ``.grad``, as ``bounded`` says. 0-d float32."""
         pending = 1.0 if self.pending is None else self.pending
         if self.clip is None:  # of ``.grad`` as it is: what that was scaled and clipped by is divided out
-            return torch.full_like(self.total, BOUND) * pending / (self.scale * self.shrunk)
+            return (torch.full_like(self.total, BOUND) * pending / (self.scale * self.shrunk)).float()
         return BOUND * pending / self.total.sqrt() * self.clip.abs()

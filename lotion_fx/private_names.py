@@ -28,6 +28,7 @@ WHY = {
     "torch._dynamo.convert_frame._clear_fake_mode_weakrefs": "a tensor that has weak references cannot be swapped",
     "torch._dynamo.config": "a loss is traced through functions that someone compiled",
     "torch._dynamo.trace_rules": "Dynamo skips forwards of torch's own, such as Sequential's",
+    "torch._dynamo.eval_frame.OptimizedModule": "a part that torch.compile wraps is traced as what it wraps",
     "torch._dynamo.eval_frame.skip_code": "our hooks are no graphs of their own",
     "torch._dynamo.eval_frame.innermost_backend": "whether Dynamo traces for a backend of ours or another's",
     "torch.fx._symbolic_trace.is_fx_symbolic_tracing": "a graph that names parameters has them at full precision",

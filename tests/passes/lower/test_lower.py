@@ -82,7 +82,8 @@ def test_training_is_the_same(method: str, fmt: str, curvature: str, request: py
         assert taken[0] == (len(weights) if fmt == "nvfp4" else 0)
     else:
         assert sum(taken) == 0  # at the weights themselves there is nothing to round
-        assert any(spec.kernel for group in alike._compiled for spec in group[1])
+        # What is bounded, as a term made of Adam's second moment always is, goes by Inductor's own kernel.
+        assert any(spec.kernel for group in alike._compiled for spec in group[1]) == (curvature != "fisher")
 
 
 def test_random_rounding_takes_the_kernel(pretend: list[int]) -> None:
