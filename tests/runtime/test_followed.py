@@ -53,7 +53,7 @@ UNSEEN = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch.func.jvp's own
 @pytest.mark.parametrize("between", UNSEEN.values(), ids=UNSEEN)
 def test_what_no_trace_follows_is_refused(between):
     """Each was rounded to nearest, and its loss told as it is at other weights."""
