@@ -44,9 +44,9 @@ def same_draws(tensors: Iterable[Any], seed: int = 0) -> Iterator[None]:
         yield
 
 
-def draws(gm: fx.GraphModule) -> bool:
-    """Whether a graph draws random numbers."""
-    return any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in gm.graph.nodes)
+def draws(node: fx.Node) -> bool:
+    """Whether an op may draw random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def moved(parameter: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class LossGraph:
     @cached_property
     def draws(self) -> bool:
         """Whether ops may draw random numbers, as those of a variational model do in ``eval()`` too."""
-        return draws(self.gm)
+        return any(map(draws, self.gm.graph.nodes))
 
     @property
     def constants(self) -> list[Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from lotion_fx.compiling import joint_vectors
+from lotion_fx.followed import draws, same_draws
 from lotion_fx.loss_graph import LossGraph, is_mutable
 from lotion_fx.numerics.adaptive import Curvature, newton, of_inputs
 from lotion_fx.passes.attach.attach import LATENT, Plan
@@ -184,12 +185,10 @@ class _Run:
 
     @contextlib.contextmanager
     def _drawing(self, node: fx.Node) -> Iterator[None]:
-        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        if not draws(node):
             yield
             return
-        devices = {x.device.index for x in self._values.values() if isinstance(x, Tensor) and x.is_cuda}
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self._seed + self._to_run.index(node))
+        with same_draws(self._values.values(), self._seed + self._to_run.index(node)):
             yield
 
     def _release(self, done: fx.Node) -> None:

@@ -170,8 +170,10 @@ class Step:
         reads = self.settings.reads_moment
         if reads and self._has_moment(self.pairs[0][1]):
             return MOMENT
-        divides_by_none = any("dampening" in group for group in self.optimizer.param_groups)  # as SGD alone has
-        return GRADIENT if (self.settings.strength > STRONG) + reads + divides_by_none > 1 else ""
+        is_strong = self.settings.strength > STRONG
+        if any("dampening" in group for group in self.optimizer.param_groups):  # as SGD alone has
+            return GRADIENT if reads or is_strong else ""
+        return GRADIENT if reads and is_strong else ""
 
     def _limits(self, factors: Factors) -> list[Tensor | None]:
         """How large each weight's term may be, see `update`; None where it is not bounded."""
@@ -179,7 +181,8 @@ class Step:
             return [factors.limit if factors.bounded else None] * len(self.pairs)
         squares = torch.stack([local_of(_grad(p)).square().sum(dtype=torch.float64).view(1) for _, p in self.pairs])
         squares = over_shards(squares, [p for _, p in self.pairs])[:, 0]
-        return [factors.limit * (x / p.numel()).sqrt().float() for x, (_, p) in zip(squares, self.pairs, strict=True)]
+        roots = [(x / p.numel()).sqrt().float() for x, (_, p) in zip(squares, self.pairs, strict=True)]
+        return [(factors.limit * root).nan_to_num(0.0, math.inf) for root in roots]  # of a gradient that was zeroed 0
 
     def _on(self, factor: Tensor) -> Tensor:
         return factor.to(self.device)

@@ -56,7 +56,6 @@ def save_settings(
         file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
-@torch.no_grad()
 def made(folder: Path) -> nn.Module:
     """A Hugging Face model of a folder's configuration, at random weights.
 
@@ -79,6 +78,7 @@ def made(folder: Path) -> nn.Module:
     return model
 
 
+@torch.no_grad()
 def loaded_outputs(place: Path, inputs: Any) -> Tensor:
     """What the model computes that `from_pretrained` makes of a checkpoint, with default arguments, in eval()."""
     import transformers

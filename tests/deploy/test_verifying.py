@@ -171,3 +171,16 @@ def test_outputs_are_of_the_model_that_load_gives(tmp_path):
         apart = float((loaded - model(**given).logits.double()).abs().max())
     found = lotion_fx.verify(tmp_path / "model", model, given)
     assert found.is_exact and found.outputs[0] == apart > 0
+
+
+def test_a_class_that_transformers_lacks_is_compared_by_a_copy(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    class Own(transformers.LlamaForCausalLM):
+        """`load` is given it by its user."""
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    model = exported(Own(config), tmp_path / "model", "mxfp4")
+    found = lotion_fx.verify(tmp_path / "model", model, {"input_ids": torch.randint(64, (2, 8))})
+    assert found.is_exact and found.outputs == (0.0, 0.0)

@@ -481,6 +481,21 @@ def test_no_strength_ends_in_nan_where_momentum_gathers(strength, curvature, fmt
     assert max(float(p.detach().abs().max()) for p in model.parameters()) < 10
 
 
+@pytest.mark.parametrize("curvature", ["factored", "fisher"])
+def test_gradients_that_a_loop_zeroes_have_no_term_beyond_their_bound(curvature):
+    """By what they shrank is 0: a bound that is divided by it is no number."""
+    torch.manual_seed(0)
+    model = lotion_fx.transform(MLP(), "int4", inner="aot_eager", curvature=curvature, strength=30.0)
+    steps = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(4):
+        F.cross_entropy(model(torch.randn(16, 20)), torch.arange(16) % 7).backward()
+        for p in model.parameters():
+            p.grad.mul_(0.0)
+        steps.step()
+        steps.zero_grad()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
 @pytest.mark.parametrize("curvature", ["factored", "fisher"])
 def test_no_strength_ends_in_nan(curvature, optimizer):

@@ -62,8 +62,10 @@ class Lotion(Layout):
 
     def outputs(self, place: Path, model: nn.Module, inputs: Any) -> Tensor:
         # What is in no state, such as a rotary embedding's frequencies, is of the model that `load` gives.
-        is_made = (place / "config.json").is_file()
-        made = huggingface.made(place).to(next(model.parameters()).device) if is_made else without_hooks(model)
+        try:
+            made = huggingface.made(place).to(next(model.parameters()).device)
+        except ValueError:  # of a class that is the user's own, who gives it to `load`
+            made = without_hooks(model)
         fill(made.eval(), *read(place))
         return first_tensor(called(made, inputs))
 
