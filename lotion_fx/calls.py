@@ -25,12 +25,12 @@ class CompiledCalls:
 
     A bare `nn.Sequential` needs a frame of our own, for Dynamo skips forwards of torch's own; so does a module that
     owns weights, whose hooks would run in Python and find them outside of every graph. Blocks of one model share the
-    frame's code and what is compiled for it.
+    frame's code and what is compiled for it, which goes when the model does.
     """
 
-    def __init__(self, backend: Callable[..., Any], **options: Any) -> None:
+    def __init__(self, model: nn.Module, backend: Callable[..., Any], **options: Any) -> None:
         self.options = {"backend": backend, **options}
-        self.code = with_own_code(_frame(id)).__code__
+        self.code = with_own_code(_frame(id), model).__code__
 
     def __call__(self, module: nn.Module) -> Callable[..., Any]:
         call = private.plain_call(module)
@@ -40,9 +40,13 @@ class CompiledCalls:
         return torch.compile(call, **self.options)
 
 
-def with_own_code(function: Any) -> Any:
-    """The function, to be compiled alone: Dynamo soon gives up on code that many models share."""
+def with_own_code(function: Any, model: nn.Module) -> Any:
+    """The function, to be compiled alone: Dynamo soon gives up on code that many models share.
+
+    Its graphs go when the model does: they hold the code themselves, so that neither would ever go alone.
+    """
     function.__code__ = function.__code__.replace()
+    weakref.finalize(model, private.forget_graphs, function.__code__).atexit = False
     return function
 
 

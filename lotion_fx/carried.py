@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
@@ -420,6 +421,7 @@ def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:
     else:
         values = deployed(weight, parameter, is_traced=bool(tracer))
     differentiates = tracer == "torch.func" or (torch.is_grad_enabled() and parameter.requires_grad)
+    differentiates = differentiates or forward_ad.unpack_dual(parameter).tangent is not None
     if tracer in ("torch.export", "torch.jit.trace"):  # what is exported is not trained
         return values
     return linked(parameter, values) if differentiates else values

@@ -22,7 +22,7 @@ class LossCount:
         counted: by the passes that gave weights a gradient, 0-d; None if there were none since the last step.
         elsewhere: by all others, as an attack on the inputs, gradients that are looked at, or taken by hand.
         is_used: whether an optimizer took ``counted``; then the next of these passes begins a new one.
-        rows: of the outputs of each forward since, as far as they have rows.
+        rows, forwards: of the outputs of the forwards since, as far as they have rows, and how many those are.
         passes, passes_elsewhere: backward passes in ``counted`` and ``elsewhere``.
         parts: the process group whose ranks have each a part of the outputs' rows; None where all have all.
         residuals: what the gradients at the outputs told, which is forgotten with it.
@@ -31,7 +31,8 @@ class LossCount:
     counted: Tensor | None = None
     elsewhere: Tensor | None = None
     is_used: bool = False
-    rows: list[int] = field(default_factory=list)
+    rows: int = 0
+    forwards: int = 0
     passes: int = 0
     passes_elsewhere: int = 0
     parts: Any = None
@@ -45,7 +46,7 @@ class LossCount:
 
     def gave(self, rows: int) -> None:
         """A forward gave an output of so many rows, to which gradients may come."""
-        self.rows.append(rows)
+        self.rows, self.forwards = self.rows + rows, self.forwards + 1
 
     def gave_outputs(self, outputs: Iterable[Any]) -> None:
         """A graph of a model that is divided over ranks gave these: a DTensor among them may hold some rows alone."""
@@ -64,13 +65,13 @@ class LossCount:
         if to_gradients:
             self.counted = count if self.counted is None or self.is_used else self.counted + count
             self.is_used, self.passes = False, self.passes + 1
-            if self.passes > len(self.rows) > 0:
-                self.counted = self.counted.clamp(max=sum(self.rows))
+            if self.passes > self.forwards > 0:
+                self.counted = self.counted.clamp(max=self.rows)
         else:
             self.elsewhere = count if self.elsewhere is None else self.elsewhere + count
             self.passes_elsewhere += 1
-            if self.passes_elsewhere > len(self.rows) > 0:
-                self.elsewhere = self.elsewhere.clamp(max=sum(self.rows))
+            if self.passes_elsewhere > self.forwards > 0:
+                self.elsewhere = self.elsewhere.clamp(max=self.rows)
 
     def keep(self, factor: Tensor) -> None:
         """Forgets all if the factor, 0-d, is not 1 but 0."""
@@ -80,10 +81,10 @@ class LossCount:
     def forget(self) -> None:
         """No step is to come of what was counted."""
         self.counted = self.elsewhere = None
-        self.rows, self.passes, self.passes_elsewhere = [], 0, 0
+        self.rows = self.forwards = self.passes = self.passes_elsewhere = 0
         self.residuals.forget()
 
     def was_used(self) -> None:
         """An optimizer took it. One more may, of the same passes."""
         self.counted, self.elsewhere, self.is_used = self.value, None, True
-        self.rows, self.passes, self.passes_elsewhere = [], 0, 0
+        self.rows = self.forwards = self.passes = self.passes_elsewhere = 0

@@ -27,7 +27,7 @@ def compile_parts(model: nn.Module, smoothing: Smoothing, backend: Callable[...,
     """Makes the parts of a model, that is compiled as a whole, calls of their own where they are not called by it."""
     for part in _below(model):
         if _selected(part) and not private.replaced_call(part, private.plain_call(part)):
-            private.replace_call(part, _call(part, smoothing, CompiledCalls(backend, **options)))
+            private.replace_call(part, _call(part, smoothing, CompiledCalls(model, backend, **options)))
 
 
 def _below(module: nn.Module) -> Iterator[nn.Module]:

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -247,6 +248,11 @@ def traces_for_us() -> bool:
 def leave_graph(reason: str) -> None:
     """Ends the graph that Dynamo, which is tracing the caller, is making: what follows runs in Python."""
     torch._dynamo.graph_break(msg=reason)
+
+
+def forget_graphs(code: CodeType) -> None:
+    """Drops what Dynamo has compiled of a function's code."""
+    torch._dynamo.reset_code(code)
 
 
 def tracer() -> str:

@@ -33,6 +33,12 @@ def adds_to_grad_of(parameter: Tensor) -> bool:
         return False
 
 
+@torch.compiler.disable
+def is_batched(grad: Tensor) -> bool:
+    """Whether a pass with ``is_grads_batched=True`` hands on several gradients in one, which few ops know."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def takes_grad_of(parameter: Tensor) -> bool:
     """Whether the backward pass under way is an `autograd.grad` that was asked for the gradient of a parameter."""
     try:

@@ -38,11 +38,14 @@ def count_rows(out: Any, tally: Tally) -> None:
         if not tally.counted_in_graph:
             every = torch.full((), rows, dtype=torch.float32, device=leaf.device)
             trained = [] if tally.override else [weight for weight in learning if weight.training]
-            leaf.register_hook(lambda grad: _count(tally, _rows(grad, every), trained))
+            leaf.register_hook(lambda grad: _count(tally, grad, every, trained))
 
 
-def _count(tally: Tally, count: Tensor, trained: list[Weight]) -> None:
-    """A backward pass begins that counts so many loss terms, of gradients of these weights or of what else."""
+def _count(tally: Tally, grad: Tensor | None, every: Tensor, trained: list[Weight]) -> None:
+    """A backward pass begins, whose loss terms are the output's rows, of gradients of these weights or of what else."""
+    if grad is not None and private_backward.is_batched(grad):  # which fills no weight's
+        return
+    count = _rows(grad, every)
     fills = _fills_grad(trained)
     if fills or not trained:
         tally.rows_counted(count, to_gradients=fills)
@@ -83,7 +86,9 @@ def watch_residuals(out: Any, tally: Tally) -> None:
 
 def _tell(tally: Tally, forward: int | None, output: Tensor, grad: Tensor | None) -> None:
     tally.measuring.holding.backward_comes(forward)
-    if grad is None or not _fills_grad([weight for weight in tally.weights if _learns(weight)]):
+    if grad is None or private_backward.is_batched(grad):
+        return
+    if not _fills_grad([weight for weight in tally.weights if _learns(weight)]):
         return
     private_backward.after_backward(tally.measuring.holding.backward_ended)
     if grad.dim():

@@ -162,7 +162,7 @@ def _compile(backend: Backend, regions: Iterable[str], options: dict[str, Any], 
     """Makes the model's call the compiled one."""
     before = private.before_of(model)
     smoothing = before.model
-    compiled_call = CompiledCalls(backend, **options)
+    compiled_call = CompiledCalls(model, backend, **options)
     for path in regions:
         region = model.get_submodule(path)
         private.replace_call(region, compiled_call(region))
@@ -185,7 +185,7 @@ def _with_loss(model: nn.Module, loss_fn: Callable[..., Tensor], backend: Backen
     def loss(inputs: Any, targets: Any) -> Tensor:
         return loss_fn(called(private.plain_call(reference()), inputs), targets)  # type: ignore[arg-type]
 
-    return torch.compile(with_own_code(loss), backend=backend, **options)
+    return torch.compile(with_own_code(loss, model), backend=backend, **options)
 
 
 def training_loss(model: nn.Module, batch: Any) -> Tensor:

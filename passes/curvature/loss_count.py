@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from lotion_fx.passes.curvature.contraction import Contraction, after, emit
-from lotion_fx.passes.curvature.joint import JointGraph, Uses, numel, operands
+from lotion_fx.passes.curvature.joint import JointGraph, Uses, numel, operands, root
 from lotion_fx.passes.curvature.path import Path
 from lotion_fx.passes.ops import ADDING, MATRIX_PRODUCTS, contraction_at, makes_gradients
 
@@ -169,19 +169,28 @@ def _features(
 
 
 def _meets_weight(joint: JointGraph, uses: Sequence[Uses], gradient: fx.Node, partner: fx.Node) -> bool:
-    """Whether the gradient's partner is the weight of the forward contraction, and not its input.
-
-    A smoothed weight is known. Where neither operand is one (a frozen or tied head), the second is the weight, as it
-    is by convention in a matrix product.
-    """
+    """Whether the gradient's partner is the weight of the forward contraction, and not its input."""
     for node in joint.graph.nodes:
         if node in joint.backward or node.target not in MATRIX_PRODUCTS or numel(node) != numel(gradient):
             continue
         first, second = operands(node)[-2:] if node.target in ADDING else operands(node)[:2]
         if joint.number(partner) in (joint.number(first), joint.number(second)):
-            weight = first if any(first in use.shadow | use.chain for use in uses) else second
+            weight = first if _is_weight_first(uses, first, second) else second
             return joint.number(partner) == joint.number(weight)
     return True
+
+
+def _is_weight_first(uses: Sequence[Uses], first: fx.Node, second: fx.Node) -> bool:
+    """Whether a product's first operand is the weight. The second is by convention, as of a frozen or tied head.
+
+    What holds a smoothed weight is known. What a function of one may be is that weight, as its normalized form, or the
+    activations behind a layer that is nonlinear in it, which then meet another weight.
+    """
+    if any(second in use.chain for use in uses):
+        return False
+    if any(first in use.chain for use in uses):
+        return True
+    return root(second).op != "placeholder" and any(first in use.shadow for use in uses)
 
 
 def _op(node: fx.Node) -> fx.Node:

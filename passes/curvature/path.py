@@ -21,6 +21,11 @@ from lotion_fx.passes.ops import ADDING_POSITIONS, FILLS, SCALED, UNSIGNED, WALK
 from lotion_fx.private import tree_leaves
 
 aten = torch.ops.aten
+_ON_SQUARES: dict[Any, Any] = {
+    aten.sub.Tensor: aten.add.Tensor,
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+}
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,8 @@ def squares(path: Path) -> fx.Node:
     below = {child.node: squares(child) for child in path.children}
     if node.target in UNSIGNED:
         return below[path.children[0].node]
-    op = aten.add.Tensor if node.target is aten.sub.Tensor else node.target
+    # A copy in another memory order is no step of the path, so that squares may not be viewed as the gradient could.
+    op = _ON_SQUARES.get(node.target, node.target)
     args: Any = fx.node.map_arg(node.args, lambda n: below[n] if n in below else _factor(node, n))
     kwargs: dict[str, Any] = {name: value for name, value in node.kwargs.items() if name != "dtype"}
     if node.target in SCALED:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lotion_fx
@@ -255,7 +256,23 @@ def test_a_model_in_training_is_exported_aloud():
             TRACED[how](model)
 
 
+def along_all_weights(model, parameters):
+    """The outputs' derivative in forward mode, each weight moved by 1."""
+    with forward_ad.dual_level():
+        moved = {k: forward_ad.make_dual(v, torch.ones_like(v)) for k, v in parameters.items()}
+        return forward_ad.unpack_dual(torch.func.functional_call(model, moved, (X,))).tangent
+
+
+def batched_gradients(model, parameters):
+    x = X.clone().requires_grad_()
+    out = model(x)
+    return torch.autograd.grad(out, x, torch.stack([out.detach(), torch.ones_like(out)]), is_grads_batched=True)[0]
+
+
 FUNCTIONAL = {
+    "forward mode": along_all_weights,
+    "batched gradients": batched_gradients,
+    "vectorized": lambda m, p: torch.autograd.functional.jacobian(m, X, vectorize=True),
     "jacrev": lambda m, p: torch.func.jacrev(m)(X),
     "jacfwd": lambda m, p: torch.func.jacfwd(m)(X),
     "vmap": lambda m, p: torch.func.vmap(m)(X),
@@ -280,7 +297,7 @@ def test_torch_func_differentiates_a_training_model():
     model, _ = pair()
     plain = Net()
     plain.load_state_dict(model.state_dict())
-    for how in ("grad", "jacrev"):
+    for how in ("grad", "jacrev", "batched gradients", "vectorized"):
         found, expected = (FUNCTIONAL[how](m, {k: v.detach() for k, v in m.named_parameters()}) for m in (model, plain))
         torch.testing.assert_close(found, expected)
 

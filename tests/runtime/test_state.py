@@ -1,6 +1,7 @@
 """A tensor seen anywhere is recognized as the weight that it is now, and none is referred to weakly."""
 
 import gc
+import sys
 import weakref
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import lotion_fx
+from lotion_fx import calls
 from lotion_fx.state import registry
 from tests.models import LM, MLP, ids, lm_loss
 
@@ -150,3 +152,34 @@ def test_a_model_that_is_gone_takes_its_tensors_with_it():
     for _ in range(2):  # the model first, then what was kept for it
         gc.collect()
     assert [each() for each in watched] == [None, None]
+
+
+def test_a_model_that_is_gone_takes_its_graphs_with_it():
+    """They are names in the module of the function that was compiled, and hold its code."""
+
+    def graphs():
+        gc.collect()
+        return {name for name in vars(calls) if name.startswith("__compiled_fn")}
+
+    before = graphs()
+    for regions in (False, True):
+        model = LM()
+        lotion_fx.transform(model, "int4", inner="aot_eager", regions=[model.mlp, model.head] if regions else None)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        lm_loss(model, ids()).backward()
+        optimizer.step()
+        model.eval()(ids())
+        assert graphs() > before
+        del model, optimizer
+        assert graphs() == before
+
+
+def test_forwards_that_no_step_follows_leave_nothing_behind():
+    model = lotion_fx.transform(MLP(), "int4", inner="aot_eager").eval()
+    terms = registry[model.up.weight].smoothing.tally.terms
+    x, sizes = torch.randn(4, 20), []
+    for _ in range(3):
+        for _ in range(20):
+            model(x)
+        sizes.append(sum(sys.getsizeof(kept) for kept in vars(terms).values()))
+    assert terms.forwards == 60 and sizes[0] == sizes[2]

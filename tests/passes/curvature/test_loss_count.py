@@ -40,6 +40,31 @@ def test_terms_do_not_change_behind_a_hidden_layer_or_an_unsmoothed_head() -> No
         assert terms_of(token_loss, (6, 7), randn(3, 5, 7), LABELS, head) == [11, 11]
 
 
+NONLINEAR = {
+    "bilinear": lambda w, x: F.bilinear(x, x, w.view(6, 7, 1).expand(6, 7, 7)),
+    "distances": lambda w, x: torch.cdist(x, w),
+    "sines": lambda w, x: F.linear(x, w) + w.sin().sum(1),
+}
+
+
+@pytest.mark.parametrize("head", ["smoothed", "trained", "frozen"])
+@pytest.mark.parametrize("how", NONLINEAR)
+def test_terms_behind_a_layer_that_is_nonlinear_in_its_weight(how: str, head: str) -> None:
+    """What such a layer puts out is a function of its weight, and not the weight of the head behind it."""
+
+    def loss(w: Tensor, head: Tensor, x: Tensor) -> Tensor:
+        return loss_of(F.linear(NONLINEAR[how](w, x).tanh(), head))
+
+    weights, layouts = [randn(6, 7)], [Layout("factored", (6, 7), 1, 6)]
+    given = randn(5, 6).requires_grad_(head == "trained")
+    for table in TABLES:
+        if head == "smoothed":
+            made = run(loss, [*weights, given], [*layouts, Layout("factored", (5, 6), 1, 5)], (randn(13, 7),), table)
+        else:
+            made = run(loss, weights, layouts, (given, randn(13, 7)), table)
+        assert {probe[-1].item() for probe in made.probes} == {13}
+
+
 def test_terms_with_a_tied_head_that_is_not_smoothed() -> None:
     def token_loss(w: Tensor, table: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
         hidden = F.linear(F.embedding(tokens, table), w).tanh()

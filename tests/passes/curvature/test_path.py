@@ -141,6 +141,22 @@ CASES["flipped"] = Case(
     lambda g, v: product(g["y"], v["x"])[0].flip(1),
     (randn(13, 7),),
 )
+CASES["rows in another order"] = Case(
+    (6, 7),
+    1,
+    6,
+    lambda w, tap, x: tap("y", F.linear(tap("x", x), w.view(2, 3, 7).transpose(0, 1).reshape(6, 7))),
+    lambda g, v: product(g["y"], v["x"])[0].view(3, 2, 7).transpose(0, 1).reshape(1, 6, 7),
+    (randn(13, 7),),
+)
+CASES["columns in another order"] = Case(
+    (5, 6),
+    1,
+    5,
+    lambda w, tap, x: tap("y", F.linear(tap("x", x), w.view(5, 2, 3).permute(0, 2, 1).contiguous().view(5, 6))),
+    lambda g, v: product(g["y"], v["x"])[0].view(1, 5, 3, 2).transpose(2, 3).reshape(1, 5, 6),
+    (randn(13, 6),),
+)
 CASES["beside others"] = Case(
     (5, 7),
     1,
