@@ -72,8 +72,8 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
         with private.outside_of_modes() if tracer else contextlib.nullcontext():
             smoothing.take_in(model)
         announcer.new_call()
+        unhooked.look(smoothing, model, tracer)
         if not tracer:
-            unhooked.look(smoothing, model)
             tally.forward_comes(trains=model.training and torch.is_grad_enabled())
         tally.forward_began()
         if tracer:

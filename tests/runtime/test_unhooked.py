@@ -148,3 +148,64 @@ def test_nothing_is_told_of_weights_that_graphs_leave_alone():
     no_optimizer(model)
     told = said(lambda: model.eval()(X))
     assert len(told) == 1 and told[0].startswith("'classes.weight' changed"), told
+
+
+def loss_at(model, parameters):
+    return F.cross_entropy(torch.func.functional_call(model, parameters, (X,)), Y)
+
+
+def parameters_of_its_own(model, steps):
+    moved = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(moved.values(), 0.1)
+    for _ in range(steps):
+        loss_at(model, moved).backward()
+        optimizer.step()
+
+
+def an_ensemble(model, steps):
+    moved = {name: torch.stack([p.detach()] * 2).requires_grad_() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(moved.values(), 0.1)
+    for _ in range(steps):
+        torch.func.vmap(lambda parameters: loss_at(model, parameters))(moved).sum().backward()
+        optimizer.step()
+
+
+def gradients_of_a_function(model, steps):
+    for _ in range(steps):
+        grads = torch.func.grad(lambda p: loss_at(model, p))({k: v.detach() for k, v in model.named_parameters()})
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter -= 0.1 * grads[name]
+
+
+def inner_steps(model, steps):
+    """Meta-learning: the model's own parameters take the outer step."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        fast = dict(model.named_parameters())
+        for _ in range(2):
+            grads = torch.autograd.grad(loss_at(model, fast), fast.values())
+            fast = {name: p - 0.1 * g for (name, p), g in zip(fast.items(), grads, strict=True)}
+        loss_at(model, fast).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("loop", [parameters_of_its_own, an_ensemble, gradients_of_a_function])
+@pytest.mark.parametrize("asked", ["eval", "report"])
+def test_training_at_other_tensors_than_the_model_s_is_told_once(loop, asked):
+    model = pair()[0]
+    loop(model, 6)
+    ask = (lambda: model.eval()(X)) if asked == "eval" else lambda: lotion_fx.report(model)
+    told = [text for text in said(ask) if "training forwards ran at other tensors" in text]
+    assert len(told) == 1 and told[0].startswith("6 training forwards") and "apply_term" in told[0]
+    assert not said(lambda: (model.eval()(X), lotion_fx.report(model)))
+
+
+def test_a_few_forwards_at_other_tensors_are_no_training():
+    model = pair()[0]
+    gradients_of_a_function(model, 3)
+    assert not said(lambda: model.eval()(X))
+    other = pair()[0]
+    inner_steps(other, 4)
+    assert not [text for text in said(lambda: other.eval()(X)) if "at other tensors" in text]
