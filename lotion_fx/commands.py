@@ -40,7 +40,7 @@ def report(source: Source, fmt: Format = None, only: Only = None, as_json: Json 
 
     With a batch, one step is made with a learning rate of 0: uses, estimators and the term are known from then on.
     """
-    with errors_in_a_line():
+    with errors_in_a_line(source):
         found = transformed(source, fmt, only)
         if found.batch is not None:
             found.loss().backward()
@@ -62,7 +62,7 @@ def expected_loss(
 
     lotion-fx expected-loss checkpoint/ --fmt int4 --json
     """
-    with errors_in_a_line():
+    with errors_in_a_line(source):
         found = transformed(source, fmt, only)
         found.needs_batch()
         told = expected(found.model, found.batch, found.loss_fn, samples)
@@ -83,7 +83,7 @@ def bench(
 
     lotion-fx bench my_code.models:small --methods lotion,ste --rounds 40 --json
     """
-    with errors_in_a_line():
+    with errors_in_a_line(source):
         chosen = methods.split(",")
         if unknown := [name for name in chosen if name not in METHODS]:
             raise ValueError(f"--methods: {unknown[0]!r} is none; expected some of {', '.join(METHODS)}")

@@ -118,6 +118,18 @@ def transformed(source: str, fmt: str | None, only: str | None, inner: str = "ao
     return found
 
 
+def why_it_fails(source: str) -> str:
+    """What a reference's own model, before it is transformed, fails with on its batch; empty if it does not, or is none."""
+    if not is_reference(source) or (found := subject(source)).batch is None or smoothings_of(found.model):
+        return ""
+    try:
+        found.loss()
+    except Exception as error:  # whatever a model of the user's raises
+        lines = str(error).splitlines() or [""]
+        return f"source={source!r}: its model, as it is, fails on its batch with {type(error).__name__}: {lines[0]}"
+    return ""
+
+
 def is_reference(source: str) -> bool:
     """Whether it is written as ``module:callable``, and no file or folder has this name."""
     return source.rpartition(":")[2].isidentifier() and ":" in source and not Path(source).exists()

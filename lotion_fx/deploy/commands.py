@@ -18,7 +18,7 @@ from lotion_fx.deploy import exporting, verifying
 from lotion_fx.deploy.layouts import LAYOUTS, layout_of, lotion
 from lotion_fx.deploy.loading import content_of
 from lotion_fx.deploy.writing import MARK
-from lotion_fx.subject import tokens_for, transformed
+from lotion_fx.subject import tokens_for, transformed, why_it_fails
 
 Source = Annotated[
     Path,
@@ -48,7 +48,7 @@ def export(
 
     lotion-fx export my_code.models:trained out/ --json
     """
-    with errors_in_a_line():
+    with errors_in_a_line(str(source)):
         model, inputs = _model(source, fmt, only)
         options = {}
         if "example_inputs" in inspect.signature(layout_of(layout).write).parameters:
@@ -89,12 +89,21 @@ def verify(
 
 
 @contextlib.contextmanager
-def errors_in_a_line() -> Iterator[None]:
-    """What is wrong with what was asked for, without a traceback."""
+def errors_in_a_line(source: str | None = None) -> Iterator[None]:
+    """What is wrong with what was asked for, without a traceback; and with a source whose own model fails.
+
+    Args:
+        source: as `subject` takes it; None for what is none.
+    """
     try:
         yield
     except (ValueError, TypeError, ModuleNotFoundError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
+    except Exception as error:
+        why = why_it_fails(source) if source is not None else ""
+        if not why:
+            raise
+        raise typer.BadParameter(why) from error
 
 
 def _model(source: Path, fmt: str | None, only: str | None) -> tuple[nn.Module | Path, Any]:

@@ -17,6 +17,10 @@ def classifier():
     return model, (torch.randn(8, 32), torch.randint(4, (8,))), F.cross_entropy
 
 
+def of_another_width():
+    return alone(), (torch.randn(8, 31), torch.randint(4, (8,))), F.cross_entropy
+
+
 class WithLoss(nn.Module):
     def __init__(self):
         super().__init__()

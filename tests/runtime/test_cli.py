@@ -120,6 +120,26 @@ def test_user_errors_are_one_line_before_any_training(arguments, message):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    "command", [["report"], ["expected-loss"], ["bench", "--inner", "aot_eager"], ["export", "OUT"]], ids=" ".join
+)
+def test_a_batch_that_does_not_fit_is_told_of_the_user_s_own_model(command, tmp_path):
+    rest = [str(tmp_path / "out") if argument == "OUT" else argument for argument in command[1:]]
+    result = run(command[0], f"{HERE}:of_another_width", *rest, "--fmt", "int4")
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    said = " ".join(result.output.replace("│", " ").split())
+    assert "its model, as it is, fails on its batch with RuntimeError" in said and "8x31" in said
+
+
+def test_a_failure_of_ours_keeps_its_traceback(monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("lotion_fx.commands.reported", fails)
+    result = run("report", f"{HERE}:classifier", "--fmt", "int4")
+    assert isinstance(result.exception, RuntimeError) and str(result.exception) == "ours"
+
+
 def test_missing_extra_is_one_clear_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
     monkeypatch.delitem(sys.modules, "lotion_fx.examples.quickstart", raising=False)
