@@ -119,7 +119,7 @@ def transformed(source: str, fmt: str | None, only: str | None, inner: str = "ao
 
 
 def why_it_fails(source: str) -> str:
-    """What a reference's own model, before it is transformed, fails with on its batch; empty if it does not, or is none."""
+    """What a reference's own model, before it is transformed, fails with on its batch; empty if it does not."""
     if not is_reference(source) or (found := subject(source)).batch is None or smoothings_of(found.model):
         return ""
     try:
