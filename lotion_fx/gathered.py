@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lotion_fx.passes.attach.probe import LOSS
 from lotion_fx.passes.moments.certificate import Certificate
 
 
@@ -16,7 +17,7 @@ class Gathered:
     Args:
         probe: its gradient is the curvature; None before the first forward with one.
         taken: the same, of passes whose gradients the loop took by `torch.autograd.grad`.
-        loss_count: what the probe's header said of T when it last told it.
+        told: what the probe's header said of the loss when it was last looked at.
         bindings: how often the probe entered a graph in the forward ``bound_in``.
         in_objective: the term came in through `penalty`, and its backward ran.
         in_loss: the loss of the step under way holds the term, with this certificate.
@@ -31,7 +32,7 @@ class Gathered:
 
     probe: Tensor | None = None
     taken: Tensor | None = None
-    loss_count: Tensor | None = None
+    told: Tensor | None = None
     bindings: int = 0
     bound_in: int = -1
     in_objective: bool = False
@@ -47,9 +48,16 @@ class Gathered:
 
     def drop_probe(self) -> None:
         """Forgets what the probe gathered."""
-        self.loss_count = self.taken = None
+        self.told = self.taken = None
         if self.probe is not None:
             self.probe.grad = None
+
+    def tells(self, vector: Tensor, *, grows: bool) -> Tensor:
+        """What a vector's header says of the loss, [norms, energies, T]; of one that grows, what is new in it."""
+        new = vector[-LOSS:].clone()
+        if grows:
+            new, self.told = new if self.told is None else new - self.told, new
+        return new / max(1, self.bindings)
 
     def arrived(self, gradient: Tensor) -> None:
         """A gradient of the probe, in a backward pass that did not name it."""

@@ -18,10 +18,14 @@ MOST = 1024
 
 
 class Residuals:
-    """Sums over the rows of the outputs, of the backward passes whose gradients the step under way is to have."""
+    """Sums over the rows of the outputs, of the backward passes whose gradients the step under way is to have.
+
+    Where the model makes the loss itself no output has rows with a gradient, and what graphs saw at its head tells.
+    """
 
     def __init__(self) -> None:
         self._of: dict[int, Tensor] = {}  # of each pass
+        self._inside: dict[int, Tensor] = {}
 
     def arrived(self, norms: Tensor, energies: Tensor, likely: Tensor, weights: Tensor) -> None:
         """The gradients of a model's outputs arrived in a backward pass.
@@ -35,23 +39,32 @@ class Residuals:
         if len(self._of) > MOST:  # no step takes them
             del self._of[next(iter(self._of))]
 
+    def arrived_inside(self, norms: Tensor, energies: Tensor) -> None:
+        """Likewise of the gradients at the head, 0-d, as a graph saw them; weights of rows do not show there."""
+        unknown = norms.new_full((2,), math.nan)
+        self._inside[private_backward.current_backward()] = torch.stack([norms, energies, *unknown]).double()
+        if len(self._inside) > MOST:
+            del self._inside[next(iter(self._inside))]
+
     def keep(self, factor: Tensor) -> None:
         """Forgets the passes before the one under way if the factor, 0-d, is not 1 but 0."""
         now = private_backward.current_backward()
-        self._of = {at: told if at == now else torch.where(factor, told, 0.0) for at, told in self._of.items()}
+        for known in (self._of, self._inside):
+            known.update({at: torch.where(factor, told, 0.0) for at, told in known.items() if at != now})
 
     def forget(self) -> None:
         """The gradients of the passes before the one under way were dropped."""
         now = private_backward.current_backward()
-        self._of = {at: told for at, told in self._of.items() if at == now}
+        self._of, self._inside = ({k: told for k, told in of.items() if k == now} for of in (self._of, self._inside))
 
     def clear(self) -> None:
         """Another step begins to measure."""
-        self._of = {}
+        self._of, self._inside = {}, {}
 
     def taken(self) -> Tensor | None:
         """The sums, float64 [4], once; None where nothing arrived."""
-        told, self._of = list(self._of.values()), {}
+        told = list((self._of or self._inside).values())
+        self.clear()
         return torch.stack(told).sum(0) if told else None
 
 

@@ -27,7 +27,6 @@ from lotion_fx.clipping import Clipping
 from lotion_fx.loss_count import LossCount
 from lotion_fx.measuring import Measuring
 from lotion_fx.passes.attach.attach import STE
-from lotion_fx.passes.attach.probe import Header
 from lotion_fx.schedule import PHASES, Phase
 from lotion_fx.settings import Settings
 from lotion_fx.shards import local_of, sample
@@ -325,7 +324,7 @@ class Tally:
             else:  # zeroed in place perhaps, which counts as no change through `.data`
                 kept.append(local_of(master.grad).any())
                 gathered.probe.grad *= kept[-1]
-                gathered.loss_count = None if gathered.loss_count is None else gathered.loss_count * kept[-1]
+                gathered.told = None if gathered.told is None else gathered.told * kept[-1]
         if kept:
             self.terms.keep(torch.stack(kept).any())
 
@@ -335,10 +334,10 @@ class Tally:
         arrived = gathered.probe.grad if taken is None and gathered.probe is not None else taken
         if arrived is None or self.last_backward == backward:
             return
-        self.last_backward, new = backward, Header.of(arrived).loss_count.clone()
-        if taken is None:
-            new, gathered.loss_count = new if gathered.loss_count is None else new - gathered.loss_count, new
-        self.rows_counted(new / max(1, gathered.bindings), to_gradients=taken is None)
+        self.last_backward, told = backward, gathered.tells(arrived, grows=taken is None).unbind()
+        if self.measuring.watches:
+            self.terms.residuals.arrived_inside(*told[:-1])
+        self.rows_counted(told[-1], to_gradients=taken is None)
 
     def rows_counted(self, count: Tensor, *, to_gradients: bool = True) -> None:
         """One backward pass counted so many loss terms; of weights' gradients, for a step to come, or of others."""

@@ -3,15 +3,16 @@
 Every smoothed weight has a probe, a float32 vector of zeros that enters the graph as one more input. The gradient
 that reaches it *is* the curvature, so autograd itself accumulates it over uses, micro-batches and recomputation.
 
-    factored   [ rows G*R | cols G*C | norm G | calls | code | loss count ]
-    full       [ h  numel(weight)             | calls | code | loss count ]
-    kronecker  [ B  G*R*R | A  G*C*C          | calls | code | loss count ]
-    none       [                                calls | code | loss count ]
+    factored   [ rows G*R | cols G*C | norm G | calls | code | norms | energies | loss count ]
+    full       [ h  numel(weight)             | calls | code | norms | energies | loss count ]
+    kronecker  [ B  G*R*R | A  G*C*C          | calls | code | norms | energies | loss count ]
+    none       [                                calls | code | norms | energies | loss count ]
 
 The weight, reshaped row-major to [G, R, C], has curvature ``h[g, r, c] = T * rows[g, r] * cols[g, c] / norm[g]``.
 A and B are the matrices of `passes.curvature.kronecker`, of sides up to `SIDE`; a longer one has none.
 ``calls`` counts emissions, ``code`` adds one `Code` per emission and the loss count the loss terms T that the graph
 saw, so `code / calls` and `loss_count / calls` survive accumulation and a warm compile cache, where no pass runs again.
+Norms and energies are sums over those terms: of the norm of each one's gradient where T is counted, and of its square.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Header(NamedTuple):
 
     calls: Tensor
     code: Tensor
+    norms: Tensor
+    energies: Tensor
     loss_count: Tensor
 
     @classmethod
@@ -71,12 +74,13 @@ class Header(NamedTuple):
     @property
     def common_code(self) -> Code:
         """What all emissions say, `MIXED` if they do not agree. Reads the device."""
-        calls, code, _ = torch.stack(self).tolist()
+        calls, code, *_ = torch.stack(self).tolist()
         mean = code / calls if calls else -1.0
         return Code(int(mean)) if mean in set(Code) else Code.MIXED
 
 
-HEADER = 3  # its length
+HEADER = 5  # its length
+LOSS = 3  # of them, the last that tell of the loss
 SIDE = 16384  # rows or columns up to which they have a matrix: one GiB in float32
 
 

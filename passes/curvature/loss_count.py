@@ -14,7 +14,7 @@ from functools import reduce
 import torch
 from torch import fx
 
-from lotion_fx.passes.curvature.contraction import Contraction, after, emit
+from lotion_fx.passes.curvature.contraction import Contraction, after, emit, square
 from lotion_fx.passes.curvature.joint import JointGraph, Uses, numel, operands, root
 from lotion_fx.passes.curvature.path import Path
 from lotion_fx.passes.ops import ADDING, MATRIX_PRODUCTS, contraction_at, makes_gradients
@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 def loss_count(joint: JointGraph, uses: Sequence[Uses], ends: Sequence[Path]) -> fx.Node | None:
-    """Emits T, a float32 scalar; None where no gradient in the graph has positions.
+    """Emits what a probe's header has of the loss, float32 [norms, energies, T]; None where no gradient has positions.
 
     Args:
         joint: the graph.
@@ -112,6 +112,11 @@ def _if_any(tangents: Sequence[fx.Node], count: fx.Node) -> fx.Node:
         return emit(graph, aten.mul.Tensor, count, own)
 
 
+def _terms(told: fx.Node) -> fx.Node:
+    """T of what a head tells."""
+    return emit(told.graph, aten.select.int, told, 0, -1)
+
+
 def _joined(rule: Callable[[fx.Node, fx.Node], fx.Node], counts: Sequence[fx.Node]) -> fx.Node | None:
     """Counts made one by a rule for two, emitted behind the later; None of none."""
 
@@ -123,7 +128,8 @@ def _joined(rule: Callable[[fx.Node, fx.Node], fx.Node], counts: Sequence[fx.Nod
 
 
 def _larger(one: fx.Node, other: fx.Node) -> fx.Node:
-    return emit(one.graph, aten.maximum.default, one, other)
+    is_larger = emit(one.graph, aten.gt.Tensor, _terms(other), _terms(one))
+    return emit(one.graph, aten.where.self, is_larger, other, one)
 
 
 def _present(counts: Sequence[fx.Node | None]) -> list[fx.Node]:
@@ -131,17 +137,20 @@ def _present(counts: Sequence[fx.Node | None]) -> list[fx.Node]:
 
 
 def _first(one: fx.Node, other: fx.Node) -> fx.Node:
-    """The first, unless it is 0."""
-    return emit(one.graph, aten.where.self, emit(one.graph, aten.gt.Scalar, one, 0), one, other)
+    """The first, unless its T is 0."""
+    return emit(one.graph, aten.where.self, emit(one.graph, aten.gt.Scalar, _terms(one), 0), one, other)
 
 
 def _count(gradient: fx.Node, features: Sequence[int]) -> fx.Node:
-    """Number of positions at which any feature's gradient is not zero."""
-    graph = gradient.graph
+    """Over positions the gradient's norms, their squares, and the number of those where any feature's is not zero."""
+    graph, squares = gradient.graph, square(gradient)
     nonzero = emit(graph, aten.ne.Scalar, gradient, 0)
     for dim in features:
         nonzero = emit(graph, aten.any.dim, nonzero, dim, True)
-    return emit(graph, aten.sum.default, nonzero, dtype=torch.float32)
+        squares = emit(graph, aten.sum.dim_IntList, squares, [dim], True)
+    sums = [emit(graph, aten.sum.default, x) for x in (emit(graph, aten.sqrt.default, squares), squares)]
+    sums.append(emit(graph, aten.sum.default, nonzero, dtype=torch.float32))
+    return emit(graph, aten.stack.default, sums)
 
 
 def _features(

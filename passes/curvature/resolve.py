@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from lotion_fx.passes.attach.probe import Code, Layout
+from lotion_fx.passes.attach.probe import LOSS, Code, Layout
 from lotion_fx.passes.curvature.contraction import after, arguments, bound, constant, emit
 from lotion_fx.passes.curvature.factors import factored
 from lotion_fx.passes.curvature.joint import JointGraph, Uses
@@ -96,7 +96,7 @@ def _find(joint: JointGraph, uses: Uses, node: fx.Node) -> Path | Stop:
 
 
 def _resolution(node: fx.Node, found: Path | Stop, count: fx.Node | None, gradients: Collection[fx.Node]) -> Resolution:
-    """Emits the probe vector that takes the node's place: payload, calls = 1, code, loss count."""
+    """Emits the probe vector that takes the node's place: payload, calls = 1, code, what the head tells of the loss."""
     grad, layout = arguments(node)[0], _layout(node)
     kind = layout.kind
     payload: list[fx.Node] = []
@@ -114,7 +114,7 @@ def _resolution(node: fx.Node, found: Path | Stop, count: fx.Node | None, gradie
         code, op = found.code, _name(found.node)
     with node.graph.inserting_before(after(count) if count is not None and node < count else node):
         header = [constant(grad, [1], value) for value in (1, int(code))]
-        header.append(constant(grad, [1], 0) if count is None else emit(node.graph, aten.reshape.default, count, [1]))
+        header.append(constant(grad, [LOSS], 0) if count is None else count)
         vector = emit(node.graph, aten.cat.default, [*payload, *header])
     return Resolution(code, op, uses, code.reason, kind, vector)
 

@@ -76,10 +76,23 @@ def test_outputs_without_rows_or_classes_show_nothing(shape):
     assert row_weights(torch.randn(shape), torch.randn(shape)).isnan().all()
 
 
-def terms(loss, steps=(2, 6), scaler=None):
+class OwnLoss(LM):
+    """A model that makes its loss itself, as those of transformers do, and puts out its logits beside it."""
+
+    def __init__(self, scale, **options):
+        super().__init__()
+        self.scale, self.options = scale, options
+
+    def forward(self, tokens):
+        logits = super().forward(tokens)
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten(), **self.options)
+        return {"loss": self.scale * loss, "logits": logits}
+
+
+def terms(loss, steps=(2, 6), scaler=None, make=LM):
     """The term after so many steps of a loss, at weights that stay."""
     torch.manual_seed(0)
-    model = lotion_fx.transform(LM(), "int4", inner="aot_eager")
+    model = lotion_fx.transform(make(), "int4", inner="aot_eager")
     optimizer, found = torch.optim.SGD(model.parameters(), 0.0), []
     for step in range(max(steps)):
         if scaler is None:
@@ -105,3 +118,24 @@ def test_a_loss_scale_is_no_part_of_the_loss():
     plain = terms(lambda m: lm_loss(m, ids(seed=1)))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     torch.testing.assert_close(terms(lambda m: lm_loss(m, ids(seed=1)), scaler=scaler), plain, rtol=1e-4, atol=0)
+
+
+MULTIPLES = {"sum": (1.0, {"reduction": "sum"}), "100 times": (100.0, {}), "a hundredth": (0.01, {})}
+
+
+@pytest.mark.parametrize("name", MULTIPLES)
+@pytest.mark.parametrize("how", ["a batch", "micro-batches", "scaled"])
+def test_a_loss_made_in_the_model_shows_at_its_head(name, how):
+    scale, options = MULTIPLES[name]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16) if how == "scaled" else None
+    tokens = ids(seed=1)
+    parts = tokens.chunk(2) if how == "micro-batches" else [tokens]
+    shares = 1 if name == "sum" else len(parts)
+
+    def loss(model):
+        return sum(model(part)["loss"] / shares for part in parts)
+
+    plain = terms(lambda m: lm_loss(m, tokens))
+    found = terms(loss, scaler=scaler, make=lambda: OwnLoss(scale, **options))
+    times = tokens.numel() if name == "sum" else scale
+    torch.testing.assert_close(found, times * plain, rtol=0.15, atol=0)

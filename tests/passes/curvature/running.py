@@ -15,7 +15,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
 from lotion_fx.passes.attach.attach import smooth
-from lotion_fx.passes.attach.probe import Layout
+from lotion_fx.passes.attach.probe import Header, Layout
 from lotion_fx.passes.curvature.resolve import Resolution, resolve_curvature
 
 TABLES = {"none": dict, "inductor": select_decomp_table}
@@ -86,6 +86,12 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     assert expected.norm() > 0
     error = (actual.double() - expected).norm() / expected.norm()
     assert error < tolerance, f"relative error {error:.2e}"
+
+
+def said(probe: Tensor) -> list[float]:
+    """Calls, codes and loss terms of a probe's vector."""
+    header = Header.of(probe)
+    return [header.calls.item(), header.code.item(), header.loss_count.item()]
 
 
 def product(g: Tensor, x: Tensor) -> tuple[Tensor, Factors]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lotion_fx.passes.attach.probe import Layout
+from lotion_fx.passes.attach.probe import Header, Layout
 from tests.passes.curvature.running import TABLES, TOKENS, loss_of, randn, run
 
 
@@ -29,6 +29,30 @@ def test_terms_are_the_tokens_with_a_label() -> None:
         return F.cross_entropy(F.linear(x, w).flatten(0, 1), labels.flatten())
 
     assert terms_of(token_loss, (5, 7), randn(3, 5, 7), LABELS) == [11, 11]
+
+
+@pytest.mark.parametrize("scale", [1.0, 512.0])
+def test_norms_and_energies_are_of_the_gradients_where_terms_are_counted(scale: float) -> None:
+    """One for each token with a label; of what lies before the head as of the head itself."""
+
+    def loss(w: Tensor, v: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+        return scale * F.cross_entropy(F.linear(F.linear(x, v).tanh(), w).flatten(0, 1), labels.flatten())
+
+    weights, layouts, x = (
+        [randn(5, 6), randn(6, 7)],
+        [Layout("factored", (5, 6), 1, 5), Layout("none", (6, 7), 1, 6)],
+        randn(3, 5, 7),
+    )
+    logits = (x @ weights[1].T).double().tanh() @ weights[0].double().T
+    logits.requires_grad_()
+    (g,) = torch.autograd.grad(scale * F.cross_entropy(logits.flatten(0, 1), LABELS.flatten()), logits)
+    for table in TABLES:
+        made = run(loss, weights, layouts, (x, LABELS), table)
+        for probe in made.probes:
+            header = Header.of(probe)
+            assert header.norms.item() == pytest.approx(g.norm(dim=-1).sum().item(), rel=1e-5)
+            assert header.energies.item() == pytest.approx(g.square().sum().item(), rel=1e-5)
+            assert header.loss_count == 11
 
 
 def test_terms_do_not_change_behind_a_hidden_layer_or_an_unsmoothed_head() -> None:
