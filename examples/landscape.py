@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
-from lotion_fx.examples.options import Json, ReportTo, in_a_folder, known_format, print_rows, start
+from lotion_fx.examples.options import Json, ReportTo, a_picture, known_format, print_rows, start
 from lotion_fx.examples.reproduce.page import Report
 from lotion_fx.numerics import rounding
 from lotion_fx.numerics.formats import Format, resolve
@@ -198,7 +198,7 @@ def _known_noise(noise: str) -> str:
 def main(
     fmt: Annotated[str, typer.Option(callback=_shared_scale, help="Number format of the weight.")] = "int4",
     noise: Annotated[str, typer.Option(callback=_known_noise, help="Noise law that smooths the loss.")] = "randomized",
-    plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = PLOT,
+    plot_to: Annotated[Path, typer.Option("--plot", callback=a_picture, help="Write the curves.")] = PLOT,
     report_to: ReportTo = None,
     as_json: Json = False,
 ) -> None:

@@ -12,6 +12,7 @@ import typer
 
 import lotion_fx
 
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text, which goes to stderr.")]
 
 
@@ -45,8 +46,26 @@ def some_of(kind: str, known: Iterable[str]) -> Callable[[str | None], str | Non
 
 
 def in_a_folder(path: Path | None) -> Path | None:
-    """A file to write, refused where its folder is not there."""
+    """A file to write, refused where its folder is not there, or it is a folder itself."""
     if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}")
+    if path is not None and path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; name a file")
+    return path
+
+
+def a_picture(path: Path | None) -> Path | None:
+    """A plot to write, refused where it cannot be, or its ending is no picture's."""
+    if path is not None and path.suffix not in PICTURES:
+        raise typer.BadParameter(f"{path} is no picture; let its name end in one of {', '.join(PICTURES)}")
+    return in_a_folder(path)
+
+
+def a_new_folder(path: Path) -> Path:
+    """A folder to write into, made at once; refused where a file has its name."""
+    if path.exists() and not path.is_dir():
+        raise typer.BadParameter(f"{path} is a file; name a folder")
+    if not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}")
     return path
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import lotion_fx
 from lotion_fx.examples.forking import Checkpoint, after_plain
-from lotion_fx.examples.options import Json, ReportTo, in_a_folder, known_format, print_rows, some_of, start
+from lotion_fx.examples.options import Json, ReportTo, a_picture, known_format, print_rows, some_of, start
 from lotion_fx.examples.quickstart_results import Curve, Row, label_of, plot, table, write_page
 
 FORK = 0.6  # the share of the training after which methods that begin by plain training go on from one checkpoint
@@ -315,7 +315,7 @@ def main(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, windows and methods, no C++ compiled.")] = False,
     as_json: Json = False,
-    plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = PLOT,
+    plot_to: Annotated[Path, typer.Option("--plot", callback=a_picture, help="Write the curves.")] = PLOT,
     report_to: ReportTo = None,
 ) -> None:
     """Train a small GPT on the Python library's own source by several quantization methods and compare them.

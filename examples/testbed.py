@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lotion_fx
-from lotion_fx.examples.options import Json, ReportTo, in_a_folder, print_rows, some_of
+from lotion_fx.examples.options import Json, ReportTo, a_picture, print_rows, some_of
 from lotion_fx.examples.reproduce.page import Report
 
 # The arguments of `lotion_fx.transform`, and what the table calls the method. "Exact": the loss that the model returns
@@ -216,7 +216,7 @@ def command(bed: Testbed) -> Callable[..., None]:
         methods: Annotated[str, typer.Option(callback=known_methods, help="Which to compare.")] = ",".join(METHODS),
         quick: Annotated[bool, typer.Option("--quick", help="A smoke run, too short to rank the methods.")] = False,
         as_json: Json = False,
-        plot_to: Annotated[Path, typer.Option("--plot", callback=in_a_folder, help="Write the curves.")] = picture,
+        plot_to: Annotated[Path, typer.Option("--plot", callback=a_picture, help="Write the curves.")] = picture,
         report_to: ReportTo = None,
     ) -> None:
         torch.set_num_threads(1)  # so small a model gains nothing from more, and suffers from them on a busy machine

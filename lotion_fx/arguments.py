@@ -99,8 +99,12 @@ def scheduled(
         raise ValueError(f"{other} is a schedule of its own, beside {told[0]}; pass one of them")
     shares = shared_out(method, before, after, finish_term) if schedule is None else _phases(schedule, fmt, noise)
     is_parted = len(shares) > 1 or any(value is not None for value in given.values())
-    if is_parted != (steps is not None):
-        raise ValueError(f"{told[0]} and steps={steps!r} go together: the phases' shares, and the number of all steps")
+    if is_parted and steps is None:
+        raise ValueError(f"{told[0]} has phases, which are shares of all steps: pass steps=, how many optimizer steps")
+    if steps is not None and not is_parted:
+        raise ValueError(
+            f"steps={steps!r}: {told[0]} has no phases to share them; pass schedule='auto', or leave it out"
+        )
     return Schedule(shares, None if steps is None else int(steps))
 
 

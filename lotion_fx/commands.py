@@ -15,7 +15,7 @@ from lotion_fx.coverage import report as reported
 from lotion_fx.deploy.commands import Json, errors_in_a_line
 from lotion_fx.expected import ExpectedLoss
 from lotion_fx.expected import expected_loss as expected
-from lotion_fx.schedule import METHODS
+from lotion_fx.schedule import METHODS as ALL
 from lotion_fx.subject import subject, transformed
 
 Source = Annotated[
@@ -28,6 +28,7 @@ Source = Annotated[
 Format = Annotated[str | None, typer.Option(help="Format to transform the model to: nvfp4, int4/bf16, ...")]
 Only = Annotated[str | None, typer.Option(help="Which weights: lm, linear or all.")]
 
+METHODS = [method for method, shares in ALL.items() if len(shares) == 1]  # others have no one step
 INNER = ("inductor", "aot_eager", "eager")
 
 
@@ -43,8 +44,12 @@ def report(source: Source, fmt: Format = None, only: Only = None, as_json: Json 
     with errors_in_a_line(source):
         found = transformed(source, fmt, only)
         if found.batch is not None:
-            found.loss().backward()
-            torch.optim.SGD(found.model.parameters(), lr=0.0).step()
+            loss = found.loss()
+            if not loss.isfinite():
+                raise ValueError(f"source={source!r}: the loss of its batch is {loss.item()}; expected a finite one")
+            if loss.requires_grad:
+                loss.backward()
+                torch.optim.SGD(found.model.parameters(), lr=0.0).step()
         told = reported(found.model)
     print(json.dumps(told.to_dict()) if as_json else told)
 

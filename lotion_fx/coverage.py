@@ -95,17 +95,17 @@ class CoverageReport:
         return sum(math.prod(row.shape) for row in self.rows if row.format) / max(total, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dictionaries."""
+        """Plain numbers, strings, lists and dictionaries, as JSON has them: None for what is no finite number."""
         return {
             "coverage": self.coverage,
-            "term": self.term,
-            "size": self.size,
+            "term": _finite(self.term),
+            "size": _finite(self.size),
             "measurements": self.measurements,
             "unmeasured": self.unmeasured,
             "phase": self.phase,
             "next_phase": self.next_phase,
             "steps": self.steps,
-            "parameters": [asdict(row) for row in self.rows],
+            "parameters": [{name: _finite(value) for name, value in asdict(row).items()} for row in self.rows],
         }
 
     def __str__(self) -> str:
@@ -251,9 +251,13 @@ def _not_stepped(weight: Weight) -> str:
     )
 
 
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _sqnr(weight: Weight) -> float | None:
     parameter = weight.parameter()
     if parameter is None or not (local := local_of(parameter).float()).numel():
         return None
     noise = (weight.quantizer.rtn(local) - local).square().sum()
-    return float(10 * torch.log10(local.square().sum() / noise)) if noise > 0 else math.inf
+    return math.inf if noise == 0 else float(10 * torch.log10(local.square().sum() / noise))

@@ -74,6 +74,8 @@ def _step(make: Callable[[], Subject], fmt: str, name: str, inner: str) -> Calla
     else:
         transform(subject.model, fmt, method=name, inner=inner)
     parameters = list(subject.model.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError("source: no parameter of its model requires a gradient, so that there is no step to time")
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
     def step() -> None:

@@ -76,19 +76,24 @@ def subject(source: str) -> Subject:
         make = _referenced(source)
         if why := misfit(make, ()):
             raise TypeError(f"source={source!r}: expected a callable without arguments, {why}")
-        found = make()
+        try:
+            found = make()
+        except Exception as error:
+            raise ValueError(f"source={source!r}: it raised {_said(error)}") from error
         parts = found if isinstance(found, tuple) else (found,)
         if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
             raise ValueError(
                 f"source={source!r}: it returned {_told(found)}; expected a model, (model, batch) or (model, batch, "
                 "loss_fn)"
             )
+        if len(parts) == 3 and not callable(parts[2]):
+            raise ValueError(f"source={source!r}: its loss_fn is {parts[2]!r}; expected a function (output, targets)")
         return Subject(*parts)
     if not Path(source, "config.json").is_file():
         raise ValueError(
             f"source={source!r}: no Hugging Face checkpoint is there; give its folder, or package.module:callable"
         )
-    model = checkpoint(Path(source))
+    model = checkpoint(Path(source)).train()  # it comes in eval()
     return Subject(model, _with_labels(model))
 
 
@@ -125,9 +130,13 @@ def why_it_fails(source: str) -> str:
     try:
         found.loss()
     except Exception as error:  # whatever a model of the user's raises
-        lines = str(error).splitlines() or [""]
-        return f"source={source!r}: its model, as it is, fails on its batch with {type(error).__name__}: {lines[0]}"
+        return f"source={source!r}: its model, as it is, fails on its batch with {_said(error)}"
     return ""
+
+
+def _said(error: Exception) -> str:
+    """An error's kind and first line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def is_reference(source: str) -> bool:
@@ -140,6 +149,8 @@ def checkpoint(folder: Path) -> nn.Module:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
+    if not config.architectures:
+        raise ValueError(f"source={str(folder)!r}: its config.json names no architectures, so no class to load it by")
     return getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype="auto")
 
 
@@ -177,6 +188,8 @@ def _loaded(name: str, source: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(f"source={source!r}: {error.name} cannot be imported from {here}") from error
+    except Exception as error:
+        raise ValueError(f"source={source!r}: importing {name} raised {_said(error)}") from error
 
 
 def _of_file(path: Path) -> ModuleType:
@@ -189,8 +202,10 @@ def _of_file(path: Path) -> ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)  # classes and compiled code look for their module
         try:
             spec.loader.exec_module(sys.modules[name])
-        except BaseException:
+        except BaseException as error:
             del sys.modules[name]
+            if isinstance(error, Exception):
+                raise ValueError(f"source: {path} cannot be run: {_said(error)}") from error
             raise
     return sys.modules[name]
 

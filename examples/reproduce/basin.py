@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
 
-from lotion_fx.examples.options import Json, in_a_folder, known_formats, some_of, start
+from lotion_fx.examples.options import Json, a_new_folder, known_formats, some_of, start
 from lotion_fx.examples.reproduce import basin_figures as figures
 from lotion_fx.examples.reproduce.basin_runs import FINISH, GROWTH, METHODS, Found, Row, Seed, Size
 from lotion_fx.examples.reproduce.basin_tasks import TASKS
@@ -181,7 +181,7 @@ def main(
     seeds: Annotated[int | None, typer.Option(min=1, help="Of each task [default: 3; 1 with --quick].")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run, too short to conclude from.")] = False,
     folder: Annotated[
-        Path, typer.Option("--to", callback=in_a_folder, help="Folder of report.html and basin.json.")
+        Path, typer.Option("--to", callback=a_new_folder, help="Folder of report.html and basin.json.")
     ] = Path("basin"),
     as_json: Json = False,
 ) -> None:

@@ -180,6 +180,8 @@ def main(
 
     lotion-fx kernels --arch all --json
     """
+    if evidence is not None and not tune:
+        raise typer.BadParameter("it is of what --tune compiles; add --tune", param_hint="--evidence")
     archs = [target.arch for target in TARGETS.values() if arch in ("all", target.name)]
     if arch is None:
         archs = list(TARGETS if tune else USUAL)

@@ -72,6 +72,10 @@ def verify(
     Without --source, the checksums of an export of layout lotion are all that can be looked at.
     """
     with errors_in_a_line():
+        if source is None and path.exists() and not (path / MARK).is_file():
+            raise ValueError(
+                f"path={str(path)!r}: only layout lotion has checksums; name one of the same model by --source"
+            )
         if source is None:
             count = len(lotion.read(path)[0])
             told = f"{path}: {count} weights, every checksum holds; --source compares it with what it was made from"
@@ -79,6 +83,10 @@ def verify(
             return
         if not source.is_dir():
             raise ValueError(f"--source={str(source)!r}: expected the folder of an export of layout lotion")
+        if not (source / MARK).is_file():
+            raise ValueError(
+                f"--source={str(source)!r}: no export of layout lotion is there; make one of what was exported"
+            )
         found = verifying.verify(path, source, tokens_for(content_of(source).model))
     if as_json:
         print(json.dumps({**asdict(found), "is_exact": found.is_exact}))

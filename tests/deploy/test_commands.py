@@ -26,6 +26,12 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+def test_a_checkpoint_is_reported_in_training(checkpoint):
+    """It comes in eval(), where weights train at rounded values and have no analytic curvature."""
+    rows = json.loads(run("report", str(checkpoint), "--fmt", "int4", "--json").stdout)["parameters"]
+    assert {row["estimator"] for row in rows if row["format"]} == {"analytic"}
+
+
 def test_a_checkpoint_is_rounded_exported_laid_out_anew_and_verified(checkpoint, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     told = run("export", str(checkpoint), str(first), "--fmt", "nvfp4/pow2", "--only", "lm", "--json")
@@ -90,6 +96,14 @@ def test_user_errors_are_one_line(checkpoint, tmp_path):
         (["export", str(tmp_path / "export"), str(tmp_path / "x"), "--fmt", "int4"], "leave them out"),
         (["export", str(tmp_path / "export"), str(tmp_path / "x")], "no config.json to make a model from"),
         (["verify", str(tmp_path / "no.gguf")], "no export of lotion_fx is here"),
+        (
+            ["verify", __file__],
+            "only layout lotion has checksums; name one of the same model by --source",
+        ),
+        (
+            ["verify", str(tmp_path), "--source", str(tmp_path)],
+            "no export of layout lotion is there; make one of what was exported",
+        ),
         (
             ["verify", str(tmp_path), "--source", "a.py:model"],
             "--source='a.py:model': expected the folder of an export",

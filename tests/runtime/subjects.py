@@ -21,6 +21,33 @@ def of_another_width():
     return alone(), (torch.randn(8, 31), torch.randint(4, (8,))), F.cross_entropy
 
 
+def of_unknown_labels():
+    return alone(), (torch.randn(8, 32), torch.full((8,), 9)), F.cross_entropy
+
+
+def of_no_number():
+    return alone(), (torch.full((8, 32), torch.nan), torch.zeros(8, dtype=torch.long)), F.cross_entropy
+
+
+def frozen():
+    model, batch, loss_fn = classifier()
+    return model.requires_grad_(False), batch, loss_fn
+
+
+def with_a_zero_weight():
+    model, batch, loss_fn = classifier()
+    torch.nn.init.zeros_(model[0].weight)
+    return model, batch, loss_fn
+
+
+def by_name():
+    return alone(), (torch.randn(8, 32), torch.zeros(8, dtype=torch.long)), "cross_entropy"
+
+
+def raising():
+    assert 1 + 1 == 3, "never so"
+
+
 class WithLoss(nn.Module):
     def __init__(self):
         super().__init__()

@@ -108,6 +108,19 @@ def test_doctor_s_exit_code_says_whether_training_runs(monkeypatch):
         (["bench", f"{HERE}:transformed_classifier"], "is already transformed"),
         (["bench", f"{HERE}:classifier", "--rounds", "1"], "--rounds"),
         (["bench", f"{HERE}:classifier", "--inner", "tvm"], "'tvm' is none; expected one of inductor"),
+        (["bench", f"{HERE}:classifier", "--methods", "cage"], "'cage' is none"),
+        (["bench", f"{HERE}:frozen"], "no parameter of its model requires a gradient"),
+        (["report", f"{HERE}:by_name", "--fmt", "int4"], "its loss_fn is 'cross_entropy'; expected a function"),
+        (["report", f"{HERE}:raising", "--fmt", "int4"], "it raised AssertionError: never so"),
+        (["report", f"{HERE}:of_no_number", "--fmt", "int4"], "the loss of its batch is nan"),
+        (
+            ["expected-loss", f"{HERE}:of_unknown_labels", "--fmt", "int4"],
+            "fails on its batch with IndexError: Target 9",
+        ),
+        (["quickstart", "--plot", "curves.weird"], "let its name end in one of .png, .svg"),
+        (["quickstart", "--report", "/tmp"], "/tmp is a folder; name a file"),
+        (["reproduce", "basin", "--to", __file__], "is a file; name a folder"),
+        (["kernels", "--evidence", "found.json"], "add --tune"),
         (["reproduce", "landscap"], "landscap"),
     ],
 )
@@ -118,6 +131,15 @@ def test_user_errors_are_one_line_before_any_training(arguments, message):
     assert last.startswith("Error: ")
     assert message in last
     assert "Traceback" not in result.output
+
+
+def test_report_prints_json_of_finite_numbers_and_of_models_at_rest():
+    def strictly(source):
+        result = run("report", f"{HERE}:{source}", "--fmt", "int4", "--json")
+        return json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["parameters"]
+
+    assert strictly("with_a_zero_weight")[0]["sqnr"] is None and strictly("classifier")[0]["sqnr"] > 0
+    assert [row["format"] for row in strictly("frozen")][:2] == ["int4", None]
 
 
 @pytest.mark.parametrize(

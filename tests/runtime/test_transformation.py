@@ -318,7 +318,7 @@ BAD = [
     (dict(inner="tvm"), ValueError, "inner='tvm'.*inductor"),
     (dict(strength=-1.0), ValueError, "strength=-1.0"),
     (dict(decay=1.0), ValueError, "decay=1.0"),
-    (dict(finish=0.4), ValueError, "go together"),
+    (dict(finish=0.4), ValueError, "pass steps="),
     (dict(finish=1.5, steps=10), ValueError, "finish=1.5"),
     (dict(only={"haed.*": None}), ValueError, "matches no parameter.*'head'"),
     (dict(only={"*": None}), ValueError, "no parameter is left"),

@@ -57,6 +57,9 @@ def no_product(weight: QuantizedWeight) -> str:
     grid = weight.format.grid
     if grid in _FLOAT8 or (isinstance(grid, Integer) and grid.bits in (4, 8)):
         return ""
+    block = weight.format.block
+    if isinstance(block, int) and len(weight.shape) == 2 and weight.length % block:
+        return f"its {weight.length} inputs are no multiple of a block of {block}"
     return f"ONNX dequantizes no {weight.format.name} for what takes it, which is no product"
 
 
