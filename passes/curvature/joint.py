@@ -77,10 +77,13 @@ class JointGraph:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.backward: set[fx.Node] = set()
+        self.has_loss = False  # whether an output is one number
         self._numbers: dict[fx.Node, int] = {}
         table: dict[Any, int] = {}
         for node in graph.nodes:
-            if node.name.startswith("tangents_") or any(n in self.backward for n in node.all_input_nodes):
+            is_tangent = node.name.startswith("tangents_")
+            self.has_loss |= is_tangent and node.meta["val"].dim() == 0
+            if is_tangent or any(n in self.backward for n in node.all_input_nodes):
                 self.backward.add(node)
             key: Any = node
             if node.op == "call_function":

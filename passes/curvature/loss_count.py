@@ -23,7 +23,9 @@ aten = torch.ops.aten
 
 
 def loss_count(joint: JointGraph, uses: Sequence[Uses], ends: Sequence[Path]) -> fx.Node | None:
-    """Emits what a probe's header has of the loss, float32 [norms, energies, T]; None where no gradient has positions.
+    """Emits what a probe's header has of the loss, float32 [norms, energies, T], or [T] where the others are 0.
+
+    None where no gradient in the graph has positions.
 
     Args:
         joint: the graph.
@@ -88,7 +90,7 @@ def _at_head(joint: JointGraph, uses: Sequence[Uses], node: fx.Node, is_end: boo
     assert contraction is not None
     gradient = next(operand for operand in contraction.operands if operand in joint.backward)
     with joint.graph.inserting_before(node):
-        return _count(gradient, _features(joint, uses, node, contraction, is_end))
+        return _count(joint, gradient, _features(joint, uses, node, contraction, is_end))
 
 
 def _at_end(joint: JointGraph, end: Path) -> fx.Node:
@@ -100,7 +102,7 @@ def _at_end(joint: JointGraph, end: Path) -> fx.Node:
     gradient = _gradient(joint, end.node)
     is_broadcast = gradient.meta["val"].dim() < end.node.meta["val"].dim()
     with joint.graph.inserting_before(after(gradient)):
-        return _count(gradient, [] if is_broadcast else [-1])
+        return _count(joint, gradient, [] if is_broadcast else [-1])
 
 
 def _if_any(tangents: Sequence[fx.Node], count: fx.Node) -> fx.Node:
@@ -141,16 +143,24 @@ def _first(one: fx.Node, other: fx.Node) -> fx.Node:
     return emit(one.graph, aten.where.self, emit(one.graph, aten.gt.Scalar, _terms(one), 0), one, other)
 
 
-def _count(gradient: fx.Node, features: Sequence[int]) -> fx.Node:
-    """Over positions the gradient's norms, their squares, and the number of those where any feature's is not zero."""
-    graph, squares = gradient.graph, square(gradient)
+def _count(joint: JointGraph, gradient: fx.Node, features: Sequence[int]) -> fx.Node:
+    """Over positions the gradient's norms, their squares, and the number of those where any feature's is not zero.
+
+    The number alone where the model makes no loss itself: then its outputs' gradients tell more.
+    """
+    graph = gradient.graph
     nonzero = emit(graph, aten.ne.Scalar, gradient, 0)
     for dim in features:
         nonzero = emit(graph, aten.any.dim, nonzero, dim, True)
+    count = emit(graph, aten.reshape.default, emit(graph, aten.sum.default, nonzero, dtype=torch.float32), [1])
+    if not joint.has_loss:
+        return count
+    is_complex = gradient.meta["val"].is_complex()
+    squares = square(emit(graph, aten.abs.default, gradient) if is_complex else gradient)
+    for dim in features:
         squares = emit(graph, aten.sum.dim_IntList, squares, [dim], True)
     sums = [emit(graph, aten.sum.default, x) for x in (emit(graph, aten.sqrt.default, squares), squares)]
-    sums.append(emit(graph, aten.sum.default, nonzero, dtype=torch.float32))
-    return emit(graph, aten.stack.default, sums)
+    return emit(graph, aten.cat.default, [*(emit(graph, aten.reshape.default, x, [1]) for x in sums), count])
 
 
 def _features(

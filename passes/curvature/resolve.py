@@ -114,7 +114,9 @@ def _resolution(node: fx.Node, found: Path | Stop, count: fx.Node | None, gradie
         code, op = found.code, _name(found.node)
     with node.graph.inserting_before(after(count) if count is not None and node < count else node):
         header = [constant(grad, [1], value) for value in (1, int(code))]
-        header.append(constant(grad, [LOSS], 0) if count is None else count)
+        known = 0 if count is None else count.meta["val"].numel()
+        header += [constant(grad, [LOSS - known], 0)] if known < LOSS else []
+        header += [] if count is None else [count]
         vector = emit(node.graph, aten.cat.default, [*payload, *header])
     return Resolution(code, op, uses, code.reason, kind, vector)
 
