@@ -82,7 +82,8 @@ class JointGraph:
         table: dict[Any, int] = {}
         for node in graph.nodes:
             is_tangent = node.name.startswith("tangents_")
-            self.has_loss |= is_tangent and node.meta["val"].dim() == 0
+            value = node.meta["val"] if is_tangent else None  # of a DTensor's, its mesh may be one
+            self.has_loss |= isinstance(value, torch.Tensor) and value.dim() == 0
             if is_tangent or any(n in self.backward for n in node.all_input_nodes):
                 self.backward.add(node)
             key: Any = node
