@@ -47,11 +47,9 @@ def some_of(kind: str, known: Iterable[str]) -> Callable[[str | None], str | Non
 
 def in_a_folder(path: Path | None) -> Path | None:
     """A file to write, refused where its folder is not there, or it is a folder itself."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {path.parent}")
     if path is not None and path.is_dir():
         raise typer.BadParameter(f"{path} is a folder; name a file")
-    return path
+    return None if path is None else _placed(path)
 
 
 def a_picture(path: Path | None) -> Path | None:
@@ -62,9 +60,13 @@ def a_picture(path: Path | None) -> Path | None:
 
 
 def a_new_folder(path: Path) -> Path:
-    """A folder to write into, made at once; refused where a file has its name."""
+    """A folder to write into, refused where a file has its name, or there is none to make it in."""
     if path.exists() and not path.is_dir():
         raise typer.BadParameter(f"{path} is a file; name a folder")
+    return _placed(path)
+
+
+def _placed(path: Path) -> Path:
     if not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}")
     return path

@@ -420,8 +420,11 @@ def _value(weight: Weight, parameter: Tensor, tracer: str) -> Tensor:
             warnings.filterwarnings("ignore", r"A model attribute `.*lifted_tensor_\d+` requires gradient")
     else:
         values = deployed(weight, parameter, is_traced=bool(tracer))
-    differentiates = tracer == "torch.func" or (torch.is_grad_enabled() and parameter.requires_grad)
-    differentiates = differentiates or forward_ad.unpack_dual(parameter).tangent is not None
+    differentiates = (
+        tracer == "torch.func"
+        or (torch.is_grad_enabled() and parameter.requires_grad)
+        or forward_ad.unpack_dual(parameter).tangent is not None
+    )
     if tracer in ("torch.export", "torch.jit.trace"):  # what is exported is not trained
         return values
     return linked(parameter, values) if differentiates else values

@@ -12,7 +12,8 @@ The weight, reshaped row-major to [G, R, C], has curvature ``h[g, r, c] = T * ro
 A and B are the matrices of `passes.curvature.kronecker`, of sides up to `SIDE`; a longer one has none.
 ``calls`` counts emissions, ``code`` adds one `Code` per emission and the loss count the loss terms T that the graph
 saw, so `code / calls` and `loss_count / calls` survive accumulation and a warm compile cache, where no pass runs again.
-Norms and energies are sums over those terms: of the norm of each one's gradient where T is counted, and of its square.
+Norms and energies are sums over those terms: of the norm of each one's gradient where T is counted, and of its square;
+0 unless the graph's outputs hold the loss.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from lotion_fx.passes.ops import ADDING_POSITIONS, FILLS, SCALED, UNSIGNED, WALK
 from lotion_fx.private import tree_leaves
 
 aten = torch.ops.aten
-_ON_SQUARES: dict[Any, Any] = {
+_ON_SQUARES: dict[Any, Any] = {  # where that is not the op itself
     aten.sub.Tensor: aten.add.Tensor,
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,

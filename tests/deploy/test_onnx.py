@@ -129,6 +129,7 @@ def test_what_no_product_takes_is_dequantized_for_it_or_dense(tmp_path):
         ("int3", "MatMulNBits of onnxruntime has 2, 4 or 8 bits"),
         ("int4/24", "blocks of a power of two from 16; train with int4/32"),
         ("nf4/48", "blocks of a power of two from 16; train with nf4"),
+        ("nf4", "its length of 20 is no multiple of a block of 32, which products in nf4 need"),
     ],
 )
 def test_a_format_without_a_place_is_refused(tmp_path, fmt, message):

@@ -58,8 +58,8 @@ def no_product(weight: QuantizedWeight) -> str:
     if grid in _FLOAT8 or (isinstance(grid, Integer) and grid.bits in (4, 8)):
         return ""
     block = weight.format.block
-    if isinstance(block, int) and len(weight.shape) == 2 and weight.length % block:
-        return f"its {weight.length} inputs are no multiple of a block of {block}"
+    if grid == _NF4 and isinstance(block, int) and len(weight.shape) == 2 and weight.length % block:
+        return f"its length of {weight.length} is no multiple of a block of {block}, which products in nf4 need"
     return f"ONNX dequantizes no {weight.format.name} for what takes it, which is no product"
 
 
