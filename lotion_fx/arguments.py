@@ -273,4 +273,7 @@ def check_weights(smoothing: Smoothing) -> None:
             where = torch.nonzero(~torch.isfinite(local))[0].tolist() if type(local) is Tensor else "some element"
             raise ValueError(f"model: {weight.name!r} is not finite at {where}; repair the checkpoint before transform")
     if not any(weight.format is not None for weight in smoothing.weights):
-        raise ValueError("model: no parameter is left to quantize; a weight needs two dimensions, or a glob in only")
+        raise ValueError(
+            "model: no parameter is left to quantize; a weight needs two dimensions, or a glob in only, and what "
+            "lotion_fx.quantize or load has packed is none: transform what was packed"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,11 +50,27 @@ def main() -> None:
 def build() -> typer.Typer:
     """The command line with every subcommand."""
     app = _app("Quantization-aware training by LOTION.")
+    _offer_version(app)
     _add(app, COMMANDS)
     reproduce = _app("Reproduce a figure or a table of the papers: `lotion-fx reproduce landscape --fmt fp4`.")
     _add(reproduce, REPRODUCE)
     app.add_typer(reproduce, name="reproduce")
     return app
+
+
+def _offer_version(app: typer.Typer) -> None:
+    import typer
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"lotion_fx {version('lotion_fx')}, torch {version('torch')}")
+            raise typer.Exit
+
+    option = typer.Option(False, "--version", is_eager=True, callback=show, help="Print versions.")
+
+    @app.callback()
+    def command(version: bool = option) -> None:
+        """Quantization-aware training by LOTION."""
 
 
 def _app(about: str) -> typer.Typer:

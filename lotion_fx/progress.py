@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import TypeVar
 
@@ -16,3 +18,16 @@ def with_a_bar(what: str, items: Iterable[Item], total: int) -> Iterable[Item]:
     from tqdm import tqdm
 
     return tqdm(items, what, total, leave=False, delay=2, disable=None)
+
+
+@contextlib.contextmanager
+def with_a_line(what: str) -> Iterator[None]:
+    """While the body runs, a line says what takes so long that no bar can divide, where somebody sees it."""
+    shows, line = sys.stderr.isatty(), f"{what} ..."
+    if shows:
+        print(line, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shows:
+            print("\r" + " " * len(line), end="\r", file=sys.stderr, flush=True)

@@ -138,7 +138,10 @@ def suggest(
     size = sum(choice.size for choice in choices)
     least = sum(choice.size * choice.formats[0].grid.bits for choice in choices)
     if least > bits * size:
-        raise ValueError(f"bits={bits!r}: the narrow formats take {least / size:.3g} on average already; ask for more")
+        raise ValueError(
+            f"bits={bits!r}: the formats take {least / size:.3g} on average already; ask for more, or for a narrower "
+            "format by fmt="
+        )
     wide = _best(choices, bits * size - least)
     choices = [Choice(c.name, c.size, c.formats, c.costs, c.name in wide) for c in choices]
     taken = least + sum(choice.extra for choice in choices if choice.is_wide)

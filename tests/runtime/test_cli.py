@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 import lotion_fx
-from lotion_fx import cli, doctor
+from lotion_fx import cli, doctor, progress
 from tests.runtime import subjects
 
 HERE = "tests.runtime.subjects"
@@ -28,6 +28,10 @@ def test_help_lists_the_subcommands():
     assert result.exit_code == 0
     assert all(f"  {name} " in result.output for name in [*cli.COMMANDS, "reproduce"])
     assert all(f"  {name} " in run("reproduce", "--help").output for name in cli.REPRODUCE)
+
+
+def test_version():
+    assert run("--version").output == f"lotion_fx {lotion_fx.__version__}, torch {torch.__version__}\n"
 
 
 @pytest.mark.parametrize("command", EVERY, ids=" ".join)
@@ -186,3 +190,12 @@ def test_entry_points():
     assert command.load() is cli.main
     (backend,) = entry_points(group="torch_dynamo_backends", name="lotion_fx")
     assert callable(backend.load())
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_wait_without_parts_has_a_line_where_somebody_sees_it(monkeypatch, capsys, sees):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: sees)
+    with progress.with_a_line("compiling"):
+        assert capsys.readouterr().err == ("compiling ..." if sees else "")
+    left = capsys.readouterr().err
+    assert left == ("\r" + " " * len("compiling ...") + "\r" if sees else "")

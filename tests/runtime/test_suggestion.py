@@ -151,7 +151,11 @@ def test_relatives_of_eight_bits():
 BAD = [
     (dict(bits="5"), TypeError, "bits='5', of type str: expected an average number of bits"),
     (dict(bits=None), TypeError, "bits=None"),
-    (dict(bits=3.0), ValueError, "bits=3.0: the narrow formats take 4 on average already"),
+    (
+        dict(bits=3.0),
+        ValueError,
+        "bits=3.0: the formats take 4 on average already; ask for more, or for a narrower format",
+    ),
     (dict(fmt="int44"), ValueError, "fmt='int44'"),
     (dict(only="int4"), TypeError, "only='int4': expected a mapping"),
     (dict(loss_fn="mse"), ValueError, "loss_fn='mse'"),

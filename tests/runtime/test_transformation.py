@@ -321,7 +321,7 @@ BAD = [
     (dict(finish=0.4), ValueError, "pass steps="),
     (dict(finish=1.5, steps=10), ValueError, "finish=1.5"),
     (dict(only={"haed.*": None}), ValueError, "matches no parameter.*'head'"),
-    (dict(only={"*": None}), ValueError, "no parameter is left"),
+    (dict(only={"*": None}), ValueError, "no parameter is left.*quantize or load has packed"),
     (dict(only={"head.*": "int44"}), ValueError, "int44"),
     (dict(backend="inductor"), TypeError, "'backend'"),
     (dict(regions=[nn.Linear(2, 2)]), ValueError, "no submodule"),

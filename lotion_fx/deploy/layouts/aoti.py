@@ -25,6 +25,7 @@ from lotion_fx.deploy.layout import Layout
 from lotion_fx.deploy.layouts.tracing import arguments, traceable
 from lotion_fx.deploy.weights import QuantizedWeight
 from lotion_fx.numerics.formats import Format
+from lotion_fx.progress import with_a_line
 
 SMALLEST = 9  # numbers of a constant that stays one
 ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -64,7 +65,8 @@ class Aoti(Layout):
         program = torch.export.export(made, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder, f"model{self.suffix}")  # the compiler wants the suffix
-            private_packages.compile_package(program, str(package))
+            with with_a_line("compiling the program, which takes half a minute or more"):
+                private_packages.compile_package(program, str(package))
             place.write_bytes(package.read_bytes())
             given, keywords = copied((args, kwargs))
             _compare(private_packages.load_package(str(package))(*given, **keywords), expected)
