@@ -15,7 +15,7 @@ from lotion_fx import private, unhooked
 from lotion_fx.announcing import announcer
 from lotion_fx.carried import MADE_ITSELF, all_standing_in
 from lotion_fx.holders import tell_of_views
-from lotion_fx.rows import count_rows, watch_residuals
+from lotion_fx.rows import count_rows, watched
 from lotion_fx.state import Smoothing
 from lotion_fx.uses import learn_in_python
 
@@ -85,9 +85,7 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
         learn_in_python(smoothing, model, args, kwargs)
         tell_of_views(smoothing, model)
         count_rows(out, tally)
-        if tally.has_term and tally.measuring.watches:
-            watch_residuals(out, tally)
-        return out
+        return watched(out, tally) if tally.has_term and tally.measuring.watches else out
 
     return forward
 

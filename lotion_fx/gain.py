@@ -20,8 +20,8 @@ from torch import Tensor
 REACH, STEP = 46.0, 0.05
 """Logarithms are kept up to this on both sides, so far apart: factors from 1e-20 to 1e20, to within 5 %."""
 
-PRIOR = 0.25
-"""How far from 1 the factor is expected before anything was observed."""
+PRIOR, TOLD = 0.25, 0.15
+"""How far from 1 the factor is expected before anything was observed; and from what outputs tell of it."""
 
 WALK, DRIFT = 0.03, 0.1
 """How far it walks from one observation to the next at least, and how far while the steps of a training double."""
@@ -32,7 +32,7 @@ DEGREES = 8.0
 NEARLY = 0.75
 """Of all predictions, as many have fallen where it is said that nearly all have."""
 
-MODEL_ERROR = 0.1
+MODEL_ERROR = 0.2
 """What two observations without noise differ by, relatively: the increase is known to second order alone."""
 
 
@@ -64,6 +64,12 @@ class Gains:
     def shift(self, log: float) -> None:
         """The logarithms are expected elsewhere, by so much."""
         self.offset += log
+
+    def expected(self, log: float) -> None:
+        """The logarithms were to be expected about that from the first, and closely; what was observed stays."""
+        was, now = self.logs / PRIOR, (self.logs + self.offset - log) / TOLD
+        density = self.density * (1 + was.square()) / (1 + now.square())
+        self.density = density / density.sum(1, keepdim=True)
 
     def observe(self, measured: Tensor, predicted: Tensor, variance: Tensor, walk: float = WALK) -> None:
         """One observation of each factor. Left out are those that are not finite, whose prediction is not positive, and

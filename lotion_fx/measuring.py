@@ -28,11 +28,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lotion_fx.amplitude import next_amplitude
-from lotion_fx.gain import Gains, Predictions, walked
+from lotion_fx.gain import WALK, Gains, Predictions, walked
 from lotion_fx.held import Forwards, can_be_measured, clipping_of, gradient_of, narrowed, sums_of
 from lotion_fx.holding import Holding
+from lotion_fx.lag import Lag
 from lotion_fx.optimizers import ascending, first_moments
-from lotion_fx.residuals import Residuals, size_told
+from lotion_fx.output_noise import MOVE, OUTPUTS, OutputNoise, Told
+from lotion_fx.residuals import TOLD, Residuals, size_told
 from lotion_fx.shards import over_shards, summed
 
 if TYPE_CHECKING:
@@ -45,8 +47,9 @@ EVERY = 200
 """From then on the next measurement comes after as many steps as there were so far, for a training changes fastest at
 its beginning, and in the long run after so many."""
 
-LOOKS = 8
-"""From one measurement to the next curvature's sum is looked at so often: what the loss does may not follow it."""
+LOOKS, MOVES = 8, 4
+"""From one measurement to the next curvature's sum is looked at so often, for what the loss does may not follow it; and
+outputs have noise so often, see `output_noise`."""
 
 NOTHING_TOLD = "none of {} measurements told anything: do weights change between forward and step?"
 _OWN_REACH, _OWN_STEP, _OWN_PRIOR = math.log(8.0), 0.1, 0.25  # of one weight's factor beside the common one
@@ -69,12 +72,14 @@ class Measuring:
         idle: forwards that were to measure, and no weight could be.
         guess: the size as the gradients at the outputs of the first step tell it; None before.
         holding: the parameters that are at noisy values for it.
+        outputs: the noise at the model's outputs.
+        lag: how far curvature's moving average is behind.
     """
 
     def __init__(self, weights: Sequence[Weight], *, is_on: bool, counts: bool = True) -> None:
         self.weights, self.is_on, self.counts = weights, is_on, counts
         self.begun, self.draws, self.next_at, self.amplitude, self.idle = 0, 0, 1, 1.0, 0
-        self.residuals = Residuals()
+        self.residuals, self.outputs = Residuals(), OutputNoise(is_on=is_on and counts)
         self.guess: float | None = None
         self._is_told, self._is_stepped, self._since, self._left_off = False, False, 0, ""
         self._common, self._own, self._walk = Gains(1), _own_gains(0), 0.0
@@ -82,7 +87,10 @@ class Measuring:
         self._clips: dict[Weight, float] = {}  # what gradients were scaled by after their backward pass, of late
         self._order: list[Weight] = []  # of the rows of `_own`
         self._factors: dict[Weight, float] = {}
-        self._curvatures = Predictions()  # the sum of each weight's
+        self._curvatures, self.lag = Predictions(), Lag()  # the sum of each weight's
+        self._looked_at: dict[Weight, float] = {}  # that sum's average, in the step under way
+        self._moved_at = -1  # the step whose outputs had noise
+        self._told: Told | None = None  # what that told
         self._to_look_at: set[Weight] = set()
         self._begun_from = 0, 0, 0  # how often, when due, since when, before the measurement under way
         self.holding, self._forwards = Holding(), Forwards()
@@ -135,12 +143,18 @@ class Measuring:
 
     # ------------------------------------------------------------------------------------------------------- measuring
 
-    def hold(self, steps: int, *, of_part: bool = False) -> None:
+    def looks_away(self) -> None:
+        """A forward comes that is no training's."""
+        self.holding.put_back()
+        self.outputs.leave_alone()
+
+    def hold(self, steps: int, *, of_part: bool = False, gathers: bool = True) -> None:
         """A training forward of the step after so many begins, and it is to measure if one is due.
 
         Args:
             steps: optimizer steps since the term first came.
             of_part: it is a forward of a part of the model, after which noise stays until the step.
+            gathers: the step gathers curvature.
         """
         holding = self.holding
         self._forwards.come(steps, is_first=holding.is_anew)
@@ -152,7 +166,14 @@ class Measuring:
             return
         looks, gap = steps - self._since, max(self.next_at - self._since, 1)
         is_due = self.draws and LOOKS * looks // gap > LOOKS * (looks - 1) // gap
-        self._to_look_at = set(self.weights) if is_due else set()
+        self._to_look_at, self._looked_at = set(self.weights) if is_due else set(), {}
+        self.lag.step_comes()
+        is_due = self.draws and MOVES * looks // gap > MOVES * (looks - 1) // gap
+        if self.outputs.forward_comes(steps, is_due=bool(is_due), gathers=gathers and self.is_on):
+            self.residuals.clear()
+        self._told = None
+        if self.outputs.now == MOVE:
+            self._to_look_at = set(self.weights)
         if not self.is_on or steps < self.next_at:
             return
         if not any(can_be_measured(weight) for weight in self.weights):  # as those of a discriminator that waits
@@ -160,10 +181,11 @@ class Measuring:
             return
         self._begun_from = self.begun, self.next_at, self._since
         self.begun += 1
-        self._walk = walked(self._since, steps)
+        self._walk = walked(self._since, steps) if self.outputs.log is None else WALK  # else they tell how it walks
         self.residuals.clear()
         self.next_at, self._since = steps + self._pause(steps), steps
         self._is_told, self._is_stepped, self._to_look_at = False, False, set()  # a measurement looks at all
+        self.outputs.leave_alone()
         holding.begin(self.weights, steps, self.amplitude, of_part=of_part)
 
     def _pause(self, steps: int) -> int:
@@ -175,7 +197,8 @@ class Measuring:
     @property
     def watches(self) -> bool:
         """Whether the gradients at the outputs are to tell of the loss in the step under way."""
-        return self.holding.is_noisy or (bool(self._left_off) and self.begun <= 1 and self.guess is None)
+        guesses = bool(self._left_off) and self.begun <= 1 and self.guess is None
+        return self.holding.is_noisy or bool(self.outputs.now) or guesses
 
     def _expect(self, loss_count: Tensor | None, loss_scale: Tensor | None, group: Any, device: torch.device) -> None:
         """Before anything was measured: what the size may be expected to be, see `residuals.size_told`."""
@@ -183,12 +206,31 @@ class Measuring:
             return
         seen = torch.zeros(5, dtype=torch.float64, device=device)
         if (told := self.residuals.taken()) is not None and (loss_count is not None or not self.counts):
-            seen[:4], seen[4] = told, 0.0 if loss_count is None else loss_count
+            seen[:4], seen[4] = told[:4], 0.0 if loss_count is None else loss_count
         seen = summed(seen, group)
         ranks = 1 if group is None else dist.get_world_size(group)
         scale = 1.0 if loss_scale is None else float(loss_scale)
         self.guess = size_told(seen.tolist(), scale, ranks, counts=self.counts)
         self._common.shift(math.log(self.guess))
+
+    def _outputs_tell(
+        self, loss_count: Tensor | None, loss_scale: Tensor | None, group: Any, device: torch.device
+    ) -> None:
+        """A step ends of which the outputs were looked at, or had noise."""
+        seen = torch.zeros(TOLD + 1, dtype=torch.float64, device=device)
+        if (told := self.residuals.taken()) is not None and loss_count is not None:
+            seen[:TOLD], seen[TOLD] = told, loss_count
+        seen = summed(seen, group).cpu()
+        ranks = 1 if group is None else dist.get_world_size(group)
+        scale, likely = 1.0 if loss_scale is None else float(loss_scale), float(seen[2])
+        self._told = self.outputs.observe(
+            seen[4:TOLD].view(OUTPUTS, -1), float(seen[TOLD]), scale, ranks,
+            is_likelihood=math.isfinite(likely) and likely > 0,
+        )  # fmt: skip
+
+    def _scale(self, factor: float) -> None:
+        """All that is known of the size is another by a factor."""
+        self._factors = {weight: _rounded(factor * size) for weight, size in self._factors.items()}
 
     def observe(
         self,
@@ -213,9 +255,15 @@ class Measuring:
             total_of: its sum, float64 [1].
 
         Returns:
-            The weights whose noise was wider than rounding's: what the step gathered is curvature elsewhere.
+            The weights whose noise was wider than rounding's, or all where outputs had some: what the step gathered is
+            curvature elsewhere.
         """
         self._is_stepped = True
+        if self.outputs.now == MOVE:
+            self._moved_at = self._forwards.steps
+        are_moved = self._moved_at == self._forwards.steps
+        if self.outputs.now:
+            self._outputs_tell(loss_count, loss_scale, group, pairs[0][1].device)
         told = [(weight, p, h) for weight, p in pairs if (h := self.holding.held.pop(weight, None)) is not None]
         moments = first_moments(optimizer, [parameter for _, parameter in pairs]) if told else {}
         signs = {parameter: -1.0 for parameter in ascending(optimizer)} if told else {}
@@ -235,7 +283,7 @@ class Measuring:
         elif seen := [pair for pair in pairs if pair[0] in self._to_look_at]:
             curvatures = over_shards(torch.stack([total_of(weight, p) for weight, p in seen]), [p for _, p in seen])
             self._look_at([weight for weight, _ in seen], curvatures[:, 0].tolist())
-        return {weight for weight, _, h in told if h.amplitude > 1}
+        return {w for w, _ in pairs} if are_moved else {w for w, _, h in told if h.amplitude > 1}
 
     def _is_given_up(self, group: Any, device: torch.device) -> bool:
         """Whether any rank gave the step up, if it measures."""
@@ -266,7 +314,7 @@ class Measuring:
             self.draws, self._is_told = self.draws + 1, True
             self._whole, self._before = torch.zeros_like(self._whole), self._common.density
         self._common.restore(self._before)
-        self._common.shift(-self._curvatures.told(zip(weights, total.tolist(), strict=True)))
+        self._falls(dict(zip(weights, total.tolist(), strict=True)))
         self._whole += torch.stack([measured, predicted, variance, spread, energy]).sum(1)
         measured_whole, predicted_whole, variance_whole, spread_whole, energy_whole = self._whole
         found = zip(weights, clip.tolist(), told.tolist(), strict=True)
@@ -286,11 +334,35 @@ class Measuring:
 
     def _look_at(self, weights: Sequence[Weight], curvatures: Sequence[float]) -> None:
         """Between two measurements, the sum of each of these weights' curvature."""
-        before = float(self._common.mean)
-        self._common.shift(-self._curvatures.told(zip(weights, curvatures, strict=True)))
-        moved = float(self._common.mean) / before
-        self._factors = {weight: _rounded(moved * factor) for weight, factor in self._factors.items()}
+        before, self._looked_at = float(self._common.mean), dict(zip(weights, curvatures, strict=True))
+        self._falls(self._looked_at)
+        self._scale(float(self._common.mean) / before)
         self._to_look_at -= set(weights)
+
+    def _falls(self, curvatures: Mapping[Weight, float]) -> None:
+        """Where the sums of curvature have fallen the size is larger by that."""
+        fallen = self._curvatures.told((weight, math.exp(self.lag.before) * h) for weight, h in curvatures.items())
+        self._common.shift(-fallen)
+        self.outputs.shift(-fallen)
+
+    @property
+    def looks(self) -> bool:
+        """Whether `lags` is to be told of the step under way."""
+        return bool(self._looked_at)
+
+    def lags(self, fresh: Mapping[Weight, float]) -> None:
+        """The sums of the curvature that the step itself gathered: their average is behind while they grow or fall."""
+        seen, self._looked_at = self.lag.seen(self._looked_at, fresh), {}
+        if seen is None or (self._moved_at == self._forwards.steps and self._told is None):
+            return
+        is_first = self._told is not None and self.outputs.log is None
+        if self._told is not None:
+            moved = self.outputs.learn(self._told, seen)
+        else:  # what outputs told holds this in it
+            moved = self.lag.learn(seen, self._forwards.steps) if self.outputs.log is None else 0.0
+        before = float(self._common.mean)
+        (self._common.expected if is_first else self._common.shift)(moved)
+        self._scale(float(self._common.mean) / before)
 
     def _align(self) -> None:
         """The beliefs of weights stand in their order: a model may get and lose some."""
@@ -318,6 +390,8 @@ class Measuring:
             "since": since,
             "forwards": self._forwards.most_by_now,
             "fallen": self._curvatures.fallen,
+            "lag": self.lag.log,
+            "outputs": self.outputs.saved(),
             "offset": self._common.offset,
             "told": self._packed(),
         }
@@ -343,7 +417,8 @@ class Measuring:
             self.begun = self.draws = self.next_at = 0
             self.guess = None
             return
-        self._since, known = saved["since"], {}
+        self._since, known, self.lag = saved["since"], {}, Lag(saved.get("lag", 0.0))
+        self.outputs.restore(saved.get("outputs"))
         values = torch.frombuffer(bytearray(base64.b64decode(saved["told"])), dtype=torch.float64)
         count, each, common = len(self.weights), len(self._own.logs), self._common.density.numel()
         self._common.restore(values[:common], saved["offset"])

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from lotion_fx import private_backward
+from lotion_fx.output_noise import OUTPUTS, SUMS
 
 DOUBT = 4.0
 """By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
+
+TOLD = 4 + OUTPUTS * SUMS
+"""Numbers that are told of a step."""
 
 MOST = 1024
 """Backward passes of one step that are told apart."""
@@ -27,22 +31,25 @@ class Residuals:
         self._of: dict[int, Tensor] = {}  # of each pass
         self._inside: dict[int, Tensor] = {}
 
-    def arrived(self, norms: Tensor, energies: Tensor, likely: Tensor, weights: Tensor) -> None:
-        """The gradients of a model's outputs arrived in a backward pass.
+    def arrived(self, norms: Tensor, energies: Tensor, likely: Tensor, weights: Tensor, moved: Tensor) -> None:
+        """The gradient of one of a model's outputs arrived in a backward pass.
 
         Args:
             norms, energies: 0-d, the sum over rows of the gradient's norm and of its square.
             likely, weights: 0-d, that of the square over the weight of its row in the loss, and of that weight; or nan.
+            moved: what `output_noise.told_of` tells.
         """
         now, backward = torch.stack([norms, energies, likely, weights]).double(), private_backward.current_backward()
+        now = torch.cat([now, moved.flatten()])
         self._of[backward] = self._of[backward] + now if backward in self._of else now
         if len(self._of) > MOST:  # no step takes them
             del self._of[next(iter(self._of))]
 
     def arrived_inside(self, norms: Tensor, energies: Tensor) -> None:
         """Likewise of the gradients at the head, 0-d, as a graph saw them; weights of rows do not show there."""
-        unknown = norms.new_full((2,), math.nan)
-        self._inside[private_backward.current_backward()] = torch.stack([norms, energies, *unknown]).double()
+        told = norms.new_zeros(TOLD, dtype=torch.float64)
+        told[:4] = torch.stack([norms, energies, *norms.new_full((2,), math.nan)])
+        self._inside[private_backward.current_backward()] = told
         if len(self._inside) > MOST:
             del self._inside[next(iter(self._inside))]
 
@@ -62,7 +69,7 @@ class Residuals:
         self._of, self._inside = {}, {}
 
     def taken(self) -> Tensor | None:
-        """The sums, float64 [4], once; None where nothing arrived."""
+        """The sums, float64 [`TOLD`], once, those of `output_noise.told_of` last; None where nothing arrived."""
         told = list((self._of or self._inside).values())
         self.clear()
         return torch.stack(told).sum(0) if told else None

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private_backward
-from lotion_fx.private import tree_leaves
+from lotion_fx.output_noise import told_of
+from lotion_fx.private import tree_flatten, tree_leaves, tree_unflatten
 from lotion_fx.recognition import row_weights
 from lotion_fx.shards import local_of
 from lotion_fx.tally import Tally
@@ -71,20 +72,33 @@ def _learns(weight: Weight) -> bool:
     return weight.selected and parameter is not None and parameter.requires_grad
 
 
-def watch_residuals(out: Any, tally: Tally) -> None:
+def watched(out: Any, tally: Tally) -> Any:
     """Tells a step that measures the term, or guesses its size, of backward passes and what gradients outputs have.
 
     Row by row, and with each row's weight in the loss.
 
     Args:
         out: what the model returned, tensors in any nesting.
+
+    Returns:
+        The same; with noise where the step is to have that.
     """
-    for leaf in tree_leaves(out) if torch.is_grad_enabled() else ():
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(partial(_tell, tally, tally.measuring.holding.pass_to_come, leaf.detach()))
+    if not torch.is_grad_enabled():
+        return out
+    leaves, structure = tree_flatten(out)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    forward, is_moved = tally.measuring.holding.pass_to_come, False
+    for place, i in enumerate(places):
+        noise = tally.measuring.outputs.noise(leaves[i].detach(), place) if leaves[i].dim() else None
+        if noise is not None:
+            leaves[i], is_moved = leaves[i] + noise, True
+        leaves[i].register_hook(partial(_tell, tally, forward, leaves[i].detach(), noise, place))
+    return tree_unflatten(leaves, structure) if is_moved else out
 
 
-def _tell(tally: Tally, forward: int | None, output: Tensor, grad: Tensor | None) -> None:
+def _tell(
+    tally: Tally, forward: int | None, output: Tensor, noise: Tensor | None, place: int, grad: Tensor | None
+) -> None:
     tally.measuring.holding.backward_comes(forward)
     if grad is None or private_backward.is_batched(grad):
         return
@@ -96,7 +110,8 @@ def _tell(tally: Tally, forward: int | None, output: Tensor, grad: Tensor | None
         energies = squares.sum(-1) if grad.dim() > 1 else squares
         energy = _whole(energies.sum())
         mean_inverse, total = _whole(row_weights(output, grad.detach())).unbind()
-        tally.measuring.residuals.arrived(_whole(energies.sqrt().sum()), energy, energy * mean_inverse, total)
+        moved = _whole(told_of(place, output, noise, grad.detach()))
+        tally.measuring.residuals.arrived(_whole(energies.sqrt().sum()), energy, energy * mean_inverse, total, moved)
 
 
 def _whole(told: Tensor) -> Tensor:

@@ -233,9 +233,9 @@ class Tally:
         """
         self.reached = self.steps
         if not trains or self.override:
-            self.measuring.holding.put_back()
+            self.measuring.looks_away()
         elif self.phase.measures:
-            self.measuring.hold(self.term_steps, of_part=of_part)
+            self.measuring.hold(self.term_steps, of_part=of_part, gathers=self.pass_is_due)
 
     def forward_began(self) -> None:
         self.counted_in_graph = False

@@ -27,7 +27,7 @@ from lotion_fx.passes.attach.probe import HEADER, Code, Header
 from lotion_fx.passes.attach.sharded import gathered, is_cut
 from lotion_fx.shards import Ranks, local_of, over_shards, part_of, sample, settle, shared_amax, summed
 from lotion_fx.state import Smoothing, Weight
-from lotion_fx.update import FISHER, GRADIENT, KEPT, MOMENT, VECTOR, Spec, curvature_of, stored, total_of
+from lotion_fx.update import FISHER, GRADIENT, KEPT, MOMENT, VECTOR, Spec, curvature_of, gathered_in, stored, total_of
 
 STRONG = 4.0
 """A strength above this may make the term outweigh the loss, and is kept within bounds."""
@@ -125,6 +125,8 @@ class Step:
         if self.group is not None or self.ranks:
             vectors = self._reduced(vectors, factors.row)
             factors = replace(factors, is_in=True)
+        if tally.measuring.looks and not self.is_resting:
+            tally.measuring.lags(self._gathered(vectors, factors))
         each = zip(self.pairs, vectors, map(Own, factors.gains, self._limits(factors)), strict=True)
         jobs = []
         for (weight, parameter), vector, own in each:
@@ -303,6 +305,18 @@ class Step:
             # payload P_r was made of: one process makes T sum_r P_r / W^2, whoever has how many of the T terms.
             known = _summed(self.group, {w: v / self._averaged_over(w) for w, v in known.items()})
         return [known.get(weight) for weight, _ in self.pairs]
+
+    def _gathered(self, vectors: Sequence[Tensor | None], factors: Factors) -> dict[Weight, float]:
+        """The sum of the curvature that this step itself gathered, of each weight. Reads the device."""
+        pairs = [(weight, p) for weight, p in self.pairs if not is_cut(weight.quantizer, p)]
+        known = {w: vector for (w, _), vector in zip(self.pairs, vectors, strict=True) if vector is not None}
+        squared = [(weight, p) for weight, p in pairs if weight not in known and not weight.is_analytic]
+        sums = [gathered_in(vector.float(), weight.layout) * factors.row for weight, vector in known.items()]
+        if squared:
+            squares = [local_of(_grad(p)).float().square().sum(dtype=torch.float64).view(1) for _, p in squared]
+            sums += (over_shards(torch.stack(squares), [p for _, p in squared])[:, 0] * factors.gradient).unbind()
+        weights = [*known, *(weight for weight, _ in squared)]
+        return dict(zip(weights, torch.stack(sums).tolist(), strict=True)) if sums else {}
 
     # ------------------------------------------------------------------------------------------------------------ jobs
 

@@ -212,6 +212,14 @@ def total_of(weight: Weight, parameter: Tensor) -> Tensor:
     return h.sum(dtype=torch.float64).view(1)
 
 
+def gathered_in(payload: Tensor, layout: Layout) -> Tensor:
+    """The sum of the h that one step's payload is of, 0-d float64, without making it where it is factored."""
+    if layout.kind != "factored":
+        return payload.sum(dtype=torch.float64)
+    rows, cols = factors(torch.cat([payload, payload.new_ones(1)]), layout)
+    return (rows.sum(1, dtype=torch.float64) * cols.sum(1, dtype=torch.float64)).sum()
+
+
 def stored(weight: Weight, parameter: Tensor) -> Part:
     """The part that this rank's shard is of what a weight's state is of: the whole weight, or the shard itself."""
     if not weight.smoothing.settings.reads_moment:

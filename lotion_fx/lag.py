@@ -1,0 +1,55 @@
+"""How far the moving average of curvature is behind the curvature of a step.
+
+In a training's first steps curvature grows tenfold, or falls as residuals vanish, and an average of all steps so far
+tells half of it, or five times too much.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lotion_fx.state import Weight
+
+YOUNG = 40
+"""After t steps curvature is believed to be 1 + (YOUNG / t)^2 times its average at most: later, where it grows, it is a
+training that runs away, and a term that grew with it would help it."""
+
+SHARE = 0.5
+"""Of what one step tells, in what is believed."""
+
+
+class Lag:
+    """Of one model.
+
+    Attributes:
+        log: the logarithm of a step's curvature over its moving average, of late.
+        before: the same before the step under way.
+    """
+
+    def __init__(self, log: float = 0.0) -> None:
+        self.log = self.before = log
+        self._logs: list[float] = []  # of each weight, in the step under way
+
+    def step_comes(self) -> None:
+        """A step that looks at curvature begins."""
+        self.before, self._logs = self.log, []
+
+    def seen(self, averages: Mapping[Weight, float], fresh: Mapping[Weight, float]) -> float | None:
+        """The median over the weights of a step, those of the optimizers before among them; None of none.
+
+        Args:
+            averages, fresh: the sums of the weights' curvature on average, and as the step has it.
+        """
+        both = ((h, fresh.get(weight, 0.0)) for weight, h in averages.items())
+        self._logs += [math.log(now / h) for h, now in both if h > 0 and 0 < now < math.inf]
+        return statistics.median(self._logs) if self._logs else None
+
+    def learn(self, seen: float, steps: int) -> float:
+        """What a step told after so many is believed in part; returns by how much the logarithm moves."""
+        most, now = math.log1p((YOUNG / max(steps, 1)) ** 2), self.log
+        self.log = (1 - SHARE) * self.before + SHARE * min(seen, most)
+        return self.log - now
