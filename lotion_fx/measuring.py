@@ -12,7 +12,8 @@ What it holds of the loss's slope at w has mean zero and most of the spread: the
 keeps one, is taken out as far as it agrees, and eps is scaled to show beside what remains (`amplitude`). What scales or
 clips gradients between backward and step scales the term: it is told apart, for one step's is not that of all. `gain`
 holds what is believed after each measurement: of the whole term, and of each weight's share in it.
-`holding` tells when parameters are at such weights.
+`holding` tells when parameters are at such weights. What is expected before, and in between, `output_noise` tells of
+the loss, and `lag` of how curvature's average is behind.
 """
 
 from __future__ import annotations

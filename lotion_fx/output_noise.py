@@ -59,6 +59,9 @@ def told_of(place: int, output: Tensor, noise: Tensor | None, grad: Tensor) -> T
     In the row of its place sums over the elements of rows that have a gradient: 1, z, z^2, z < 0, z > 0, z > 1, s g,
     (s g)^2 and s^2; then 1 and g^2 of rows without noise, and of those with.
     """
+    told = torch.zeros(OUTPUTS, SUMS, dtype=torch.float64, device=grad.device)
+    if place >= OUTPUTS or not _may_move(output) or type(grad) is not Tensor:
+        return told
     g, s = grad.float(), torch.zeros_like(grad, dtype=torch.float32) if noise is None else noise.float()
     z, live, moved = output.float() - s, g.ne(0), s.ne(0)
     if g.dim() > 1:
@@ -66,10 +69,13 @@ def told_of(place: int, output: Tensor, noise: Tensor | None, grad: Tensor) -> T
     z, squares, clean, moved = torch.where(live, z, 0.0), g.square(), live & ~moved, live & moved
     of_all = live, z, z.square(), z < 0, z > 0, z > 1, s * g, s.square() * squares, s.square() * live
     sums = *of_all, clean, squares * clean, moved, squares * moved
-    told = torch.zeros(OUTPUTS, SUMS, dtype=torch.float64, device=grad.device)
-    if place < OUTPUTS:
-        told[place] = torch.stack([each.sum(dtype=torch.float64) for each in sums])
+    told[place] = torch.stack([each.sum(dtype=torch.float64) for each in sums])
     return told
+
+
+def _may_move(output: Tensor) -> bool:
+    """Whether an output is a plain tensor of real numbers, and no shard of one."""
+    return type(output) is Tensor and output.is_floating_point() and output.layout == torch.strided
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +127,7 @@ class OutputNoise:
     def noise(self, output: Tensor, place: int) -> Tensor | None:
         """What is to be added to the output at a place among a forward's, of its shape and dtype; None of nothing."""
         deviation, has_sign, is_share = self._scales[place].tolist() if place < OUTPUTS else (0.0, 0.0, 0.0)
-        if self.now != MOVE or not deviation or type(output) is not Tensor or not output.is_floating_point():
+        if self.now != MOVE or not deviation or not _may_move(output):
             return None
         columns = output.shape[-1] if output.dim() > 1 else 1
         phases = uniforms(self._steps * OUTPUTS + place, torch.arange(columns, device=output.device))

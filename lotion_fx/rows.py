@@ -106,11 +106,13 @@ def _tell(
         return
     private_backward.after_backward(tally.measuring.holding.backward_ended)
     if grad.dim():
+        if grad.is_complex():
+            output, grad = (torch.view_as_real(each.resolve_conj()).flatten(-2) for each in (output, grad))
         squares = grad.detach().float().square()
         energies = squares.sum(-1) if grad.dim() > 1 else squares
         energy = _whole(energies.sum())
         mean_inverse, total = _whole(row_weights(output, grad.detach())).unbind()
-        moved = _whole(told_of(place, output, noise, grad.detach()))
+        moved = told_of(place, output, noise, grad.detach())
         tally.measuring.residuals.arrived(_whole(energies.sqrt().sum()), energy, energy * mean_inverse, total, moved)
 
 

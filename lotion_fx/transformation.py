@@ -102,8 +102,9 @@ def transform(
         likelihood: for ``"ggn"``, what the output parametrizes: ``"categorical"`` (the default), ``"bernoulli"``,
             ``"gaussian"``, or the loss itself, such as ``F.mse_loss``; see `likelihood`.
         calibrate: measures the size of the term, whatever the loss: the forwards of a few early steps, then of one in
-            two hundred, run at randomly moved weights, and log the loss there. False takes it as counted, which is
-            right for a mean over independent likelihood terms.
+            two hundred, run at randomly moved weights, and log the loss there; where the loss is recognized as no
+            likelihood's, as many again give outputs with a little noise. False takes it as counted, which is right for
+            a mean over independent likelihood terms.
         refresh: one optimizer step of so many gathers curvature, which rests in between; by default each of the first
             1000 with a term, then one of 4, for which the graphs are compiled anew. For ``"ggn"`` by default each.
         process_group: over which your own loop averages ``.grad``, where neither DistributedDataParallel nor FSDP2

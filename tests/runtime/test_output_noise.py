@@ -295,3 +295,37 @@ def test_several_optimizers_tell_of_one_step():
     for name, now in (("a", 2.0), ("b", 3.0), ("c", 9.0)):
         two.learn(two.seen({name: 1.0}, {name: now}), 5)
     assert one.log == pytest.approx(two.log)
+
+
+class Complex(nn.Module):
+    """Returns a spectrum beside real numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 4)
+
+    def forward(self, x):
+        out = self.body(x)
+        return out, torch.fft.rfft(out)
+
+
+def test_outputs_that_are_not_real_have_none():
+    torch.manual_seed(0)
+    model = lotion_fx.transform(Complex(), "int4", inner="aot_eager", refresh=1)
+    optimizer, x = torch.optim.SGD(model.parameters(), 1e-3), torch.randn(128, 8)
+    for _ in range(14):
+        out, spectrum = model(x)
+        ((out - 1).square().mean() + spectrum.abs().square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert outputs_of(model).log is not None
+
+
+@pytest.mark.parametrize("loss", [F.binary_cross_entropy, F.mse_loss, F.l1_loss])
+def test_losses_of_probabilities_stand_it(loss):
+    torch.manual_seed(0)
+    model = lotion_fx.transform(nn.Sequential(nn.Linear(8, 4), nn.Sigmoid()), "int4", inner="aot_eager")
+    optimizer, x = torch.optim.Adam(model.parameters(), 0.05), torch.randn(128, 8)
+    for _ in range(40):
+        one_step(model, optimizer, lambda m: loss(m(x), (x[:, :4] > 0).float()))
+    assert all(p.isfinite().all() for p in model.parameters())
