@@ -50,6 +50,11 @@ class Lag:
 
     def learn(self, seen: float, steps: int) -> float:
         """What a step told after so many is believed in part; returns by how much the logarithm moves."""
-        most, now = math.log1p((YOUNG / max(steps, 1)) ** 2), self.log
-        self.log = (1 - SHARE) * self.before + SHARE * min(seen, most)
+        now = self.log
+        self.log = (1 - SHARE) * self.before + SHARE * bounded(seen, steps)
         return self.log - now
+
+
+def bounded(log: float, steps: int) -> float:
+    """A lag, as far as it is believed after so many steps."""
+    return min(log, math.log1p((YOUNG / max(steps, 1)) ** 2))

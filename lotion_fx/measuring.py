@@ -32,7 +32,7 @@ from lotion_fx.amplitude import next_amplitude
 from lotion_fx.gain import WALK, Gains, Predictions, walked
 from lotion_fx.held import Forwards, can_be_measured, clipping_of, gradient_of, narrowed, sums_of
 from lotion_fx.holding import Holding
-from lotion_fx.lag import Lag
+from lotion_fx.lag import Lag, bounded
 from lotion_fx.optimizers import ascending, first_moments
 from lotion_fx.output_noise import MOVE, OUTPUTS, OutputNoise, Told
 from lotion_fx.residuals import TOLD, Residuals, size_told
@@ -315,7 +315,7 @@ class Measuring:
             self.draws, self._is_told = self.draws + 1, True
             self._whole, self._before = torch.zeros_like(self._whole), self._common.density
         self._common.restore(self._before)
-        self._falls(dict(zip(weights, total.tolist(), strict=True)))
+        self._averages(dict(zip(weights, total.tolist(), strict=True)))
         self._whole += torch.stack([measured, predicted, variance, spread, energy]).sum(1)
         measured_whole, predicted_whole, variance_whole, spread_whole, energy_whole = self._whole
         found = zip(weights, clip.tolist(), told.tolist(), strict=True)
@@ -336,15 +336,22 @@ class Measuring:
     def _look_at(self, weights: Sequence[Weight], curvatures: Sequence[float]) -> None:
         """Between two measurements, the sum of each of these weights' curvature."""
         before, self._looked_at = float(self._common.mean), dict(zip(weights, curvatures, strict=True))
-        self._falls(self._looked_at)
+        self._averages(self._looked_at)
         self._scale(float(self._common.mean) / before)
         self._to_look_at -= set(weights)
 
-    def _falls(self, curvatures: Mapping[Weight, float]) -> None:
-        """Where the sums of curvature have fallen the size is larger by that."""
-        fallen = self._curvatures.told((weight, math.exp(self.lag.before) * h) for weight, h in curvatures.items())
-        self._common.shift(-fallen)
-        self.outputs.shift(-fallen)
+    def _averages(self, curvatures: Mapping[Weight, float]) -> None:
+        """The averages' sums have changed: the size is larger by what they have fallen by, where residuals vanish.
+
+        Where outputs told what the curvature is, it is that still, whether they fall or rise.
+        """
+        now = {weight: math.exp(self.lag.before) * h for weight, h in curvatures.items() if h > 0}
+        before = {weight: known[1] for weight in now if (known := self._curvatures.known.get(weight))}
+        moved = self._curvatures.told(now.items())
+        if self.outputs.log is not None:
+            moved = statistics.median([math.log(now[w] / h) for w, h in before.items()] or [0.0])
+        self._common.shift(-moved)
+        self.outputs.shift(-moved)
 
     @property
     def looks(self) -> bool:
@@ -358,7 +365,7 @@ class Measuring:
             return
         is_first = self._told is not None and self.outputs.log is None
         if self._told is not None:
-            moved = self.outputs.learn(self._told, seen)
+            moved = self.outputs.learn(self._told, bounded(seen, self._forwards.steps))
         else:  # what outputs told holds this in it
             moved = self.lag.learn(seen, self._forwards.steps) if self.outputs.log is None else 0.0
         before = float(self._common.mean)
