@@ -61,5 +61,6 @@ def _repeats(module: nn.Module) -> bool:
 def _alike(module: nn.Module) -> int:
     if not isinstance(module, (nn.ModuleList, nn.Sequential)):
         return 0
-    classes = Counter(type(member) for member in module if any(True for _ in member.children()))
+    members = (member for member in module if member is not None)
+    classes = Counter(type(member) for member in members if any(True for _ in member.children()))
     return max(classes.values(), default=0)

@@ -110,9 +110,9 @@ def _of_kind(kind: type[Any], value: Any, depth: int) -> Iterator[Any]:
 def _inside(value: Any) -> Iterable[Any]:
     """What a container, a partial function or a closure holds."""
     if isinstance(value, dict):
-        return list(value.values())
+        return [each for each in value.values()]
     if isinstance(value, (list, tuple, set)):
-        return list(value)
+        return [each for each in value]
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, FunctionType):

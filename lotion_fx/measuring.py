@@ -90,7 +90,7 @@ class Measuring:
         self._factors: dict[Weight, float] = {}
         self._curvatures, self.lag = Predictions(), Lag()  # the sum of each weight's
         self._looked_at: dict[Weight, float] = {}  # that sum's average, in the step under way
-        self._moved_at = -1  # the step whose outputs had noise
+        self._moved_at: int | None = None  # the step whose outputs had noise
         self._told: Told | None = None  # what that told
         self._to_look_at: set[Weight] = set()
         self._begun_from = 0, 0, 0  # how often, when due, since when, before the measurement under way
@@ -148,6 +148,7 @@ class Measuring:
         """A forward comes that is no training's."""
         self.holding.put_back()
         self.outputs.leave_alone()
+        self._moved_at = None
 
     def hold(self, steps: int, *, of_part: bool = False, gathers: bool = True) -> None:
         """A training forward of the step after so many begins, and it is to measure if one is due.
@@ -215,19 +216,17 @@ class Measuring:
         self._common.shift(math.log(self.guess))
 
     def _outputs_tell(
-        self, loss_count: Tensor | None, loss_scale: Tensor | None, group: Any, device: torch.device
+        self, loss_count: Tensor | None, loss_scale: Tensor | None, group: Any, device: torch.device, sign: float
     ) -> None:
-        """A step ends of which the outputs were looked at, or had noise."""
+        """A step ends of which the outputs were looked at, or had noise; the loss is `sign` times what backward saw."""
         seen = torch.zeros(TOLD + 1, dtype=torch.float64, device=device)
         if (told := self.residuals.taken()) is not None and loss_count is not None:
             seen[:TOLD], seen[TOLD] = told, loss_count
         seen = summed(seen, group).cpu()
         ranks = 1 if group is None else dist.get_world_size(group)
         scale, likely = 1.0 if loss_scale is None else float(loss_scale), float(seen[2])
-        self._told = self.outputs.observe(
-            seen[4:TOLD].view(OUTPUTS, -1), float(seen[TOLD]), scale, ranks,
-            is_likelihood=math.isfinite(likely) and likely > 0,
-        )  # fmt: skip
+        known, at_outputs = math.isfinite(likely) and likely > 0, seen[4:TOLD].view(OUTPUTS, -1)
+        self._told = self.outputs.observe(at_outputs, float(seen[TOLD]), sign * scale, ranks, is_likelihood=known)
 
     def _scale(self, factor: float) -> None:
         """All that is known of the size is another by a factor."""
@@ -264,7 +263,8 @@ class Measuring:
             self._moved_at = self._forwards.steps
         are_moved = self._moved_at == self._forwards.steps
         if self.outputs.now:
-            self._outputs_tell(loss_count, loss_scale, group, pairs[0][1].device)
+            sign = -1.0 if pairs[0][1] in ascending(optimizer) else 1.0
+            self._outputs_tell(loss_count, loss_scale, group, pairs[0][1].device, sign)
         told = [(weight, p, h) for weight, p in pairs if (h := self.holding.held.pop(weight, None)) is not None]
         moments = first_moments(optimizer, [parameter for _, parameter in pairs]) if told else {}
         signs = {parameter: -1.0 for parameter in ascending(optimizer)} if told else {}
@@ -420,7 +420,7 @@ class Measuring:
         self.next_at, self.amplitude, self.guess = saved["next_at"], saved["amplitude"], saved.get("guess")
         self._left_off, self._forwards.most = saved.get("left_off", ""), saved.get("forwards", 1)
         self._factors, self._clips, self._curvatures = {}, {}, Predictions()
-        self._order, self._own = [], _own_gains(0)
+        self._order, self._own, self._moved_at = [], _own_gains(0), None
         if "offset" not in saved:  # of before: beliefs had another form, and all is measured anew
             self.begun = self.draws = self.next_at = 0
             self.guess = None

@@ -149,7 +149,7 @@ class OutputNoise:
         Args:
             seen: what `told_of` tells, over all outputs and ranks.
             terms: T, over all ranks.
-            scale: of the loss, in the gradients.
+            scale: of the loss, in the gradients, which may be the negative of them.
             ranks: over which gradients are averaged.
             is_likelihood: whether the gradients at the outputs are a likelihood's.
         """
@@ -171,7 +171,7 @@ class OutputNoise:
             return None
         clean, still, noisy, stirred = (torch.where(energy > 0, each, 0.0) for each in apart)
         mean, share = still / clean.clamp(min=1), noisy.sum() / clean.sum().clamp(min=1)
-        numerator, denominator = float(moved.sum()), terms * float((energy * mean).sum())
+        numerator, denominator = math.copysign(1, scale) * float(moved.sum()), terms * float((energy * mean).sum())
         if not (denominator > 0 and float(hidden.sum()) > 0 and math.isfinite(denominator + numerator)):
             return None
         shown, grown = numerator / math.sqrt(float(hidden.sum())), float(stirred.sum() / (share * still.sum()))
@@ -185,7 +185,7 @@ class OutputNoise:
             self.is_on = self._unseen < TRIES
             return None
         self._unseen = 0
-        return Told(math.log(ranks * numerator * scale / denominator), shown**-2 + ERROR**2)
+        return Told(math.log(ranks * numerator * abs(scale) / denominator), shown**-2 + ERROR**2)
 
     def learn(self, told: Told, lag: float) -> float:
         """One observation, of which the last `lag` that is told holds; returns how much the logarithm moves.

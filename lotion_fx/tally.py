@@ -232,10 +232,10 @@ class Tally:
             trains: it is a training forward, whose gradient an optimizer is to step with.
         """
         self.reached = self.steps
-        if not trains or self.override:
-            self.measuring.looks_away()
-        elif self.phase.measures:
+        if trains and not self.override and self.phase.measures:
             self.measuring.hold(self.term_steps, of_part=of_part, gathers=self.pass_is_due)
+        else:
+            self.measuring.looks_away()
 
     def forward_began(self) -> None:
         self.counted_in_graph = False

@@ -104,7 +104,8 @@ def factors(state: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """[groups, rows] and [groups, columns] of a factored h, whose product is h itself; 0 where nothing was seen yet."""
     rows, cols, norm = layout.split(state)
     divisor = norm * state[-1]
-    return rows, torch.where(divisor > 0, 1 / divisor, 0.0)[:, None] * cols
+    is_seen = divisor > torch.finfo(torch.float32).tiny  # else h has underflowed, and the reciprocal is infinite
+    return rows, torch.where(is_seen, 1 / divisor, 0.0)[:, None] * cols
 
 
 def marginals(h: Tensor, layout: Layout) -> Tensor:

@@ -84,7 +84,8 @@ class Content:
 
     @property
     def is_from_transformers(self) -> bool:
-        return hasattr(self.model, "config") and hasattr(self.model, "save_pretrained")
+        config = getattr(self.model, "config", None)
+        return hasattr(self.model, "save_pretrained") and hasattr(type(config), "from_dict")
 
 
 def plain_copy(model: nn.Module, weights: dict[str, QuantizedWeight]) -> nn.Module:

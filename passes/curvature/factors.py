@@ -4,6 +4,10 @@ A path whose every step keeps the contraction's left and right index apart (view
 scatter of whole matrices) has natural factors: plain sums of squares, no product. Its gradient's dimensions are tracked
 as atoms of the group, left and right index, to see that the weight viewed as [G, R, C] is (group, left, right) or
 (group, right, left). Any other path yields the marginals of its full curvature.
+
+Where uses are added each gives the marginals of its own product instead. Sums of squares are of different scales: left
+may be the output's gradient in one use and the input in another, or gradients shrink from use to use, and a product of
+what was added crosses them. Marginals are of one scale, that of h, and those of a sum are the sums of marginals.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ def factored(path: Path, layout: Layout) -> Factors:
     swapped = orientation(path, layout)
     if swapped is None:
         return _marginals(squares(path), layout)
-    left, right, count = summed(path, _factors_at, scales=1)
+    adds = _adds_uses(path)
+    left, right, count = summed(path, _marginals_at if adds else _factors_at, scales=3 if adds else 1)
     rows, cols = (right, left) if swapped else (left, right)
     groups, per_group, columns = layout.factors
     graph = rows.graph
@@ -101,6 +106,21 @@ def _factors_at(path: Path) -> Factors:
     return path.contraction.factors()
 
 
+def _marginals_at(path: Path) -> Factors:
+    """The same as row sums, column sums and total of the product; 0 where no position was counted."""
+    left, right, count = _factors_at(path)
+    graph = left.graph
+    positions = emit(graph, aten.clamp_min.default, count, 1)
+    of_left, of_right = (emit(graph, aten.sum.dim_IntList, part, [1]) for part in (left, right))
+    by_left, by_right = (emit(graph, aten.div.Tensor, total, positions) for total in (of_left, of_right))
+    by_row, by_column = (emit(graph, aten.unsqueeze.default, share, 1) for share in (by_right, by_left))
+    return Factors(
+        emit(graph, aten.mul.Tensor, left, by_row),
+        emit(graph, aten.mul.Tensor, right, by_column),
+        emit(graph, aten.mul.Tensor, of_left, by_right),
+    )
+
+
 def summed(path: Path, at_end: Callable[[Path], Parts], scales: int) -> Parts:
     """What the ends of a tracked path have, with what the path does to the gradient done to it.
 
@@ -137,6 +157,12 @@ def _single(atom: Atom) -> bool:
 
 def _nonzero(path: Path) -> list[Path]:
     return [child for child in path.children or () if child.children != ()]
+
+
+def _adds_uses(path: Path) -> bool:
+    """Whether the weight's gradient is a sum over several ends."""
+    below = _nonzero(path)
+    return len(below) > 1 or any(map(_adds_uses, below))
 
 
 def _is_sum_of_uses(node: fx.Node) -> bool:

@@ -312,3 +312,22 @@ def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(tmp_path, ki
     assert seen == {0, 1} or kills < 50
     lotion_fx.export(models[0], tmp_path / "model")
     assert os.listdir(tmp_path) == ["model"]
+
+
+class Configured(MLP):
+    """As diffusers' models are: a configuration that is a dictionary, and a way of saving of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = dict(width=8)
+
+    def save_pretrained(self, folder):
+        raise AssertionError
+
+
+def test_a_configuration_of_its_own_is_none_of_transformers(tmp_path):
+    model = lotion_fx.transform(Configured(), "int4", inner="aot_eager").eval()
+    lotion_fx.export(model, tmp_path / "out")
+    loaded = lotion_fx.load(tmp_path / "out", Configured(), packed=False)
+    for name, weight in lotion_fx.quantized(model).items():
+        assert torch.equal(loaded.get_parameter(name), weight.dequantize())

@@ -63,6 +63,25 @@ def test_a_model_without_alike_blocks_is_refused_and_left_alone(model):
     lotion_fx.transform(model, "int4", inner="aot_eager")
 
 
+class Gaps(nn.Module):
+    """A list of layers that has places without one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), None, nn.Linear(8, 8)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x if layer is None else layer(x)
+        return x
+
+
+def test_a_list_may_have_places_without_a_module():
+    model = lotion_fx.transform(Gaps(), "int4", inner="aot_eager")
+    model(torch.randn(2, 8)).sum().backward()
+    assert [row.format for row in lotion_fx.report(model).rows] == ["int4", None, "int4", None]
+
+
 def test_equal_blocks_are_compiled_once():
     counts = []
     for depth in (2, 12):

@@ -354,3 +354,18 @@ def test_a_part_that_is_called_itself_is_none():
         warnings.filterwarnings("error", "a method of")
         model[0](X)
         model[1](torch.randn(3, 8))
+
+
+class Uncounted(tuple):
+    """Has no length, as e3nn's Irreps."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+def test_a_container_without_a_length_is_looked_into():
+    model = nn.Linear(8, 8)
+    model.irreps = Uncounted((1, 2))
+    lotion_fx.transform(model, "int4", inner="aot_eager").eval()
+    x = torch.randn(2, 8)
+    assert torch.allclose(model(x), F.linear(x, lotion_fx.quantized(model)["weight"].dequantize(), model.bias))

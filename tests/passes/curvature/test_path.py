@@ -279,8 +279,10 @@ def looped(w: Tensor, tap: Any, x: Tensor) -> Tensor:
 
 
 def two_uses(g: Any, v: Any) -> Any:
+    """Each use's product by its own row sums, column sums and total, which are those of the sum when added."""
     (h0, f0), (h1, f1) = (product(flat(g[f"y{n}"]), flat(v[f"x{n}"])) for n in (0, 1))
-    return h0 + h1, tuple(a + b for a, b in zip(f0, f1, strict=True))
+    both = sum(a[:, :, None] * b[:, None, :] / n for a, b, n in (f0, f1))
+    return h0 + h1, (both.sum(2), both.sum(1), both.sum((1, 2)))
 
 
 CASES["looped"] = Case((7, 7), 1, 7, looped, two_uses, (randn(2, 5, 7),), "mm")
