@@ -63,7 +63,9 @@ def _offer_version(app: typer.Typer) -> None:
 
     def show(wanted: bool) -> None:
         if wanted:
-            typer.echo(f"lotion_fx {version('lotion_fx')}, torch {version('torch')}")
+            import torch
+
+            typer.echo(f"lotion_fx {version('lotion_fx')}, torch {torch.__version__}")
             raise typer.Exit
 
     option = typer.Option(False, "--version", is_eager=True, callback=show, help="Print versions.")
