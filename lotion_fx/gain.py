@@ -23,6 +23,9 @@ REACH, STEP = 46.0, 0.05
 PRIOR, TOLD = 0.25, 0.15
 """How far from 1 the factor is expected before anything was observed; and from what outputs tell of it."""
 
+CLOSELY = 3.0
+"""Degrees of freedom of the t law about what outputs tell, whose tails are lighter than Cauchy's."""
+
 WALK, DRIFT = 0.03, 0.1
 """How far it walks from one observation to the next at least, and how far while the steps of a training double."""
 
@@ -68,7 +71,7 @@ class Gains:
     def expected(self, log: float) -> None:
         """The logarithms were to be expected about that from the first, and closely; what was observed stays."""
         was, now = self.logs / PRIOR, (self.logs + self.offset - log) / TOLD
-        density = self.density * (1 + was.square()) / (1 + now.square())
+        density = self.density * (1 + was.square()) / (1 + now.square() / CLOSELY) ** ((CLOSELY + 1) / 2)
         self.density = density / density.sum(1, keepdim=True)
 
     def observe(self, measured: Tensor, predicted: Tensor, variance: Tensor, walk: float = WALK) -> None:

@@ -25,17 +25,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lotion_fx.amplitude import next_amplitude
-from lotion_fx.gain import WALK, Gains, Predictions, walked
+from lotion_fx.gain import Gains, Predictions, walked
 from lotion_fx.held import Forwards, can_be_measured, clipping_of, gradient_of, narrowed, sums_of
 from lotion_fx.holding import Holding
 from lotion_fx.lag import Lag, bounded
 from lotion_fx.optimizers import ascending, first_moments
-from lotion_fx.output_noise import MOVE, OUTPUTS, OutputNoise, Told
-from lotion_fx.residuals import TOLD, Residuals, size_told
+from lotion_fx.output_noise import MOVE, OUTPUTS, SUMS, OutputNoise, Told
+from lotion_fx.residuals import Residuals, size_known, size_told
 from lotion_fx.shards import over_shards, summed
 
 if TYPE_CHECKING:
@@ -50,7 +49,10 @@ its beginning, and in the long run after so many."""
 
 LOOKS, MOVES = 8, 4
 """From one measurement to the next curvature's sum is looked at so often, for what the loss does may not follow it; and
-outputs have noise so often, see `output_noise`."""
+outputs so often, or have noise, see `output_noise`."""
+
+RARELY = 3
+"""So many times as far apart are measurements where outputs tell a likelihood's curvature; looks are as near."""
 
 NOTHING_TOLD = "none of {} measurements told anything: do weights change between forward and step?"
 _OWN_REACH, _OWN_STEP, _OWN_PRIOR = math.log(8.0), 0.1, 0.25  # of one weight's factor beside the common one
@@ -85,6 +87,7 @@ class Measuring:
         self._is_told, self._is_stepped, self._since, self._left_off = False, False, 0, ""
         self._common, self._own, self._walk = Gains(1), _own_gains(0), 0.0
         self._whole, self._before = torch.zeros(5, dtype=torch.float64), self._common.density
+        self._unexpected = self._before
         self._clips: dict[Weight, float] = {}  # what gradients were scaled by after their backward pass, of late
         self._order: list[Weight] = []  # of the rows of `_own`
         self._factors: dict[Weight, float] = {}
@@ -166,7 +169,7 @@ class Measuring:
         if holding.held:
             holding.go_on(of_part=of_part)
             return
-        looks, gap = steps - self._since, max(self.next_at - self._since, 1)
+        looks, gap = steps - self._since, max((self.next_at - self._since) // self._apart, 1)
         is_due = self.draws and LOOKS * looks // gap > LOOKS * (looks - 1) // gap
         self._to_look_at, self._looked_at = set(self.weights) if is_due else set(), {}
         self.lag.step_comes()
@@ -174,7 +177,7 @@ class Measuring:
         if self.outputs.forward_comes(steps, is_due=bool(is_due), gathers=gathers and self.is_on):
             self.residuals.clear()
         self._told = None
-        if self.outputs.now == MOVE:
+        if self.outputs.now:
             self._to_look_at = set(self.weights)
         if not self.is_on or steps < self.next_at:
             return
@@ -183,7 +186,7 @@ class Measuring:
             return
         self._begun_from = self.begun, self.next_at, self._since
         self.begun += 1
-        self._walk = walked(self._since, steps) if self.outputs.log is None else WALK  # else they tell how it walks
+        self._walk = self.outputs.walk or walked(self._since, steps)
         self.residuals.clear()
         self.next_at, self._since = steps + self._pause(steps), steps
         self._is_told, self._is_stepped, self._to_look_at = False, False, set()  # a measurement looks at all
@@ -192,7 +195,11 @@ class Measuring:
 
     def _pause(self, steps: int) -> int:
         """Steps to the next measurement."""
-        return 1 if self.begun < FIRST else min(max(steps, 1), EVERY)
+        return 1 if self.begun < FIRST else min(max(steps, 1), EVERY) * self._apart
+
+    @property
+    def _apart(self) -> int:
+        return RARELY if self.outputs.is_known else 1
 
     # ------------------------------------------------------------------------------------------------------- observing
 
@@ -206,27 +213,17 @@ class Measuring:
         """Before anything was measured: what the size may be expected to be, see `residuals.size_told`."""
         if self.begun > 1 or self.guess is not None:
             return
-        seen = torch.zeros(5, dtype=torch.float64, device=device)
-        if (told := self.residuals.taken()) is not None and (loss_count is not None or not self.counts):
-            seen[:4], seen[4] = told[:4], 0.0 if loss_count is None else loss_count
-        seen = summed(seen, group)
-        ranks = 1 if group is None else dist.get_world_size(group)
-        scale = 1.0 if loss_scale is None else float(loss_scale)
-        self.guess = size_told(seen.tolist(), scale, ranks, counts=self.counts)
+        terms = loss_count if loss_count is not None or self.counts else 0.0
+        self.guess = size_told(*self.residuals.over_ranks(terms, loss_scale, group, device), counts=self.counts)
         self._common.shift(math.log(self.guess))
 
     def _outputs_tell(
         self, loss_count: Tensor | None, loss_scale: Tensor | None, group: Any, device: torch.device, sign: float
     ) -> None:
         """A step ends of which the outputs were looked at, or had noise; the loss is `sign` times what backward saw."""
-        seen = torch.zeros(TOLD + 1, dtype=torch.float64, device=device)
-        if (told := self.residuals.taken()) is not None and loss_count is not None:
-            seen[:TOLD], seen[TOLD] = told, loss_count
-        seen = summed(seen, group).cpu()
-        ranks = 1 if group is None else dist.get_world_size(group)
-        scale, likely = 1.0 if loss_scale is None else float(loss_scale), float(seen[2])
-        known, at_outputs = math.isfinite(likely) and likely > 0, seen[4:TOLD].view(OUTPUTS, -1)
-        self._told = self.outputs.observe(at_outputs, float(seen[TOLD]), sign * scale, ranks, is_likelihood=known)
+        seen, scale, ranks = self.residuals.over_ranks(loss_count, loss_scale, group, device)
+        known, moved = size_known(seen, scale, ranks), seen[-1 - OUTPUTS * SUMS : -1].view(OUTPUTS, SUMS)
+        self._told = self.outputs.observe(moved, float(seen[-1]), sign * scale, ranks, known=known)
 
     def _scale(self, factor: float) -> None:
         """All that is known of the size is another by a factor."""
@@ -346,10 +343,9 @@ class Measuring:
         Where outputs told what the curvature is, it is that still, whether they fall or rise.
         """
         now = {weight: math.exp(self.lag.before) * h for weight, h in curvatures.items() if h > 0}
-        before = {weight: known[1] for weight in now if (known := self._curvatures.known.get(weight))}
+        logs = [math.log(h / known[1]) for w, h in now.items() if (known := self._curvatures.known.get(w))]
         moved = self._curvatures.told(now.items())
-        if self.outputs.log is not None:
-            moved = statistics.median([math.log(now[w] / h) for w, h in before.items()] or [0.0])
+        moved = moved if self.outputs.log is None else self.lag.moves.tell(logs)
         self._common.shift(-moved)
         self.outputs.shift(-moved)
 
@@ -363,13 +359,17 @@ class Measuring:
         seen, self._looked_at = self.lag.seen(self._looked_at, fresh), {}
         if seen is None or (self._moved_at == self._forwards.steps and self._told is None):
             return
-        is_first = self._told is not None and self.outputs.log is None
-        if self._told is not None:
-            moved = self.outputs.learn(self._told, bounded(seen, self._forwards.steps))
-        else:  # what outputs told holds this in it
-            moved = self.lag.learn(seen, self._forwards.steps) if self.outputs.log is None else 0.0
-        before = float(self._common.mean)
-        (self._common.expected if is_first else self._common.shift)(moved)
+        before, known, steps = float(self._common.mean), self.outputs.log, self._forwards.steps
+        if self._told is None:  # what outputs told holds this in it
+            self._common.shift(self.lag.learn(seen, steps) if known is None else 0.0)
+        else:
+            self._unexpected = self._common.density if known is None else self._unexpected
+            log = self.outputs.learn(self._told, bounded(seen, steps))
+            if self.outputs.is_first:  # for all of the step's optimizers
+                self._common.restore(self._unexpected)
+                self._common.expected(log)
+            else:
+                self._common.shift(log - (known or 0.0))
         self._scale(float(self._common.mean) / before)
 
     def _align(self) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lotion_fx.gain import WALK
 from lotion_fx.numerics.uniforms import uniforms
 
 OUTPUTS, SUMS = 8, 13
@@ -47,8 +48,11 @@ CHANGE, TRIES = 4.0, 6
 PERIOD = 0.25
 """Of the noise, in standard deviations of the outputs."""
 
-WALK, ERROR = 0.4, 0.1
+FACTOR_WALK, ERROR = 0.4, 0.1
 """How far the factor walks from one observation to the next, in logarithms, and what they differ by for no reason."""
+
+KNOWN_WALK = 0.01
+"""How far the size of a likelihood's term walks from one measurement to the next."""
 
 LOOK, MOVE = "look", "move"
 
@@ -108,6 +112,16 @@ class OutputNoise:
         self._before: tuple[float | None, float] = None, 0.0
         self._scales = torch.zeros(OUTPUTS, 3, dtype=torch.float64)  # deviation, is of one sign, is in [0, 1]
 
+    @property
+    def walk(self) -> float:
+        """How far the term's size walks from one measurement to the next, beside what outputs tell; 0 of nothing."""
+        return 0.0 if self.log is None else KNOWN_WALK if self.is_known else WALK
+
+    @property
+    def is_known(self) -> bool:
+        """Whether outputs tell a likelihood's curvature, which they do exactly: the rest is of the weights alone."""
+        return self.log is not None and not self.amplitude
+
     # ---------------------------------------------------------------------------------------------------- forward pass
 
     def forward_comes(self, steps: int, *, is_due: bool, gathers: bool) -> bool:
@@ -143,7 +157,7 @@ class OutputNoise:
 
     # ------------------------------------------------------------------------------------------------------------ step
 
-    def observe(self, seen: Tensor, terms: float, scale: float, ranks: int, *, is_likelihood: bool) -> Told | None:
+    def observe(self, seen: Tensor, terms: float, scale: float, ranks: int, *, known: float | None) -> Told | None:
         """A step ends that had these: what it tells, None of nothing.
 
         Args:
@@ -151,14 +165,14 @@ class OutputNoise:
             terms: T, over all ranks.
             scale: of the loss, in the gradients, which may be the negative of them.
             ranks: over which gradients are averaged.
-            is_likelihood: whether the gradients at the outputs are a likelihood's.
+            known: the factor, if the gradients at the outputs are a likelihood's.
         """
         had, self.now, self._is_owed = self.now, "", False
         if not had or not self.is_on:
             return None
-        if is_likelihood:
-            self.is_on = False
-            return None
+        if known is not None:
+            self.amplitude = 0.0
+            return Told(math.log(known), ERROR**2)
         count, total, squares, below, above, beyond, moved, hidden, energy, *apart = seen.cpu().unbind(1)
         variance = (squares / count.clamp(min=1) - (total / count.clamp(min=1)).square()).clamp(min=0)
         has_sign = (below == 0) | (above == 0)
@@ -188,23 +202,30 @@ class OutputNoise:
         return Told(math.log(ranks * numerator * abs(scale) / denominator), shown**-2 + ERROR**2)
 
     def learn(self, told: Told, lag: float) -> float:
-        """One observation, of which the last `lag` that is told holds; returns how much the logarithm moves.
+        """One observation, of which the last `lag` that is told holds; returns the logarithm.
 
         Args:
             lag: the logarithm of the step's own curvature over its moving average, beside which the factor is kept.
         """
         if told is not self._last:
             self._last, self._before = told, (self.log, self._variance)
-        (before, variance), now = self._before, self.log or 0.0
-        known = variance + WALK**2
+        before, variance = self._before
+        known = variance + FACTOR_WALK**2
         share = 1.0 if before is None else known / (known + told.variance)
         self.log = share * (told.log + lag) + (1 - share) * (before or 0.0)
         self._variance = share * told.variance
-        return self.log - now
+        return self.log
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the last observation was the first."""
+        return self._last is not None and self._before[0] is None
 
     def shift(self, log: float) -> None:
         """The moving average of squared gradients is known to have changed, and the factor with it."""
+        before, variance = self._before
         self.log = None if self.log is None else self.log + log
+        self._before = None if before is None else before + log, variance
 
     # ----------------------------------------------------------------------------------------------------- saved state
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lotion_fx import private_backward
 from lotion_fx.output_noise import OUTPUTS, SUMS
+from lotion_fx.shards import summed
 
 DOUBT = 4.0
 """By what factor residuals must contradict the count of loss terms to be believed before anything was measured."""
 
-TOLD = 4 + OUTPUTS * SUMS
+TOLD = 5 + OUTPUTS * SUMS
 """Numbers that are told of a step."""
 
 MOST = 1024
@@ -31,15 +33,19 @@ class Residuals:
         self._of: dict[int, Tensor] = {}  # of each pass
         self._inside: dict[int, Tensor] = {}
 
-    def arrived(self, norms: Tensor, energies: Tensor, likely: Tensor, weights: Tensor, moved: Tensor) -> None:
+    def arrived(
+        self, norms: Tensor, energies: Tensor, likely: Tensor, weights: Tensor, traces: Tensor, moved: Tensor
+    ) -> None:
         """The gradient of one of a model's outputs arrived in a backward pass.
 
         Args:
             norms, energies: 0-d, the sum over rows of the gradient's norm and of its square.
             likely, weights: 0-d, that of the square over the weight of its row in the loss, and of that weight; or nan.
+            traces: 0-d, that of the trace of the loss's curvature; or nan.
             moved: what `output_noise.told_of` tells.
         """
-        now, backward = torch.stack([norms, energies, likely, weights]).double(), private_backward.current_backward()
+        backward = private_backward.current_backward()
+        now = torch.stack([norms, energies, likely, weights, traces]).double()
         now = torch.cat([now, moved.flatten()])
         self._of[backward] = self._of[backward] + now if backward in self._of else now
         if len(self._of) > MOST:  # no step takes them
@@ -48,7 +54,7 @@ class Residuals:
     def arrived_inside(self, norms: Tensor, energies: Tensor) -> None:
         """Likewise of the gradients at the head, 0-d, as a graph saw them; weights of rows do not show there."""
         told = norms.new_zeros(TOLD, dtype=torch.float64)
-        told[:4] = torch.stack([norms, energies, *norms.new_full((2,), math.nan)])
+        told[:5] = torch.stack([norms, energies, *norms.new_full((3,), math.nan)])
         self._inside[private_backward.current_backward()] = told
         if len(self._inside) > MOST:
             del self._inside[next(iter(self._inside))]
@@ -74,8 +80,22 @@ class Residuals:
         self.clear()
         return torch.stack(told).sum(0) if told else None
 
+    def over_ranks(
+        self, terms: Tensor | float | None, loss_scale: Tensor | None, group: Any, device: torch.device
+    ) -> tuple[Tensor, float, int]:
+        """`taken` and T after it, of all ranks, on the CPU; the loss scale; how many ranks gradients are the mean of.
 
-def size_told(sums: Sequence[float], scale: float, ranks: int, *, counts: bool) -> float:
+        Args:
+            terms: T on this rank; None if nothing counted it, and then nothing is known.
+        """
+        seen, told = torch.zeros(TOLD + 1, dtype=torch.float64, device=device), self.taken()
+        if told is not None and terms is not None:
+            seen[:TOLD], seen[TOLD] = told, terms
+        ranks = 1 if group is None else dist.get_world_size(group)
+        return summed(seen, group).cpu(), 1.0 if loss_scale is None else float(loss_scale), ranks
+
+
+def size_told(seen: Tensor, scale: float, ranks: int, *, counts: bool) -> float:
     """Over its counted size, what a term's is expected to be; 1 where nothing contradicts the count.
 
     Where every row's loss is a likelihood's of some weight, that is known. Else, where T counts, its residuals are
@@ -83,16 +103,27 @@ def size_told(sums: Sequence[float], scale: float, ranks: int, *, counts: bool) 
     over T of size 1/T. Such a guess is believed where it contradicts the count.
 
     Args:
-        sums: of `Residuals`, and of T, over all ranks.
+        seen: of `Residuals.over_ranks`.
         scale: of the loss, in these gradients.
         ranks: over which gradients are averaged.
         counts: whether T is in the term; else its curvature is that of a loss of its own, a mean over rows.
     """
-    norms, energies, likely, weights, terms = sums
-    is_known, ratio = math.isfinite(likely) and likely > 0, 1.0
+    norms, energies, likely, weights = seen[:4].tolist()
+    is_known, terms, ratio = math.isfinite(likely) and likely > 0, float(seen[TOLD]), 1.0
     if counts and energies * terms > 0:
         ratio = ranks * (likely if is_known else norms) * scale / (energies * terms)
     elif is_known and not counts:  # in a mean they add to 1
         ratio = weights / scale / ranks
     is_believed = math.isfinite(ratio) and ratio > 0 and (is_known or not 1 / DOUBT < ratio < DOUBT)
     return ratio if is_believed else 1.0
+
+
+def size_known(seen: Tensor, scale: float, ranks: int) -> float | None:
+    """The size of a likelihood's term over T times the squared gradients of the same step; None of another loss.
+
+    Args:
+        seen, scale, ranks: as of `size_told`.
+    """
+    energies, trace, terms = float(seen[1]), float(seen[4]), float(seen[TOLD])
+    ratio = ranks * trace * scale / (energies * terms) if energies * terms > 0 else math.nan
+    return ratio if math.isfinite(ratio) and ratio > 0 else None

@@ -111,9 +111,9 @@ def _tell(
         squares = grad.detach().float().square()
         energies = squares.sum(-1) if grad.dim() > 1 else squares
         energy = _whole(energies.sum())
-        mean_inverse, total = _whole(row_weights(output, grad.detach())).unbind()
-        moved = told_of(place, output, noise, grad.detach())
-        tally.measuring.residuals.arrived(_whole(energies.sqrt().sum()), energy, energy * mean_inverse, total, moved)
+        inverse, weights, trace = _whole(row_weights(output, grad.detach())).unbind()
+        told = _whole(energies.sqrt().sum()), energy, energy * inverse, weights, energy * trace
+        tally.measuring.residuals.arrived(*told, told_of(place, output, noise, grad.detach()))
 
 
 def _whole(told: Tensor) -> Tensor:

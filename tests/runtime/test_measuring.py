@@ -308,14 +308,14 @@ def test_an_optimizer_for_each_weight_measures_as_one_does(momentum):
         parameters = list(model.parameters())
         groups = [[parameter] for parameter in parameters] if apart else [parameters]
         optimizers = [torch.optim.SGD(group, 0.0, momentum=momentum) for group in groups]
-        for step in range(6):
+        for step in range(10):
             lm_loss(model, ids(seed=step)).backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
         measuring = measuring_of(model)
         told.append((measuring.draws, measuring.amplitude, *measuring.common))
-    assert told[0] == pytest.approx(told[1], rel=1e-5) and told[0][0] > FIRST
+    assert told[0] == pytest.approx(told[1], rel=5e-5) and told[0][0] > FIRST  # sums of float32 in another order
 
 
 def test_a_skipped_step_is_measured_with_the_next():
@@ -417,7 +417,7 @@ def test_a_closure_compares_losses_at_the_weights_themselves():
     for _ in range(4):
         optimizer.step(closure)
     measuring = measuring_of(model)
-    assert measuring.draws == 0 and measuring.factor(registry[model.head.weight], 1) == 1.0
+    assert measuring.draws == 0 and measuring.factor(registry[model.head.weight], 1) == pytest.approx(1, rel=1e-6)
 
 
 def test_own_calibration_stands():

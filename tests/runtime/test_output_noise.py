@@ -25,7 +25,7 @@ def ready(z, amplitude=0.1, steps=3):
     noise = OutputNoise(is_on=True)
     noise.forward_comes(0, is_due=True, gathers=True)
     assert noise.now == LOOK
-    noise.observe(told_of(0, z, None, torch.ones_like(z)), 1.0, 1.0, 1, is_likelihood=False)
+    noise.observe(told_of(0, z, None, torch.ones_like(z)), 1.0, 1.0, 1, known=None)
     noise.forward_comes(steps, is_due=True, gathers=True)
     assert noise.now == MOVE and noise.amplitude > 0
     noise.amplitude = amplitude
@@ -35,7 +35,7 @@ def ready(z, amplitude=0.1, steps=3):
 def told(noise, z, gradient, terms, **options):
     s = noise.noise(z, 0)
     g = gradient(z + s)
-    return s, noise.observe(told_of(0, z + s, s, g), terms, 1.0, 1, is_likelihood=False, **options)
+    return s, noise.observe(told_of(0, z + s, s, g), terms, 1.0, 1, known=None, **options)
 
 
 # ------------------------------------------------------------------------------------------------------- what it tells
@@ -146,7 +146,35 @@ def test_a_recognized_likelihood_has_none():
     x, y = torch.randn(64, 8), torch.randint(4, (64,))
     model = lotion_fx.transform(nn.Linear(8, 4), "int4", inner="aot_eager")
     assert moved_steps(model, x, lambda out: F.cross_entropy(out, y)) == []
-    assert not outputs_of(model).is_on
+    assert outputs_of(model).amplitude == 0 and outputs_of(model).log is not None
+
+
+def hessian_term(model, x, loss):
+    """``1/2 sum sigma^2 H_ii`` of a linear layer's weight, by second derivatives."""
+    weight, bias = model.weight.detach(), model.bias.detach()
+    hessian = torch.autograd.functional.hessian(lambda w: loss(F.linear(x, w, bias)), weight)
+    sigma2 = lotion_fx.rounding.variance(weight, lotion_fx.resolve("int4"))
+    return 0.5 * float((sigma2.flatten() * hessian.reshape(weight.numel(), -1).diagonal()).sum())
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+def test_a_likelihood_tells_its_curvature_where_its_labels_are_learned_by_heart(likelihood):
+    """There squared gradients vanish as (1 - p)^2, and the curvature of the loss as p (1 - p)."""
+    ratios = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x, net = torch.randn(256, 8), nn.Linear(8, 4)
+        with torch.no_grad():
+            net.weight *= 12
+            labels = net(x).argmax(1) if likelihood == "categorical" else (net(x) > 0).float()
+        loss = F.cross_entropy if likelihood == "categorical" else F.binary_cross_entropy_with_logits
+        model = lotion_fx.transform(net, "int4", inner="aot_eager")
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        for _ in range(16):
+            one_step(model, optimizer, lambda m, x=x, labels=labels, loss=loss: loss(m(x), labels))
+        exact = hessian_term(net, x, lambda z, labels=labels, loss=loss: loss(z, labels))
+        ratios.append(lotion_fx.report(model).term / exact)
+    assert statistics.geometric_mean(ratios) == pytest.approx(1, abs=0.2), ratios
 
 
 def test_few_steps_have_some_and_none_without_calibrating():

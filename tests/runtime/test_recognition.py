@@ -1,4 +1,4 @@
-"""What gradients at a model's output tell of its loss: against the weights that a loss was made with.
+"""What gradients at a model's output tell of its loss: against its second derivatives, and weights it was made with.
 
 Broken once and seen red: a likelihood seen in any gradient, rows without weight counted, the loss scale left in.
 """
@@ -41,16 +41,18 @@ LIKELY = {  # the loss, and the weight of each row's negative log likelihood in 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LIKELY)
-def test_a_likelihood_shows_what_each_row_weighs(name, dtype):
+def test_a_likelihood_shows_its_curvature_and_what_its_rows_weigh(name, dtype):
     output, loss, weights = LIKELY[name]
     z = output.to(dtype).requires_grad_()
     grad = torch.autograd.grad(loss(z.float()), z)[0]
-    weights = weights[..., None] if weights.dim() < grad.dim() else weights
-    expected = torch.where(weights > 0, grad.float().square() / weights, 0.0).sum()
-    mean_inverse, total = row_weights(z.detach(), grad)
-    found = torch.stack([grad.float().square().sum() * mean_inverse, total])
+    hessian = torch.autograd.functional.hessian(loss, z.detach().float()).reshape(z.numel(), -1)
     elements = z.numel() if "bits" in name else weights.numel()  # of the weights above, which are those of an element
-    expected = torch.stack([expected, weights.sum() * elements / weights.numel()])
+    weighed = weights[..., None] if weights.dim() < grad.dim() else weights
+    energies = torch.where(weighed > 0, grad.float().square() / weighed, 0.0).sum()
+    expected = torch.stack([energies, weights.sum() * elements / weights.numel(), hessian.trace()])
+    inverse, total, trace = row_weights(z.detach(), grad)
+    energy = grad.float().square().sum()
+    found = torch.stack([energy * inverse, total, energy * trace])
     torch.testing.assert_close(found, expected, rtol=1e-4 if dtype == torch.float32 else 0.02, atol=0)
 
 
