@@ -31,6 +31,7 @@ from lotion_fx.refining import Known, refined
 from lotion_fx.scalars import check_count, check_number
 from lotion_fx.state import Weight, names_of
 from lotion_fx.tries import Try, format_of, known_of, scaled_by, to_nearest
+from lotion_fx.vanishing import unknown
 
 GIB = 2.0**30
 THEN_ROUNDS = " + rounds"
@@ -178,7 +179,7 @@ def round_(
     for each in tries:
         each.making_up = None  # with what it holds of the batches
         each.done |= to_nearest(each.scaled, left, {})
-    why = dict.fromkeys(left, "the loss does not depend on it") | why
+    why = dict.fromkeys(left, "the loss does not depend on it") | why | unknown(graphs[0].steps, in_loss)
     best, losses = _best(graphs, in_loss, tries, latent, selected)
     if best.is_nearest and in_order:  # which is not always what is best, above all on few batches
         options = {"scales": scales, "likelihood": likelihood, "rounds": rounds, "memory": memory, "folder": folder}

@@ -19,6 +19,7 @@ from lotion_fx.passes.moments.certificate import EXACT
 from lotion_fx.scalars import check_count, check_generator
 from lotion_fx.state import names_of, smoothings_of
 from lotion_fx.switches import switched
+from lotion_fx.vanishing import unknown
 
 LIMIT = 8.0
 """A factor is kept within 1 / LIMIT and LIMIT: beyond, the measurement is noise or the model is far from trained."""
@@ -101,7 +102,8 @@ class _Measured:
     error2: dict[str, float] = field(default_factory=dict)
 
     def add(self, estimate: Estimate, samples: int, generator: torch.Generator | None) -> None:
-        names = estimate.off_levels
+        # What gradients say nothing of, no factor mends.
+        names = [name for name in estimate.off_levels if name not in unknown(estimate.graph.steps, estimate.weights)]
         self.together += estimate.sample(names, samples, generator)[0] if names else 0.0
         for name in names:
             increase, error = estimate.sample([name], samples, generator)
@@ -122,7 +124,7 @@ def _fit(estimates: list[Estimate], measured: _Measured) -> dict[str, float]:
     for name in free:
         factors[name] = _own(predicted[name], measured.alone[name], measured.error2[name], common)
     for _ in range(_FITS):  # the terms are not quite additive, nor linear in their factors
-        total = sum(e.predicted(list(e.weights), factors) for e in estimates)
+        total = sum(e.predicted(list(factors), factors) for e in estimates)
         ratio = measured.together / total if total > 0 and measured.together > 0 else 1.0
         factors.update({name: _limited(factors[name] * ratio) for name in free})
     return factors

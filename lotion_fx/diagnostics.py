@@ -21,6 +21,7 @@ from lotion_fx.estimate import Estimate, estimate
 from lotion_fx.loss_graph import LossFunction
 from lotion_fx.scalars import check_count, check_generator, check_number
 from lotion_fx.switches import switched
+from lotion_fx.vanishing import tell_of_unknown, unknown
 
 TIMES = tuple(step / 8 for step in range(-4, 13))
 """Where on the way from the weights (0) to the rounded ones (1) the loss is taken."""
@@ -181,6 +182,7 @@ def diagnose(
         check_number("growth", growth, lambda x: 0 < x < math.inf, "an increase of the loss above 0")
     with switched(model, plain=True), torch.no_grad():
         found = estimate(model, batch, loss_fn, "off")
+        tell_of_unknown("diagnose, whose cosines have no part of it", unknown(found.graph.steps, found.weights))
         landscape = _Landscape(found)
         bound = _growth(landscape.loss({})) if growth is None else float(growth)
         nearest = {name: weight.quantizer.rtn(landscape.at[name]) for name, weight in found.weights.items()}

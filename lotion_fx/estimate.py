@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
@@ -22,11 +22,12 @@ from lotion_fx.joint_form import curvatures_of
 from lotion_fx.loss_graph import LossFunction, LossGraph, grad_mode_kept, loss_graph
 from lotion_fx.passes.attach.attach import MEAN, smooth, variance
 from lotion_fx.passes.moments import random_tensor
-from lotion_fx.passes.moments.certificate import EXACT, SECOND_ORDER, Certificate, analyse
-from lotion_fx.passes.moments.interpret import interpret
+from lotion_fx.passes.moments.certificate import EXACT, SECOND_ORDER, UNKNOWN, Certificate, analyse
+from lotion_fx.passes.moments.interpret import interpret, name_of
 from lotion_fx.passes.moments.random_tensor import Note, Random
 from lotion_fx.state import Weight, names_of
 from lotion_fx.uses import learn_uses
+from lotion_fx.vanishing import unknown
 
 # Gauss-Legendre nodes and weights on [0, 1]: exact for losses that are polynomials of degree 8 in the variances.
 _NODES = (0.06943184420297371, 0.33000947820757187, 0.6699905217924281, 0.9305681557970262)
@@ -46,11 +47,17 @@ class Estimate:
     certificates: dict[str, Certificate]
     curvatures: dict[str, Tensor]
 
-    def total(self, shares: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:
-        """The expected loss with each weight's noise at a share of its variance; 0 for one that is not named."""
+    def total(
+        self, shares: Mapping[str, Any], parameters: Mapping[str, Tensor], gm: fx.GraphModule | None = None
+    ) -> Tensor:
+        """The expected loss with each weight's noise at a share of its variance; 0 for one that is not named.
+
+        Args:
+            gm: another graph of the loss than its own.
+        """
         changed, joint = self._noisy(shares, parameters)
         with grad_mode_kept(), self.graph.same_draws():
-            loss = interpret(self.graph.gm, self.graph.inputs({**parameters, **changed})).outputs[0]
+            loss = interpret(gm or self.graph.gm, self.graph.inputs({**parameters, **changed})).outputs[0]
         loss = loss.mean if isinstance(loss, Random) else loss
         return loss + torch.stack(joint).sum() if joint else loss
 
@@ -95,10 +102,11 @@ class Estimate:
         """Each weight's part: the increase along the way from no noise to all of it (Aumann and Shapley's value)."""
         fixed = {name: parameter.detach() for name, parameter in self.graph.parameters.items()}
         parts = dict.fromkeys(self.weights, 0.0)
+        gm = _differentiable(self.graph.gm)
         for node, size in zip(_NODES, _WEIGHTS, strict=True):
             shares = {name: torch.tensor(node, dtype=torch.float64, requires_grad=True) for name in self.weights}
             with torch.enable_grad():
-                total = self.total(shares, fixed)
+                total = self.total(shares, fixed, gm)
             slopes = torch.autograd.grad(total, list(shares.values()), allow_unused=True)
             for name, slope in zip(shares, slopes, strict=True):
                 parts[name] += size * float(slope) if slope is not None else 0.0
@@ -171,9 +179,12 @@ def estimate(
         for name, why in joint.items():
             curvatures[name], kind = found.get(name, (torch.zeros((), dtype=torch.float32), EXACT))
             certificates[name] = Certificate(kind, ended=why)
+    for name, why in unknown(graph.steps, joint).items():
+        certificates[name] = Certificate(UNKNOWN, ended=why)
     estimated = Estimate(graph, weights, {}, curvatures)
     for name in weights:
-        estimated.certificates[name] = _with_strength(certificates[name], name, estimated.strength(name))
+        known = _with_choices(certificates[name], name, graph)
+        estimated.certificates[name] = _with_strength(known, name, estimated.strength(name))
     return estimated
 
 
@@ -203,6 +214,32 @@ def check_rounds(what: str, weights: Iterable[Weight]) -> None:
                 f"{what}: the model was transformed with noise={noise.name!r}, whose variance is that of no random "
                 "rounding, so that none can be sampled to compare; leave it out: `round_` prints what its loss becomes"
             )
+
+
+def _with_choices(certificate: Certificate, name: str, graph: LossGraph) -> Certificate:
+    """A sum over roundings that all choose the same elements, as a mask, is none over all roundings."""
+    step = graph.steps.get(name)
+    if certificate.kind != EXACT or step is None or step.is_hidden:
+        return certificate
+    note = Note(f"what {step.op} chooses is taken as fixed", step.op, frozenset({name}))
+    return replace(certificate, kind=SECOND_ORDER, notes=(note,))
+
+
+def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph in which nothing hides a derivative: what `detach` hides changes with the noise nevertheless."""
+    if not any(name_of(node.target) in _HIDING for node in gm.graph.nodes):
+        return gm
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for node in graph.nodes:
+        if name_of(node.target) == "detach":
+            node.target = torch.ops.aten.alias.default
+        elif name_of(node.target) == "_set_grad_enabled":
+            node.args = (True,)
+    return fx.GraphModule(gm, graph)
+
+
+_HIDING = ("detach", "_set_grad_enabled")
 
 
 def _with_strength(certificate: Certificate, name: str, strength: float) -> Certificate:

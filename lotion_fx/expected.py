@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lotion_fx.estimate import Estimate, check_rounds, estimate
 from lotion_fx.loss_graph import LossFunction
-from lotion_fx.passes.moments.certificate import EXACT, Certificate
+from lotion_fx.passes.moments.certificate import EXACT, UNKNOWN, Certificate
 from lotion_fx.progress import with_a_bar
 from lotion_fx.scalars import check_count, check_generator
 from lotion_fx.settings import MOMENTS
 from lotion_fx.switches import switched
+from lotion_fx.vanishing import tell_of_unknown, unknown
 
 _ARBITERS = 8  # roundings that tell which of two estimates is nearer
 
@@ -33,7 +34,7 @@ class ExpectedLoss:
         loss: at the latent weights, 0-d.
         total: the expected loss, 0-d; differentiable, the blocks' scales included.
         terms: each quantized weight's part of ``total - loss``; they add up to it, to rounding where all are exact.
-        certificates: how each part is known.
+        certificates: how each part is known; one that is ``"unknown"`` is counted as 0.
         samples: the number of roundings sampled; what follows is None without any.
         sampled: mean loss over them, and ``error``, its standard error.
         rtn: loss at round-to-nearest weights.
@@ -71,11 +72,13 @@ class ExpectedLoss:
     def __str__(self) -> str:
         rows = []
         for name, term in self.terms.items():
-            row = [name, f"{float(term.detach()):.4g}"]
+            is_known = self.certificates[name].kind != UNKNOWN
+            row = [name, f"{float(term.detach()):.4g}" if is_known else "?"]
             if self.samples:
                 predicted, measured, error = self.alone[name]
                 ratio = _ratio(predicted, measured)
-                row += [f"{measured:.4g} ± {error:.1g}", f"{ratio:.2f} ± {abs(_ratio(ratio * error, measured)):.1g}"]
+                told = f"{ratio:.2f} ± {abs(_ratio(ratio * error, measured)):.1g}" if is_known else "?"
+                row += [f"{measured:.4g} ± {error:.1g}", told]
             rows.append([*row, str(self.certificates[name])])
         headers = ["parameter", "increase", *(["measured alone", "ratio"] if self.samples else []), "certificate"]
         widths = [*[None] * (len(headers) - 1), 60]
@@ -131,6 +134,8 @@ def expected_loss(
     if samples:
         check_rounds(f"samples={samples}", found.weights.values())
     result = _predicted(found)
+    uncertain = [name for name, certificate in found.certificates.items() if certificate.kind == UNKNOWN]
+    tell_of_unknown("expected_loss, which counts it as 0", unknown(found.graph.steps, uncertain))
     return _with_samples(found, result, samples, generator) if samples else result
 
 
@@ -139,9 +144,11 @@ def _borne_out(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Es
     closed = estimate(model, batch, loss_fn, "closed")
     if not all(weight.quantizer.noise.rounds for weight in closed.weights.values()):
         return closed
-    if all(certificate.kind == EXACT for certificate in closed.certificates.values()):
+    if all(certificate.kind in (EXACT, UNKNOWN) for certificate in closed.certificates.values()):
         return closed
-    diagonal, names = estimate(model, batch, loss_fn, "diagonal"), list(closed.weights)
+    # Of the others neither says anything.
+    names = [name for name, certificate in closed.certificates.items() if certificate.kind != UNKNOWN]
+    diagonal = estimate(model, batch, loss_fn, "diagonal")
     device = closed.graph.parameters[names[0]].device
     measured, error = closed.sample(names, _ARBITERS, torch.Generator(device).manual_seed(0))
     with switched(model, plain=True):  # an increase, without the user's strength

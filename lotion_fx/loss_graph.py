@@ -12,7 +12,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ from lotion_fx.private import tree_flatten
 from lotion_fx.private_tracing import checkpoints_inlined, parameters_replaced
 from lotion_fx.scalars import check_loss, shown
 from lotion_fx.switches import switched
+from lotion_fx.vanishing import Step, steps_to_loss
 
 
 @contextlib.contextmanager
@@ -52,11 +53,13 @@ class LossGraph:
             model's outputs may parametrize a likelihood.
         parameters: the model's own, by name, in the order of the placeholders.
         data: the batch's tensors, flat.
+        steps: the parameters that the loss depends on where it has no gradient.
     """
 
     gm: fx.GraphModule
     parameters: dict[str, Tensor]
     data: tuple[Tensor, ...]
+    steps: Mapping[str, Step] = field(default_factory=dict)
 
     @cached_property
     def draws(self) -> bool:
@@ -136,7 +139,8 @@ def loss_graph(
             f"{'model' if loss_fn is None else 'loss_fn'}: the loss has no gradient of any parameter; is it of "
             "detached outputs, or made under torch.no_grad()?"
         )
-    graph = LossGraph(fixed_sizes(gm, [*parameters.values(), *data]), parameters, data)
+    steps = steps_to_loss(gm, parameters)  # as they are before what they choose is fixed
+    graph = LossGraph(fixed_sizes(gm, [*parameters.values(), *data]), parameters, data, steps)
     if is_checked:
         _check_equal(graph, loss)
     return graph

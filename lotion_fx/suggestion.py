@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from lotion_fx.numerics.scales import PowerOfTwoScale
 from lotion_fx.scalars import check_number
 from lotion_fx.settings import Settings
 from lotion_fx.state import Smoothing, Weight, names_of, registry
+from lotion_fx.vanishing import tell_of_unknown, unknown
 
 WIDE = 8
 _VISITS = 100_000  # of the search: far more than it takes to be exact in all but contrived models
@@ -42,6 +43,7 @@ class Choice:
         formats: the narrow and the wide one.
         costs: its term, the predicted increase of the loss, in either.
         is_wide: whether it is kept in the wide one.
+        why: its costs are not known, and stand as 0; empty where they are.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Choice:
     formats: tuple[Format, Format]
     costs: tuple[float, float]
     is_wide: bool = False
+    why: str = ""
 
     @property
     def format(self) -> Format:
@@ -85,14 +88,15 @@ class Suggestion:
 
     def __str__(self) -> str:
         rows = [
-            (c.name, c.size, c.format.name, f"{c.costs[0]:.3g}", f"{c.costs[1]:.3g}", f"{_density(c):.3g}")
+            (c.name, c.size, c.format.name, *(f"{x:.3g}" if not c.why else "?" for x in (*c.costs, _density(c))))
             for c in self.choices
         ]
         headers = ("parameter", "elements", "format", "cost narrow", "cost wide", "gain per bit")
         foot = (
             f"\n{self.bits:.2f} bits on average; predicted increase of the loss {self.before:.3g} -> {self.after:.3g}"
         )
-        return tabulate(rows, headers, disable_numparse=True) + foot
+        whys = [f"\n{c.name}: its costs are not known, {c.why}" for c in self.choices if c.why]
+        return tabulate(rows, headers, disable_numparse=True) + foot + "".join(whys)
 
 
 def suggest(
@@ -143,7 +147,7 @@ def suggest(
             "format by fmt="
         )
     wide = _best(choices, bits * size - least)
-    choices = [Choice(c.name, c.size, c.formats, c.costs, c.name in wide) for c in choices]
+    choices = [replace(c, is_wide=c.name in wide) for c in choices]
     taken = least + sum(choice.extra for choice in choices if choice.is_wide)
     named = {glob.escape(c.name): c.format.name for c in choices if c.is_wide or is_transformed}
     return Suggestion(
@@ -163,13 +167,16 @@ def _choices(model: nn.Module, names: Mapping[Weight, str], batch: Any, loss_fn:
     graph = loss_graph(model, batch, loss_fn)
     weights = quantized_in(graph, names)
     curvatures = curvatures_of(graph, weights, loss_fn)
+    whys = unknown(graph.steps, weights)
+    tell_of_unknown("suggest, which leaves it narrow", whys, stacklevel=4)
     choices = []
     for name, weight in weights.items():
         assert weight.format is not None
         formats = (weight.format, wide_of(weight.format))
         h = curvatures[name][0] if name in curvatures else torch.zeros((), dtype=torch.float32)
         costs = [_cost(weight, fmt, graph.parameters[name].detach(), h) for fmt in formats]
-        choices.append(Choice(name, graph.parameters[name].numel(), formats, (costs[0], costs[1])))
+        size = graph.parameters[name].numel()
+        choices.append(Choice(name, size, formats, (costs[0], costs[1]), why=whys.get(name, "")))
     return sorted(choices, key=_density, reverse=True)
 
 

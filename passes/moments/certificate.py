@@ -12,6 +12,7 @@ from lotion_fx.passes.moments.interpret import EndedAt, interpret
 from lotion_fx.passes.moments.random_tensor import Note, Notes, Random, merged, randoms
 
 EXACT, SECOND_ORDER, ANALYTIC, FISHER = "exact", "second order", "analytic", "fisher"
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Certificate:
 
     Args:
         kind: ``"exact"`` (the closed form equals the sum over all roundings), ``"second order"`` (the moment stream,
-            with the approximations in ``notes``), ``"analytic"`` (the joint graph's contraction of squares) or
-            ``"fisher"``.
+            with the approximations in ``notes``), ``"analytic"`` (the joint graph's contraction of squares),
+            ``"fisher"``, or ``"unknown"`` (its gradient is 0, and the loss depends on it nevertheless).
         path: the ops that its noise passed on the way to the loss, where the stream reached it.
         notes: the approximations on that way.
         ended: the op that ended the stream and why; empty where it did not.
