@@ -26,9 +26,10 @@ from lotion_fx.followed import ADVICE, NEAR, check_followed, draws, moved, same_
 from lotion_fx.kept_state import Kept, kept_state
 from lotion_fx.likelihood import outputs_in
 from lotion_fx.names import plain_name
+from lotion_fx.own_backwards import tell_of_own_backwards
 from lotion_fx.passes.attach.attach import LATENT
 from lotion_fx.private import tree_flatten
-from lotion_fx.private_tracing import checkpoints_inlined, parameters_replaced
+from lotion_fx.private_tracing import FunctionsFollowed, checkpoints_inlined, parameters_replaced
 from lotion_fx.scalars import check_loss, shown
 from lotion_fx.switches import switched
 from lotion_fx.vanishing import Step, steps_to_loss
@@ -114,6 +115,7 @@ def loss_graph(
     if loss_fn is not None:
         pair(batch)
     seen: list[Tensor] = []
+    functions: dict[type, Any] = {}
 
     def losses(functional: Callable[..., Any], given: Any) -> list[Tensor]:
         inputs, targets = (given, None) if loss_fn is None else given
@@ -122,7 +124,7 @@ def loss_graph(
         return [*seen, *outputs_in(out)]
 
     try:
-        gm, parameters, data = _traced(model, batch, losses)
+        gm, parameters, data = _traced(model, batch, losses, functions=functions)
     except TypeError as error:
         if loss_fn is not None or not (why := misfit(model.forward, batch)):
             raise
@@ -143,6 +145,7 @@ def loss_graph(
     graph = LossGraph(fixed_sizes(gm, [*parameters.values(), *data]), parameters, data, steps)
     if is_checked:
         _check_equal(graph, loss)
+        tell_of_own_backwards(functions)
     return graph
 
 
@@ -187,12 +190,18 @@ def forward_graph(model: nn.Module, args: Any, kwargs: Any) -> tuple[fx.GraphMod
 
 
 def _traced(
-    model: nn.Module, given: Any, outputs: Callable[[Callable[..., Any], Any], list[Tensor]], *, moves: bool = False
+    model: nn.Module,
+    given: Any,
+    outputs: Callable[[Callable[..., Any], Any], list[Tensor]],
+    *,
+    moves: bool = False,
+    functions: dict[type, Any] | None = None,
 ) -> tuple[fx.GraphModule, dict[str, Tensor], tuple[Tensor, ...]]:
     """The graph of what is made of a model and what it is given, its parameters, and the given tensors.
 
     Args:
         moves: at parameters near the model's own.
+        functions: told of those with a backward of their own, see `FunctionsFollowed`.
     """
     parameters: dict[str, Tensor] = {plain_name(name): p for name, p in model.named_parameters()}
     taken = Given(given)
@@ -200,7 +209,8 @@ def _traced(
 
     def run(params: dict[str, Tensor], data: list[Tensor]) -> list[Tensor]:
         # A loss may call the model too, or read its weights.
-        with parameters_replaced(model, {parameter: params[name] for name, parameter in parameters.items()}):
+        others = {parameter: params[name] for name, parameter in parameters.items()}
+        with parameters_replaced(model, others), FunctionsFollowed(functions):
             return outputs(model, taken.filled(data))
 
     drawn = same_draws([*parameters.values(), *tensors])

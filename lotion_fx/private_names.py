@@ -36,6 +36,7 @@ WHY = {
     "torch._dynamo.reset_code": "what was compiled of a model goes with it",
     "torch._C._functorch.peek_interpreter_stack": "whether torch.func transforms what runs now",
     "torch._C.DisableTorchFunction": "likewise",
+    "torch._C._set_grad_enabled": "what an `autograd.Function` switches in its forward is no part of a graph",
     "torch._C._get_tracing_state": "a weight's values are rounded as they are while something traces the call",
     "torch._C._set_tracing_state": "likewise",
     "torch._C._functorch.is_legacy_batchedtensor": "whether `is_grads_batched=True` hands on several gradients in one",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 _one_at_a_time = threading.RLock()
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_DETACHING = (torch.detach, Tensor.detach)
 
 
 @contextlib.contextmanager
@@ -55,3 +60,42 @@ def checkpoints_inlined() -> Iterator[None]:
                 del CheckpointFunction.apply
             else:
                 CheckpointFunction.apply = held  # type: ignore[method-assign]
+
+
+class FunctionsFollowed(TorchFunctionMode):
+    """Inside, what is traced of a `torch.autograd.Function` is its forward, as if it had been written without one.
+
+    Autograd looks away while such a forward runs, which no graph is told: what the forward itself switches on and off,
+    or detaches, has no bearing on its gradient, and would end that of the graph.
+
+    Args:
+        found: told of each Function that is not torch's own, with the arguments of its first call.
+    """
+
+    def __init__(self, found: dict[type, tuple[Any, ...]] | None = None) -> None:
+        super().__init__()
+        self.found = {} if found is None else found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        switches, detaches = func is torch._C._set_grad_enabled, func in _DETACHING
+        called = _function_called() if switches or detaches or not torch.is_grad_enabled() else None
+        if called is None:
+            return func(*args, **kwargs)
+        function, given = called
+        if function not in self.found and not function.__module__.startswith("torch."):
+            self.found[function] = given
+        if switches:
+            with torch._C.DisableTorchFunction():
+                return func(*args)
+        return torch.ops.aten.alias.default(*args, *kwargs.values()) if detaches else func(*args, **kwargs)
+
+
+def _function_called() -> tuple[type, tuple[Any, ...]] | None:
+    """The outermost `torch.autograd.Function` whose forward runs now, with its arguments; None of none."""
+    found, frame = None, inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            found = frame.f_locals["cls"], tuple(frame.f_locals["args"])
+        frame = frame.f_back
+    return found
