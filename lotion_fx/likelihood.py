@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lotion_fx.choosing import near
 from lotion_fx.private import tree_leaves
+from lotion_fx.shards import rows_of
 
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 LABELS = 4
@@ -109,6 +110,9 @@ def outputs_in(out: Any) -> list[Tensor]:
 def parametrizing(outputs: Sequence[Tensor], likelihood: str) -> Tensor:
     """The first of `outputs_in` that is differentiable and has the dimensions that the likelihood asks for.
 
+    Returns:
+        It, or all rows of a nested one.
+
     Raises:
         ValueError: as `output_in`.
     """
@@ -117,7 +121,7 @@ def parametrizing(outputs: Sequence[Tensor], likelihood: str) -> Tensor:
         if output.requires_grad and output.dim() >= least:
             if likelihood == "categorical" and output.shape[-1] == 1:
                 raise ValueError(_ONE_CLASS.format(shape=tuple(output.shape)))
-            return output
+            return rows_of(output)
     raise ValueError(_NO_OUTPUT.format(likelihood=repr(likelihood)))
 
 

@@ -205,6 +205,11 @@ def _traced(
     """
     parameters: dict[str, Tensor] = {plain_name(name): p for name, p in model.named_parameters()}
     taken = Given(given)
+    if any(x.is_nested for x in taken.tensors):
+        raise ValueError(
+            "batch: it holds a nested tensor, of which no trace of a loss can be made here; give the same rows padded, "
+            "with a mask, or one sequence at a time"
+        )
     tensors = [_ordinary(x) for x in taken.tensors]
 
     def run(params: dict[str, Tensor], data: list[Tensor]) -> list[Tensor]:

@@ -78,8 +78,13 @@ def told_of(place: int, output: Tensor, noise: Tensor | None, grad: Tensor) -> T
 
 
 def _may_move(output: Tensor) -> bool:
-    """Whether an output is a plain tensor of real numbers, and no shard of one."""
-    return type(output) is Tensor and output.is_floating_point() and output.layout == torch.strided
+    """Whether an output is a plain tensor of real numbers, no shard of one, nor a nested one."""
+    return (
+        type(output) is Tensor
+        and output.is_floating_point()
+        and output.layout == torch.strided
+        and not output.is_nested
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from lotion_fx import private_backward
 from lotion_fx.output_noise import told_of
 from lotion_fx.private import tree_flatten, tree_leaves, tree_unflatten
 from lotion_fx.recognition import row_weights
-from lotion_fx.shards import local_of
+from lotion_fx.shards import local_of, rows_of
 from lotion_fx.tally import Tally
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def count_rows(out: Any, tally: Tally) -> None:
     learning = [weight for weight in tally.weights if _learns(weight)]
     if leaves and learning:
         leaf = next((leaf for leaf in leaves if leaf.dim() > 1), leaves[0])
-        rows = local_of(leaf).shape[: leaf.dim() - 1 or 1].numel()
+        local = local_of(leaf)
+        rows = local.shape[: local.dim() - 1 or 1].numel()
         tally.terms.gave(rows)
         if not tally.counted_in_graph:
             every = torch.full((), rows, dtype=torch.float32, device=leaf.device)
@@ -108,6 +109,8 @@ def _tell(
     if grad.dim():
         if grad.is_complex():
             output, grad = (torch.view_as_real(each.resolve_conj()).flatten(-2) for each in (output, grad))
+        moved = told_of(place, output, noise, grad.detach())
+        output, grad = rows_of(output), rows_of(grad)
         squares = grad.detach().float().square()
         energies = squares.sum(-1) if grad.dim() > 1 else squares
         energy = _whole(energies.sum())
@@ -125,4 +128,4 @@ def _rows(grad: Tensor | None, every: Tensor) -> Tensor:
     if grad is None:
         return every
     nonzero = local_of(grad).ne(0)
-    return (nonzero.any(-1) if grad.dim() > 1 else nonzero).sum().float()
+    return (nonzero.any(-1) if nonzero.dim() > 1 else nonzero).sum().float()

@@ -25,8 +25,18 @@ from lotion_fx.passes.attach.probe import Layout
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """A tensor's values on this rank, detached: the local shard of a DTensor, else the tensor."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    """A tensor's values on this rank, detached: the local shard of a DTensor, all rows of a nested one, else itself."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else rows_of(tensor)).detach()
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """The rows of a nested tensor, those of all its parts one after another; any other tensor as it is."""
+    if not tensor.is_nested:
+        return tensor
+    if tensor.layout == torch.jagged:
+        return tensor.contiguous().values()
+    parts = tensor.unbind()
+    return torch.cat([part.reshape(-1, part.shape[-1]) if part.dim() > 1 else part for part in parts])
 
 
 def summed(value: Tensor, group: Any) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lotion_fx import passes, private, private_threads
 from lotion_fx.announcing import announcer
@@ -240,7 +241,9 @@ def _uses(gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> 
         return {}
     nodes = gm.graph.find_nodes(op="placeholder")
     known = [_known_number(node, x) for node, x in zip(nodes, inputs, strict=True)]
-    with private.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    # The length of ragged rows is a symbol, whatever is asked for.
+    env = ShapeEnv() if any(isinstance(x, Tensor) and x.is_nested for x in known) else None
+    with private.FakeTensorMode(allow_non_fake_inputs=True, shape_env=env) as mode:
         return weight_uses(gm, [_concrete(x, mode) for x in known], weights)
 
 
