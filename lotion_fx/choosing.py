@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lotion_fx import private
+from lotion_fx.attributes import attribute_of
 from lotion_fx.kernels.packed import cuts_bytes
 from lotion_fx.numerics.formats import Format, register_format, resolve
 from lotion_fx.state import Smoothing, Weight
@@ -139,7 +140,8 @@ def _impossible(place: Place) -> str:
 def _is_adapter(place: Place) -> bool:
     """Whether PEFT, or a LoRA of the user's own, has put a parameter beside a layer that it leaves alone."""
     for module, child in zip(place.inside, [*place.inside[1:], None], strict=True):
-        if hasattr(module, "adapter_layer_names") and child is not getattr(module, "base_layer", module):
+        is_one = isinstance(attribute_of(module, "adapter_layer_names"), (tuple, list))
+        if is_one and child is not attribute_of(module, "base_layer", module):
             return True
     return any(_ADAPTER_NAME.search(name) for name in place.names)
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lotion_fx import private
+from lotion_fx.attributes import tell
 from lotion_fx.passes.attach.attach import LATENT
 from lotion_fx.state import Smoothing, Weight, registry
 
@@ -89,8 +90,13 @@ def held_apart(model: nn.Module, kind: type[Any] = Tensor) -> Iterator[tuple[str
     """The tensors, or modules, that a model's modules hold otherwise than as parameters or modules; each with where."""
     for path, module in model.named_modules():
         for name, value in [*_put_into(module).items(), *private.buffers_of(module).items()]:
-            for found in _of_kind(kind, value, _DEPTH):
-                yield f"{path}.{name}".removeprefix("."), found
+            try:
+                found = list(_of_kind(kind, value, _DEPTH))
+            except Exception as error:  # whatever a container of others may raise
+                tell(module, name, error)
+                continue
+            for each in found:
+                yield f"{path}.{name}".removeprefix("."), each
 
 
 def _put_into(module: nn.Module) -> dict[str, Any]:
@@ -100,7 +106,7 @@ def _put_into(module: nn.Module) -> dict[str, Any]:
 
 
 def _of_kind(kind: type[Any], value: Any, depth: int) -> Iterator[Any]:
-    if isinstance(value, kind):
+    if issubclass(type(value), kind):  # isinstance asks a proxy what it stands for
         yield value
     elif depth:
         for each in _inside(value):
@@ -108,14 +114,16 @@ def _of_kind(kind: type[Any], value: Any, depth: int) -> Iterator[Any]:
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    """What a container, a partial function or a closure holds."""
-    if isinstance(value, dict):
-        return [each for each in value.values()]
-    if isinstance(value, (list, tuple, set)):
-        return [each for each in value]
-    if isinstance(value, functools.partial):
+    """What a container, a partial function or a closure holds, in memory: its own ways of reading may raise."""
+    made = type(value)
+    if issubclass(made, dict):
+        return [each for each in dict.values(value)]
+    for known in (list, tuple, set):
+        if issubclass(made, known):
+            return [each for each in known.__iter__(value)]
+    if issubclass(made, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, FunctionType):
+    if made is FunctionType:
         return [*_cells(value), *(value.__defaults__ or ())]
     return []
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lotion_fx.attributes import attribute_of
 from lotion_fx.choosing import near
 from lotion_fx.private import tree_leaves
 from lotion_fx.shards import rows_of
@@ -102,7 +103,7 @@ def outputs_in(out: Any) -> list[Tensor]:
 
     Of floating-point ones it is the output itself, its ``logits`` if it has them, else all of two or more dimensions.
     """
-    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+    logits = out.get("logits") if isinstance(out, Mapping) else attribute_of(out, "logits", out)
     leaves, least = ([logits], 1) if isinstance(logits, Tensor) else (tree_leaves(out), 2)
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= least]
 

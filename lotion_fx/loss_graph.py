@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lotion_fx import private
+from lotion_fx.attributes import attribute_of
 from lotion_fx.copied import Given, copied
 from lotion_fx.fixed_sizes import fixed_sizes
 from lotion_fx.followed import ADVICE, NEAR, check_followed, draws, moved, same_draws
@@ -380,7 +381,7 @@ def loss_of(out: Any) -> Tensor:
     """The loss in what a model returned: a scalar, ``.loss``, ``["loss"]`` or the first scalar of a tuple."""
     if isinstance(out, Tensor):
         return scalar(out, "model")
-    named = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+    named = out.get("loss") if isinstance(out, Mapping) else attribute_of(out, "loss")
     if isinstance(named, Tensor):
         return scalar(named, "model")
     for item in out if isinstance(out, (tuple, list)) else ():

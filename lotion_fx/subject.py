@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lotion_fx.attributes import attribute_of, config_of
 from lotion_fx.loss_graph import LossFunction, called, loss_of, misfit, pair, scalar
 from lotion_fx.presets import preset
 from lotion_fx.state import smoothings_of
@@ -156,7 +157,7 @@ def checkpoint(folder: Path) -> nn.Module:
 
 def tokens_for(model: nn.Module) -> dict[str, Tensor] | None:
     """Some tokens for a Hugging Face language model, int64 [1, 16], always the same; None for other models."""
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    size = attribute_of(config_of(model), "vocab_size")
     if size is None:
         return None
     generator = torch.Generator().manual_seed(0)

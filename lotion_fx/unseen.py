@@ -9,7 +9,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from lotion_fx.attributes import attribute_of
 
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -62,14 +64,15 @@ def axis_told(owners: Iterable[Owner], shape: Sequence[int]) -> int | None:
             return 0 if module.in_channels > module.groups else last
         if isinstance(module, _CONVOLUTIONS) or (kind == "ParametrizationList" and len(shape) > 2):
             return 1 if shape[1] > 1 else last  # a depthwise kernel sums over its window alone
-        if len(shape) == 3 and hasattr(module, "is_transposed"):  # transformers' experts: [E, in, out], or [E, out, in]
-            return 1 if module.is_transposed is True else last
+        is_transposed = attribute_of(module, "is_transposed") if len(shape) == 3 else None
+        if isinstance(is_transposed, bool):  # transformers' experts: [E, in, out], or [E, out, in]
+            return 1 if is_transposed else last
     return last if is_told_by_module(owners) else None
 
 
 def _is_gain(module: Any, attribute: str) -> bool:
     """Whether a parameter is the magnitude of `torch.nn.utils.weight_norm`'s, of either kind."""
-    if attribute.endswith("_g") and hasattr(module, f"{attribute[:-2]}_v"):
+    if attribute.endswith("_g") and isinstance(attribute_of(module, f"{attribute[:-2]}_v"), Tensor):
         return True
     parametrized = isinstance(module, nn.utils.parametrize.ParametrizationList) and attribute == "original0"
     return parametrized and any("WeightNorm" in type(each).__name__ for each in module)

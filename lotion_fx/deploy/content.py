@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lotion_fx import private
+from lotion_fx.attributes import attribute_of, config_of
 from lotion_fx.deploy.packed_model import refuse_packed, without_hooks
 from lotion_fx.deploy.weights import QuantizedWeight, quantized
 from lotion_fx.names import plain_name
@@ -84,8 +85,7 @@ class Content:
 
     @property
     def is_from_transformers(self) -> bool:
-        config = getattr(self.model, "config", None)
-        return hasattr(self.model, "save_pretrained") and hasattr(type(config), "from_dict")
+        return config_of(self.model) is not None and attribute_of(self.model, "save_pretrained") is not None
 
 
 def plain_copy(model: nn.Module, weights: dict[str, QuantizedWeight]) -> nn.Module:
@@ -104,7 +104,7 @@ def plain_copy(model: nn.Module, weights: dict[str, QuantizedWeight]) -> nn.Modu
 
 def first_tensor(out: Any) -> Tensor:
     """The logits of a model's output, else the first tensor that is no scalar."""
-    logits = getattr(out, "logits", None)
+    logits = attribute_of(out, "logits")
     if isinstance(logits, Tensor):
         return logits
     leaves = [leaf for leaf in private.tree_leaves(out) if isinstance(leaf, Tensor)]

@@ -15,6 +15,8 @@ import gguf
 import torch
 from torch import Tensor
 
+from lotion_fx.attributes import config_of
+
 KNOWN = {"llama": gguf.MODEL_ARCH.LLAMA, "mixtral": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}
 KNOWN["gpt2"] = gguf.MODEL_ARCH.GPT2
 ACTIVATIONS = {"gpt2": ("gelu_new", "gelu_pytorch_tanh"), "": ("silu",)}
@@ -54,7 +56,7 @@ class Architecture:
     """
 
     def __init__(self, model: Any) -> None:
-        config: Any = getattr(model, "config", None)
+        config = config_of(model)
         self.kind = getattr(config, "model_type", type(model).__name__)
         if self.kind not in KNOWN or not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
             raise ValueError(

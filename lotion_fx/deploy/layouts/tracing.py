@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lotion_fx.attributes import config_of
 from lotion_fx.deploy.content import Content, plain_copy
 from lotion_fx.scalars import shown
 
@@ -35,7 +36,7 @@ def traceable(content: Content) -> nn.Module:
     A Hugging Face model keeps no cache of keys in it, which would be one more output.
     """
     made = plain_copy(content.model, content.weights)
-    config: Any = getattr(made, "config", None)
+    config = config_of(made)
     if getattr(config, "use_cache", False):
         config.use_cache = False  # the copy has a configuration of its own
     made.register_forward_hook(_tensors)
