@@ -6,12 +6,13 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from lotion_fx import private, unhooked
+from lotion_fx import private, private_checkpoints, unhooked
 from lotion_fx.announcing import announcer
 from lotion_fx.carried import MADE_ITSELF, all_standing_in
 from lotion_fx.holders import tell_of_views
@@ -80,7 +81,7 @@ def outermost(call: Callable[..., Any], model: nn.Module, smoothing: Smoothing) 
             _warn_of_training(tracer, smoothing)
             with all_standing_in(smoothing), private.uncompiled(model):
                 return private.plain_call(model)(*args, **kwargs)
-        with all_standing_in(smoothing):
+        with all_standing_in(smoothing), private_checkpoints.recomputed_within(partial(all_standing_in, smoothing)):
             out = call(*args, **kwargs)
         learn_in_python(smoothing, model, args, kwargs)
         tell_of_views(smoothing, model)

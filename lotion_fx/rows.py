@@ -116,7 +116,7 @@ def _tell(
         energy = _whole(energies.sum())
         inverse, weights, trace = _whole(row_weights(output, grad.detach())).unbind()
         told = _whole(energies.sqrt().sum()), energy, energy * inverse, weights, energy * trace
-        tally.measuring.residuals.arrived(*told, told_of(place, output, noise, grad.detach()))
+        tally.measuring.residuals.arrived(*told, moved)
 
 
 def _whole(told: Tensor) -> Tensor:
