@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lotion_fx import private_backward
 from lotion_fx.passes.attach.probe import LOSS
 from lotion_fx.passes.moments.certificate import Certificate
 
@@ -19,7 +20,7 @@ class Gathered:
         taken: the same, of passes whose gradients the loop took by `torch.autograd.grad`.
         told: what the probe's header said of the loss when it was last looked at.
         bindings: how often the probe entered a graph in the forward ``bound_in``.
-        in_objective: the term came in through `penalty`, and its backward ran.
+        in_objective: the term came in through `penalty`, whose backward ran in the pass ``objective_in``.
         in_loss: the loss of the step under way holds the term, with this certificate.
         steps: optimizer steps with a gradient so far.
         moment_steps: that its optimizer's second moment averages: the optimizer's own count, if that is a tensor.
@@ -36,6 +37,7 @@ class Gathered:
     bindings: int = 0
     bound_in: int = -1
     in_objective: bool = False
+    objective_in: int = -1
     in_loss: bool = False
     certificate: Certificate | None = None
     steps: int = 0
@@ -88,7 +90,13 @@ class Gathered:
 
     def entered_objective(self) -> None:
         """The backward pass of `penalty` ran."""
-        self.in_objective = True
+        self.in_objective, self.objective_in = True, private_backward.current_backward()
+
+    def forget_objective(self, master: Tensor | None) -> None:
+        """A backward pass comes: what `penalty` brought in before went with the gradient that held it."""
+        if self.in_objective and master is not None and self.objective_in != private_backward.current_backward():
+            is_dropped = master.grad is None or not master.grad.any()
+            self.in_objective = not (is_dropped and private_backward.adds_to_grad_of(master))
 
     def is_in_optimizer(self) -> None:
         """An optimizer that holds it is about to step."""

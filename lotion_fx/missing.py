@@ -42,10 +42,14 @@ def look_for_missing(smoothing: Smoothing, weights: Sequence[Weight], gradients:
         weights: those that an optimizer is about to step, with their gradients.
     """
     told: dict[str, list[str]] = {}
-    due = [weight for weight in weights if _is_due(weight)] if _is_asked(smoothing) else []
-    idle = _idle(due, dict(zip(weights, gradients, strict=True)))
+    is_asked = _is_asked(smoothing)
+    due = [weight for weight in weights if _is_due(weight)] if is_asked else []
+    # Where no curvature is to come, those that were idle before are looked at.
+    doubtful = due if is_asked else [weight for weight in weights if weight.curvature.was_idle]
+    idle = _idle(doubtful, dict(zip(weights, gradients, strict=True)))
     for weight in weights:
         known = weight.curvature
+        known.was_idle |= weight in idle
         known.absent = IDLE if weight in idle else _cause(weight, is_due=weight in due)
         if known.absent not in ("", IDLE) and not known.is_missed:
             known.is_missed = True

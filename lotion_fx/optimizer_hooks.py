@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from lotion_fx import private, riding, scale_training
 from lotion_fx.by_hand import warn_of_reduction
 from lotion_fx.holding import optimizer_comes, step_may_be_skipped
-from lotion_fx.missing import has_curvature, look_for_missing
+from lotion_fx.missing import IDLE, has_curvature, look_for_missing
 from lotion_fx.pull import pull
 from lotion_fx.scalars import shown
 from lotion_fx.state import Smoothing, Weight, registry
@@ -209,9 +209,10 @@ def add_term(optimizer: Any, *, counts: bool = True) -> None:
                 _under_way.done.add(weight)
     unscaled_by, pending = private.take_grad_scale(optimizer), getattr(optimizer, "grad_scale", None)
     for smoothing, pairs in mine.items():
-        # What a moment stream put into the loss needs no more, unless another graph without the loss used the weight.
-        outside = [(weight, p) for weight, p in pairs if not weight.gathered.in_loss or has_curvature(weight)]
         look_for_missing(smoothing, [weight for weight, _ in pairs], [p.grad for _, p in pairs if p.grad is not None])
+        used = [(weight, p) for weight, p in pairs if weight.curvature.absent != IDLE]
+        # What a moment stream put into the loss needs no more, unless another graph without the loss used the weight.
+        outside = [(weight, p) for weight, p in used if not weight.gathered.in_loss or has_curvature(weight)]
         warn_of_reduction(smoothing.tally, pairs)
         for weight, _ in pairs:
             weight.gathered.forget_certificate()

@@ -66,7 +66,8 @@ def take_in(optimizer: Optimizer) -> None:
     states = _states(optimizer)
     entries = [parameter for parameter, state in states.items() if KEY in state]
     _waiting.discard(optimizer)
-    (_without.discard if entries or not states else _without.add)(optimizer)
+    is_without = not entries and any(_has_stepped(state) for state in states.values())
+    (_without.add if is_without else _without.discard)(optimizer)
     if not optimizer.state and optimizer in _known:  # a new one's may be loaded with itself, as Accelerate does
         _tell_of_nothing(optimizer)
     for parameter in entries:
@@ -88,6 +89,11 @@ def take_in(optimizer: Optimizer) -> None:
             "gathered anew; transform the model as the saved one was, or go on",
             stacklevel=2,
         )
+
+
+def _has_stepped(state: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state is of after a step: Adagrad's is there before the first."""
+    return "step" not in state or float(state["step"]) > 0
 
 
 def _tell_of_nothing(optimizer: Optimizer) -> None:

@@ -143,6 +143,7 @@ class Curvature:
         moment: the optimizer's second moment, where curvature is taken from it.
         absent: why it did not come with the last step's gradient, see `missing`; empty where it did.
         is_missed: whether the user was told so.
+        was_idle: whether a step had a gradient of zeros for it once, as of a layer that some batches leave out.
         specs: of the last updates, by their source, each with what it was made for, see `update.Spec`.
     """
 
@@ -151,6 +152,7 @@ class Curvature:
     moment: Tensor | None = None
     absent: str = ""
     is_missed: bool = False
+    was_idle: bool = False
     specs: dict[str, Any] = field(default_factory=dict)
 
 

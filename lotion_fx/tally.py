@@ -316,6 +316,7 @@ class Tally:
         self.last_checked, kept = backward, []
         for weight in self.weights:
             gathered, master = weight.gathered, weight.master
+            gathered.forget_objective(master)
             if not gathered.has_gradient or master is None or gathered.probe is None or gathered.probe.grad is None:
                 continue
             if master.grad is None:

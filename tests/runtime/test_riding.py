@@ -479,3 +479,15 @@ def test_distributed_checkpoints_of_an_optimizer_without_any_state(one_process):
     set_optimizer_state_dict(resumed, other, state)
     run(whole, optimizer, range(HALF, STEPS))
     assert_goes_on(resumed, other, whole)
+
+
+def test_a_state_that_is_there_before_any_step_is_none_of_mid_training(recwarn):
+    """Adagrad's, which Accelerate loads with itself."""
+    model = lotion_fx.transform(nn.Linear(8, 8), "int4", inner="aot_eager")
+    optimizer = torch.optim.Adagrad(model.parameters(), 0.01)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not [warning for warning in recwarn if "mid-training" in str(warning.message)]
