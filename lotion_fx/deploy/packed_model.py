@@ -93,6 +93,9 @@ def without_hooks(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mo
     Args:
         memo: as `copy.deepcopy` takes it.
     """
+    memo = {} if memo is None else memo
+    computed = (x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor) and x.grad_fn)
+    memo.update({id(x): x.detach().clone() for x in computed})  # by a hook, as of `weight_norm`, in each call anew
     with torch.no_grad():  # of which a ScriptModule would make part of its copy's parameters
         made: nn.Module = copy.deepcopy(model, memo)
     for module in made.modules():

@@ -325,3 +325,14 @@ def test_a_scripted_part_stays_as_it_is(tmp_path):
     assert torch.equal(packed.scripted.weight, model.scripted.weight) and model.scripted.weight.requires_grad
     lotion_fx.export(model, tmp_path, layout="lotion")
     assert lotion_fx.verify(tmp_path, model, x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_a_hook_computes_is_computed_in_the_copy(norm):
+    """What the hook has left in the module has a graph, and no tensor with one can be copied."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), norm(nn.Linear(32, 8)))
+    lotion_fx.transform(model, "int4", inner="aot_eager", method="ptq").eval()
+    x = torch.randn(4, 32)
+    torch.testing.assert_close(model(x), lotion_fx.quantize(model)(x), rtol=1e-5, atol=1e-5)
