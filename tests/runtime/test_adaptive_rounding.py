@@ -431,11 +431,17 @@ def test_order_goes_with_descent(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(made) == expected, method
 
 
-def test_where_order_does_not_help_weights_are_rounded_apart() -> None:
-    """On few rows shifts are of what is particular to them."""
+def test_where_order_does_not_help_weights_are_rounded_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on few rows, where shifts are of what is particular to them; here of nothing at all."""
+
+    class Misled(MakingUp):
+        def shifted(self, name: str, weight: Any, latent: Tensor) -> Any:
+            return latent.roll(1, 0), super().shifted(name, weight, latent)[1]
+
     model, apart, given = trained(), trained(), batches()
     done = lotion_fx.round_(apart, given, loss_of, scales="searched", in_order=False)
     assert {w.method for w in done.weights} != {"nearest"}
+    monkeypatch.setattr(adaptive_rounding, "MakingUp", Misled)
     assert lotion_fx.round_(model, given, loss_of, scales="searched", in_order=True) == done
     assert all(torch.equal(value, weights(apart)[name]) for name, value in weights(model).items())
 
