@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Iterator, Mapping
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 _one_at_a_time = threading.RLock()
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _DETACHING = (torch.detach, Tensor.detach)
 
 
@@ -75,11 +75,12 @@ class FunctionsFollowed(TorchFunctionMode):
     def __init__(self, found: dict[type, tuple[Any, ...]] | None = None) -> None:
         super().__init__()
         self.found = {} if found is None else found
+        self.forwards = _forwards()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         switches, detaches = func is torch._C._set_grad_enabled, func in _DETACHING
-        called = _function_called() if switches or detaches or not torch.is_grad_enabled() else None
+        called = _function_called(self.forwards) if switches or detaches or not torch.is_grad_enabled() else None
         if called is None:
             return func(*args, **kwargs)
         function, given = called
@@ -91,11 +92,40 @@ class FunctionsFollowed(TorchFunctionMode):
         return torch.ops.aten.alias.default(*args, *kwargs.values()) if detaches else func(*args, **kwargs)
 
 
-def _function_called() -> tuple[type, tuple[Any, ...]] | None:
+def _forwards() -> dict[CodeType, type | None]:
+    """Each `torch.autograd.Function` by the code of its forward; None by that of what decorates one, or anything."""
+    found: dict[CodeType, type | None] = {}
+    above: list[type] = [torch.autograd.Function]
+    while above:
+        below: list[type] = type.__subclasses__(above.pop())
+        above += below
+        for function in below:
+            forward: Any = function.forward  # type: ignore[attr-defined]
+            inner = inspect.unwrap(forward)
+            if forward is not inner and hasattr(forward, "__code__"):
+                found[forward.__code__] = None
+            if hasattr(inner, "__code__"):
+                found[inner.__code__] = function
+    return found
+
+
+def _function_called(forwards: Mapping[CodeType, type | None]) -> tuple[type, tuple[Any, ...]] | None:
     """The outermost `torch.autograd.Function` whose forward runs now, with its arguments; None of none."""
     found, frame = None, inspect.currentframe()
     while frame is not None:
-        if frame.f_code is _APPLY:
-            found = frame.f_locals["cls"], tuple(frame.f_locals["args"])
+        if frame.f_code in forwards and (function := _of_frame(frame, forwards)) is not None:
+            names, others, _, values = inspect.getargvalues(frame)
+            given = (*(values[name] for name in names), *(values[others] if others else ()))
+            of_context: type | None = getattr(type(given[0]), "_forward_cls", None) if given else None
+            found = (function, given) if of_context is None else (of_context, given[1:])
         frame = frame.f_back
     return found
+
+
+def _of_frame(frame: FrameType, forwards: Mapping[CodeType, type | None]) -> type | None:
+    """The Function whose forward a frame runs, or decorates."""
+    known = forwards[frame.f_code]
+    if known is not None:
+        return known
+    inside = (forwards.get(x.__code__) for x in frame.f_locals.values() if isinstance(x, FunctionType))
+    return next((function for function in inside if function is not None), None)
