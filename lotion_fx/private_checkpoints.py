@@ -14,6 +14,8 @@ from lotion_fx import private
 
 Around = Callable[[], contextlib.AbstractContextManager[None]]
 
+_SAVING = "_checkpoint_without_reentrant_generator"
+_SAVING = f"{_SAVING}_impl" if hasattr(checkpoint, f"{_SAVING}_impl") else _SAVING  # from torch 2.14 on
 _under_way, _installing = threading.local(), threading.Lock()
 
 
@@ -51,7 +53,7 @@ def _install() -> None:
     with _installing:
         if getattr(checkpoint, "_is_told_by_lotion_fx", False):
             return
-        saving, reentrant = checkpoint._checkpoint_without_reentrant_generator, CheckpointFunction.apply
+        saving, reentrant = getattr(checkpoint, _SAVING), CheckpointFunction.apply
 
         def generator(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return saving(_within(fn), *args, **kwargs)
@@ -59,6 +61,6 @@ def _install() -> None:
         def apply(function: Callable[..., Any], *args: Any) -> Any:
             return reentrant(_within(function), *args)
 
-        checkpoint._checkpoint_without_reentrant_generator = generator
+        setattr(checkpoint, _SAVING, generator)
         CheckpointFunction.apply = apply  # type: ignore[method-assign]
         checkpoint._is_told_by_lotion_fx = True  # type: ignore[attr-defined]
