@@ -47,8 +47,8 @@ class Lag:
     """
 
     def __init__(self, log: float = 0.0) -> None:
-        self.log = log
-        self.step_comes()
+        self.log = self.before = log
+        self.moves, self._logs = Median(), Median()
 
     def step_comes(self) -> None:
         """A step that looks at curvature begins."""

@@ -7,21 +7,17 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch._dynamo.eval_frame import skip_code
 from torch.utils import checkpoint
-from torch.utils.checkpoint import CheckpointFunction
-
-from lotion_fx import private
 
 Around = Callable[[], contextlib.AbstractContextManager[None]]
 
-_SAVING = "_checkpoint_without_reentrant_generator"
-_SAVING = f"{_SAVING}_impl" if hasattr(checkpoint, f"{_SAVING}_impl") else _SAVING  # from torch 2.14 on
 _under_way, _installing = threading.local(), threading.Lock()
 
 
 @contextlib.contextmanager
 def recomputed_within(around: Around) -> Iterator[None]:
-    """Inside, what a checkpoint runs is run within a context, there and once more in the backward pass.
+    """Inside, what a checkpoint runs once more, in the backward pass, it runs within a context.
 
     A backward pass computes it as it was: with the values that stood in for weights, and in the same calls, compiled or
     not. Checkpoints that Dynamo traces know nothing of it.
@@ -44,23 +40,24 @@ def _within(function: Callable[..., Any]) -> Callable[..., Any]:
         with around():
             return function(*args, **kwargs)
 
-    private.inline_only(run)
+    skip_code(run.__code__)  # no graph of its own
     return run
 
 
 def _install() -> None:
-    """Both kinds of checkpoints wrap what they are given, from the first such call on."""
+    """Checkpoints that save tensors wrap what they run once more, from the first such call on.
+
+    Reentrant ones are left: what they run once more is a call of its own, with a backward pass of its own.
+    """
     with _installing:
         if getattr(checkpoint, "_is_told_by_lotion_fx", False):
             return
-        saving, reentrant = getattr(checkpoint, _SAVING), CheckpointFunction.apply
+        original, name = checkpoint._checkpoint_without_reentrant_generator, "_checkpoint_without_reentrant_generator"
+        if (inner := getattr(checkpoint, f"{name}_impl", None)) is not None:  # from torch 2.14 on
+            original, name = inner, f"{name}_impl"
 
         def generator(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return saving(_within(fn), *args, **kwargs)
+            return original(_within(fn), *args, **kwargs)
 
-        def apply(function: Callable[..., Any], *args: Any) -> Any:
-            return reentrant(_within(function), *args)
-
-        setattr(checkpoint, _SAVING, generator)
-        CheckpointFunction.apply = apply  # type: ignore[method-assign]
-        checkpoint._is_told_by_lotion_fx = True  # type: ignore[attr-defined]
+        setattr(checkpoint, name, generator)
+        setattr(checkpoint, "_is_told_by_lotion_fx", True)  # noqa: B010

@@ -35,7 +35,6 @@ WHY = {
     "torch._dynamo.graph_break": "another's graph ends where a model of ours is called",
     "torch._dynamo.reset_code": "what was compiled of a model goes with it",
     "torch.utils.checkpoint._checkpoint_without_reentrant_generator": "what Python recomputes runs as it did at first",
-    "torch.utils.checkpoint.CheckpointFunction": "likewise",
     "torch._C._functorch.peek_interpreter_stack": "whether torch.func transforms what runs now",
     "torch._C.DisableTorchFunction": "likewise",
     "torch._C._set_grad_enabled": "what an `autograd.Function` switches in its forward is no part of a graph",

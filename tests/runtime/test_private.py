@@ -16,7 +16,7 @@ from tests.models import MLP
 ROOT = Path(__file__).parents[2]
 OWNERS = [
     ROOT / "lotion_fx" / f"private{name}.py"
-    for name in ("", "_backward", "_packages", "_ranks", "_threads", "_tracing")
+    for name in ("", "_backward", "_checkpoints", "_packages", "_ranks", "_threads", "_tracing")
 ]
 FILES = [path for folder in ("lotion_fx", "passes", "kernels", "examples") for path in (ROOT / folder).rglob("*.py")]
 # Underscored, and not PyTorch's: namedtuple's method, functools' class, Triton's autotuner that Inductor extends.
